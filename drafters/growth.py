@@ -1,0 +1,161 @@
+"""Growing token trees level by level: candidates from a drafter, decisions from a tree policy.
+
+Legend: B sequences, F nodes expanded at a level, K candidates, C = F * width new nodes of a level, T nodes of all
+levels with the root, N nodes of the finished tree, E expanded nodes of all levels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from specdec.protocols import StepContext, TreePolicy
+from specdec.sampling import draw
+from specdec.tree import PADDING, ROOT, Children, Proposal, TokenTree
+
+DEAD = float("-inf")  # score of a slot that holds no node
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Frontier:
+    """The nodes of one level that are to get children, padded with dead slots.
+
+    Args:
+        level: their depth; 0 is the root.
+        first: number of the first of them among all expanded nodes; the root is 0.
+        tokens: [B, F] int64.
+        parents: [B, F] int64, each node's parent, numbered likewise.
+        alive: [B, F] bool, False for dead slots.
+    """
+
+    level: int
+    first: int
+    tokens: Tensor
+    parents: Tensor
+    alive: Tensor
+
+
+Expand = Callable[[Frontier], tuple[Tensor, Tensor]]
+"""A drafter's answer to a frontier: candidate ids [B, F, K], none twice for a node, and their probabilities
+[B, F, K] in descending order, zero where there are fewer than K. They sum to 1 if children are to be sampled."""
+
+
+def grow(policy: TreePolicy, levels: int, context: StepContext, expand: Expand) -> tuple[TokenTree, Tensor]:
+    """Grow one tree per sequence.
+
+    Returns:
+        (the trees; expanded [B, N] int64: each node's number among the expanded nodes, -1 if it was not.)
+    """
+    children = cast(Children, policy.children)
+    sampled = children != "top_k"
+    batch, device = len(context.roots), context.roots.device
+    zero = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    frontier = Frontier(
+        level=0, first=0, tokens=context.roots[:, None], parents=zero - 1, alive=torch.ones_like(zero).bool()
+    )
+    index, score = zero, zero.double()  # of the frontier's nodes: place among the T nodes, log probability
+    tokens, parents, scores = [frontier.tokens], [zero + ROOT], [score]  # [B, C] of each level
+    expanded: list[Tensor] = []  # [B, F] of each level: index
+    supports: list[tuple[Tensor, Tensor]] = []  # ids and probs [B, F, K] of each level
+    total = 1
+    for level in range(levels):
+        ids, probs = expand(frontier)
+        expanded.append(torch.where(frontier.alive, index, -1))
+        supports.append((ids, probs))
+        width = min(policy.width(level), ids.shape[2])
+        slots = score[..., None] + probs[..., :width].double().log().clamp(max=0.0)  # [B, F, width]
+        chosen = policy.select(level, levels, slots, sampled=sampled) & (slots > DEAD)
+        if sampled:
+            drawn = _draw_children(children, probs, width, context.uniforms(1 + level, probs[0].numel()))
+            ids, drawn_probs = ids.gather(2, drawn), probs.gather(2, drawn)
+            slots = score[..., None] + drawn_probs.double().log().clamp(max=0.0)
+            fits = torch.arange(width, device=device) < chosen.sum(-1, keepdim=True)
+            chosen = fits & (slots > DEAD)
+        tokens.append(ids[..., :width].flatten(1))
+        parents.append(index[..., None].expand(-1, -1, width).flatten(1))
+        scores.append(slots.masked_fill(~chosen, DEAD).flatten(1))
+        if level + 1 == levels:
+            break
+        place = torch.arange(tokens[-1].shape[1], device=device).expand(batch, -1)
+        picked = policy.expand(level + 1, scores[-1])
+        if picked is not None:
+            place = picked
+        first = frontier.first + frontier.tokens.shape[1]
+        frontier = Frontier(
+            level=level + 1,
+            first=first,
+            tokens=tokens[-1].gather(1, place),
+            parents=frontier.first + place // width,
+            alive=scores[-1].gather(1, place) > DEAD,
+        )
+        score = scores[-1].gather(1, place)
+        index = total + place
+        total += tokens[-1].shape[1]
+
+    every = torch.cat(scores, dim=1)  # [B, T]
+    kept = every > DEAD
+    if not sampled:
+        best = policy.keep(every)
+        kept = kept if best is None else kept & best
+    tree, order = _compact(torch.cat(tokens, 1), torch.cat(parents, 1), kept, levels, policy.budget + 1)
+    number = _numbers(torch.cat(expanded, 1), every.shape[1]).gather(1, order)  # [B, N]
+    number = number.masked_fill(tree.parents == PADDING, -1)
+    return replace(tree, proposal=_proposal(supports, number, children)), number
+
+
+def _draw_children(children: Children, probs: Tensor, width: int, uniform: Tensor) -> Tensor:
+    """[B, F, width] int64 places in the support [B, F, K], drawn from it in this order."""
+    uniform = uniform.view(probs.shape)
+    if children == "sample_with_replacement":
+        return draw(probs, uniform[..., :width])
+    # Exponential races: the order of arrival is a draw without replacement (Gumbel top-k, Kool et al. 2019).
+    arrival = -torch.log1p(-uniform) / probs.double()
+    return arrival.nan_to_num(nan=float("inf")).topk(width, dim=-1, largest=False, sorted=True).indices
+
+
+def _compact(
+    tokens: Tensor, parents: Tensor, kept: Tensor, levels: int, capacity: int
+) -> tuple[TokenTree, Tensor]:
+    """Drop what is not kept: (trees, order [B, N]: where each node stood)."""
+    size = kept.sum(-1)
+    # On the CPU a look at the sizes is free, and a smaller tree is cheaper to verify.
+    nodes = int(size.max()) if size.device.type == "cpu" else min(capacity, tokens.shape[1])
+    order = (~kept).int().argsort(dim=1, stable=True)[:, :nodes]
+    place = kept.cumsum(dim=1) - 1  # new index of each kept node
+    old = parents.gather(1, order)
+    new = place.gather(1, old.clamp(min=0)).masked_fill(old == ROOT, ROOT)
+    padding = torch.arange(nodes, device=size.device) >= size[:, None]
+    tree = TokenTree(
+        tokens=tokens.gather(1, order),
+        parents=new.masked_fill(padding, PADDING).int(),
+        size=size.int(),
+        depth=min(levels, nodes - 1),
+    )
+    return tree, order
+
+
+def _numbers(expanded: Tensor, total: int) -> Tensor:
+    """[B, E] index of each expanded node to [B, T] number of each node among the expanded ones, -1 for none."""
+    batch, count = expanded.shape
+    numbers = torch.full((batch, total + 1), -1, dtype=torch.int64, device=expanded.device)
+    target = torch.where(expanded < 0, total, expanded)  # dead slots all write to the extra last place
+    place = torch.arange(count, device=expanded.device).expand(batch, -1)
+    return numbers.scatter(1, target, place)[:, :total]
+
+
+def _proposal(supports: list[tuple[Tensor, Tensor]], number: Tensor, children: Children) -> Proposal:
+    """Each node's support ([B, F, K] of its level), found by its number ([B, N]) among the expanded nodes."""
+    most = max(ids.shape[2] for ids, _ in supports)
+    ids, probs = (
+        torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[2])) for part in parts], dim=1)
+        for parts in zip(*supports, strict=True)
+    )  # [B, E, K]
+    index = number.clamp(min=0)[..., None].expand(-1, -1, most)
+    unexpanded = (number < 0)[..., None]
+    return Proposal(
+        ids=ids.gather(1, index),
+        probs=probs.gather(1, index).masked_fill(unexpanded, 0.0),
+        children=children,
+    )

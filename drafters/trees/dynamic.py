@@ -1,0 +1,62 @@
+"""tree=dynamic: the budget goes where the draft is confident."""
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.trees.policy import BasePolicy
+
+
+class Dynamic(BasePolicy):
+    """Best-first by cumulative draft probability (EAGLE-2, Li et al. 2024, section 4).
+
+    At each level the `width` best new nodes are expanded, each offers its `width` best children, and in the
+    end the `budget` best of all candidates stay.
+
+    Sampled children must not be dropped by what they turned out to be, or the outcome would be biased. There
+    the budget is divided evenly over the levels, and a level's share goes to the parents whose next most
+    probable child would score best, before any child is drawn.
+
+    Args:
+        budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
+        width: nodes expanded per level, and candidates of each.
+        depth: levels if the drafter leaves its depth open.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(self, *, budget: int, width: int = 4, depth: int = 5, children: str = "auto") -> None:
+        super().__init__(budget=budget, children=children)
+        if width < 1:
+            raise ValueError(f"tree.width={width}: must be at least 1")
+        if depth < 1:
+            raise ValueError(f"tree.depth={depth}: must be at least 1")
+        self.candidates = width
+        self.depth = depth
+
+    def levels(self, depth: int | None) -> int:
+        return min(self.depth if depth is None else depth, self.budget)
+
+    def width(self, level: int) -> int:
+        return min(self.candidates, self.budget)
+
+    def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
+        possible = super().select(level, levels, scores, sampled=sampled)
+        if not sampled:
+            return possible
+        share = self.budget // levels + (level < self.budget % levels)
+        return possible & _best(scores.flatten(1), share).view_as(scores)
+
+    def expand(self, level: int, scores: Tensor) -> Tensor | None:
+        if scores.shape[1] <= self.candidates:
+            return None
+        return scores.topk(self.candidates, dim=1).indices.sort(dim=1).values
+
+    def keep(self, scores: Tensor) -> Tensor | None:
+        return _best(scores, self.budget)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """[B, T] bool, the `count` best of each row; among equals the earlier, so parents go before their children."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)

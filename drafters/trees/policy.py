@@ -1,0 +1,44 @@
+"""What tree policies share: a checked budget, and the answers of a policy that takes every candidate."""
+
+from typing import get_args
+
+from torch import Tensor
+
+from specdec.tree import Children
+
+
+class BasePolicy:
+    """A `TreePolicy` that turns every candidate into a node, expands every node and keeps all.
+
+    Args:
+        budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
+        children: "top_k" (a node's most probable tokens), "sample" (drawn without replacement),
+            "sample_with_replacement", or "auto" (the runner decides by drafter, rule and temperature).
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(self, *, budget: int, children: str = "auto") -> None:
+        if budget < 0:
+            raise ValueError(f"tree.budget={budget}: must be 0 (no drafting) or positive")
+        if children not in ("auto", *get_args(Children)):
+            known = ", ".join(("auto", *get_args(Children)))
+            raise ValueError(f"tree.children={children}: must be one of {known}")
+        self.budget = budget
+        self.children = children
+
+    def levels(self, depth: int | None) -> int:
+        raise NotImplementedError
+
+    def width(self, level: int) -> int:
+        raise NotImplementedError
+
+    def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
+        return scores > float("-inf")
+
+    def expand(self, level: int, scores: Tensor) -> Tensor | None:
+        return None
+
+    def keep(self, scores: Tensor) -> Tensor | None:
+        return None

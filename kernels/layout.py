@@ -1,0 +1,99 @@
+"""What the attention of one forward pass may look at: pages of committed tokens, then rows of tree scratch.
+
+Legend: B sequences, N query rows, M scratch rows, W = ceil(M / 32) words, P pages per sequence.
+"""
+
+import torch
+from torch import Tensor
+
+
+class TreeLayout:
+    """Visibility of keys for the N query rows of each sequence, shared by all layers of one forward pass.
+
+    A query sees every committed token of its own sequence and the scratch rows whose bit is set in its
+    `ancestors`; a sliding window hides keys `window` or more positions behind it.
+
+    Args:
+        page_table: [B, P] int32, physical page of each logical page; entries past the context are ignored.
+        context_lens: [B] int32, committed tokens of each sequence.
+        max_context: an upper bound of `context_lens` known on the host.
+        positions: [B, N] int64, position of each query in its sequence.
+        key_positions: [B, M] int64, position of each scratch row.
+        first: scratch row that holds the keys of query 0; query i owns row `first + i`.
+        ancestors: [B, N, W] int32, bit m set if the query sees scratch row m (itself included). None means a
+            causal chain: query i sees the rows 0 .. first + i.
+    """
+
+    __slots__ = (
+        "_hidden",
+        "ancestors",
+        "context_lens",
+        "first",
+        "key_positions",
+        "max_context",
+        "page_table",
+        "positions",
+    )
+
+    def __init__(
+        self,
+        *,
+        page_table: Tensor,
+        context_lens: Tensor,
+        max_context: int,
+        positions: Tensor,
+        key_positions: Tensor,
+        first: int = 0,
+        ancestors: Tensor | None = None,
+    ) -> None:
+        self.page_table = page_table
+        self.context_lens = context_lens
+        self.max_context = max_context
+        self.positions = positions
+        self.key_positions = key_positions
+        self.first = first
+        self.ancestors = ancestors
+        self._hidden: dict[int | None, Tensor] = {}
+
+    def hidden(self, window: int | None = None) -> Tensor:
+        """[B, 1, N, max_context + M] bool, True where a query must not look; computed once per window."""
+        if window not in self._hidden:
+            self._hidden[window] = self._build_hidden(window)
+        return self._hidden[window]
+
+    def _build_hidden(self, window: int | None) -> Tensor:
+        batch, queries = self.positions.shape
+        rows = self.key_positions.shape[1]
+        device = self.positions.device
+        context = torch.arange(self.max_context, device=device)  # [max_context]
+        in_context = (context < self.context_lens[:, None])[:, None].expand(batch, queries, -1)
+        if self.ancestors is None:
+            own = torch.arange(self.first, self.first + queries, device=device)
+            in_tree = (torch.arange(rows, device=device) <= own[:, None]).expand(batch, -1, -1)
+        else:
+            in_tree = unpack_bits(self.ancestors, rows)
+        visible = torch.cat([in_context, in_tree], dim=2)  # [B, N, max_context + M]
+        if window is not None:
+            keys = torch.cat([context.expand(batch, -1), self.key_positions], dim=1)
+            visible = visible & (keys[:, None] > self.positions[:, :, None] - window)
+        return ~visible[:, None]
+
+
+def words(rows: int) -> int:
+    """32-bit words that hold one bit for each of `rows` scratch rows."""
+    return max(1, (rows + 31) // 32)
+
+
+def pack_bits(dense: Tensor) -> Tensor:
+    """[..., M] bool to [..., W] int32; bit m % 32 of word m // 32 stands for row m."""
+    rows = dense.shape[-1]
+    padded = torch.nn.functional.pad(dense, (0, words(rows) * 32 - rows))
+    shifts = torch.arange(32, device=dense.device)
+    packed = (padded.unflatten(-1, (-1, 32)).long() << shifts).sum(-1)  # [..., W] in 0 .. 2**32 - 1
+    return packed.to(torch.int32)
+
+
+def unpack_bits(packed: Tensor, rows: int) -> Tensor:
+    """The inverse of `pack_bits`: [..., W] int32 to [..., rows] bool."""
+    shifts = torch.arange(32, device=packed.device, dtype=torch.int32)
+    return (packed[..., None] >> shifts & 1).bool().flatten(-2)[..., :rows]

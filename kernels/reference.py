@@ -1,0 +1,104 @@
+"""Plain torch functions that define what the kernels compute, on any device and in any floating type.
+
+Legend: B sequences, N tree nodes or query rows, M scratch rows, L layers, HQ query heads, HKV key-value heads,
+D head size, S tokens of a page, A accepted nodes. Low-precision inputs are computed in float32, float64 stays.
+"""
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.layout import TreeLayout, pack_bits
+
+
+def tree_attention(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    key_tree: Tensor,
+    value_tree: Tensor,
+    layout: TreeLayout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of tree nodes over the committed pages of their sequence and their ancestors in the scratch.
+
+    Args:
+        query: [B, HQ, N, D].
+        key_pages, value_pages: [pages, HKV, S, D], one layer of the page pool.
+        key_tree, value_tree: [B, HKV, M, D], one layer of the tree scratch.
+        layout: which keys each query sees.
+        scale: factor of the dot products.
+        window: keys this many positions or more behind a query are hidden (sliding-window attention).
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2, section 2).
+        sinks: [HQ], one learned logit per head that takes part in the softmax and has no value (gpt-oss).
+
+    Returns:
+        [B, N, HQ, D] in the type of `query`. A query that sees nothing gives zeros.
+    """
+    batch, heads, queries, _ = query.shape
+    kv_heads = key_pages.shape[1]
+    wide = query.dtype if query.dtype == torch.float64 else torch.float32
+    keys = torch.cat([_gather_context(key_pages, layout), key_tree], dim=2).to(wide)
+    values = torch.cat([_gather_context(value_pages, layout), value_tree], dim=2).to(wide)
+    hidden = layout.hidden(window)
+    if batch > 1:  # rows shorter than the longest gathered pages that are not theirs: never multiply those
+        values.masked_fill_(hidden.all(dim=2)[..., None], 0.0)
+
+    grouped = query.to(wide).reshape(batch, kv_heads, -1, query.shape[-1])  # [B, HKV, G * N, D]
+    scores = (grouped @ keys.mT).mul_(scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.view(batch, heads, queries, -1).masked_fill_(hidden, float("-inf"))
+    if sinks is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        sink = sinks.to(wide).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    out = weights.reshape(batch, kv_heads, -1, weights.shape[-1]) @ values
+    return out.view(batch, heads, queries, -1).transpose(1, 2).to(query.dtype)
+
+
+def _gather_context(pages: Tensor, layout: TreeLayout) -> Tensor:
+    """[pages, HKV, S, D] to [B, HKV, max_context, D] through the page table."""
+    batch = layout.page_table.shape[0]
+    _, kv_heads, page_size, head_dim = pages.shape
+    used = -(-layout.max_context // page_size)
+    table = layout.page_table[:, :used].reshape(-1).clamp(min=0)
+    gathered = pages.index_select(0, table).view(batch, used, kv_heads, page_size, head_dim)
+    return gathered.transpose(1, 2).reshape(batch, kv_heads, -1, head_dim)[:, :, : layout.max_context]
+
+
+def tree_structure(parents: Tensor) -> tuple[Tensor, Tensor]:
+    """Ancestor bits and depths of every node, from the parents alone.
+
+    Args:
+        parents: [B, N] int; -1 marks the root, -2 padding, else the index of an earlier node.
+
+    Returns:
+        (bits [B, N, W] int32, each node's ancestors and itself; depths [B, N] int64, 0 at the root). A
+        padding node sees itself only and has depth 0.
+    """
+    nodes = parents.shape[1]
+    eye = torch.eye(nodes, device=parents.device)
+    # Doubling: after k products a node reaches its 2**k nearest ancestors.
+    reach = eye + torch.nn.functional.one_hot(parents.long().clamp(min=-1) + 1, nodes + 1)[..., 1:]
+    for _ in range(max(0, nodes - 2).bit_length()):
+        reach = (reach @ reach).clamp_(max=1.0)
+    dense = reach > 0
+    return pack_bits(dense), dense.sum(dim=-1) - 1
+
+
+def commit_path(pages: Tensor, tree: Tensor, path: Tensor, page: Tensor, offset: Tensor, owner: Tensor) -> None:
+    """Copy accepted scratch rows of all layers into their pages, in place.
+
+    Args:
+        pages: [L, pages, HKV, S, D], the pool of keys or of values.
+        tree: [L, B, HKV, M, D], the tree scratch.
+        path: [A] int64, scratch row of each accepted node, all sequences concatenated.
+        page, offset: [A] int64, where each goes.
+        owner: [A] int64, the sequence (index into B) each belongs to.
+    """
+    pages[:, page, :, offset] = tree[:, owner, :, path]

@@ -1,0 +1,3 @@
+"""Research on speculative decoding: draft, verify, accept, commit."""
+
+__version__ = "0.1.0"

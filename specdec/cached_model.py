@@ -1,0 +1,89 @@
+"""CachedModel: a model and its own paged cache, in step with the sequences of the running batch.
+
+What the verifier and every drafting model share: taking prompts in (common beginnings once), and giving rows back.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.cache import CacheFullError, PagedKVCache
+from specdec.model import PagedLM
+from specdec.protocols import Capacity, Decoding
+
+
+class CachedModel:
+    """A `PagedLM` with a `PagedKVCache` of its own.
+
+    Args:
+        lm: the model.
+        prefill_chunk: prompt tokens of a sequence that go through the model at a time.
+    """
+
+    def __init__(self, lm: PagedLM, *, prefill_chunk: int = 512) -> None:
+        if prefill_chunk < 1:
+            raise ValueError(f"cache.prefill_chunk={prefill_chunk}: must be at least 1")
+        self.lm = lm
+        self.prefill_chunk = prefill_chunk
+        self.cache: PagedKVCache
+
+    def prepare(self, capacity: Capacity) -> None:
+        self.cache = self.lm.new_cache(
+            rows=capacity.rows,
+            pages=capacity.pool_pages,
+            page_size=capacity.page_size,
+            max_tokens=capacity.max_tokens,
+        )
+
+    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
+        """Open rows and prefill all but the last token of each sequence, in order, until the pool is full.
+
+        A prompt that begins like another of the same call waits until the other's pages can be shared.
+
+        Returns:
+            The sequences that found room.
+
+        Raises:
+            ValueError: a sequence that the empty pool could not hold.
+        """
+        started: list[Decoding] = []
+        pending = list(sequences)
+        while pending:
+            wave: list[Decoding] = []
+            later: list[Decoding] = []
+            rest: list[list[int]] = []
+            for sequence in pending:
+                prefix = sequence.tokens[:-1]
+                common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
+                if common // self.cache.page_size * self.cache.page_size > self.cache.shareable(prefix):
+                    later.append(sequence)
+                    continue
+                tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
+                try:
+                    done = self.cache.open(sequence.row, tokens=tokens, prefix=prefix)
+                except CacheFullError:
+                    later = []
+                    break
+                wave.append(sequence)
+                rest.append(prefix[done:])
+            self.lm.prefill(self.cache, [s.row for s in wave], rest, chunk=self.prefill_chunk)
+            started += wave
+            pending = later
+        return started
+
+    def commit(self, rows: Sequence[int], path: Tensor, length: Tensor) -> None:
+        """Append accepted scratch rows ([B, A], the first `length` of each) to the pages.
+
+        What exceeds a row's allocation is dropped: its sequence has reached its last token in this step.
+        """
+        room = [self.cache.allocated(row) - self.cache.committed(row) for row in rows]
+        self.cache.commit(rows, path, torch.minimum(length, torch.tensor(room, device=length.device)))
+
+    def finish(self, sequence: Decoding) -> None:
+        self.cache.close(sequence.row)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,0 +1,190 @@
+"""The plug points: Drafter, TreePolicy, AcceptanceRule, Recorder. Each contract is in its docstring.
+
+Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candidates.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from specdec.sampling import SamplingParams
+from specdec.tree import Acceptance, Children, TokenTree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt to decode.
+
+    Args:
+        id: what seeds its random numbers; unique in a run.
+        prompt_ids: at least one token.
+        max_new_tokens: decoding ends there at the latest.
+    """
+
+    id: int
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+
+    @property
+    def max_tokens(self) -> int:
+        return len(self.prompt_ids) + self.max_new_tokens
+
+
+@dataclass(slots=True, eq=False)
+class Decoding:
+    """A request being decoded: its tokens so far and what it has cost. `row` is its place in every cache."""
+
+    request: Request
+    row: int
+    tokens: list[int]  # prompt and output; the last one has no keys and values yet
+    steps: int = 0
+    drafted: int = 0  # nodes proposed, the root not counted
+    accepted: list[int] = field(default_factory=list)  # per step: new tokens that count, bonus included
+    finish_reason: str | None = None  # "stop", "length" or "context"
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[len(self.request.prompt_ids) :]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class StepContext:
+    """What a drafter and a rule may know in one step, for the B sequences of the running batch.
+
+    Args:
+        sequences: [B], host side; `tokens` are the committed tokens.
+        roots: [B] int64 on the device, the last committed token of each.
+        sampling: how the target's tokens are chosen.
+        uniforms: (stream, count) -> [B, count] float64 on the device, numbers in [0, 1) that depend on the
+            sequence and the step alone; streams as in `specdec.sampling`.
+    """
+
+    sequences: Sequence[Decoding]
+    roots: Tensor
+    sampling: SamplingParams
+    uniforms: Callable[[int, int], Tensor]
+
+    @property
+    def rows(self) -> list[int]:
+        return [sequence.row for sequence in self.sequences]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """How much the caches of a run must hold; `pages` None means enough for `rows` sequences of `max_tokens`."""
+
+    rows: int
+    max_tokens: int
+    page_size: int = 16
+    pages: int | None = None
+
+    @property
+    def pool_pages(self) -> int:
+        return self.rows * -(-self.max_tokens // self.page_size) if self.pages is None else self.pages
+
+
+class Drafter:
+    """Guesses a tree of next tokens for each sequence. `draft` is the only method a drafter must have.
+
+    The runner builds it as `YourDrafter(target=..., tree=..., **settings of its YAML)`, where `target` is the
+    target's `PagedLM` and `tree` the tree policy.
+
+    `sampled_children` says what `tree.children=auto` becomes at temperature above 0: True if its probabilities
+    are good enough to sample children from, False to take its most probable tokens.
+    """
+
+    sampled_children = False
+
+    def prepare(self, capacity: Capacity) -> None:
+        """Once per run, before the first prompt: make room for this many sequences."""
+
+    def start(self, sequences: Sequence[Decoding]) -> None:
+        """These sequences have just joined the batch; all but the last of their tokens are context."""
+
+    def draft(self, context: StepContext) -> TokenTree:
+        """A tree for each sequence, rooted at its last committed token; the root alone is a legal answer."""
+        raise NotImplementedError
+
+    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+        """The rule has kept this much of the trees of the last `draft`. `context` is that of the draft."""
+
+    def finish(self, sequence: Decoding) -> None:
+        """This sequence has left the batch."""
+
+
+class TreePolicy(Protocol):
+    """Decides which candidates become nodes, level by level (`drafters/growth.py` does the rest).
+
+    Attributes:
+        budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
+        children: how children are chosen, or "auto" for the runner to decide.
+    """
+
+    budget: int
+    children: Children | str
+
+    def levels(self, depth: int | None) -> int:
+        """Levels to grow when the drafter asks for `depth` (None: as the policy likes).
+
+        Raises:
+            ValueError: the two contradict each other.
+        """
+
+    def width(self, level: int) -> int:
+        """Children a node of this level may have at most; level 0 is the root."""
+
+    def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
+        """[B, F, width] bool: which child slots of the F nodes of a level become nodes, -inf ones never.
+
+        Slot r stands for the r-th most probable child; scores are logs of the cumulative draft probability. With
+        `sampled` children only the number of slots per node counts: which tokens fill them is drawn
+        afterwards, so that the choice cannot depend on them and the recursive rules stay lossless.
+        """
+
+    def expand(self, level: int, scores: Tensor) -> Tensor | None:
+        """[B, F'] indices of the new nodes ([B, C] scores) that get children in their turn; None for all."""
+
+    def keep(self, scores: Tensor) -> Tensor | None:
+        """[B, T] bool: which of all nodes stay, given top-k children ([B, T] scores); None for all.
+
+        Must keep the parent of whatever it keeps. Never called with sampled children.
+        """
+
+
+class AcceptanceRule(Protocol):
+    """Keeps the longest path of each tree that it may keep, and one token of the target's own.
+
+    Attributes:
+        name: what records and messages call it.
+        needs_proposal: True if it reads the draft probabilities (`TokenTree.proposal`).
+    """
+
+    name: str
+    needs_proposal: bool
+
+    def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
+        """Why outputs would not follow the target's distribution with such children; None: they do."""
+
+    def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
+        """Walk the trees, given the target's logits [B, N, V] at every node."""
+
+
+class Verifier(Protocol):
+    """The target model: scores every node of every tree in one pass and keeps what the rule accepted."""
+
+    def prepare(self, capacity: Capacity) -> None:
+        """As `Drafter.prepare`."""
+
+    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
+        """Take these sequences in, in order, as far as there is room; those taken are returned."""
+
+    def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
+        """[B, N, V] logits of the target at every node."""
+
+    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+        """The rule has kept this much of the trees of the last `verify`."""
+
+    def finish(self, sequence: Decoding) -> None:
+        """As `Drafter.finish`."""

@@ -1,0 +1,114 @@
+"""From logits to probabilities, and from seeds to uniforms. Nothing here knows about trees.
+
+Randomness is a pure function of (seed, sequence, step, stream, index): a sequence draws the same numbers
+whatever else is in its batch, in whatever order sequences finish, and after a resume.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ACCEPT_STREAM = 0  # the acceptance rule's coins; drafting level i uses stream 1 + i
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. The filters apply in this order, each renormalising what is left.
+
+    Args:
+        temperature: 0 is greedy decoding, 1 the model's own distribution.
+        top_k: keep the k most probable tokens; None keeps all.
+        top_p: keep the smallest set of most probable tokens whose mass reaches top_p (nucleus sampling,
+            Holtzman et al. 2020); None keeps all.
+        min_p: keep tokens at least min_p times as probable as the most probable one; None keeps all.
+        seed: every random number of a run follows from it.
+
+    Raises:
+        ValueError: a value out of range, naming the setting.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or positive")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"sampling.top_k={self.top_k}: must be at least 1, or null for no limit")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"sampling.top_p={self.top_p}: must be in (0, 1], or null for no limit")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"sampling.min_p={self.min_p}: must be in [0, 1], or null for no limit")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must not be negative")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """The distribution tokens are drawn from under `params`.
+
+    Args:
+        logits: [..., V].
+
+    Returns:
+        [..., V] float32 (float64 for float64 logits), rows sum to 1; greedy gives one-hot rows.
+    """
+    scores = logits if logits.dtype == torch.float64 else logits.float()
+    if params.greedy:
+        return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)
+    if params.temperature != 1.0:
+        scores = scores / params.temperature
+    if params.top_k is not None and params.top_k < scores.shape[-1]:
+        kth = scores.topk(params.top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < kth, float("-inf"))
+    if params.top_p is not None and params.top_p < 1.0:
+        ordered, order = scores.sort(dim=-1, descending=True)
+        mass = ordered.softmax(-1)
+        beyond = mass.cumsum(-1) - mass >= params.top_p  # the mass before a token already suffices
+        beyond[..., 0] = False
+        scores = scores.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+    probs = scores.softmax(-1)
+    if params.min_p:
+        kept = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0.0)
+        probs = kept / kept.sum(-1, keepdim=True)
+    return probs
+
+
+def uniforms(seed: int, sequences: Sequence[int], steps: Sequence[int], stream: int, count: int) -> Tensor:
+    """[B, count] float64 in [0, 1), a pure function of the arguments (Philox, Salmon et al. 2011).
+
+    Args:
+        sequences, steps: [B] each; the row's sequence number and its decoding step.
+        stream: keeps draws for different purposes within a step apart.
+    """
+    rows = np.empty((len(sequences), count))
+    for i, (sequence, step) in enumerate(zip(sequences, steps, strict=True)):
+        bits = np.random.Philox(key=np.array([seed, sequence], np.uint64), counter=[0, 0, stream, step])
+        np.random.Generator(bits).random(out=rows[i])
+    return torch.from_numpy(rows)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Indices drawn, with replacement, from unnormalised weights by inverting their cumulative sum.
+
+    Args:
+        weights: [..., V], non-negative.
+        uniform: [..., n] in [0, 1).
+
+    Returns:
+        [..., n] int64. An entry of weight zero is never drawn, not even at uniform 0 or next to 1, unless all
+        weights of its row are zero.
+    """
+    cumulative = weights.double().cumsum(-1)
+    total = cumulative[..., -1:]
+    point = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, point, right=True).clamp(max=weights.shape[-1] - 1)

@@ -1,0 +1,118 @@
+"""Recursive rejection: a coin per child, weighed by target over draft, the rejected mass removed each time."""
+
+import torch
+from torch import Tensor
+
+from specdec.protocols import StepContext
+from specdec.sampling import ACCEPT_STREAM, SamplingParams, draw, probabilities
+from specdec.tree import Acceptance, Children, Proposal, TokenTree
+from specdec.verifier.walk import elder_siblings, walk
+
+
+class RecursiveRejection:
+    """Multi-candidate speculative sampling with the real draft probabilities.
+
+    Child x of a node is accepted with probability min(1, p(x) / q(x)); after a rejection p becomes the
+    normalised positive part of p - q and the next child is tried; after the last one a token is drawn from
+    what is left of p. Children drawn with replacement keep q (SpecInfer, Miao et al. 2024, algorithm 2); drawn
+    without replacement, q loses each rejected token and is renormalised (Sequoia, Chen et al. 2024, algorithm
+    2). One child is speculative sampling (Leviathan et al. 2023).
+
+    Lossless for sampled children. For top-k children it is a common practice and not lossless.
+    """
+
+    name = "recursive_rejection"
+    needs_proposal = True
+
+    def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
+        if children == "top_k":
+            return "recursive rejection takes top-k children for draws from the draft distribution"
+        return None
+
+    def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
+        target = probabilities(logits, context.sampling)  # [B, N, V]
+        coins = context.uniforms(ACCEPT_STREAM, tree.nodes)  # [B, N]; the root's coin draws the last token
+        chance, inside, scale = child_probabilities(tree, target)
+        path, length, last = walk(tree, coins < chance)
+        rest = residual(tree, target, last, inside, scale)
+        return Acceptance(path=path, length=length, next_token=draw(rest, coins[:, :1])[:, 0])
+
+
+def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The chance to accept each node, and what rejecting all children of a node leaves of the target.
+
+    Only the K tokens of a proposal's support are touched: outside it the draft has no mass, so every step
+    merely rescales the target there.
+
+    Returns:
+        (chance [B, N], as in `target_only`;
+        inside [B, N, K]: what is left of the target on the support of each node's proposal;
+        scale [B, N]: the factor of the target outside the support.)
+
+    Raises:
+        ValueError: a tree with children carries no proposal.
+    """
+    proposal = _proposal_of(tree)
+    children = _children(tree)  # [B, N, R], -1 where there are fewer
+    draft = proposal.probs.to(target.dtype)  # [B, N, K]
+    inside = target.gather(2, proposal.ids).masked_fill(draft <= 0, 0.0)
+    outside = (1.0 - inside.sum(-1)).clamp(min=0.0)  # [B, N]
+    scale = torch.ones_like(outside)
+    chance = torch.zeros_like(outside)
+    tiny = torch.finfo(draft.dtype).tiny
+    for child in children.unbind(-1):  # [B, N]: the next child of every node
+        token = tree.tokens.gather(1, child.clamp(min=0))
+        here = (proposal.ids == token[..., None]) & (draft > 0) & (child >= 0)[..., None]  # [B, N, K]
+        p, q = (inside * here).sum(-1), (draft * here).sum(-1)
+        ratio = torch.where(p > 0, p / q.clamp(min=tiny), 0.0).clamp(max=1.0)
+        chance = chance.scatter_add(1, child.clamp(min=0), ratio.masked_fill(child < 0, 0.0))
+
+        left = (inside - draft).clamp(min=0.0)
+        mass = left.sum(-1) + outside
+        # Nothing left means p equals q: the child was accepted for certain, and no residual is ever asked for.
+        rejected = (child >= 0) & (mass > 0)
+        inside = torch.where(rejected[..., None], left / mass.clamp(min=tiny)[..., None], inside)
+        factor = torch.where(rejected, 1.0 / mass.clamp(min=tiny), 1.0)
+        outside, scale = outside * factor, scale * factor
+        if proposal.children != "sample_with_replacement":
+            remaining = draft.masked_fill(here, 0.0)
+            draft = remaining / remaining.sum(-1, keepdim=True).clamp(min=tiny)
+    return chance, inside, scale
+
+
+def residual(tree: TokenTree, target: Tensor, node: Tensor, inside: Tensor, scale: Tensor) -> Tensor:
+    """[B, V] unnormalised law of the next token after `node` ([B]), given that none of its children was taken.
+
+    `inside` and `scale` are those of `child_probabilities`.
+    """
+    rows = torch.arange(len(node), device=node.device)
+    whole = target[rows, node]
+    proposal = _proposal_of(tree)
+    ids, support = proposal.ids[rows, node], proposal.probs[rows, node] > 0  # [B, K]
+    rest = whole * scale[rows, node][:, None]
+    change = torch.where(support, inside[rows, node] - rest.gather(1, ids), 0.0)
+    rest = rest.scatter_add(1, ids, change).clamp(min=0.0)
+    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, whole)
+
+
+def _children(tree: TokenTree) -> Tensor:
+    """[B, N, R] int64: the children of every node in the order they are tried, -1 where there are fewer than R."""
+    rank = elder_siblings(tree).sum(-1)  # [B, N]
+    most = int(rank.max()) + 1 if tree.nodes > 1 else 0
+    batch, nodes = tree.tokens.shape
+    table = torch.full((batch, (nodes + 1) * most), -1, dtype=torch.int64, device=rank.device)
+    # Roots and padding, who are nobody's children, go to an extra last row.
+    parent = torch.where(tree.parents >= 0, tree.parents.long(), nodes)
+    index = torch.arange(nodes, device=rank.device).expand(batch, -1)
+    if most:
+        table.scatter_(1, parent * most + rank, index)
+    return table.view(batch, nodes + 1, most)[:, :nodes]
+
+
+def _proposal_of(tree: TokenTree) -> Proposal:
+    if tree.proposal is not None:
+        return tree.proposal
+    if tree.depth:
+        raise ValueError("acceptance=recursive_rejection: the tree has no draft probabilities")
+    nothing = tree.tokens.new_zeros(*tree.tokens.shape, 1)  # roots have no children to judge
+    return Proposal(ids=nothing, probs=nothing.float(), children="sample")

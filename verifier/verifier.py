@@ -1,0 +1,44 @@
+"""The verifier: one forward pass of the target over all nodes of all trees."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from specdec.cached_model import CachedModel
+from specdec.kernels import reference
+from specdec.model import PagedLM
+from specdec.protocols import Capacity, Decoding, StepContext
+from specdec.tree import Acceptance, TokenTree
+
+
+class TreeVerifier:
+    """Scores token trees with the target model and keeps the accepted paths in its cache.
+
+    Args:
+        target: the target model.
+        prefill_chunk: prompt tokens of a sequence that go through the model at a time.
+    """
+
+    def __init__(self, target: PagedLM, *, prefill_chunk: int = 512) -> None:
+        self.target = CachedModel(target, prefill_chunk=prefill_chunk)
+
+    def prepare(self, capacity: Capacity) -> None:
+        self.target.prepare(capacity)
+
+    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
+        return self.target.start(sequences)
+
+    def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
+        """[B, N, V] logits of the target at every node (SpecInfer, Miao et al. 2024, section 4: tree attention)."""
+        ancestors, depths = reference.tree_structure(tree.parents)
+        logits = self.target.lm.forward(
+            self.target.cache, context.rows, tree.tokens, depths, ancestors=ancestors
+        )
+        assert logits is not None
+        return logits
+
+    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+        self.target.commit(context.rows, acceptance.path, acceptance.length)
+
+    def finish(self, sequence: Decoding) -> None:
+        self.target.finish(sequence)
