@@ -1,7 +1,7 @@
 """Growing token trees level by level: candidates from a drafter, decisions from a tree policy.
 
-Legend: B sequences, F nodes expanded at a level, K candidates, C = F * width new nodes of a level, T nodes of all
-levels with the root, N nodes of the finished tree, E expanded nodes of all levels.
+Legend: B sequences, F nodes expanded at a level, K candidates, C = F * width new nodes of a level,
+T nodes of all levels with the root, N nodes of the finished tree, E expanded nodes of all levels.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.protocols import StepContext, TreePolicy
-from specdec.sampling import draw
+from specdec.sampling import DRAFT_STREAM, draw, race
 from specdec.tree import PADDING, ROOT, Children, Proposal, TokenTree
 
 DEAD = float("-inf")  # score of a slot that holds no node
@@ -38,24 +38,50 @@ class Frontier:
 
 
 Expand = Callable[[Frontier], tuple[Tensor, Tensor]]
-"""A drafter's answer to a frontier: candidate ids [B, F, K], none twice for a node, and their probabilities
-[B, F, K] in descending order, zero where there are fewer than K. They sum to 1 if children are to be sampled."""
+"""A drafter's answer to a frontier: candidate ids [B, F, K], none twice for a node, and their
+probabilities [B, F, K] in descending order, zero where there are fewer than K. They sum to 1 if
+children are to be sampled."""
 
 
-def grow(policy: TreePolicy, levels: int, context: StepContext, expand: Expand) -> tuple[TokenTree, Tensor]:
+def plan(policy: TreePolicy, depth: int | None, candidates: int) -> int:
+    """Levels to grow for the settings of a drafter; 0 if the budget turns drafting off.
+
+    Raises:
+        ValueError: `depth` or `candidates` below 1, or a depth that contradicts the policy.
+    """
+    if depth is not None and depth < 1:
+        raise ValueError(
+            f"drafter.depth={depth}: must be at least 1, or null (tree.budget=0 turns drafting off)"
+        )
+    if candidates < 1:
+        raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
+    return policy.levels(depth) if policy.budget else 0
+
+
+def grow(
+    policy: TreePolicy, levels: int, context: StepContext, expand: Expand
+) -> tuple[TokenTree, Tensor]:
     """Grow one tree per sequence.
 
     Returns:
-        (the trees; expanded [B, N] int64: each node's number among the expanded nodes, -1 if it was not.)
+        (the trees; expanded [B, N] int64: each node's number among the expanded nodes, -1 if it
+            was not.)
     """
     children = cast(Children, policy.children)
     sampled = children != "top_k"
     batch, device = len(context.roots), context.roots.device
     zero = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     frontier = Frontier(
-        level=0, first=0, tokens=context.roots[:, None], parents=zero - 1, alive=torch.ones_like(zero).bool()
+        level=0,
+        first=0,
+        tokens=context.roots[:, None],
+        parents=zero - 1,
+        alive=torch.ones_like(zero).bool(),
     )
-    index, score = zero, zero.double()  # of the frontier's nodes: place among the T nodes, log probability
+    index, score = (
+        zero,
+        zero.double(),
+    )  # of the frontier's nodes: place among the T nodes, log probability
     tokens, parents, scores = [frontier.tokens], [zero + ROOT], [score]  # [B, C] of each level
     expanded: list[Tensor] = []  # [B, F] of each level: index
     supports: list[tuple[Tensor, Tensor]] = []  # ids and probs [B, F, K] of each level
@@ -65,10 +91,12 @@ def grow(policy: TreePolicy, levels: int, context: StepContext, expand: Expand) 
         expanded.append(torch.where(frontier.alive, index, -1))
         supports.append((ids, probs))
         width = min(policy.width(level), ids.shape[2])
-        slots = score[..., None] + probs[..., :width].double().log().clamp(max=0.0)  # [B, F, width]
+        slots = score[..., None] + probs[..., :width].double().log().clamp(
+            max=0.0
+        )  # [B, F, width]
         chosen = policy.select(level, levels, slots, sampled=sampled) & (slots > DEAD)
         if sampled:
-            drawn = _draw_children(children, probs, width, context.uniforms(1 + level, probs[0].numel()))
+            drawn = _draw_children(context, level, children, probs, width)
             ids, drawn_probs = ids.gather(2, drawn), probs.gather(2, drawn)
             slots = score[..., None] + drawn_probs.double().log().clamp(max=0.0)
             fits = torch.arange(width, device=device) < chosen.sum(-1, keepdim=True)
@@ -99,20 +127,26 @@ def grow(policy: TreePolicy, levels: int, context: StepContext, expand: Expand) 
     if not sampled:
         best = policy.keep(every)
         kept = kept if best is None else kept & best
-    tree, order = _compact(torch.cat(tokens, 1), torch.cat(parents, 1), kept, levels, policy.budget + 1)
+    tree, order = _compact(
+        torch.cat(tokens, 1), torch.cat(parents, 1), kept, levels, policy.budget + 1
+    )
     number = _numbers(torch.cat(expanded, 1), every.shape[1]).gather(1, order)  # [B, N]
     number = number.masked_fill(tree.parents == PADDING, -1)
     return replace(tree, proposal=_proposal(supports, number, children)), number
 
 
-def _draw_children(children: Children, probs: Tensor, width: int, uniform: Tensor) -> Tensor:
+def _draw_children(
+    context: StepContext, level: int, children: Children, probs: Tensor, width: int
+) -> Tensor:
     """[B, F, width] int64 places in the support [B, F, K], drawn from it in this order."""
-    uniform = uniform.view(probs.shape)
-    if children == "sample_with_replacement":
-        return draw(probs, uniform[..., :width])
-    # Exponential races: the order of arrival is a draw without replacement (Gumbel top-k, Kool et al. 2019).
-    arrival = -torch.log1p(-uniform) / probs.double()
-    return arrival.nan_to_num(nan=float("inf")).topk(width, dim=-1, largest=False, sorted=True).indices
+    batch, nodes, support = probs.shape
+    stream = DRAFT_STREAM + level
+    if children == "sample":
+        arrival = race(probs, context.uniforms(stream, nodes * support).view(probs.shape))
+        return arrival.topk(width, largest=False).indices
+    shape = batch, nodes, width, support
+    coins = context.uniforms(stream, nodes * width * support).view(shape)
+    return draw(probs[:, :, None].expand(shape), coins)
 
 
 def _compact(
@@ -137,19 +171,27 @@ def _compact(
 
 
 def _numbers(expanded: Tensor, total: int) -> Tensor:
-    """[B, E] index of each expanded node to [B, T] number of each node among the expanded ones, -1 for none."""
+    """[B, E] index of each expanded node to [B, T] number of each node among the expanded ones, -1
+    for none."""
     batch, count = expanded.shape
     numbers = torch.full((batch, total + 1), -1, dtype=torch.int64, device=expanded.device)
-    target = torch.where(expanded < 0, total, expanded)  # dead slots all write to the extra last place
+    target = torch.where(
+        expanded < 0, total, expanded
+    )  # dead slots all write to the extra last place
     place = torch.arange(count, device=expanded.device).expand(batch, -1)
     return numbers.scatter(1, target, place)[:, :total]
 
 
-def _proposal(supports: list[tuple[Tensor, Tensor]], number: Tensor, children: Children) -> Proposal:
-    """Each node's support ([B, F, K] of its level), found by its number ([B, N]) among the expanded nodes."""
+def _proposal(
+    supports: list[tuple[Tensor, Tensor]], number: Tensor, children: Children
+) -> Proposal:
+    """Each node's support ([B, F, K] of its level), found by its number ([B, N]) among the
+    expanded nodes."""
     most = max(ids.shape[2] for ids, _ in supports)
     ids, probs = (
-        torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[2])) for part in parts], dim=1)
+        torch.cat(
+            [torch.nn.functional.pad(part, (0, most - part.shape[2])) for part in parts], dim=1
+        )
         for parts in zip(*supports, strict=True)
     )  # [B, E, K]
     index = number.clamp(min=0)[..., None].expand(-1, -1, most)

@@ -1,17 +1,19 @@
-"""A base for drafters that look at one sequence at a time on the host and know nothing of tensors."""
+"""A base for drafters that look at one sequence at a time on the host and know nothing of
+tensors."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.growth import Frontier, grow
+from specdec.drafters.growth import Frontier, grow, plan
 from specdec.protocols import Decoding, Drafter, StepContext, TreePolicy
 from specdec.tree import TokenTree
 
 
 class Trie:
-    """Weighted continuations merged by common beginnings; a child's probability is its share of the weight."""
+    """Weighted continuations merged by common beginnings; a child's probability is its share of
+    the weight."""
 
     __slots__ = ("children", "weight")
 
@@ -26,7 +28,8 @@ class Trie:
             node.weight += weight
 
     def best(self, count: int) -> list[tuple[int, float]]:
-        """(token, probability) of the `count` heaviest children, renormalised; of equals the one added first."""
+        """(token, probability) of the `count` heaviest children, renormalised; of equals the one
+        added first."""
         heaviest = sorted(self.children.items(), key=lambda item: -item[1].weight)[:count]
         total = sum(child.weight for _, child in heaviest)
         return [(token, child.weight / total) for token, child in heaviest]
@@ -44,17 +47,16 @@ class HostDrafter(Drafter):
         ValueError: a setting out of range.
     """
 
-    def __init__(self, *, tree: TreePolicy, depth: int | None = None, candidates: int = 16) -> None:
-        if depth is not None and depth < 1:
-            raise ValueError(f"drafter.depth={depth}: must be at least 1, or null; tree.budget=0 turns drafting off")
-        if candidates < 1:
-            raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
+    def __init__(
+        self, *, tree: TreePolicy, depth: int | None = None, candidates: int = 16
+    ) -> None:
         self.tree = tree
-        self.levels = tree.levels(depth) if tree.budget else 0
+        self.levels = plan(tree, depth, candidates)
         self.candidates = candidates
 
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
-        """Continuations of `sequence.tokens` of up to `levels` tokens, each with a positive weight."""
+        """Continuations of `sequence.tokens` of up to `levels` tokens, each with a positive
+        weight."""
         raise NotImplementedError
 
     def draft(self, context: StepContext) -> TokenTree:
@@ -67,14 +69,21 @@ class HostDrafter(Drafter):
         if not any(trie.children for trie in tries):
             return TokenTree.roots(context.roots)
         sampled = self.tree.children != "top_k"
-        expanded: list[list[Trie]] = [[trie] for trie in tries]  # per sequence, by number of expanded node
+        expanded: list[list[Trie]] = [
+            [trie] for trie in tries
+        ]  # per sequence, by number of expanded node
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
             width = self.candidates if sampled else self.tree.width(frontier.level)
             if frontier.level:
-                places = zip(expanded, frontier.tokens.tolist(), frontier.parents.tolist(), strict=True)
+                places = zip(
+                    expanded, frontier.tokens.tolist(), frontier.parents.tolist(), strict=True
+                )
                 for nodes, tokens, parents in places:
-                    nodes += [nodes[p].children.get(t, _NOTHING) for t, p in zip(tokens, parents, strict=True)]
+                    nodes += [
+                        nodes[p].children.get(t, _NOTHING)
+                        for t, p in zip(tokens, parents, strict=True)
+                    ]
             best = [[node.best(width) for node in nodes[frontier.first :]] for nodes in expanded]
             ids = torch.tensor([[_column(row, 0, width) for row in rows] for rows in best])
             probs = torch.tensor([[_column(row, 1, width) for row in rows] for rows in best])

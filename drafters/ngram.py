@@ -11,15 +11,16 @@ from specdec.protocols import Decoding, TreePolicy
 class NGram(HostDrafter):
     """Longest suffix match over prompt and output, several matches merged into one tree.
 
-    Every earlier place where the last `min_match` tokens stood is a match; the `matches` best of the most
-    recent `SCANNED`, longer ones first, then later ones, give their continuations (Prompt Lookup Decoding,
-    Saxena 2023, keeps one). A match counts twice as much as one a token shorter.
+    Every earlier place where the last `min_match` tokens stood is a match; the `matches` best of
+    the most recent `SCANNED`, longer ones first, then later ones, give their continuations (Prompt
+    Lookup Decoding, Saxena 2023, keeps one). A match counts twice as much as one a token shorter.
 
     Args:
         target: not needed.
         tree: the tree policy.
         depth: longest continuation; None leaves it to the policy.
-        min_match, max_match: shortest match that counts, and the length after which longer does not matter.
+        min_match, max_match: shortest match that counts, and the length after which longer does
+            not matter.
         matches: continuations merged into a tree.
         candidates: children considered per node when they are sampled.
 
@@ -43,7 +44,8 @@ class NGram(HostDrafter):
         super().__init__(tree=tree, depth=depth, candidates=candidates)
         if not 1 <= min_match <= max_match:
             raise ValueError(
-                f"drafter.min_match={min_match}, drafter.max_match={max_match}: need 1 <= min_match <= max_match"
+                f"drafter.min_match={min_match}, drafter.max_match={max_match}: "
+                f"need 1 <= min_match <= max_match"
             )
         if matches < 1:
             raise ValueError(f"drafter.matches={matches}: must be at least 1")
@@ -67,7 +69,9 @@ class NGram(HostDrafter):
     def _match_length(self, tokens: Sequence[int], end: int) -> int:
         """How many tokens before `end` equal the last ones, up to `max_match`."""
         length = self.min_match
-        while length < min(self.max_match, end) and tokens[end - length - 1] == tokens[-length - 1]:
+        while (
+            length < min(self.max_match, end) and tokens[end - length - 1] == tokens[-length - 1]
+        ):
             length += 1
         return length
 
@@ -81,7 +85,8 @@ class _Index:
         self.indexed = n - 1  # n-grams that end up to here are in `ends`
 
     def find(self, tokens: Sequence[int]) -> list[int]:
-        """Ends of the earlier places of the last n tokens, ascending; the text may have grown since the last call."""
+        """Ends of the earlier places of the last n tokens, ascending; the text may have grown
+        since the last call."""
         for end in range(self.indexed + 1, len(tokens)):
             self.ends[tuple(tokens[end - self.n : end])].append(end)
         self.indexed = max(self.indexed, len(tokens) - 1)

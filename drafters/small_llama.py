@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specdec.cached_model import CachedModel
-from specdec.drafters.growth import Frontier, grow
+from specdec.drafters.growth import Frontier, grow, plan
 from specdec.kernels.layout import pack_bits
 from specdec.model import PagedLM
 from specdec.protocols import Capacity, Decoding, Drafter, StepContext, TreePolicy
@@ -15,19 +15,21 @@ from specdec.tree import Acceptance, TokenTree
 
 
 class SmallLlama(Drafter):
-    """Drafts with a causal LM, any that shares the target's vocabulary (Leviathan et al. 2023; SpecInfer).
+    """Drafts with a causal LM, any that shares the target's vocabulary (Leviathan et al. 2023;
+    SpecInfer).
 
-    It has its own paged cache. Each draft begins by committing what the last step added (usually one or two
-    tokens, the root among them); then every level of the tree is one pass over its nodes, whose keys and values
-    go to the tree scratch.
+    It has its own paged cache. Each draft begins by committing what the last step added (usually
+    one or two tokens, the root among them); then every level of the tree is one pass over its
+    nodes, whose keys and values go to the tree scratch.
 
     Args:
         target: the target model.
         tree: the tree policy.
         path: model folder, hub id or zoo:NAME.
         depth: levels of the tree; None leaves it to the policy.
-        candidates: sampled children are drawn from the `candidates` most probable tokens, renormalised; that
-            cut distribution is the one the acceptance rule is told about, so it costs nothing but acceptance.
+        candidates: sampled children are drawn from the `candidates` most probable tokens,
+            renormalised; that cut distribution is the one the acceptance rule is told about, so it
+            costs nothing but acceptance.
 
     Raises:
         ValueError: a setting out of range, or another vocabulary than the target's.
@@ -36,20 +38,26 @@ class SmallLlama(Drafter):
     sampled_children = True
 
     def __init__(
-        self, *, target: PagedLM, tree: TreePolicy, path: str, depth: int | None = None, candidates: int = 64
+        self,
+        *,
+        target: PagedLM,
+        tree: TreePolicy,
+        path: str,
+        depth: int | None = None,
+        candidates: int = 64,
     ) -> None:
-        if depth is not None and depth < 1:
-            raise ValueError(f"drafter.depth={depth}: must be at least 1, or null; tree.budget=0 turns drafting off")
-        if candidates < 1:
-            raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
         self.tree = tree
-        self.levels = tree.levels(depth) if tree.budget else 0
+        self.levels = plan(tree, depth, candidates)
         self.candidates = candidates
-        self.lm = PagedLM.load(path, dtype=target.dtype, device=target.device, setting="drafter.path")
+        self.lm = PagedLM.load(
+            path, dtype=target.dtype, device=target.device, setting="drafter.path"
+        )
         check_vocabulary(self.lm, target, setting=f"drafter.path={path}")
         self.vocab_size = min(self.lm.vocab_size, target.vocab_size)
         self.model = CachedModel(self.lm)
-        self._slots = torch.empty(0)  # [B, N] scratch row of each node of the last draft, -1 for none
+        self._slots = torch.empty(
+            0
+        )  # [B, N] scratch row of each node of the last draft, -1 for none
 
     def prepare(self, capacity: Capacity) -> None:
         self.model.prepare(capacity)
@@ -70,12 +78,20 @@ class SmallLlama(Drafter):
         ancestry = _Ancestry()
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
-            logits = first_logits if frontier.level == 0 else self._forward(rows, frontier, ancestry)
+            logits = (
+                first_logits if frontier.level == 0 else self._forward(rows, frontier, ancestry)
+            )
             logits = logits[..., : self.vocab_size]
             if sampled:
-                probs, ids = probabilities(logits, context.sampling).topk(min(self.candidates, self.vocab_size))
+                probs, ids = probabilities(logits, context.sampling).topk(
+                    min(self.candidates, self.vocab_size)
+                )
                 return ids, probs / probs.sum(-1, keepdim=True)
-            probs, ids = logits.float().softmax(-1).topk(min(self.tree.width(frontier.level), self.vocab_size))
+            probs, ids = (
+                logits.float()
+                .softmax(-1)
+                .topk(min(self.tree.width(frontier.level), self.vocab_size))
+            )
             return ids, probs
 
         tree, expanded = grow(self.tree, self.levels, context, expand)
@@ -85,16 +101,20 @@ class SmallLlama(Drafter):
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
         if not self.levels:
             return
-        slots = self._slots.gather(1, acceptance.path)[:, 1:]  # [B, depth]; the root is committed already
+        slots = self._slots.gather(1, acceptance.path)[
+            :, 1:
+        ]  # [B, depth]; the root is committed already
         inside = torch.arange(slots.shape[1], device=slots.device) < acceptance.length[:, None] - 1
-        # A node of the last level, or one not expanded, has no keys and values; it comes with the next draft.
+        # A node of the last level, or one not expanded, has no keys and values; it comes with the
+        # next draft.
         length = (inside & (slots >= 0)).long().cumprod(1).sum(1)
         self.model.commit(context.rows, slots.clamp(min=0), length)
 
     def _forward(self, rows: Sequence[int], frontier: Frontier, ancestry: "_Ancestry") -> Tensor:
         """[B, F, V] logits after the nodes of a level."""
         ancestry.add(frontier)
-        # The root is committed here, unlike in the target: it is neither a scratch row nor an offset.
+        # The root is committed here, unlike in the target: it is neither a scratch row nor an
+        # offset.
         logits = self.lm.forward(
             self.model.cache,
             rows,
@@ -109,7 +129,8 @@ class SmallLlama(Drafter):
 
 
 class _Ancestry:
-    """Who sees whom among the R nodes expanded so far in one draft; node number n of the tree is row n - 1.
+    """Who sees whom among the R nodes expanded so far in one draft; node number n of the tree is
+    row n - 1.
 
     Attributes:
         visible: [B, R, R] bool, a node's ancestors and itself.
@@ -122,7 +143,9 @@ class _Ancestry:
 
     def add(self, frontier: Frontier) -> None:
         batch, count = frontier.tokens.shape
-        own = torch.eye(count, dtype=torch.bool, device=frontier.tokens.device).expand(batch, -1, -1)
+        own = torch.eye(count, dtype=torch.bool, device=frontier.tokens.device).expand(
+            batch, -1, -1
+        )
         offsets = torch.full_like(frontier.tokens, frontier.level - 1)
         if frontier.level == 1:
             self.visible, self.offsets = own, offsets
@@ -130,12 +153,15 @@ class _Ancestry:
         rows = self.visible.shape[2]
         parents = (frontier.parents - 1)[..., None].expand(-1, -1, rows)
         inherited = torch.cat([self.visible.gather(1, parents), own], dim=2)
-        self.visible = torch.cat([torch.nn.functional.pad(self.visible, (0, count)), inherited], dim=1)
+        self.visible = torch.cat(
+            [torch.nn.functional.pad(self.visible, (0, count)), inherited], dim=1
+        )
         self.offsets = torch.cat([self.offsets, offsets], dim=1)
 
 
 def check_vocabulary(draft: PagedLM, target: PagedLM, *, setting: str) -> None:
-    """Raise ValueError, naming the setting, unless equal token ids mean equal tokens in both models."""
+    """Raise ValueError, naming the setting, unless equal token ids mean equal tokens in both
+    models."""
     if draft.tokenizer is not None and target.tokenizer is not None:
         mine, theirs = draft.tokenizer.get_vocab(), target.tokenizer.get_vocab()
         if mine == theirs:
@@ -146,4 +172,7 @@ def check_vocabulary(draft: PagedLM, target: PagedLM, *, setting: str) -> None:
         return
     else:
         detail = f"{draft.vocab_size} and {target.vocab_size} tokens"
-    raise ValueError(f"{setting}: its vocabulary is not the target's ({detail}); choose a draft of the same tokenizer")
+    raise ValueError(
+        f"{setting}: its vocabulary is not the target's ({detail}); "
+        f"choose a draft with the same tokenizer"
+    )

@@ -1,4 +1,5 @@
-"""What the attention of one forward pass may look at: pages of committed tokens, then rows of tree scratch.
+"""What the attention of one forward pass may look at: pages of committed tokens, then rows of tree
+scratch.
 
 Legend: B sequences, N query rows, M scratch rows, W = ceil(M / 32) words, P pages per sequence.
 """
@@ -8,19 +9,22 @@ from torch import Tensor
 
 
 class TreeLayout:
-    """Visibility of keys for the N query rows of each sequence, shared by all layers of one forward pass.
+    """Visibility of keys for the N query rows of each sequence, shared by all layers of one
+    forward pass.
 
-    A query sees every committed token of its own sequence and the scratch rows whose bit is set in its
-    `ancestors`; a sliding window hides keys `window` or more positions behind it.
+    A query sees every committed token of its own sequence and the scratch rows whose bit is set in
+    its `ancestors`; a sliding window hides keys `window` or more positions behind it.
 
     Args:
-        page_table: [B, P] int32, physical page of each logical page; entries past the context are ignored.
+        page_table: [B, P] int32, physical page of each logical page; entries past the context are
+            ignored.
         context_lens: [B] int32, committed tokens of each sequence.
         max_context: an upper bound of `context_lens` known on the host.
         positions: [B, N] int64, position of each query in its sequence.
         key_positions: [B, M] int64, position of each scratch row.
         first: scratch row that holds the keys of query 0; query i owns row `first + i`.
-        ancestors: [B, N, W] int32, bit m set if the query sees scratch row m (itself included). None means a
+        ancestors: [B, N, W] int32, bit m set if the query sees scratch row m (itself included).
+            None means a
             causal chain: query i sees the rows 0 .. first + i.
     """
 
@@ -56,7 +60,8 @@ class TreeLayout:
         self._hidden: dict[int | None, Tensor] = {}
 
     def hidden(self, window: int | None = None) -> Tensor:
-        """[B, 1, N, max_context + M] bool, True where a query must not look; computed once per window."""
+        """[B, 1, N, max_context + M] bool, True where a query must not look; computed once per
+        window."""
         if window not in self._hidden:
             self._hidden[window] = self._build_hidden(window)
         return self._hidden[window]
@@ -89,7 +94,9 @@ def pack_bits(dense: Tensor) -> Tensor:
     rows = dense.shape[-1]
     padded = torch.nn.functional.pad(dense, (0, words(rows) * 32 - rows))
     shifts = torch.arange(32, device=dense.device)
-    packed = (padded.unflatten(-1, (-1, 32)).long() << shifts).sum(-1)  # [..., W] in 0 .. 2**32 - 1
+    packed = (padded.unflatten(-1, (-1, 32)).long() << shifts).sum(
+        -1
+    )  # [..., W] in 0 .. 2**32 - 1
     return packed.to(torch.int32)
 
 

@@ -1,7 +1,9 @@
-"""Plain torch functions that define what the kernels compute, on any device and in any floating type.
+"""Plain torch functions that define what the kernels compute, on any device and in any floating
+type.
 
-Legend: B sequences, N tree nodes or query rows, M scratch rows, L layers, HQ query heads, HKV key-value heads,
-D head size, S tokens of a page, A accepted nodes. Low-precision inputs are computed in float32, float64 stays.
+Legend: B sequences, N tree nodes or query rows, M scratch rows, L layers, HQ query heads, HKV
+key-value heads, D head size, S tokens of a page, A accepted nodes. Low-precision inputs are
+computed in float32, float64 stays.
 """
 
 import torch
@@ -23,7 +25,8 @@ def tree_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of tree nodes over the committed pages of their sequence and their ancestors in the scratch.
+    """Attention of tree nodes over the committed pages of their sequence and their ancestors in
+    the scratch.
 
     Args:
         query: [B, HQ, N, D].
@@ -31,9 +34,11 @@ def tree_attention(
         key_tree, value_tree: [B, HKV, M, D], one layer of the tree scratch.
         layout: which keys each query sees.
         scale: factor of the dot products.
-        window: keys this many positions or more behind a query are hidden (sliding-window attention).
+        window: keys this many positions or more behind a query are hidden (sliding-window
+            attention).
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2, section 2).
-        sinks: [HQ], one learned logit per head that takes part in the softmax and has no value (gpt-oss).
+        sinks: [HQ], one learned logit per head that takes part in the softmax and has no value
+            (gpt-oss).
 
     Returns:
         [B, N, HQ, D] in the type of `query`. A query that sees nothing gives zeros.
@@ -44,7 +49,9 @@ def tree_attention(
     keys = torch.cat([_gather_context(key_pages, layout), key_tree], dim=2).to(wide)
     values = torch.cat([_gather_context(value_pages, layout), value_tree], dim=2).to(wide)
     hidden = layout.hidden(window)
-    if batch > 1:  # rows shorter than the longest gathered pages that are not theirs: never multiply those
+    if (
+        batch > 1
+    ):  # rows shorter than the longest gathered pages that are not theirs: never multiply those
         values.masked_fill_(hidden.all(dim=2)[..., None], 0.0)
 
     grouped = query.to(wide).reshape(batch, kv_heads, -1, query.shape[-1])  # [B, HKV, G * N, D]
@@ -68,7 +75,9 @@ def _gather_context(pages: Tensor, layout: TreeLayout) -> Tensor:
     used = -(-layout.max_context // page_size)
     table = layout.page_table[:, :used].reshape(-1).clamp(min=0)
     gathered = pages.index_select(0, table).view(batch, used, kv_heads, page_size, head_dim)
-    return gathered.transpose(1, 2).reshape(batch, kv_heads, -1, head_dim)[:, :, : layout.max_context]
+    return gathered.transpose(1, 2).reshape(batch, kv_heads, -1, head_dim)[
+        :, :, : layout.max_context
+    ]
 
 
 def tree_structure(parents: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +87,8 @@ def tree_structure(parents: Tensor) -> tuple[Tensor, Tensor]:
         parents: [B, N] int; -1 marks the root, -2 padding, else the index of an earlier node.
 
     Returns:
-        (bits [B, N, W] int32, each node's ancestors and itself; depths [B, N] int64, 0 at the root). A
-        padding node sees itself only and has depth 0.
+        (bits [B, N, W] int32, each node's ancestors and itself; depths [B, N] int64, 0 at the
+        root). A padding node sees itself only and has depth 0.
     """
     nodes = parents.shape[1]
     eye = torch.eye(nodes, device=parents.device)
@@ -91,7 +100,9 @@ def tree_structure(parents: Tensor) -> tuple[Tensor, Tensor]:
     return pack_bits(dense), dense.sum(dim=-1) - 1
 
 
-def commit_path(pages: Tensor, tree: Tensor, path: Tensor, page: Tensor, offset: Tensor, owner: Tensor) -> None:
+def commit_path(
+    pages: Tensor, tree: Tensor, path: Tensor, page: Tensor, offset: Tensor, owner: Tensor
+) -> None:
     """Copy accepted scratch rows of all layers into their pages, in place.
 
     Args:

@@ -1,15 +1,16 @@
-"""PagedKVCache: keys and values of committed tokens in shared pages, and of draft nodes in a scratch.
+"""PagedKVCache: keys and values of committed tokens in shared pages, and of draft nodes in a
+scratch.
 
 Pages hold committed tokens only. A row of the cache is one sequence; of its positions
     [0, committed)           are written and readable,
     [committed, allocated)   belong to the row and are empty.
-Full pages never change again, so rows may share them: the common beginning of two prompts (`open`), or all of a
-row's history (`fork`). A page is shared by reference count; the partly filled last page of a forked row is
-copied when the fork first writes to it. A row holds all pages it may ever need from the moment it is opened,
-so nothing can run out in the middle of a step.
+Full pages never change again, so rows may share them: the common beginning of two prompts
+(`open`), or all of a row's history (`fork`). A page is shared by reference count; the partly
+filled last page of a forked row is copied when the fork first writes to it. A row holds all pages
+it may ever need from the moment it is opened, so nothing can run out in the middle of a step.
 
-Draft nodes keep their keys and values in the scratch, once per node however many branches pass through it;
-`commit` copies an accepted path to the pages.
+Draft nodes keep their keys and values in the scratch, once per node however many branches pass
+through it; `commit` copies an accepted path to the pages.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ class CacheFullError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVShape:
-    """Keys and values of one token in one model: [layers, kv_heads, key_dim] and [layers, kv_heads, value_dim]."""
+    """Keys and values of one token in one model: [layers, kv_heads, key_dim] and [layers,
+    kv_heads, value_dim]."""
 
     layers: int
     kv_heads: int
@@ -44,9 +46,13 @@ class _Row:
 
     pages: list[int]
     committed: int = 0
-    borrowed: int | None = None  # index in `pages` of a partial page that belongs to the row forked from
+    borrowed: int | None = (
+        None  # index in `pages` of a partial page that belongs to the row forked from
+    )
     spare: int | None = None  # the page a borrowed one is copied to on the first write
-    prefix: list[int] = field(default_factory=list)  # tokens of the prompt, whose full pages may be shared
+    prefix: list[int] = field(
+        default_factory=list
+    )  # tokens of the prompt, whose full pages may be shared
 
 
 class PagedKVCache:
@@ -81,11 +87,14 @@ class PagedKVCache:
         self.shape, self.page_size, self.max_tokens = shape, page_size, max_tokens
         self.pages = pages
         self._like = torch.empty(0, dtype=dtype, device=device)
-        # Zeros, not empty: a stray NaN in a page nobody has written would survive a weight of zero.
+        # Zeros, not empty: a stray NaN in a page nobody has written would survive a weight of
+        # zero.
         pool = (shape.layers, pages, shape.kv_heads, page_size)
         self.keys = self._like.new_zeros(*pool, shape.key_dim)  # [L, pages, HKV, S, D]
         self.values = self._like.new_zeros(*pool, shape.value_dim)
-        self.page_table = torch.zeros(rows, self.pages_for(max_tokens), dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(
+            rows, self.pages_for(max_tokens), dtype=torch.int32, device=device
+        )
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # committed tokens
         no_scratch = (shape.layers, 0, shape.kv_heads, 0)
         self.tree_keys = self._like.new_zeros(*no_scratch, shape.key_dim)  # [L, B, HKV, M, D]
@@ -93,8 +102,8 @@ class PagedKVCache:
         self._rows: dict[int, _Row] = {}
         self._free = list(range(pages - 1, -1, -1))
         self._references = [0] * pages
-        # A full page of a prompt, found by what precedes it and its own tokens. The parent page is alive as
-        # long as the child is, so its number identifies the whole prefix.
+        # A full page of a prompt, found by what precedes it and its own tokens. The parent page is
+        # alive as long as the child is, so its number identifies the whole prefix.
         self._shared: dict[tuple[int, tuple[int, ...]], int] = {}
         self._shared_key: dict[int, tuple[int, tuple[int, ...]]] = {}
 
@@ -114,7 +123,8 @@ class PagedKVCache:
     # Rows
 
     def open(self, row: int, *, tokens: int, prefix: Sequence[int] = ()) -> int:
-        """Give a row all the pages it may need, the full pages of `prefix` that other rows hold among them.
+        """Give a row all the pages it may need, the full pages of `prefix` that other rows hold
+        among them.
 
         Args:
             tokens: the row will never hold more.
@@ -132,11 +142,13 @@ class PagedKVCache:
             raise RuntimeError(f"cache row {row} is already open")
         needed = self.pages_for(tokens)
         if tokens > self.max_tokens:
-            raise ValueError(f"a sequence of {tokens} tokens exceeds the {self.max_tokens} of a cache row")
+            raise ValueError(
+                f"a sequence of {tokens} tokens exceeds the {self.max_tokens} of a cache row"
+            )
         if needed > self.pages:
             raise ValueError(
-                f"cache.pages={self.pages} of {self.page_size} tokens: one sequence needs {needed} pages; "
-                f"raise cache.pages or lower max_new_tokens"
+                f"cache.pages={self.pages}: one sequence of {tokens} tokens needs {needed} pages of "
+                f"{self.page_size}; raise cache.pages or lower max_new_tokens"
             )
         shared = self._match(prefix)
         if needed - len(shared) > len(self._free):
@@ -153,7 +165,8 @@ class PagedKVCache:
         return len(self._match(prefix)) * self.page_size
 
     def fork(self, source: int, row: int, *, tokens: int) -> None:
-        """Open a row with the same committed tokens as `source`, sharing every page that holds some.
+        """Open a row with the same committed tokens as `source`, sharing every page that holds
+        some.
 
         Args:
             tokens: the new row will never hold more.
@@ -167,9 +180,13 @@ class PagedKVCache:
             raise RuntimeError(f"cache row {row} is already open")
         parent = self._rows[source]
         if not parent.committed <= tokens <= self.max_tokens:
-            raise ValueError(f"fork of {parent.committed} tokens into a row of {tokens}, at most {self.max_tokens}")
+            raise ValueError(
+                f"fork of {parent.committed} tokens into a row of {tokens} (limit {self.max_tokens})"
+            )
         used, full = self.pages_for(parent.committed), parent.committed // self.page_size
-        own = self.pages_for(tokens) - full  # the partial page counts: it is copied when written to
+        own = (
+            self.pages_for(tokens) - full
+        )  # the partial page counts: it is copied when written to
         if own > len(self._free):
             raise CacheFullError(f"{own} pages needed, {len(self._free)} free")
         shared = parent.pages[:used]
@@ -196,7 +213,8 @@ class PagedKVCache:
     # Tokens
 
     def scratch(self, batch: int, nodes: int) -> None:
-        """Make `tree_keys` and `tree_values` at least [L, batch, HKV, nodes, D]; what they hold stays."""
+        """Make `tree_keys` and `tree_values` at least [L, batch, HKV, nodes, D]; what they hold
+        stays."""
         _, had_batch, _, had_nodes, _ = self.tree_keys.shape
         if had_batch >= batch and had_nodes >= nodes:
             return
@@ -222,7 +240,9 @@ class PagedKVCache:
         counts = length.tolist()
         for row, count in zip(rows, counts, strict=True):
             if self._rows[row].committed + count > self.allocated(row):
-                raise RuntimeError(f"cache row {row}: {count} tokens more exceed {self.allocated(row)} allocated")
+                raise RuntimeError(
+                    f"cache row {row}: {count} tokens more exceed {self.allocated(row)} allocated"
+                )
         for row, count in zip(rows, counts, strict=True):
             if count:
                 self._own_last_page(row)
@@ -254,7 +274,9 @@ class PagedKVCache:
                 self._shared[key] = state.pages[i]
                 self._shared_key[state.pages[i]] = key
 
-    def _key(self, prefix: Sequence[int], pages: Sequence[int], i: int) -> tuple[int, tuple[int, ...]]:
+    def _key(
+        self, prefix: Sequence[int], pages: Sequence[int], i: int
+    ) -> tuple[int, tuple[int, ...]]:
         parent = pages[i - 1] if i else -1
         return parent, tuple(prefix[i * self.page_size : (i + 1) * self.page_size])
 
@@ -268,7 +290,8 @@ class PagedKVCache:
         return pages
 
     def _own_last_page(self, row: int) -> None:
-        """Before a write: copy the partial page a fork shares, unless everybody else has left it."""
+        """Before a write: copy the partial page a fork shares, unless everybody else has left
+        it."""
         state = self._rows[row]
         if state.borrowed is None or state.spare is None:
             return
@@ -303,21 +326,29 @@ class PagedKVCache:
                 del self._shared[key]
 
     def check(self) -> None:
-        """Raise RuntimeError, naming the first violation, unless every invariant of the cache holds."""
+        """Raise RuntimeError, naming the first violation, unless every invariant of the cache
+        holds."""
         expected = [0] * self.pages
         writers: dict[int, int] = {}  # page -> row that may write to it
         for row, state in self._rows.items():
             if not 0 <= state.committed <= self.allocated(row):
-                raise RuntimeError(f"row {row}: {state.committed} committed of {self.allocated(row)} allocated")
+                raise RuntimeError(
+                    f"row {row}: {state.committed} committed of {self.allocated(row)} allocated"
+                )
             if self.page_table[row, : len(state.pages)].tolist() != state.pages:
                 raise RuntimeError(f"row {row}: page table on the device differs from the host's")
-            if int(self.lengths[row]) != state.committed:
-                raise RuntimeError(f"row {row}: length {int(self.lengths[row])} on the device, {state.committed} on the host")
+            length = int(self.lengths[row])
+            if length != state.committed:
+                raise RuntimeError(
+                    f"row {row}: length {length} on the device, not {state.committed}"
+                )
             for i, page in enumerate(state.pages):
                 expected[page] += 1
                 if i >= state.committed // self.page_size and i != state.borrowed:
                     if page in writers:
-                        raise RuntimeError(f"page {page}: rows {writers[page]} and {row} may both write to it")
+                        raise RuntimeError(
+                            f"page {page}: rows {writers[page]} and {row} may both write to it"
+                        )
                     writers[page] = row
             if state.spare is not None:
                 expected[state.spare] += 1
@@ -327,9 +358,13 @@ class PagedKVCache:
                 raise RuntimeError(f"page {page} is free and in use")
         if expected != self._references:
             wrong = next(p for p in range(self.pages) if expected[p] != self._references[p])
-            raise RuntimeError(f"page {wrong}: {self._references[wrong]} references, {expected[wrong]} held")
+            raise RuntimeError(
+                f"page {wrong}: {self._references[wrong]} references, {expected[wrong]} held"
+            )
         held = sum(count > 0 for count in expected)
         if held + len(set(self._free)) != self.pages or len(set(self._free)) != len(self._free):
-            raise RuntimeError(f"pages leaked: {held} held, {len(self._free)} free of {self.pages}")
+            raise RuntimeError(
+                f"pages leaked: {held} held, {len(self._free)} free of {self.pages}"
+            )
         if any(self._shared.get(key) != page for page, key in self._shared_key.items()):
             raise RuntimeError("the index of shared prefixes is inconsistent")

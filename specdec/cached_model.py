@@ -1,6 +1,7 @@
 """CachedModel: a model and its own paged cache, in step with the sequences of the running batch.
 
-What the verifier and every drafting model share: taking prompts in (common beginnings once), and giving rows back.
+What the verifier and every drafting model share: taking prompts in (common beginnings once), and
+giving rows back.
 """
 
 from collections.abc import Sequence
@@ -37,9 +38,11 @@ class CachedModel:
         )
 
     def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
-        """Open rows and prefill all but the last token of each sequence, in order, until the pool is full.
+        """Open rows and prefill all but the last token of each sequence, in order, until the pool
+        is full.
 
-        A prompt that begins like another of the same call waits until the other's pages can be shared.
+        A prompt that begins like another of the same call waits until the other's pages can be
+        shared.
 
         Returns:
             The sequences that found room.
@@ -56,7 +59,9 @@ class CachedModel:
             for sequence in pending:
                 prefix = sequence.tokens[:-1]
                 common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
-                if common // self.cache.page_size * self.cache.page_size > self.cache.shareable(prefix):
+                if common // self.cache.page_size * self.cache.page_size > self.cache.shareable(
+                    prefix
+                ):
                     later.append(sequence)
                     continue
                 tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
@@ -75,10 +80,13 @@ class CachedModel:
     def commit(self, rows: Sequence[int], path: Tensor, length: Tensor) -> None:
         """Append accepted scratch rows ([B, A], the first `length` of each) to the pages.
 
-        What exceeds a row's allocation is dropped: its sequence has reached its last token in this step.
+        What exceeds a row's allocation is dropped: its sequence has reached its last token in this
+        step.
         """
         room = [self.cache.allocated(row) - self.cache.committed(row) for row in rows]
-        self.cache.commit(rows, path, torch.minimum(length, torch.tensor(room, device=length.device)))
+        self.cache.commit(
+            rows, path, torch.minimum(length, torch.tensor(room, device=length.device))
+        )
 
     def finish(self, sequence: Decoding) -> None:
         self.cache.close(sequence.row)
@@ -86,4 +94,6 @@ class CachedModel:
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -1,4 +1,5 @@
-"""The loop: draft, verify, accept, commit, for a batch of sequences until every request is done. Start reading here."""
+"""The loop: draft, verify, accept, commit, for a batch of sequences until every request is done.
+Start reading here."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -27,7 +28,8 @@ class Step:
         requests: [B] ids.
         nodes: [B] drafted nodes, the root not counted.
         accepted: [B] drafted nodes the rule accepted.
-        tokens: [B] new tokens that count: accepted ones and the target's own, up to the stop token or limit.
+        tokens: [B] new tokens that count: accepted ones and the target's own, up to the stop token
+            or limit.
         seconds: time of each verb.
     """
 
@@ -91,17 +93,24 @@ class Decoder:
         """Queue a request, at the front of the queue if `first`.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no room in the context or in a cache row.
+            ValueError: an empty prompt, or one that leaves no room in the context or in a cache
+                row.
         """
         prompt = len(request.prompt_ids)
         if prompt == 0:
             raise ValueError(f"request {request.id}: the prompt is empty")
         if prompt >= self.max_context:
-            raise ValueError(f"request {request.id}: a prompt of {prompt} tokens fills the context of {self.max_context}")
+            raise ValueError(
+                f"request {request.id}: a prompt of {prompt} tokens leaves no room in the context "
+                f"of {self.max_context}"
+            )
         if request.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={request.max_new_tokens}: must be at least 1")
         if min(request.max_tokens, self.max_context) > self._longest:
-            raise ValueError(f"request {request.id}: {request.max_tokens} tokens exceed max_tokens={self._longest}")
+            raise ValueError(
+                f"request {request.id}: {request.max_tokens} tokens exceed "
+                f"max_tokens={self._longest}"
+            )
         if first:
             self.waiting.appendleft(request)
         else:
@@ -111,7 +120,8 @@ class Decoder:
     def run(
         self, requests: Iterable[Request] = (), *, on_step: Callable[[Step], None] | None = None
     ) -> Iterator[Decoding]:
-        """Decode everything submitted and yield sequences as they finish; more may be submitted meanwhile.
+        """Decode everything submitted and yield sequences as they finish; more may be submitted
+        meanwhile.
 
         Raises:
             ValueError: as `submit`, or a request that the whole page pool cannot hold.
@@ -183,15 +193,20 @@ class Decoder:
             return uniforms(self.sampling.seed, ids, steps, stream, count).to(self.device)
 
         roots = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
-        return StepContext(sequences=sequences, roots=roots, sampling=self.sampling, uniforms=draws)
+        return StepContext(
+            sequences=sequences, roots=roots, sampling=self.sampling, uniforms=draws
+        )
 
     def _append(self, sequence: Decoding, tokens: list[int]) -> None:
-        """Add new tokens up to the first stop token, the length limit or the end of the context."""
+        """Add new tokens up to the first stop token, the length limit or the end of the
+        context."""
         stop = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), None)
         length = sequence.request.max_tokens - len(sequence.tokens)
         context = self.max_context - len(sequence.tokens)
         limits = {"stop": stop, "length": length, "context": context}
-        reason, limit = min(((name, n) for name, n in limits.items() if n is not None), key=lambda item: item[1])
+        reason, limit = min(
+            ((name, n) for name, n in limits.items() if n is not None), key=lambda item: item[1]
+        )
         if len(tokens) >= limit:
             tokens, sequence.finish_reason = tokens[:limit], reason
         sequence.tokens += tokens

@@ -1,12 +1,13 @@
 """PagedLM: a transformers causal LM over a paged cache, without touching its modelling code.
 
-transformers hands an extra keyword of `model(...)` on to the attention function of every layer. One function is
-registered there; the keyword carries one `_ForwardPass`, which knows the cache and who sees whom.
+transformers hands an extra keyword of `model(...)` on to the attention function of every layer.
+One function is registered there; the keyword carries one `_ForwardPass`, which knows the cache and
+who sees whom.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 import transformers
@@ -22,14 +23,17 @@ PROBE_TOKENS = 8
 
 
 class _ForwardPass:
-    """What every attention layer of one forward pass needs: the cache, the scratch rows to write, who sees whom."""
+    """What every attention layer of one forward pass needs: the cache, the scratch rows to write,
+    who sees whom."""
 
     __slots__ = ("batch", "cache", "layout")
 
     def __init__(self, cache: PagedKVCache, layout: TreeLayout) -> None:
         self.cache, self.layout, self.batch = cache, layout, layout.positions.shape[0]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
         cache, layout = self.cache, self.layout
         rows = layout.key_positions.shape[1]
         keys = cache.tree_keys[layer, : self.batch, :, :rows]
@@ -43,14 +47,19 @@ class _ForwardPass:
 
 
 class _Probe:
-    """Stands in for `_ForwardPass` at load: plain causal attention that notes which layers came by, and how."""
+    """Stands in for `_ForwardPass` at load: plain causal attention that notes which layers came
+    by, and how."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
         batch, kv_heads, rows, key_dim = key.shape
-        self.shapes[layer] = KVShape(layers=1, kv_heads=kv_heads, key_dim=key_dim, value_dim=value.shape[-1])
+        self.shapes[layer] = KVShape(
+            layers=1, kv_heads=kv_heads, key_dim=key_dim, value_dim=value.shape[-1]
+        )
         positions = torch.arange(rows, device=query.device).expand(batch, -1)
         layout = TreeLayout(
             page_table=torch.zeros(batch, 1, dtype=torch.int32, device=query.device),
@@ -59,7 +68,10 @@ class _Probe:
             positions=positions,
             key_positions=positions,
         )
-        no_page = key.new_zeros(1, kv_heads, 1, key_dim), value.new_zeros(1, kv_heads, 1, value.shape[-1])
+        no_page = (
+            key.new_zeros(1, kv_heads, 1, key_dim),
+            value.new_zeros(1, kv_heads, 1, value.shape[-1]),
+        )
         return reference.tree_attention(query, *no_page, key, value, layout, **options)
 
 
@@ -77,12 +89,19 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     if paged is None:
-        raise _Unsupported("its layers do not hand keywords on to the attention function")
+        raise _UnsupportedError("its layers do not hand keywords on to the attention function")
     if attention_mask is not None:
-        raise _Unsupported("it masks attention by itself")
+        raise _UnsupportedError("it masks attention by itself")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = paged.attend(
-        module.layer_idx, query, key, value, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux
+        cast(int, module.layer_idx),
+        query,
+        key,
+        value,
+        scale=scale,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
     )
     return out, None
 
@@ -90,7 +109,7 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-class _Unsupported(Exception):
+class _UnsupportedError(Exception):
     """Why a model cannot run over the paged cache."""
 
 
@@ -103,7 +122,8 @@ class PagedLM:
         name: what error messages and records call it.
 
     Raises:
-        ValueError: the model cannot run over a paged cache; the message names its architecture and the reason.
+        ValueError: the model cannot run over a paged cache; the message names its architecture and
+            the reason.
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "model") -> None:
@@ -113,9 +133,11 @@ class PagedLM:
         try:
             _check_config(model.config)
             self.kv_shape = self._probe()
-        except _Unsupported as reason:
+        except _UnsupportedError as reason:
             architecture = type(model).__name__
-            raise ValueError(f"{name}: {architecture} cannot run over the paged cache: {reason}") from None
+            raise ValueError(
+                f"{name}: {architecture} cannot run over the paged cache: {reason}"
+            ) from None
         self.config = model.config.get_text_config()
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.max_context: int = self.config.max_position_embeddings
@@ -123,8 +145,11 @@ class PagedLM:
         self.device: torch.device = model.device
 
     @classmethod
-    def load(cls, path: str, *, dtype: torch.dtype, device: torch.device | str, setting: str = "path") -> Self:
-        """Load a model and its tokenizer from a local folder or the Hugging Face hub; `zoo:NAME` is built in.
+    def load(
+        cls, path: str, *, dtype: torch.dtype, device: torch.device | str, setting: str = "path"
+    ) -> Self:
+        """Load a model and its tokenizer from a local folder or the Hugging Face hub; `zoo:NAME`
+        is built in.
 
         Args:
             setting: the option that gave `path`, for error messages.
@@ -132,9 +157,13 @@ class PagedLM:
         Raises:
             ValueError: nothing there, or nothing that can be run; one line that names the setting.
         """
-        where = str(zoo_path(path.removeprefix("zoo:"), setting)) if path.startswith("zoo:") else path
+        where = (
+            str(zoo_path(path.removeprefix("zoo:"), setting)) if path.startswith("zoo:") else path
+        )
         if where.startswith(("/", ".", "~")) and not Path(where).expanduser().is_dir():
-            raise ValueError(f"{setting}={path}: no such folder; give a model folder, a hub id or zoo:NAME")
+            raise ValueError(
+                f"{setting}={path}: no such folder; give a model folder, a hub id or zoo:NAME"
+            )
         where = str(Path(where).expanduser()) if where.startswith("~") else where
         try:
             config = AutoConfig.from_pretrained(where)
@@ -142,12 +171,16 @@ class PagedLM:
             transformers.utils.logging.disable_progress_bar()
             model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(where)
-        except _Unsupported as reason:
+        except _UnsupportedError as reason:
             kind = (config.architectures or [config.model_type])[0]
-            raise ValueError(f"{setting}={path}: {kind} cannot run over the paged cache: {reason}") from None
+            raise ValueError(
+                f"{setting}={path}: {kind} cannot run over the paged cache: {reason}"
+            ) from None
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
-            raise ValueError(f"{setting}={path}: cannot be loaded as a causal LM: {first}") from None
+            raise ValueError(
+                f"{setting}={path}: cannot be loaded as a causal LM: {first}"
+            ) from None
         return cls(model.to(device), tokenizer, name=f"{setting}={path}")
 
     # Running
@@ -177,12 +210,14 @@ class PagedLM:
         key_offsets: Tensor | None = None,
         logits: Literal["all", "last", "none"] = "all",
     ) -> Tensor | None:
-        """One pass over draft nodes; their keys and values go to scratch rows first .. first + N - 1.
+        """One pass over draft nodes; their keys and values go to scratch rows first .. first + N -
+        1.
 
         Args:
             rows: [B], the cache row of each sequence.
             tokens: [B, N] int64.
-            offsets: [B, N] int64, position of each node counted from the end of its committed tokens.
+            offsets: [B, N] int64, position of each node counted from the end of its committed
+                tokens.
             ancestors: [B, N, W] int32, bits over scratch rows; None for a causal chain.
             first: scratch row of node 0; rows before it were filled by earlier passes.
             key_offsets: [B, first + N], offsets of all scratch rows; None if `first` is 0.
@@ -216,45 +251,67 @@ class PagedLM:
             return None
         return self.model(**inputs, logits_to_keep=0 if logits == "all" else 1).logits
 
-    def extend(self, cache: PagedKVCache, rows: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens to each row and commit them: [B, V] logits after the last token of each."""
+    def extend(
+        self, cache: PagedKVCache, rows: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Append tokens to each row and commit them: [B, V] logits after the last token of
+        each."""
         logits = self._append(cache, rows, tokens, logits=True)
         assert logits is not None
         return logits
 
     def prefill(
-        self, cache: PagedKVCache, rows: Sequence[int], tokens: Sequence[Sequence[int]], *, chunk: int = 512
+        self,
+        cache: PagedKVCache,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        chunk: int = 512,
     ) -> None:
         """Append any number of tokens to each row, `chunk` at a time; a row may have none."""
         for start in range(0, max(map(len, tokens), default=0), chunk):
-            parts = {row: part[start : start + chunk] for row, part in zip(rows, tokens, strict=True)}
+            parts = {
+                row: part[start : start + chunk] for row, part in zip(rows, tokens, strict=True)
+            }
             parts = {row: part for row, part in parts.items() if part}
             self._append(cache, list(parts), list(parts.values()), logits=False)
 
     def _append(
-        self, cache: PagedKVCache, rows: Sequence[int], tokens: Sequence[Sequence[int]], *, logits: bool
+        self,
+        cache: PagedKVCache,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        logits: bool,
     ) -> Tensor | None:
         sizes = [len(part) for part in tokens]
         width = max(sizes)
-        padded = torch.tensor([[*part, *[0] * (width - len(part))] for part in tokens], device=self.device)
+        padded = torch.tensor(
+            [[*part, *[0] * (width - len(part))] for part in tokens], device=self.device
+        )
         chain = torch.arange(width, device=self.device).expand(len(rows), -1)
         ragged = min(sizes) < width
-        wanted: Literal["all", "last", "none"] = "none" if not logits else "all" if ragged else "last"
+        wanted: Literal["all", "last", "none"] = (
+            "none" if not logits else "all" if ragged else "last"
+        )
         out = self.forward(cache, rows, padded, chain, logits=wanted)
         length = torch.tensor(sizes, device=self.device)
         cache.commit(rows, chain, length)
         if out is None:
             return None
-        return out[torch.arange(len(rows), device=self.device), length - 1] if ragged else out[:, -1]
+        return (
+            out[torch.arange(len(rows), device=self.device), length - 1] if ragged else out[:, -1]
+        )
 
     # Loading
 
     @torch.inference_mode()
     def _probe(self) -> KVShape:
-        """Run a few tokens through both the model's own attention and ours; the shapes of its keys and values.
+        """Run a few tokens through both the model's own attention and ours; the shapes of its keys
+        and values.
 
         Raises:
-            _Unsupported: a layer was not reached, positions are absolute, or the two disagree.
+            _UnsupportedError: a layer was not reached, positions are absolute, or the two disagree.
         """
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         tokens = torch.arange(PROBE_TOKENS, device=self.model.device)[None] * 7 % vocabulary
@@ -269,22 +326,31 @@ class PagedLM:
             try:
                 return self.model(**inputs, paged=probe).logits.float(), probe
             except TypeError as error:
-                raise _Unsupported(f"it refuses extra keywords ({error})") from None
+                raise _UnsupportedError(f"it refuses extra keywords ({error})") from None
 
         ours, probe = run(0)
         layers = self.model.config.get_text_config().num_hidden_layers
         if sorted(probe.shapes) != list(range(layers)):
-            raise _Unsupported(f"only {len(probe.shapes)} of its {layers} layers use the registered attention")
+            raise _UnsupportedError(
+                f"only {len(probe.shapes)} of its {layers} layers use the registered attention"
+            )
         if len(set(probe.shapes.values())) != 1:
-            raise _Unsupported("its layers differ in the shape of their keys and values")
+            raise _UnsupportedError("its layers differ in the shape of their keys and values")
         bound = 0.1 if self.model.dtype.itemsize == 2 else 1e-3
         if _distance(run(5)[0], ours) > bound:
-            raise _Unsupported("its positions are absolute (learned or sinusoidal), not rotary")
+            raise _UnsupportedError(
+                "its positions are absolute (learned or sinusoidal), not rotary"
+            )
         if not _distance(ours, own) <= bound:
-            raise _Unsupported("its own attention does more than scaling, soft-capping, windows and sinks")
+            raise _UnsupportedError(
+                "its own attention does more than scaling, soft-capping, windows and sinks"
+            )
         shape = probe.shapes[0]
         return KVShape(
-            layers=layers, kv_heads=shape.kv_heads, key_dim=shape.key_dim, value_dim=shape.value_dim
+            layers=layers,
+            kv_heads=shape.kv_heads,
+            key_dim=shape.key_dim,
+            value_dim=shape.value_dim,
         )
 
 
@@ -295,16 +361,22 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _check_config(config: Any) -> None:
     """Refuse by configuration what can be named without running the model."""
     if getattr(config, "is_encoder_decoder", False):
-        raise _Unsupported("it is an encoder-decoder model")
+        raise _UnsupportedError("it is an encoder-decoder model")
     attention = getattr(config, "attn_config", None)
-    if getattr(config, "alibi", False) or getattr(attention, "alibi", False) or config.model_type == "bloom":
-        raise _Unsupported("it biases attention by distance (ALiBi)")
+    if (
+        getattr(config, "alibi", False)
+        or getattr(attention, "alibi", False)
+        or config.model_type == "bloom"
+    ):
+        raise _UnsupportedError("it biases attention by distance (ALiBi)")
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
-        raise _Unsupported(f"layers of type {', '.join(sorted(kinds))} have no paged keys and values")
+        raise _UnsupportedError(
+            f"layers of type {', '.join(sorted(kinds))} have no paged keys and values"
+        )
     if not getattr(text, "max_position_embeddings", None):
-        raise _Unsupported("its configuration states no max_position_embeddings")
+        raise _UnsupportedError("its configuration states no max_position_embeddings")
 
 
 def zoo_path(name: str, setting: str = "path") -> Path:

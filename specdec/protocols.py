@@ -1,4 +1,5 @@
-"""The plug points: Drafter, TreePolicy, AcceptanceRule, Recorder. Each contract is in its docstring.
+"""The plug points: Drafter, TreePolicy, AcceptanceRule, Recorder. Each contract is in its
+docstring.
 
 Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candidates.
 """
@@ -34,14 +35,17 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Decoding:
-    """A request being decoded: its tokens so far and what it has cost. `row` is its place in every cache."""
+    """A request being decoded: its tokens so far and what it has cost. `row` is its place in every
+    cache."""
 
     request: Request
     row: int
     tokens: list[int]  # prompt and output; the last one has no keys and values yet
     steps: int = 0
     drafted: int = 0  # nodes proposed, the root not counted
-    accepted: list[int] = field(default_factory=list)  # per step: new tokens that count, bonus included
+    accepted: list[int] = field(
+        default_factory=list
+    )  # per step: new tokens that count, bonus included
     finish_reason: str | None = None  # "stop", "length" or "context"
 
     @property
@@ -57,8 +61,8 @@ class StepContext:
         sequences: [B], host side; `tokens` are the committed tokens.
         roots: [B] int64 on the device, the last committed token of each.
         sampling: how the target's tokens are chosen.
-        uniforms: (stream, count) -> [B, count] float64 on the device, numbers in [0, 1) that depend on the
-            sequence and the step alone; streams as in `specdec.sampling`.
+        uniforms: (stream, count) -> [B, count] float64 on the device, numbers in [0, 1) that
+            depend on the sequence and the step alone; streams as in `specdec.sampling`.
     """
 
     sequences: Sequence[Decoding]
@@ -73,7 +77,8 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """How much the caches of a run must hold; `pages` None means enough for `rows` sequences of `max_tokens`."""
+    """How much the caches of a run must hold; `pages` None means enough for `rows` sequences of
+    `max_tokens`."""
 
     rows: int
     max_tokens: int
@@ -82,17 +87,20 @@ class Capacity:
 
     @property
     def pool_pages(self) -> int:
-        return self.rows * -(-self.max_tokens // self.page_size) if self.pages is None else self.pages
+        return (
+            self.rows * -(-self.max_tokens // self.page_size) if self.pages is None else self.pages
+        )
 
 
 class Drafter:
-    """Guesses a tree of next tokens for each sequence. `draft` is the only method a drafter must have.
+    """Guesses a tree of next tokens for each sequence. `draft` is the only method a drafter must
+    have.
 
-    The runner builds it as `YourDrafter(target=..., tree=..., **settings of its YAML)`, where `target` is the
-    target's `PagedLM` and `tree` the tree policy.
+    The runner builds it as `YourDrafter(target=..., tree=..., **settings of its YAML)`, where
+    `target` is the target's `PagedLM` and `tree` the tree policy.
 
-    `sampled_children` says what `tree.children=auto` becomes at temperature above 0: True if its probabilities
-    are good enough to sample children from, False to take its most probable tokens.
+    `sampled_children` says what `tree.children=auto` becomes at temperature above 0: True if its
+    probabilities are good enough to sample children from, False to take its most probable tokens.
     """
 
     sampled_children = False
@@ -101,14 +109,17 @@ class Drafter:
         """Once per run, before the first prompt: make room for this many sequences."""
 
     def start(self, sequences: Sequence[Decoding]) -> None:
-        """These sequences have just joined the batch; all but the last of their tokens are context."""
+        """These sequences have just joined the batch; all but the last of their tokens are
+        context."""
 
     def draft(self, context: StepContext) -> TokenTree:
-        """A tree for each sequence, rooted at its last committed token; the root alone is a legal answer."""
+        """A tree for each sequence, rooted at its last committed token; the root alone is a legal
+        answer."""
         raise NotImplementedError
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
-        """The rule has kept this much of the trees of the last `draft`. `context` is that of the draft."""
+        """The rule has kept this much of the trees of the last `draft`. `context` is that of the
+        draft."""
 
     def finish(self, sequence: Decoding) -> None:
         """This sequence has left the batch."""
@@ -136,18 +147,22 @@ class TreePolicy(Protocol):
         """Children a node of this level may have at most; level 0 is the root."""
 
     def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
-        """[B, F, width] bool: which child slots of the F nodes of a level become nodes, -inf ones never.
+        """[B, F, width] bool: which child slots of the F nodes of a level become nodes, -inf ones
+        never.
 
-        Slot r stands for the r-th most probable child; scores are logs of the cumulative draft probability. With
-        `sampled` children only the number of slots per node counts: which tokens fill them is drawn
-        afterwards, so that the choice cannot depend on them and the recursive rules stay lossless.
+        Slot r stands for the r-th most probable child; scores are logs of the cumulative draft
+        probability. With `sampled` children only the number of slots per node counts: which tokens
+        fill them is drawn afterwards, so that the choice cannot depend on them and the recursive
+        rules stay lossless.
         """
 
     def expand(self, level: int, scores: Tensor) -> Tensor | None:
-        """[B, F'] indices of the new nodes ([B, C] scores) that get children in their turn; None for all."""
+        """[B, F'] indices of the new nodes ([B, C] scores) that get children in their turn; None
+        for all."""
 
     def keep(self, scores: Tensor) -> Tensor | None:
-        """[B, T] bool: which of all nodes stay, given top-k children ([B, T] scores); None for all.
+        """[B, T] bool: which of all nodes stay, given top-k children ([B, T] scores); None for
+        all.
 
         Must keep the parent of whatever it keeps. Never called with sampled children.
         """
@@ -165,14 +180,16 @@ class AcceptanceRule(Protocol):
     needs_proposal: bool
 
     def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
-        """Why outputs would not follow the target's distribution with such children; None: they do."""
+        """Why outputs would not follow the target's distribution with such children; None: they
+        do."""
 
     def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
         """Walk the trees, given the target's logits [B, N, V] at every node."""
 
 
 class Verifier(Protocol):
-    """The target model: scores every node of every tree in one pass and keeps what the rule accepted."""
+    """The target model: scores every node of every tree in one pass and keeps what the rule
+    accepted."""
 
     def prepare(self, capacity: Capacity) -> None:
         """As `Drafter.prepare`."""

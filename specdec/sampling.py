@@ -1,7 +1,7 @@
 """From logits to probabilities, and from seeds to uniforms. Nothing here knows about trees.
 
-Randomness is a pure function of (seed, sequence, step, stream, index): a sequence draws the same numbers
-whatever else is in its batch, in whatever order sequences finish, and after a resume.
+Randomness is a pure function of (seed, sequence, step, stream, index): a sequence draws the same
+numbers whatever else is in its batch, in whatever order sequences finish, and after a resume.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ACCEPT_STREAM = 0  # the acceptance rule's coins; drafting level i uses stream 1 + i
+ACCEPT_STREAM, TOKEN_STREAM = 0, 1  # a rule's coins, and its draw of the next token
+DRAFT_STREAM = 2  # level i of a draft uses stream DRAFT_STREAM + i
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,9 +22,10 @@ class SamplingParams:
     Args:
         temperature: 0 is greedy decoding, 1 the model's own distribution.
         top_k: keep the k most probable tokens; None keeps all.
-        top_p: keep the smallest set of most probable tokens whose mass reaches top_p (nucleus sampling,
-            Holtzman et al. 2020); None keeps all.
-        min_p: keep tokens at least min_p times as probable as the most probable one; None keeps all.
+        top_p: keep the smallest set of most probable tokens whose mass reaches top_p (nucleus
+            sampling, Holtzman et al. 2020); None keeps all.
+        min_p: keep tokens at least min_p times as probable as the most probable one; None keeps
+            all.
         seed: every random number of a run follows from it.
 
     Raises:
@@ -38,13 +40,21 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"sampling.temperature={self.temperature}: must be 0 (greedy) or positive")
+            raise ValueError(
+                f"sampling.temperature={self.temperature}: must be 0 (greedy) or positive"
+            )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"sampling.top_k={self.top_k}: must be at least 1, or null for no limit")
+            raise ValueError(
+                f"sampling.top_k={self.top_k}: must be at least 1, or null for no limit"
+            )
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"sampling.top_p={self.top_p}: must be in (0, 1], or null for no limit")
+            raise ValueError(
+                f"sampling.top_p={self.top_p}: must be in (0, 1], or null for no limit"
+            )
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
-            raise ValueError(f"sampling.min_p={self.min_p}: must be in [0, 1], or null for no limit")
+            raise ValueError(
+                f"sampling.min_p={self.min_p}: must be in [0, 1], or null for no limit"
+            )
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must not be negative")
 
@@ -83,7 +93,9 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     return probs
 
 
-def uniforms(seed: int, sequences: Sequence[int], steps: Sequence[int], stream: int, count: int) -> Tensor:
+def uniforms(
+    seed: int, sequences: Sequence[int], steps: Sequence[int], stream: int, count: int
+) -> Tensor:
     """[B, count] float64 in [0, 1), a pure function of the arguments (Philox, Salmon et al. 2011).
 
     Args:
@@ -92,23 +104,30 @@ def uniforms(seed: int, sequences: Sequence[int], steps: Sequence[int], stream: 
     """
     rows = np.empty((len(sequences), count))
     for i, (sequence, step) in enumerate(zip(sequences, steps, strict=True)):
-        bits = np.random.Philox(key=np.array([seed, sequence], np.uint64), counter=[0, 0, stream, step])
+        bits = np.random.Philox(
+            key=np.array([seed, sequence], np.uint64), counter=[0, 0, stream, step]
+        )
         np.random.Generator(bits).random(out=rows[i])
     return torch.from_numpy(rows)
 
 
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Indices drawn, with replacement, from unnormalised weights by inverting their cumulative sum.
+def race(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Arrival times of an exponential race: the first to arrive is a draw from the weights, the
+    first k are k draws without replacement (Gumbel top-k, Kool et al. 2019). A rounding error in a
+    weight changes the outcome only if it swaps two arrivals, unlike inverting a cumulative sum,
+    where it moves every boundary.
 
     Args:
-        weights: [..., V], non-negative.
-        uniform: [..., n] in [0, 1).
+        weights: [..., V], non-negative, unnormalised.
+        uniform: [..., V] in [0, 1).
 
     Returns:
-        [..., n] int64. An entry of weight zero is never drawn, not even at uniform 0 or next to 1, unless all
-        weights of its row are zero.
+        [..., V] float64; infinite where the weight is zero.
     """
-    cumulative = weights.double().cumsum(-1)
-    total = cumulative[..., -1:]
-    point = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True).clamp(max=weights.shape[-1] - 1)
+    wide = weights.double()
+    return torch.where(wide > 0, -torch.log1p(-uniform) / wide, float("inf"))
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """[...] int64: one index drawn from each row of weights [..., V], given uniforms [..., V]."""
+    return race(weights, uniform).argmin(-1)

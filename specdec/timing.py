@@ -1,4 +1,5 @@
-"""Stopwatch: where the time of a step goes, by device events on a GPU and by the clock on a CPU."""
+"""Stopwatch: where the time of a step goes, by device events on a GPU and by the clock on a
+CPU."""
 
 import time
 
@@ -8,8 +9,8 @@ import torch
 class Stopwatch:
     """Divides the time since `start` into named laps.
 
-    On CUDA a lap ends when the device has done the work queued so far, which costs no synchronisation until
-    `read`.
+    On CUDA a lap ends when the device has done the work queued so far, which costs no
+    synchronisation until `read`.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""TokenTree: a padded batch of token trees, and the distributions their children were drawn from."""
+"""TokenTree: a padded batch of token trees, and the distributions their children were drawn
+from."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,20 +10,21 @@ from torch import Tensor
 ROOT, PADDING = -1, -2  # marks in TokenTree.parents
 
 Children = Literal["top_k", "sample", "sample_with_replacement"]
-"""How the children of a node were chosen: its most probable tokens, or draws from the draft distribution."""
+"""How the children of a node were chosen: its most probable tokens, or draws from the draft
+distribution."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Proposal:
     """The draft distribution at every node, as the parent of its children.
 
-    A distribution cut to K tokens and renormalised is the one children are drawn from, so it is all that a
-    lossless rule needs.
+    A distribution cut to K tokens and renormalised is the one children are drawn from, so it is
+    all that a lossless rule needs.
 
     Args:
         ids: [B, N, K] int64, tokens of the support, none twice for a node.
-        probs: [B, N, K] float, their probabilities; zero (and the id void) where the support is smaller than
-            K, and all over a node that has no children.
+        probs: [B, N, K] float, their probabilities; zero (and the id void) where the support is
+            smaller than K, and all over a node that has no children.
         children: how children were chosen from it; in the order of node indices.
     """
 
@@ -35,8 +37,8 @@ class Proposal:
 class TokenTree:
     """One tree of candidate tokens for each sequence of a batch.
 
-    Node 0 is the last committed token, whose keys and values are not in the cache yet; every other node comes
-    after its parent. Siblings stand in the order in which they are to be tried.
+    Node 0 is the last committed token, whose keys and values are not in the cache yet; every other
+    node comes after its parent. Siblings stand in the order in which they are to be tried.
 
     Args:
         tokens: [B, N] int64.
@@ -88,7 +90,9 @@ class TokenTree:
                 if depths[-1] > self.depth:
                     raise RuntimeError(f"{at}: depth {depths[-1]} exceeds {self.depth}")
                 if node and (parent, tokens[node]) in edges and not repeats:
-                    raise RuntimeError(f"{at}: token {tokens[node]} is already a child of node {parent}")
+                    raise RuntimeError(
+                        f"{at}: token {tokens[node]} is already a child of node {parent}"
+                    )
                 edges.add((parent, tokens[node]))
 
 
@@ -97,9 +101,10 @@ class Acceptance:
     """What a rule keeps of each tree.
 
     Args:
-        path: [B, depth + 1] int64, nodes from the root down; entries past `length` are undefined but legal
-            node indices.
-        length: [B] int64, nodes kept, the root included; equals the number of new tokens. 0 for an idle row.
+        path: [B, depth + 1] int64, nodes from the root down; entries past `length` are undefined
+            but legal node indices.
+        length: [B] int64, nodes kept, the root included; equals the number of new tokens. 0 for an
+            idle row.
         next_token: [B] int64, the target's own token after the path (a correction or a bonus).
     """
 
@@ -108,7 +113,8 @@ class Acceptance:
     next_token: Tensor
 
     def new_tokens(self, tree: TokenTree) -> Tensor:
-        """[B, depth + 1] int64: the first `length` entries of each row are the tokens gained this step."""
+        """[B, depth + 1] int64: the first `length` entries of each row are the tokens gained this
+        step."""
         drafted = tree.tokens.gather(1, self.path[:, 1:])
         last = (self.length - 1).clamp(min=0)[:, None]
         padded = torch.cat([drafted, self.next_token[:, None]], dim=1)

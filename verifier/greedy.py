@@ -9,9 +9,11 @@ from specdec.verifier.walk import walk
 
 
 class Greedy:
-    """Accept a node if it is the target's most probable token after its parent (Stern et al. 2018).
+    """Accept a node if it is the target's most probable token after its parent (Stern et al.
+    2018).
 
-    Lossless at temperature 0, for any children; above 0 it decodes greedily whatever the temperature.
+    Lossless at temperature 0, for any children; above 0 it decodes greedily whatever the
+    temperature.
     """
 
     name = "greedy"
@@ -26,4 +28,6 @@ class Greedy:
         choice = logits.argmax(dim=-1)  # [B, N]
         parent = tree.parents.long().clamp(min=0)
         path, length, last = walk(tree, tree.tokens == choice.gather(1, parent))
-        return Acceptance(path=path, length=length, next_token=choice.gather(1, last[:, None])[:, 0])
+        return Acceptance(
+            path=path, length=length, next_token=choice.gather(1, last[:, None])[:, 0]
+        )

@@ -1,10 +1,17 @@
-"""Recursive rejection: a coin per child, weighed by target over draft, the rejected mass removed each time."""
+"""Recursive rejection: a coin per child, weighed by target over draft, the rejected mass removed
+each time."""
 
 import torch
 from torch import Tensor
 
 from specdec.protocols import StepContext
-from specdec.sampling import ACCEPT_STREAM, SamplingParams, draw, probabilities
+from specdec.sampling import (
+    ACCEPT_STREAM,
+    TOKEN_STREAM,
+    SamplingParams,
+    draw,
+    probabilities,
+)
 from specdec.tree import Acceptance, Children, Proposal, TokenTree
 from specdec.verifier.walk import elder_siblings, walk
 
@@ -12,11 +19,12 @@ from specdec.verifier.walk import elder_siblings, walk
 class RecursiveRejection:
     """Multi-candidate speculative sampling with the real draft probabilities.
 
-    Child x of a node is accepted with probability min(1, p(x) / q(x)); after a rejection p becomes the
-    normalised positive part of p - q and the next child is tried; after the last one a token is drawn from
-    what is left of p. Children drawn with replacement keep q (SpecInfer, Miao et al. 2024, algorithm 2); drawn
-    without replacement, q loses each rejected token and is renormalised (Sequoia, Chen et al. 2024, algorithm
-    2). One child is speculative sampling (Leviathan et al. 2023).
+    Child x of a node is accepted with probability min(1, p(x) / q(x)); after a rejection p becomes
+    the normalised positive part of p - q and the next child is tried; after the last one a token
+    is drawn from what is left of p. Children drawn with replacement keep q (SpecInfer, Miao et al.
+    2024, algorithm 2); drawn without replacement, q loses each rejected token and is renormalised
+    (Sequoia, Chen et al. 2024, algorithm 2). One child is speculative sampling (Leviathan et al.
+    2023).
 
     Lossless for sampled children. For top-k children it is a common practice and not lossless.
     """
@@ -31,18 +39,34 @@ class RecursiveRejection:
 
     def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
         target = probabilities(logits, context.sampling)  # [B, N, V]
-        coins = context.uniforms(ACCEPT_STREAM, tree.nodes)  # [B, N]; the root's coin draws the last token
+        coins = context.uniforms(ACCEPT_STREAM, tree.nodes)
+        path, length, rest = self.judge(tree, target, coins)
+        uniform = context.uniforms(TOKEN_STREAM, rest.shape[-1])
+        return Acceptance(path=path, length=length, next_token=draw(rest, uniform))
+
+    def judge(
+        self, tree: TokenTree, target: Tensor, coins: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The walk without the last draw.
+
+        Args:
+            target: [B, N, V], the target's distribution at every node.
+            coins: [B, N] in [0, 1), one per node.
+
+        Returns:
+            (path and length as in `Acceptance`; [B, V] unnormalised law of the next token.)
+        """
         chance, inside, scale = child_probabilities(tree, target)
         path, length, last = walk(tree, coins < chance)
-        rest = residual(tree, target, last, inside, scale)
-        return Acceptance(path=path, length=length, next_token=draw(rest, coins[:, :1])[:, 0])
+        return path, length, residual(tree, target, last, inside, scale)
 
 
 def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The chance to accept each node, and what rejecting all children of a node leaves of the target.
+    """The chance to accept each node, and what rejecting all children of a node leaves of the
+    target.
 
-    Only the K tokens of a proposal's support are touched: outside it the draft has no mass, so every step
-    merely rescales the target there.
+    Only the K tokens of a proposal's support are touched: outside it the draft has no mass, so
+    every step merely rescales the target there.
 
     Returns:
         (chance [B, N], as in `target_only`;
@@ -62,14 +86,17 @@ def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor
     tiny = torch.finfo(draft.dtype).tiny
     for child in children.unbind(-1):  # [B, N]: the next child of every node
         token = tree.tokens.gather(1, child.clamp(min=0))
-        here = (proposal.ids == token[..., None]) & (draft > 0) & (child >= 0)[..., None]  # [B, N, K]
+        here = (
+            (proposal.ids == token[..., None]) & (draft > 0) & (child >= 0)[..., None]
+        )  # [B, N, K]
         p, q = (inside * here).sum(-1), (draft * here).sum(-1)
         ratio = torch.where(p > 0, p / q.clamp(min=tiny), 0.0).clamp(max=1.0)
         chance = chance.scatter_add(1, child.clamp(min=0), ratio.masked_fill(child < 0, 0.0))
 
         left = (inside - draft).clamp(min=0.0)
         mass = left.sum(-1) + outside
-        # Nothing left means p equals q: the child was accepted for certain, and no residual is ever asked for.
+        # Nothing left means p equals q: the child was accepted for certain, and no residual is
+        # ever asked for.
         rejected = (child >= 0) & (mass > 0)
         inside = torch.where(rejected[..., None], left / mass.clamp(min=tiny)[..., None], inside)
         factor = torch.where(rejected, 1.0 / mass.clamp(min=tiny), 1.0)
@@ -80,8 +107,11 @@ def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor
     return chance, inside, scale
 
 
-def residual(tree: TokenTree, target: Tensor, node: Tensor, inside: Tensor, scale: Tensor) -> Tensor:
-    """[B, V] unnormalised law of the next token after `node` ([B]), given that none of its children was taken.
+def residual(
+    tree: TokenTree, target: Tensor, node: Tensor, inside: Tensor, scale: Tensor
+) -> Tensor:
+    """[B, V] unnormalised law of the next token after `node` ([B]), given that none of its
+    children was taken.
 
     `inside` and `scale` are those of `child_probabilities`.
     """
@@ -96,7 +126,8 @@ def residual(tree: TokenTree, target: Tensor, node: Tensor, inside: Tensor, scal
 
 
 def _children(tree: TokenTree) -> Tensor:
-    """[B, N, R] int64: the children of every node in the order they are tried, -1 where there are fewer than R."""
+    """[B, N, R] int64: the children of every node in the order they are tried, -1 where there are
+    fewer than R."""
     rank = elder_siblings(tree).sum(-1)  # [B, N]
     most = int(rank.max()) + 1 if tree.nodes > 1 else 0
     batch, nodes = tree.tokens.shape

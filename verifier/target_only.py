@@ -4,17 +4,26 @@ import torch
 from torch import Tensor
 
 from specdec.protocols import StepContext
-from specdec.sampling import ACCEPT_STREAM, SamplingParams, draw, probabilities
+from specdec.sampling import (
+    ACCEPT_STREAM,
+    TOKEN_STREAM,
+    SamplingParams,
+    draw,
+    probabilities,
+)
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.walk import elder_siblings, walk
 
 
 class TargetOnly:
-    """Accept a child with the target's probability of it, given that its elder siblings were not the token.
+    """Accept a child with the target's probability of it, given that its elder siblings were not
+    the token.
 
-    The same as drawing one token from the target and entering the child that carries it, so it is lossless
-    however the children were chosen, and optimal for deterministic ones: the chance to accept is the target's
-    mass on them. (SGLang's `tree_speculative_sampling_target_only`; EAGLE with q = 1.)
+    The same as drawing one token from the target and entering the child that carries it, so it is
+    lossless
+    however the children were chosen, and optimal for deterministic ones: the chance to accept is
+    the target's mass on them. (SGLang's `tree_speculative_sampling_target_only`; EAGLE with q =
+    1.)
     """
 
     name = "target_only"
@@ -25,29 +34,52 @@ class TargetOnly:
 
     def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
         target = probabilities(logits, context.sampling)  # [B, N, V]
-        coins = context.uniforms(ACCEPT_STREAM, tree.nodes)  # [B, N]; the root's coin draws the last token
+        coins = context.uniforms(ACCEPT_STREAM, tree.nodes)
+        path, length, rest = self.judge(tree, target, coins)
+        uniform = context.uniforms(TOKEN_STREAM, rest.shape[-1])
+        return Acceptance(path=path, length=length, next_token=draw(rest, uniform))
+
+    def judge(
+        self, tree: TokenTree, target: Tensor, coins: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The walk without the last draw.
+
+        Args:
+            target: [B, N, V], the target's distribution at every node.
+            coins: [B, N] in [0, 1), one per node.
+
+        Returns:
+            (path and length as in `Acceptance`; [B, V] unnormalised law of the next token.)
+        """
         path, length, last = walk(tree, coins < child_probabilities(tree, target))
-        rest = residual(tree, target, last)
-        return Acceptance(path=path, length=length, next_token=draw(rest, coins[:, :1])[:, 0])
+        return path, length, residual(tree, target, last)
 
 
 def child_probabilities(tree: TokenTree, target: Tensor) -> Tensor:
-    """[B, N] chance to accept each node once its parent is accepted and its elder siblings are not."""
+    """[B, N] chance to accept each node once its parent is accepted and its elder siblings are
+    not."""
     parent = tree.parents.long().clamp(min=0)
-    mass = target[torch.arange(len(parent), device=parent.device)[:, None], parent, tree.tokens]  # [B, N]
+    mass = target[
+        torch.arange(len(parent), device=parent.device)[:, None], parent, tree.tokens
+    ]  # [B, N]
     elder = elder_siblings(tree)
-    # The same token twice among siblings: the second can only be met after the first was turned down.
-    mass = mass.masked_fill((elder & (tree.tokens[:, :, None] == tree.tokens[:, None, :])).any(-1), 0.0)
+    # The same token twice among siblings: the second can only be met after the first was turned
+    # down.
+    mass = mass.masked_fill(
+        (elder & (tree.tokens[:, :, None] == tree.tokens[:, None, :])).any(-1), 0.0
+    )
     left = 1.0 - (elder.to(mass.dtype) @ mass[..., None])[..., 0]
     return torch.where(mass > 0, mass / left.clamp(min=torch.finfo(mass.dtype).tiny), 0.0)
 
 
 def residual(tree: TokenTree, target: Tensor, node: Tensor) -> Tensor:
-    """[B, V] unnormalised law of the next token after `node` ([B]), given that none of its children was taken."""
+    """[B, V] unnormalised law of the next token after `node` ([B]), given that none of its
+    children was taken."""
     rows = torch.arange(len(node), device=node.device)
     rest = target[rows, node]  # a copy: advanced indexing
     child = tree.parents == node[:, None]  # [B, N]
     tried = torch.zeros_like(rest).scatter_add_(1, tree.tokens, child.to(rest.dtype)) > 0
     remaining = rest.masked_fill(tried, 0.0)
-    # Rounding can leave nothing when the children hold all the mass; the target itself is then the answer.
+    # Rounding can leave nothing when the children hold all the mass; the target itself is then the
+    # answer.
     return torch.where(remaining.sum(-1, keepdim=True) > 0, remaining, rest)

@@ -29,7 +29,8 @@ class TreeVerifier:
         return self.target.start(sequences)
 
     def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
-        """[B, N, V] logits of the target at every node (SpecInfer, Miao et al. 2024, section 4: tree attention)."""
+        """[B, N, V] logits of the target at every node (SpecInfer, Miao et al. 2024, section 4:
+        tree attention)."""
         ancestors, depths = reference.tree_structure(tree.parents)
         logits = self.target.lm.forward(
             self.target.cache, context.rows, tree.tokens, depths, ancestors=ancestors

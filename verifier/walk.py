@@ -1,4 +1,5 @@
-"""The walk all sibling-by-sibling rules share: from the root, enter the first child that is taken, until none is."""
+"""The walk all sibling-by-sibling rules share: from the root, enter the first child that is taken,
+until none is."""
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ def walk(tree: TokenTree, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Follow taken nodes down from the root.
 
     Args:
-        taken: [B, N] bool, whether a node is accepted once its parent is and its elder siblings are not.
+        taken: [B, N] bool, whether a node is accepted once its parent is and its elder siblings
+            are not.
 
     Returns:
-        (path [B, depth + 1] int64, length [B] int64, last [B] int64: the final node of each path). An idle row
+        (path [B, depth + 1] int64, length [B] int64, last [B] int64: the final node of each path).
+            An idle row
         has length 0.
     """
     parents = tree.parents
@@ -21,16 +24,21 @@ def walk(tree: TokenTree, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     alive = tree.size > 0
     path, length = [node], alive.long()
     for _ in range(tree.depth):
-        hits = (parents == node[:, None]) & taken  # [B, N]; never true for padding, whose parent is -2
+        hits = (
+            parents == node[:, None]
+        ) & taken  # [B, N]; never true for padding, whose parent is -2
         alive = alive & hits.any(dim=1)
-        node = torch.where(alive, hits.int().argmax(dim=1), node)  # argmax is the first, eldest child
+        node = torch.where(
+            alive, hits.int().argmax(dim=1), node
+        )  # argmax is the first, eldest child
         path.append(node)
         length = length + alive
     return torch.stack(path, dim=1), length, node
 
 
 def elder_siblings(tree: TokenTree) -> Tensor:
-    """[B, N, N] bool: entry (i, j) is True if j is an elder sibling of i (same parent, tried before it)."""
+    """[B, N, N] bool: entry (i, j) is True if j is an elder sibling of i (same parent, tried
+    before it)."""
     parents = tree.parents
     same = (parents[:, :, None] == parents[:, None, :]) & (parents >= 0)[:, :, None]
     return same.tril(-1)

@@ -9,12 +9,12 @@ from specdec.drafters.trees.policy import BasePolicy
 class Dynamic(BasePolicy):
     """Best-first by cumulative draft probability (EAGLE-2, Li et al. 2024, section 4).
 
-    At each level the `width` best new nodes are expanded, each offers its `width` best children, and in the
-    end the `budget` best of all candidates stay.
+    At each level the `width` best new nodes are expanded, each offers its `width` best children,
+    and in the end the `budget` best of all candidates stay.
 
-    Sampled children must not be dropped by what they turned out to be, or the outcome would be biased. There
-    the budget is divided evenly over the levels, and a level's share goes to the parents whose next most
-    probable child would score best, before any child is drawn.
+    Sampled children must not be dropped by what they turned out to be, or the outcome would be
+    biased. There the budget is divided evenly over the levels, and a level's share goes to the
+    parents whose next most probable child would score best, before any child is drawn.
 
     Args:
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
@@ -25,7 +25,9 @@ class Dynamic(BasePolicy):
         ValueError: a setting out of range.
     """
 
-    def __init__(self, *, budget: int, width: int = 4, depth: int = 5, children: str = "auto") -> None:
+    def __init__(
+        self, *, budget: int, width: int = 4, depth: int = 5, children: str = "auto"
+    ) -> None:
         super().__init__(budget=budget, children=children)
         if width < 1:
             raise ValueError(f"tree.width={width}: must be at least 1")
@@ -50,13 +52,19 @@ class Dynamic(BasePolicy):
     def expand(self, level: int, scores: Tensor) -> Tensor | None:
         if scores.shape[1] <= self.candidates:
             return None
-        return scores.topk(self.candidates, dim=1).indices.sort(dim=1).values
+        return _order(scores)[:, : self.candidates].sort(dim=1).values
 
     def keep(self, scores: Tensor) -> Tensor | None:
         return _best(scores, self.budget)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """[B, T] bool, the `count` best of each row; among equals the earlier, so parents go before their children."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, True)
+    """[B, T] bool, the `count` best of each row."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    return chosen.scatter(1, _order(scores)[:, :count], True)
+
+
+def _order(scores: Tensor) -> Tensor:
+    """[B, T] from best to worst; among equals the earlier first, so parents go before their
+    children."""
+    return scores.sort(dim=1, descending=True, stable=True).indices

@@ -1,4 +1,5 @@
-"""What tree policies share: a checked budget, and the answers of a policy that takes every candidate."""
+"""What tree policies share: a checked budget, and the answers of a policy that takes every
+candidate."""
 
 from typing import get_args
 
@@ -13,7 +14,8 @@ class BasePolicy:
     Args:
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
         children: "top_k" (a node's most probable tokens), "sample" (drawn without replacement),
-            "sample_with_replacement", or "auto" (the runner decides by drafter, rule and temperature).
+            "sample_with_replacement", or "auto" (the runner decides by drafter, rule and
+            temperature).
 
     Raises:
         ValueError: a setting out of range.

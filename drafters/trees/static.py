@@ -6,7 +6,8 @@ from specdec.drafters.trees.policy import BasePolicy
 
 
 class Static(BasePolicy):
-    """Every node of level i has widths[i] children (the expansion configuration of SpecInfer, Miao et al. 2024).
+    """Every node of level i has widths[i] children (the expansion configuration of SpecInfer, Miao
+    et al. 2024).
 
     Args:
         widths: children per node, level by level; [4, 2, 2, 1] drafts 4 + 8 + 16 + 16 = 44 nodes.
@@ -16,9 +17,13 @@ class Static(BasePolicy):
         ValueError: a width below 1, or more nodes than the budget.
     """
 
-    def __init__(self, *, widths: Sequence[int], budget: int | None = None, children: str = "auto") -> None:
+    def __init__(
+        self, *, widths: Sequence[int], budget: int | None = None, children: str = "auto"
+    ) -> None:
         if not widths or min(widths) < 1:
-            raise ValueError(f"tree.widths={list(widths)}: must be a list of numbers, each at least 1")
+            raise ValueError(
+                f"tree.widths={list(widths)}: must be a list of numbers, each at least 1"
+            )
         nodes = level = 1
         for width in widths:
             level *= width
@@ -26,7 +31,7 @@ class Static(BasePolicy):
         nodes -= 1
         if budget and nodes > budget:
             raise ValueError(
-                f"tree.widths={list(widths)}: makes {nodes} nodes, more than tree.budget={budget}; "
+                f"tree.widths={list(widths)}: {nodes} nodes exceed tree.budget={budget}; "
                 f"lower the widths or raise the budget"
             )
         super().__init__(budget=nodes if budget is None else budget, children=children)
