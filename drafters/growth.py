@@ -6,7 +6,6 @@ T nodes of all levels with the root, N nodes of the finished tree, E expanded no
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def plan(policy: TreePolicy, depth: int | None, candidates: int) -> int:
     """
     if depth is not None and depth < 1:
         raise ValueError(
-            f"drafter.depth={depth}: must be at least 1, or null (tree.budget=0 turns drafting off)"
+            f"drafter.depth={depth}: must be at least 1, or null; tree.budget=0 drafts nothing"
         )
     if candidates < 1:
         raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
@@ -67,8 +66,7 @@ def grow(
         (the trees; expanded [B, N] int64: each node's number among the expanded nodes, -1 if it
             was not.)
     """
-    children = cast(Children, policy.children)
-    sampled = children != "top_k"
+    sampled = policy.children != "top_k"
     batch, device = len(context.roots), context.roots.device
     zero = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     frontier = Frontier(
@@ -96,7 +94,7 @@ def grow(
         )  # [B, F, width]
         chosen = policy.select(level, levels, slots, sampled=sampled) & (slots > DEAD)
         if sampled:
-            drawn = _draw_children(context, level, children, probs, width)
+            drawn = _draw_children(context, level, policy.children, probs, width)
             ids, drawn_probs = ids.gather(2, drawn), probs.gather(2, drawn)
             slots = score[..., None] + drawn_probs.double().log().clamp(max=0.0)
             fits = torch.arange(width, device=device) < chosen.sum(-1, keepdim=True)
@@ -132,7 +130,7 @@ def grow(
     )
     number = _numbers(torch.cat(expanded, 1), every.shape[1]).gather(1, order)  # [B, N]
     number = number.masked_fill(tree.parents == PADDING, -1)
-    return replace(tree, proposal=_proposal(supports, number, children)), number
+    return replace(tree, proposal=_proposal(supports, number, policy.children)), number
 
 
 def _draw_children(

@@ -145,11 +145,7 @@ class PagedKVCache:
             raise ValueError(
                 f"a sequence of {tokens} tokens exceeds the {self.max_tokens} of a cache row"
             )
-        if needed > self.pages:
-            raise ValueError(
-                f"cache.pages={self.pages}: one sequence of {tokens} tokens needs {needed} pages of "
-                f"{self.page_size}; raise cache.pages or lower max_new_tokens"
-            )
+        self.check_fits(tokens)
         shared = self._match(prefix)
         if needed - len(shared) > len(self._free):
             raise CacheFullError(f"{needed - len(shared)} pages needed, {len(self._free)} free")
@@ -159,6 +155,14 @@ class PagedKVCache:
         self._rows[row] = _Row(pages, committed=len(shared) * self.page_size, prefix=list(prefix))
         self._publish_row(row)
         return self._rows[row].committed
+
+    def check_fits(self, tokens: int) -> None:
+        """Raise ValueError if the whole pool cannot hold a sequence of so many tokens."""
+        if self.pages_for(tokens) > self.pages:
+            raise ValueError(
+                f"cache.pages={self.pages}: a sequence of {tokens} tokens needs "
+                f"{self.pages_for(tokens)}; raise cache.pages or lower max_new_tokens"
+            )
 
     def shareable(self, prefix: Sequence[int]) -> int:
         """Tokens of `prefix` that `open` would find committed."""
@@ -181,7 +185,7 @@ class PagedKVCache:
         parent = self._rows[source]
         if not parent.committed <= tokens <= self.max_tokens:
             raise ValueError(
-                f"fork of {parent.committed} tokens into a row of {tokens} (limit {self.max_tokens})"
+                f"{parent.committed} tokens do not fit a row of {tokens}, limit {self.max_tokens}"
             )
         used, full = self.pages_for(parent.committed), parent.committed // self.page_size
         own = (

@@ -3,7 +3,8 @@ Start reading here."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from specdec.protocols import (
 )
 from specdec.sampling import SamplingParams, uniforms
 from specdec.timing import Stopwatch
+from specdec.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,7 @@ class Step:
     Args:
         requests: [B] ids.
         nodes: [B] drafted nodes, the root not counted.
+        depths: [B] depth of the drafted trees.
         accepted: [B] drafted nodes the rule accepted.
         tokens: [B] new tokens that count: accepted ones and the target's own, up to the stop token
             or limit.
@@ -35,9 +38,14 @@ class Step:
 
     requests: list[int]
     nodes: list[int]
+    depths: list[int]
     accepted: list[int]
     tokens: list[int]
     seconds: dict[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """As a line of steps.jsonl."""
+        return asdict(self)
 
 
 class Decoder:
@@ -181,8 +189,9 @@ class Decoder:
         return Step(
             requests=[sequence.request.id for sequence in sequences],
             nodes=[size - 1 for size in sizes],
+            depths=_depths(tree),
             accepted=[length - 1 for length in lengths],
-            tokens=[sequence.accepted[-1] for sequence in sequences],
+            tokens=[sequence.accepted_lengths[-1] for sequence in sequences],
             seconds=self._stopwatch.read(),
         )
 
@@ -210,4 +219,15 @@ class Decoder:
         if len(tokens) >= limit:
             tokens, sequence.finish_reason = tokens[:limit], reason
         sequence.tokens += tokens
-        sequence.accepted.append(len(tokens))
+        sequence.accepted_lengths.append(len(tokens))
+
+
+def _depths(tree: TokenTree) -> list[int]:
+    """[B] edges of the longest path of each tree."""
+    depths = []
+    for parents in tree.parents.tolist():
+        depth = [0]  # of each node, 0 for padding
+        for parent in parents[1:]:
+            depth.append(depth[parent] + 1 if parent >= 0 else 0)
+        depths.append(max(depth))
+    return depths

@@ -52,10 +52,14 @@ class _Probe:
 
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
+        self.windows: dict[int, int | None] = {}
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
     ) -> Tensor:
+        if layer in self.shapes:
+            raise _UnsupportedError("a layer attends more than once")
+        self.windows[layer] = options["window"]
         batch, kv_heads, rows, key_dim = key.shape
         self.shapes[layer] = KVShape(
             layers=1, kv_heads=kv_heads, key_dim=key_dim, value_dim=value.shape[-1]
@@ -103,7 +107,7 @@ def _attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    return out, None
+    return out.contiguous(), None  # some models take a view of it
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -140,7 +144,7 @@ class PagedLM:
             ) from None
         self.config = model.config.get_text_config()
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.max_context: int = self.config.max_position_embeddings
+        self.max_context = _max_context(self.config)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
 
@@ -229,7 +233,9 @@ class PagedLM:
         index = torch.tensor(rows, device=self.device)
         lengths = cache.lengths[index]
         longest = max(map(cache.committed, rows))
-        positions = lengths[:, None] + offsets
+        # Draft nodes past the end of the context are never kept; they must not reach positions the
+        # model does not have.
+        positions = (lengths[:, None] + offsets).clamp(max=self.max_context - 1)
         cache.scratch(len(rows), first + tokens.shape[1])
         layout = TreeLayout(
             page_table=cache.page_table[index, : cache.pages_for(longest)],
@@ -247,7 +253,7 @@ class PagedLM:
             "paged": _ForwardPass(cache, layout),
         }
         if logits == "none":
-            self.model.get_decoder()(**inputs)
+            self.model.base_model(**inputs)
             return None
         return self.model(**inputs, logits_to_keep=0 if logits == "all" else 1).logits
 
@@ -311,7 +317,7 @@ class PagedLM:
         and values.
 
         Raises:
-            _UnsupportedError: a layer was not reached, positions are absolute, or the two disagree.
+            _UnsupportedError: a layer was not reached, positions are absolute, the two disagree.
         """
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         tokens = torch.arange(PROBE_TOKENS, device=self.model.device)[None] * 7 % vocabulary
@@ -336,6 +342,8 @@ class PagedLM:
             )
         if len(set(probe.shapes.values())) != 1:
             raise _UnsupportedError("its layers differ in the shape of their keys and values")
+        if probe.windows != _windows(self.model.config.get_text_config()):
+            raise _UnsupportedError("its layers do not hand their sliding window on")
         bound = 0.1 if self.model.dtype.itemsize == 2 else 1e-3
         if _distance(run(5)[0], ours) > bound:
             raise _UnsupportedError(
@@ -377,6 +385,30 @@ def _check_config(config: Any) -> None:
         )
     if not getattr(text, "max_position_embeddings", None):
         raise _UnsupportedError("its configuration states no max_position_embeddings")
+
+
+def _windows(config: Any) -> dict[int, int | None]:
+    """The sliding window each layer must hand on: one longer than the probe goes unnoticed
+    there."""
+    layers = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return {
+        layer: window if kinds[layer] == "sliding_attention" else None for layer in range(layers)
+    }
+
+
+def _max_context(config: Any) -> int:
+    """Positions the model has. LongRoPE turns all keys to other angles once a sequence outgrows
+    the original context, the cached ones excepted, so it ends there."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = [config.max_position_embeddings]
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if parameters.get("rope_type") == "longrope":
+            limits.append(parameters["original_max_position_embeddings"])
+    return min(limits)
 
 
 def zoo_path(name: str, setting: str = "path") -> Path:

@@ -43,9 +43,7 @@ class Decoding:
     tokens: list[int]  # prompt and output; the last one has no keys and values yet
     steps: int = 0
     drafted: int = 0  # nodes proposed, the root not counted
-    accepted: list[int] = field(
-        default_factory=list
-    )  # per step: new tokens that count, bonus included
+    accepted_lengths: list[int] = field(default_factory=list)  # new tokens of each step
     finish_reason: str | None = None  # "stop", "length" or "context"
 
     @property
@@ -130,11 +128,11 @@ class TreePolicy(Protocol):
 
     Attributes:
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
-        children: how children are chosen, or "auto" for the runner to decide.
+        children: how children are chosen.
     """
 
     budget: int
-    children: Children | str
+    children: Children
 
     def levels(self, depth: int | None) -> int:
         """Levels to grow when the drafter asks for `depth` (None: as the policy likes).

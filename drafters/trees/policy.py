@@ -1,7 +1,7 @@
 """What tree policies share: a checked budget, and the answers of a policy that takes every
 candidate."""
 
-from typing import get_args
+from typing import cast, get_args
 
 from torch import Tensor
 
@@ -13,22 +13,21 @@ class BasePolicy:
 
     Args:
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
-        children: "top_k" (a node's most probable tokens), "sample" (drawn without replacement),
-            "sample_with_replacement", or "auto" (the runner decides by drafter, rule and
-            temperature).
+        children: "top_k" (a node's most probable tokens), "sample" (drawn without replacement) or
+            "sample_with_replacement".
 
     Raises:
         ValueError: a setting out of range.
     """
 
-    def __init__(self, *, budget: int, children: str = "auto") -> None:
+    def __init__(self, *, budget: int, children: str = "top_k") -> None:
         if budget < 0:
             raise ValueError(f"tree.budget={budget}: must be 0 (no drafting) or positive")
-        if children not in ("auto", *get_args(Children)):
-            known = ", ".join(("auto", *get_args(Children)))
+        if children not in get_args(Children):
+            known = ", ".join(get_args(Children))
             raise ValueError(f"tree.children={children}: must be one of {known}")
         self.budget = budget
-        self.children = children
+        self.children = cast(Children, children)
 
     def levels(self, depth: int | None) -> int:
         raise NotImplementedError

@@ -18,7 +18,7 @@ class Static(BasePolicy):
     """
 
     def __init__(
-        self, *, widths: Sequence[int], budget: int | None = None, children: str = "auto"
+        self, *, widths: Sequence[int], budget: int | None = None, children: str = "top_k"
     ) -> None:
         if not widths or min(widths) < 1:
             raise ValueError(

@@ -1,0 +1,155 @@
+"""RunFolder: what a run leaves on disk, written as it goes, so that an interrupted run can
+continue.
+
+generations.jsonl   one line for each decoded prompt (for each turn of a conversation)
+steps.jsonl         one line for each step
+baseline/           the same two files for plain decoding
+config.yaml         every setting, resolved
+summary.json        the figures
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+Record = dict[str, Any]
+
+
+class RecordFile:
+    """A JSON-lines file that is appended to, each line complete on disk before the next begins."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[Record] = _read_lines(path) if path.exists() else []
+        self._file: TextIO | None = None
+
+    def append(self, record: Record, *, flush: bool = True) -> None:
+        """Add a line; without `flush` it may reach the disk later."""
+        self.records.append(record)
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if flush:
+            self._file.flush()
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+
+    def rewrite(self, records: list[Record]) -> None:
+        """Replace the contents."""
+        self.close()
+        self.records = records
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        _replace(self.path, "".join(lines))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Side:
+    """The records of one decoder: `generations` and `steps`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.generations = RecordFile(folder / "generations.jsonl")
+        self.steps = RecordFile(folder / "steps.jsonl")
+
+    def begin(self) -> None:
+        """Forget steps of prompts that have no generation yet; those are decoded again from the
+        start.
+
+        A step it shares with finished prompts keeps its whole time: it was spent on those as well.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done = {generation["request"] for generation in self.generations.records}
+        kept = []
+        for step in self.steps.records:
+            places = [i for i, request in enumerate(step["requests"]) if request in done]
+            if places:
+                lists = {k: [v[i] for i in places] for k, v in step.items() if isinstance(v, list)}
+                kept.append({**step, **lists})
+        self.generations.rewrite(self.generations.records)
+        self.steps.rewrite(kept)
+
+    def close(self) -> None:
+        self.generations.close()
+        self.steps.close()
+
+
+class RunFolder:
+    """The output folder of a run.
+
+    Args:
+        path: made if missing.
+        config: every setting of the run, resolved.
+        resume: continue what the folder holds.
+        volatile: settings that may differ between a run and its resumption.
+
+    Raises:
+        ValueError: the folder holds another run's results, or `resume` finds other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        config: Mapping[str, Any],
+        resume: bool,
+        volatile: frozenset[str] = frozenset(),
+    ) -> None:
+        self.path = path
+        stored = path / "config.yaml"
+        if stored.exists():
+            if not resume:
+                raise ValueError(
+                    f"out={path}: holds results already; "
+                    f"resume=true continues them, or choose another folder"
+                )
+            before = yaml.safe_load(stored.read_text())
+            changed = [
+                k for k in sorted({*before, *config} - volatile) if before.get(k) != config.get(k)
+            ]
+            if changed:
+                raise ValueError(
+                    f"resume=true: {', '.join(changed)} differ from the run in out={path}; "
+                    f"use the same settings, or choose another folder"
+                )
+        self._config = dict(config)
+        self.main = Side(path)
+        self.baseline = Side(path / "baseline") if config.get("baseline") else None
+        self._sides = [side for side in (self.main, self.baseline) if side is not None]
+
+    def begin(self) -> None:
+        """Write the settings, and forget what an interrupted run left half done."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace(self.path / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+        for side in self._sides:
+            side.begin()
+
+    def write_summary(self, summary: Record) -> None:
+        _replace(
+            self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        )
+
+    def close(self) -> None:
+        for side in self._sides:
+            side.close()
+
+
+def _read_lines(path: Path) -> list[Record]:
+    """The complete lines of the file; a last line cut off by a crash is dropped."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

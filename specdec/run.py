@@ -1,0 +1,240 @@
+"""The command line: `python -m specdec.run drafter=small_llama`. The only file that knows Hydra.
+
+A config becomes an `Experiment`. Whatever is wrong with it ends in one line on stderr and exit
+code 2, before any model is loaded where that is possible.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+
+from specdec.experiment import (
+    CacheSettings,
+    Experiment,
+    Method,
+    choose_device,
+    choose_dtype,
+    stop_tokens,
+)
+from specdec.model import PagedLM
+from specdec.prompts import load_prompts
+from specdec.protocols import AcceptanceRule
+from specdec.records import RunFolder
+from specdec.report import Live, show_summary
+from specdec.sampling import SamplingParams
+
+CONFIGS = str(Path(__file__).parent / "configs")
+VOLATILE = frozenset({"resume", "tracker", "out"})  # may differ when a run is resumed
+SCALARS: dict[str, Any] = {
+    "max_new_tokens": int,
+    "ignore_eos": bool,
+    "batch_size": int,
+    "seed": int,
+    "dtype": str,
+    "device": str,
+    "baseline": bool,
+    "resume": bool,
+    "out": str,
+}
+RULES = "specdec.verifier"
+_failures: list[str] = []  # what went wrong in the jobs of this process
+
+
+def main() -> None:
+    """Console entry point."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to the handler below
+    try:
+        _hydra_main()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(2 if _failures else 0)
+
+
+@hydra.main(config_path=CONFIGS, config_name="run", version_base="1.3")
+def _hydra_main(config: DictConfig) -> float | None:
+    """One run; returns what a sweeper maximises: the speedup, or tokens/s without a baseline."""
+    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    try:
+        summary = run(settings, Console())
+    except ValueError as error:
+        _fail(error)  # a sweep goes on with its other jobs
+        return None
+    return summary.get("speedup") or summary["tokens_per_second"]
+
+
+def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """Decode as the resolved settings say, print the table and return the summary.
+
+    Raises:
+        ValueError: a setting that cannot be used; the message names it.
+    """
+    scalars = {name: _typed(name, settings[name], kind) for name, kind in SCALARS.items()}
+    sampling = _build(SamplingParams, "sampling", settings["sampling"], seed=scalars["seed"])
+    cache = _build(CacheSettings, "cache", settings["cache"])
+    drafter_class = get_class(settings["drafter"]["_target_"])
+    rule, children = _pair(settings, drafter_class, sampling)
+    shape = {**settings["tree"], "children": children}
+    tree = _build(get_class(shape["_target_"]), "tree", shape)
+    tracker = _build(get_class(settings["tracker"]["_target_"]), "tracker", settings["tracker"])
+    device = choose_device(scalars["device"])
+    dtype = choose_dtype(scalars["dtype"], device)
+    source = dict(settings["prompts"])
+    chat = source.pop("chat")
+    prompts = load_prompts(**source)
+    hydra_config = HydraConfig.get()
+    out = Path(hydra_config.runtime.output_dir)
+    folder = RunFolder(out, config=settings, resume=scalars["resume"], volatile=VOLATILE)
+
+    path = str(settings["target"]["path"])
+    target = PagedLM.load(path, dtype=dtype, device=device, setting="target.path")
+
+    def verifier() -> Any:
+        tree_verifier = get_class(f"{RULES}.verifier.TreeVerifier")
+        return tree_verifier(target, prefill_chunk=cache.prefill_chunk)
+
+    def method(group: Mapping[str, Any], rule: AcceptanceRule) -> Method:
+        drafter = _build(get_class(group["_target_"]), "drafter", group, target=target, tree=tree)
+        return Method(drafter=drafter, rule=rule)
+
+    choices = hydra_config.runtime.choices
+    baseline_rule = _rule("greedy" if sampling.greedy else "target_only")
+    plain = {"_target_": f"{__package__}.drafters.none.NoDrafter"}
+    experiment = Experiment(
+        target=target,
+        verifier=verifier,
+        method=method(settings["drafter"], rule),
+        baseline=method(plain, baseline_rule) if scalars["baseline"] else None,
+        prompts=prompts,
+        sampling=sampling,
+        cache=cache,
+        max_new_tokens=scalars["max_new_tokens"],
+        batch_size=scalars["batch_size"],
+        stop_tokens=stop_tokens(target, ignore_eos=scalars["ignore_eos"]),
+        chat=chat,
+        labels={
+            "drafter": choices["drafter"],
+            "target": path,
+            "tree": choices["tree"],
+            "children": children,
+            "acceptance": rule.name,
+        },
+    )
+    sweep = hydra_config.mode == RunMode.MULTIRUN
+    overrides = hydra_config.job.override_dirname
+    if sweep:
+        console.rule(f"{hydra_config.job.num + 1}: {overrides}", align="left")
+    tracker.start(
+        config=settings,
+        folder=out,
+        group="-".join(out.parent.parts[-2:]) if sweep else None,
+        name=overrides or str(choices["drafter"]),
+    )
+    try:
+        summary = experiment.run(folder, tracker, Live(console))
+    except KeyboardInterrupt:
+        done = len(folder.main.generations.records)
+        console.print(
+            f"interrupted: {done} finished texts are in {out}; resume=true out={out} continues"
+        )
+        raise
+    show_summary(summary, console)
+    console.print(f"results in {out}")
+    return summary
+
+
+def _pair(
+    settings: Mapping[str, Any], drafter: type, sampling: SamplingParams
+) -> tuple[AcceptanceRule, str]:
+    """The acceptance rule and how children are chosen, where the settings leave them open.
+
+    Raises:
+        ValueError: the pairing would change the distribution of outputs, and that was not asked
+            for.
+    """
+    acceptance, children = settings["acceptance"], settings["tree"]["children"]
+    rule = (
+        _build(get_class(acceptance["_target_"]), "acceptance", {})
+        if acceptance["_target_"]
+        else None
+    )
+    if children == "auto":
+        wanted = getattr(drafter, "sampled_children", False) and not sampling.greedy
+        children = "sample" if (wanted if rule is None else rule.needs_proposal) else "top_k"
+    if rule is None:
+        sampled = children != "top_k"
+        name = "greedy" if sampling.greedy else "recursive_rejection" if sampled else "target_only"
+        rule = _rule(name)
+    reason = rule.lossy(children, sampling)
+    if reason and not _typed("acceptance.allow_lossy", acceptance["allow_lossy"], bool):
+        raise ValueError(
+            f"acceptance={rule.name}: not lossless, {reason}; use acceptance=auto, or "
+            f"acceptance.allow_lossy=true to run it all the same"
+        )
+    return rule, children
+
+
+def _rule(name: str) -> AcceptanceRule:
+    """A rule by its file in `verifier/`; its class is the name in camel case."""
+    rule: AcceptanceRule = get_class(f"{RULES}.{name}.{name.title().replace('_', '')}")()
+    return rule
+
+
+def _build(kind: type, group: str, settings: Mapping[str, Any], **given: Any) -> Any:
+    """An object from the settings of its config group, each checked against the constructor's
+    types."""
+    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    checked = {}
+    for name, value in settings.items():
+        if name == "_target_":
+            continue
+        if name not in hints:
+            raise ValueError(f"{group}.{name}={value}: {kind.__name__} has no such setting")
+        checked[name] = _typed(f"{group}.{name}", value, hints[name])
+    return kind(**given, **checked)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """The value, if it is of that type.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a folder called 7
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{name}={value}: {expected}") from None
+
+
+def _fail(error: Exception) -> None:
+    """Print what is wrong in one line."""
+    lines = []
+    for line in str(error).splitlines():
+        if line.strip().startswith(
+            ("full_key:", "object_type=", "Config search path", "reference_type")
+        ):
+            break
+        lines.append(line.strip().rstrip("."))
+    message = "; ".join(line for line in lines if line)
+    _failures.append(message)
+    print(f"error: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
