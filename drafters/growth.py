@@ -123,8 +123,9 @@ def grow(
     every = torch.cat(scores, dim=1)  # [B, T]
     kept = every > DEAD
     if not sampled:
-        best = policy.keep(every)
-        kept = kept if best is None else kept & best
+        best = policy.keep(every[:, 1:])  # the root is not theirs to judge
+        if best is not None:
+            kept[:, 1:] &= best
     tree, order = _compact(
         torch.cat(tokens, 1), torch.cat(parents, 1), kept, levels, policy.budget + 1
     )

@@ -159,8 +159,8 @@ class TreePolicy(Protocol):
         for all."""
 
     def keep(self, scores: Tensor) -> Tensor | None:
-        """[B, T] bool: which of all nodes stay, given top-k children ([B, T] scores); None for
-        all.
+        """[B, T] bool: which nodes stay, the root left out, given top-k children ([B, T] scores);
+        None for all.
 
         Must keep the parent of whatever it keeps. Never called with sampled children.
         """

@@ -104,32 +104,31 @@ class RunFolder:
         volatile: frozenset[str] = frozenset(),
     ) -> None:
         self.path = path
-        stored = path / "config.yaml"
-        if stored.exists():
-            if not resume:
-                raise ValueError(
-                    f"out={path}: holds results already; "
-                    f"resume=true continues them, or choose another folder"
-                )
-            before = yaml.safe_load(stored.read_text())
-            changed = [
-                k for k in sorted({*before, *config} - volatile) if before.get(k) != config.get(k)
-            ]
-            if changed:
-                raise ValueError(
-                    f"resume=true: {', '.join(changed)} differ from the run in out={path}; "
-                    f"use the same settings, or choose another folder"
-                )
         self._config = dict(config)
         self.main = Side(path)
         self.baseline = Side(path / "baseline") if config.get("baseline") else None
-        self._sides = [side for side in (self.main, self.baseline) if side is not None]
+        self.sides = [side for side in (self.main, self.baseline) if side is not None]
+        if not any(side.generations.records for side in self.sides):
+            return
+        if not resume:
+            raise ValueError(
+                f"out={path}: holds results already; "
+                f"resume=true continues them, or choose another folder"
+            )
+        before = yaml.safe_load((path / "config.yaml").read_text())
+        settings = sorted({*before, *config} - volatile)
+        changed = [name for name in settings if before.get(name) != config.get(name)]
+        if changed:
+            raise ValueError(
+                f"resume=true: {', '.join(changed)} differ from the run in out={path}; "
+                f"use the same settings, or choose another folder"
+            )
 
     def begin(self) -> None:
         """Write the settings, and forget what an interrupted run left half done."""
         self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
-        for side in self._sides:
+        for side in self.sides:
             side.begin()
 
     def write_summary(self, summary: Record) -> None:
@@ -138,7 +137,7 @@ class RunFolder:
         )
 
     def close(self) -> None:
-        for side in self._sides:
+        for side in self.sides:
             side.close()
 
 

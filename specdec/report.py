@@ -1,6 +1,6 @@
 """What a person sees: progress while decoding, and the table at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,6 +105,31 @@ def show_summary(summary: Summary, console: Console) -> None:
             "acceptance by depth: " + "  ".join(f"{i + 1}: {a:.0%}" for i, a in enumerate(depths))
         )
     console.print(_lossless_line(summary))
+
+
+def show_sweep(runs: Sequence[tuple[list[str], Summary]], console: Console) -> None:
+    """Print the runs of a sweep beneath each other, named by the overrides that differ."""
+    common = set.intersection(*(set(overrides) for overrides, _ in runs))
+    table = Table(title="sweep", title_justify="left", title_style="bold")
+    table.add_column("run")
+    columns = ("tok/s", "speedup", "accepted", "nodes", "identical")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for overrides, summary in runs:
+        lossless = summary["lossless"]
+        checked = (
+            f"{lossless['identical']} of {lossless['checked']}" if lossless["checked"] else "-"
+        )
+        speedup = summary.get("speedup")
+        table.add_row(
+            " ".join(override for override in overrides if override not in common),
+            f"{summary['tokens_per_second']:.1f}",
+            f"{speedup:.2f}x" if speedup else "-",
+            f"{summary['mean_accepted_length']['pooled']:.2f}",
+            f"{summary['drafted_per_step']:.1f}",
+            checked,
+        )
+    console.print(table)
 
 
 def _share(part: float, whole: float) -> str:

@@ -5,18 +5,20 @@ code 2, before any model is loaded where that is possible.
 """
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
+import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
@@ -32,7 +34,7 @@ from specdec.model import PagedLM
 from specdec.prompts import load_prompts
 from specdec.protocols import AcceptanceRule
 from specdec.records import RunFolder
-from specdec.report import Live, show_summary
+from specdec.report import Live, show_summary, show_sweep
 from specdec.sampling import SamplingParams
 
 CONFIGS = str(Path(__file__).parent / "configs")
@@ -49,11 +51,14 @@ SCALARS: dict[str, Any] = {
     "out": str,
 }
 RULES = "specdec.verifier"
-_failures: list[str] = []  # what went wrong in the jobs of this process
+# What the jobs of this process came to: one, or all of a sweep.
+_finished: list[tuple[list[str], dict[str, Any]]] = []
+_failures: list[str] = []
 
 
 def main() -> None:
     """Console entry point."""
+    transformers.utils.logging.set_verbosity_error()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to the handler below
     try:
         _hydra_main()
@@ -61,16 +66,18 @@ def main() -> None:
         _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    if len(_finished) > 1:
+        show_sweep(_finished, Console())
     sys.exit(2 if _failures else 0)
 
 
 @hydra.main(config_path=CONFIGS, config_name="run", version_base="1.3")
 def _hydra_main(config: DictConfig) -> float | None:
     """One run; returns what a sweeper maximises: the speedup, or tokens/s without a baseline."""
-    settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     try:
+        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         summary = run(settings, Console())
-    except ValueError as error:
+    except (ValueError, OmegaConfBaseException) as error:
         _fail(error)  # a sweep goes on with its other jobs
         return None
     return summary.get("speedup") or summary["tokens_per_second"]
@@ -134,25 +141,26 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
         },
     )
     sweep = hydra_config.mode == RunMode.MULTIRUN
-    overrides = hydra_config.job.override_dirname
+    overrides = [str(override) for override in hydra_config.overrides.task]
     if sweep:
-        console.rule(f"{hydra_config.job.num + 1}: {overrides}", align="left")
+        console.rule(f"{hydra_config.job.num}: {' '.join(overrides)}", align="left")
     tracker.start(
         config=settings,
         folder=out,
         group="-".join(out.parent.parts[-2:]) if sweep else None,
-        name=overrides or str(choices["drafter"]),
+        name=" ".join(overrides) or str(choices["drafter"]),
     )
     try:
         summary = experiment.run(folder, tracker, Live(console))
     except KeyboardInterrupt:
-        done = len(folder.main.generations.records)
+        done = sum(len(side.generations.records) for side in folder.sides)
         console.print(
             f"interrupted: {done} finished texts are in {out}; resume=true out={out} continues"
         )
         raise
     show_summary(summary, console)
     console.print(f"results in {out}")
+    _finished.append((overrides, summary))
     return summary
 
 
@@ -224,11 +232,15 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 def _fail(error: Exception) -> None:
     """Print what is wrong in one line."""
+    text = str(error)
+    if isinstance(error, MissingMandatoryValue):
+        text = f"{error.full_key}: must be given; its file in configs/ shows how"
+    unknown = re.match(r"Could not override '(.*?)'", text)
+    if unknown:
+        text = f"{unknown[1]}: no such setting; python -m specdec.run --cfg job lists them"
     lines = []
-    for line in str(error).splitlines():
-        if line.strip().startswith(
-            ("full_key:", "object_type=", "Config search path", "reference_type")
-        ):
+    for line in text.splitlines():
+        if line.strip().startswith(("full_key:", "object_type=", "Config search path")):
             break
         lines.append(line.strip().rstrip("."))
     message = "; ".join(line for line in lines if line)

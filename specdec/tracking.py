@@ -72,7 +72,7 @@ class WandbTracker:
 
         mode: Any = os.environ.get("WANDB_MODE", self.mode)
         if mode == "auto":
-            mode = "online" if wandb.api.api_key else "offline"
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         options: dict[str, Any] = {
             "project": self.project,
             "entity": self.entity,

@@ -9,7 +9,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,13 @@ from scipy import stats
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from specdec.decode import Decoder
+from specdec.decode import Decoder, Step
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.model import PagedLM
-from specdec.protocols import Request, StepContext
+from specdec.protocols import Request, StepContext, TreePolicy
 from specdec.sampling import SamplingParams, draw, probabilities, race, uniforms
 from specdec.tree import Acceptance, Proposal, TokenTree
 from specdec.verifier import recursive_rejection, target_only
@@ -45,6 +45,15 @@ ALPHA = 1e-6  # how often a statistical test may fail by chance; the seeds are f
 Tokens = tuple[int, ...]
 Law = dict[Tokens, float]
 Table = Callable[[Tokens], np.ndarray]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are so small that more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # Worlds and their distributions
@@ -143,7 +152,9 @@ class DrawnTree:
         )
 
 
-def ordered_draws(probs: np.ndarray, count: int, *, replacement: bool) -> list[tuple[Tokens, float]]:
+def ordered_draws(
+    probs: np.ndarray, count: int, *, replacement: bool
+) -> list[tuple[Tokens, float]]:
     """Every sequence of `count` draws with its probability; fewer draws if the support ends."""
     if count == 0 or probs.sum() <= 0:
         return [((), 1.0)]
@@ -257,19 +268,16 @@ def acceptance_chance(rule: Rule, tree: TokenTree, target: Tensor) -> Tensor:
     return recursive_rejection.child_probabilities(tree, target)[0]
 
 
-def repeat_rows(tree: TokenTree, times: int) -> TokenTree:
-    """Each row `times` times in a row."""
+def take_rows(tree: TokenTree, rows: Tensor) -> TokenTree:
     proposal = tree.proposal
     if proposal is not None:
         proposal = Proposal(
-            ids=proposal.ids.repeat_interleave(times, 0),
-            probs=proposal.probs.repeat_interleave(times, 0),
-            children=proposal.children,
+            ids=proposal.ids[rows], probs=proposal.probs[rows], children=proposal.children
         )
     return TokenTree(
-        tokens=tree.tokens.repeat_interleave(times, 0),
-        parents=tree.parents.repeat_interleave(times, 0),
-        size=tree.size.repeat_interleave(times, 0),
+        tokens=tree.tokens[rows],
+        parents=tree.parents[rows],
+        size=tree.size[rows],
         depth=tree.depth,
         proposal=proposal,
     )
@@ -277,36 +285,33 @@ def repeat_rows(tree: TokenTree, times: int) -> TokenTree:
 
 def emitted_law(rule: Rule, trees: list[DrawnTree], tree: TokenTree, target: Table) -> Law:
     """Law of the new tokens of one step, over all trees and all outcomes of the coins."""
-    nodes = tree.nodes
-    outcomes = torch.tensor(list(itertools.product([0.0, BELOW_ONE], repeat=nodes - 1)))
-    times = len(outcomes)
+    coins = torch.tensor(
+        list(itertools.product([0.0], *[[0.0, BELOW_ONE]] * (tree.nodes - 1))),
+        dtype=torch.float64,
+    )  # [outcomes, N]
     at_nodes = target_at_nodes(trees, target)
     chance = acceptance_chance(rule, tree, at_nodes)[:, None, 1:]  # [T, 1, N - 1]
     assert chance.isfinite().all()
     assert (chance >= 0).all()
     assert (chance <= 1 + 1e-12).all()
-    taken = (outcomes == 0.0).expand(len(trees), -1, -1)  # [T, outcomes, N - 1]
+    taken = (coins[:, 1:] == 0.0).expand(len(trees), -1, -1)  # [T, outcomes, N - 1]
     weight = torch.where(taken, chance.clamp(max=1.0), (1 - chance).clamp(min=0.0)).prod(-1)
     weight = weight * torch.tensor([t.probability for t in trees])[:, None]
-    coins = torch.nn.functional.pad(outcomes, (1, 0)).repeat(len(trees), 1)  # [T * outcomes, N]
-    path, length, rest = rule.judge(
-        repeat_rows(tree, times), at_nodes.repeat_interleave(times, 0), coins
-    )
+    row, outcome = weight.nonzero(as_tuple=True)
+    path, length, rest = rule.judge(take_rows(tree, row), at_nodes[row], coins[outcome])
     assert rest.isfinite().all()
     assert (rest >= 0).all()
-    last = rest / rest.sum(-1, keepdim=True)
-    law: Law = {}
-    rows = zip(
-        weight.flatten().tolist(), path.tolist(), length.tolist(), last.tolist(), strict=True
-    )
-    for row, (mass, nodes_kept, count, following) in enumerate(rows):
-        if mass == 0.0:
-            continue
-        drafted = tuple(trees[row // times].tokens[i] for i in nodes_kept[1:count])
-        for token, probability in enumerate(following):
-            emitted = (*drafted, token)
-            law[emitted] = law.get(emitted, 0.0) + mass * probability
-    return law
+    mass = weight[row, outcome][:, None] * rest / rest.sum(-1, keepdim=True)  # [R, V]
+    drafted = tree.tokens[row[:, None], path[:, 1:]]  # [R, depth]
+    drafted[torch.arange(path.shape[1] - 1) >= length[:, None] - 1] = -1
+    prefixes, group = np.unique(drafted.numpy(), axis=0, return_inverse=True)
+    total = np.zeros((len(prefixes), mass.shape[1]))
+    np.add.at(total, group.reshape(-1), mass.numpy())
+    return {
+        (*(int(t) for t in prefix if t >= 0), token): float(probability)
+        for prefix, following in zip(prefixes, total, strict=True)
+        for token, probability in enumerate(following)
+    }
 
 
 def extend_law(law: Law, target: Table, count: int) -> Law:
@@ -631,7 +636,7 @@ def test_no_nan_when_nothing_is_left(rule: Rule, dtype: torch.dtype) -> None:
             tree = token_trees(trees, lambda context, p=probs: p)
             at_nodes = target_at_nodes(trees, lambda context, p=probs: p).to(dtype)
             for coin in (0.0, 0.5, BELOW_ONE):
-                coins = torch.full((len(trees), tree.nodes), coin).double()
+                coins = torch.full((len(trees), tree.nodes), coin, dtype=torch.float64)
                 _, length, rest = rule.judge(tree, at_nodes, coins)
                 assert rest.isfinite().all()
                 assert (rest >= 0).all()
@@ -823,9 +828,7 @@ def test_first_two_arrivals_are_draws_without_replacement(weights: list[float]) 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**63 - 1),
-    rows=st.lists(
-        st.tuples(st.integers(0, 2**40), st.integers(0, 2**20)), min_size=1, max_size=5
-    ),
+    rows=st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 2**20)), min_size=1, max_size=5),
     stream=st.integers(0, 40),
     count=st.integers(1, 30),
     more=st.integers(0, 30),
@@ -897,11 +900,13 @@ class Models:
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder: Path = tmp_path_factory.mktemp("draft")
-    tiny_llama(seed=1, layers=1).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(MODEL_VOCAB)}, unk_token="t0"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     model = tiny_llama(seed=0, layers=2)
-    return Models(PagedLM(copy.deepcopy(model)), model, str(folder))
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(MODEL_VOCAB)}, unk_token="t0"))
+    for name, saved in {"other": tiny_llama(seed=1, layers=1), "same": model}.items():
+        saved.save_pretrained(folder / name)
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+        tokenizer.save_pretrained(folder / name)
+    return Models(PagedLM(copy.deepcopy(model)), model, str(folder / "other"))
 
 
 def exact_law(model: transformers.LlamaForCausalLM, params: SamplingParams, count: int) -> Law:
@@ -922,12 +927,13 @@ def exact_law(model: transformers.LlamaForCausalLM, params: SamplingParams, coun
 
 
 def decoded(
-    models: Models, rule: Rule, tree: object, params: SamplingParams, requests: int, count: int
+    models: Models, rule: Rule, tree: TreePolicy, params: SamplingParams, requests: int, count: int
 ) -> tuple[dict[Tokens, int], float]:
     """How often each output came up, and the drafted tokens accepted per step."""
-    drafter = SmallLlama(target=models.target, tree=tree, path=models.draft_path)  # type: ignore[arg-type]
+    drafter = SmallLlama(target=models.target, tree=tree, path=models.draft_path)
+    verifier = TreeVerifier(models.target)
     decoder = Decoder(
-        verifier=TreeVerifier(models.target),
+        verifier=verifier,
         drafter=drafter,
         rule=rule,
         sampling=params,
@@ -940,17 +946,18 @@ def decoded(
     counts: dict[Tokens, int] = {}
     accepted, steps = 0, 0
 
-    def note(step: object) -> None:
+    def note(step: Step) -> None:
         nonlocal accepted, steps
-        accepted += sum(step.accepted)  # type: ignore[attr-defined]
-        steps += len(step.accepted)  # type: ignore[attr-defined]
+        accepted += sum(step.accepted)
+        steps += len(step.accepted)
 
     queue = [Request(id=i, prompt_ids=PROMPT, max_new_tokens=count) for i in range(requests)]
     for sequence in decoder.run(queue, on_step=note):
         output = tuple(sequence.output_ids)
         assert len(output) == count
         counts[output] = counts.get(output, 0) + 1
-    decoder.verifier.target.cache.check()  # type: ignore[attr-defined]
+    verifier.target.cache.check()
+    drafter.model.cache.check()
     assert sum(counts.values()) == requests
     return counts, accepted / steps
 
@@ -984,7 +991,7 @@ NUCLEUS = SamplingParams(temperature=1.0, top_p=0.8, seed=8)
     ids=lambda value: getattr(value, "name", None) or type(value).__name__,
 )
 def test_outputs_of_the_loop_follow_the_target(
-    tiny_models: Models, rule: Rule, tree: object, params: SamplingParams, count: int
+    tiny_models: Models, rule: Rule, tree: TreePolicy, params: SamplingParams, count: int
 ) -> None:
     counts, accepted = decoded(tiny_models, rule, tree, params, requests=3000, count=count)
     expected = exact_law(tiny_models.plain, params, count)
@@ -1001,6 +1008,26 @@ def test_the_statistical_test_sees_a_lossy_pair(tiny_models: Models) -> None:
     tree = Static(widths=[2, 1], children="top_k")
     counts, _ = decoded(tiny_models, RecursiveRejection(), tree, WARM, requests=1500, count=2)
     assert chi_square(counts, exact_law(tiny_models.plain, WARM, 2)) < ALPHA
+
+
+@pytest.mark.parametrize("params", [WARM, NUCLEUS], ids=["plain", "top_p"])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        Chain(budget=3, children="sample"),
+        Static(widths=[2, 1, 2], children="sample"),
+        Dynamic(budget=6, width=2, depth=3, children="sample_with_replacement"),
+    ],
+    ids=lambda tree: type(tree).__name__,
+)
+def test_a_draft_equal_to_the_target_is_always_accepted(
+    tiny_models: Models, tree: TreePolicy, params: SamplingParams
+) -> None:
+    """So its positions and its view of the tree are right, level by level; eight tokens take two
+    steps, the second of which follows on what the drafter committed after the first."""
+    same = replace(tiny_models, draft_path=str(Path(tiny_models.draft_path).parent / "same"))
+    _, accepted = decoded(same, RecursiveRejection(), tree, params, requests=200, count=8)
+    assert accepted > 2.99
 
 
 def test_acceptance_counts_as_new_tokens() -> None:

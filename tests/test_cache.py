@@ -1,0 +1,656 @@
+"""PagedKVCache against a plain Python model that remembers what every row should contain.
+
+Keys and values stand for the tokens up to their position, as those of a causal model do. So a page
+that is shared, copied or overwritten wrongly shows in the content, whatever the bookkeeping says.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor
+
+from specdec.cache import CacheFullError, KVShape, PagedKVCache
+
+SHAPE = KVShape(layers=2, kv_heads=2, key_dim=3, value_dim=2)
+ROWS, PAGES, PAGE_SIZE, MAX_TOKENS = 5, 11, 3, 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The tensors are so small that more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def new_cache(
+    *,
+    rows: int = ROWS,
+    pages: int = PAGES,
+    page_size: int = PAGE_SIZE,
+    max_tokens: int = MAX_TOKENS,
+) -> PagedKVCache:
+    return PagedKVCache(
+        shape=SHAPE,
+        rows=rows,
+        pages=pages,
+        page_size=page_size,
+        max_tokens=max_tokens,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def entries(history: Sequence[int], head_dim: int, salt: int) -> Tensor:
+    """[L, HKV, D] of the last token of a history; exact in float32, no two entries alike."""
+    stamp = zlib.crc32(bytes([salt, *history])) % 100_003 * 100
+    count = SHAPE.layers * SHAPE.kv_heads * head_dim
+    return stamp + torch.arange(count).view(SHAPE.layers, SHAPE.kv_heads, head_dim).float()
+
+
+def key_of(history: Sequence[int]) -> Tensor:
+    return entries(history, SHAPE.key_dim, 1)
+
+
+def value_of(history: Sequence[int]) -> Tensor:
+    return entries(history, SHAPE.value_dim, 2)
+
+
+def stacked(history: Sequence[int], of: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """[L, HKV, T, D] of every position of a history."""
+    return torch.stack([of(history[: i + 1]) for i in range(len(history))], dim=2)
+
+
+def read(cache: PagedKVCache, row: int, pool: Tensor) -> Tensor:
+    """[L, HKV, T, D], the committed tokens of a row as attention would find them."""
+    position = torch.arange(int(cache.lengths[row]))
+    page = cache.page_table[row, position // cache.page_size].long()
+    return pool[:, page, :, position % cache.page_size].permute(1, 2, 0, 3)
+
+
+def assert_holds(cache: PagedKVCache, row: int, history: Sequence[int]) -> None:
+    assert cache.committed(row) == len(history) == int(cache.lengths[row])
+    if history:
+        assert torch.equal(read(cache, row, cache.keys), stacked(history, key_of))
+        assert torch.equal(read(cache, row, cache.values), stacked(history, value_of))
+
+
+def write_and_commit(
+    cache: PagedKVCache, histories: dict[int, list[int]], new: dict[int, list[int]], seed: int = 0
+) -> None:
+    """Put each row's new tokens at random scratch rows, the rest filled with noise, and commit."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, most = list(new), max((len(tokens) for tokens in new.values()), default=0)
+    nodes = most + 3
+    cache.scratch(len(rows), nodes)
+    for scratch in (cache.tree_keys, cache.tree_values):
+        scratch.copy_(-torch.rand(scratch.shape, generator=generator))
+    path = torch.randint(nodes, (len(rows), most + 1), generator=generator)
+    for place, row in enumerate(rows):
+        own = torch.randperm(nodes, generator=generator)[: len(new[row])]
+        path[place, : len(own)] = own
+        for i, node in enumerate(own.tolist()):
+            history = histories[row] + new[row][: i + 1]
+            cache.tree_keys[:, place, :, node] = key_of(history)
+            cache.tree_values[:, place, :, node] = value_of(history)
+    cache.commit(rows, path, torch.tensor([len(new[row]) for row in rows]))
+
+
+def snapshot(cache: PagedKVCache) -> list[object]:
+    """All that a failed call must leave alone."""
+    return [
+        cache.page_table.tolist(),
+        cache.lengths.tolist(),
+        cache.keys.tolist(),
+        cache.values.tolist(),
+        cache.free_pages,
+    ]
+
+
+prompts = st.lists(st.integers(0, 1), max_size=12).map(lambda tail: ([0] * 7 + tail)[-12:])
+tokens_lists = st.lists(st.integers(0, 2), max_size=5)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Random lives of rows; the model keeps for each open row the tokens it has committed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = new_cache(rows=ROWS + 1)
+        self.histories: dict[int, list[int]] = {}
+        self.prompts: dict[int, list[int]] = {}  # tokens announced at `open`
+        self.announced: list[list[int]] = []  # every prompt there has been
+        self.unwritten_forks: set[int] = set()  # rows that still hold a page in reserve
+        self.seed = 0
+
+    def closed_rows(self) -> list[int]:
+        return [row for row in range(ROWS) if row not in self.histories]
+
+    def pages_of(self, row: int) -> list[int]:
+        count = self.cache.allocated(row) // PAGE_SIZE
+        return self.cache.page_table[row, :count].tolist()
+
+    @precondition(lambda self: self.closed_rows())
+    @rule(
+        data=st.data(),
+        prompt=st.sampled_from([[0] * 9, [0] * 4 + [1] * 4, [0] * 3 + [1] * 6, [1, 0, 1]])
+        | prompts,
+        room=st.integers(1, 7),
+    )
+    def open(self, data: st.DataObject, prompt: list[int], room: int) -> None:
+        row = data.draw(st.sampled_from(self.closed_rows()))
+        tokens = min(len(prompt) + room, MAX_TOKENS)
+        shareable = self.cache.shareable(prompt)
+        needed = -(-tokens // PAGE_SIZE) - shareable // PAGE_SIZE
+        if needed > self.cache.free_pages:
+            before = snapshot(self.cache)
+            with pytest.raises(CacheFullError, match=f"{needed} pages needed"):
+                self.cache.open(row, tokens=tokens, prefix=prompt)
+            assert snapshot(self.cache) == before
+            return
+        done = self.cache.open(row, tokens=tokens, prefix=prompt)
+        assert done == shareable
+        assert done % PAGE_SIZE == 0
+        somebody = any(history[:done] == prompt[:done] for history in self.histories.values())
+        assert done == 0 or somebody
+        self.histories[row], self.prompts[row] = prompt[:done], prompt
+        if prompt not in self.announced:
+            self.announced.append(prompt)
+        assert self.cache.allocated(row) >= tokens
+
+    @precondition(lambda self: self.histories)
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        """Rows still in their prompt go on with it, the others take any tokens."""
+        rows = data.draw(
+            st.lists(st.sampled_from(sorted(self.histories)), min_size=1, max_size=4, unique=True)
+        )
+        new = {}
+        for row in rows:
+            rest = self.prompts[row][len(self.histories[row]) :]
+            drafted = data.draw(tokens_lists)
+            new[row] = rest[: len(drafted)] if rest else drafted
+        self.seed += 1
+        over = [
+            row
+            for row in rows
+            if len(self.histories[row]) + len(new[row]) > self.cache.allocated(row)
+        ]
+        if over:
+            before = snapshot(self.cache)
+            with pytest.raises(RuntimeError, match=f"cache row {over[0]}: .* exceed"):
+                write_and_commit(self.cache, self.histories, new, self.seed)
+            assert snapshot(self.cache) == before
+            return
+        write_and_commit(self.cache, self.histories, new, self.seed)
+        for row, tokens in new.items():
+            self.histories[row] = self.histories[row] + tokens
+            if tokens:
+                self.unwritten_forks.discard(row)
+
+    @precondition(lambda self: self.histories and self.closed_rows())
+    @rule(data=st.data(), room=st.integers(0, 6))
+    def fork(self, data: st.DataObject, room: int) -> None:
+        source = data.draw(st.sampled_from(sorted(self.histories)))
+        row = data.draw(st.sampled_from(self.closed_rows()))
+        history = self.histories[source]
+        tokens = min(len(history) + room, MAX_TOKENS)
+        if len(history) > tokens:
+            before = snapshot(self.cache)
+            with pytest.raises(ValueError, match=f"limit {MAX_TOKENS}"):
+                self.cache.fork(source, row, tokens=tokens)
+            assert snapshot(self.cache) == before
+            return
+        needed = -(-tokens // PAGE_SIZE) - len(history) // PAGE_SIZE
+        if needed > self.cache.free_pages:
+            before = snapshot(self.cache)
+            with pytest.raises(CacheFullError, match=f"{needed} pages needed"):
+                self.cache.fork(source, row, tokens=tokens)
+            assert snapshot(self.cache) == before
+            return
+        self.cache.fork(source, row, tokens=tokens)
+        self.histories[row] = list(history)
+        self.prompts[row] = self.prompts[source][: len(history)]
+        used = -(-len(history) // PAGE_SIZE)
+        assert self.pages_of(row)[:used] == self.pages_of(source)[:used]
+        if len(history) % PAGE_SIZE:
+            self.unwritten_forks.add(row)
+
+    @precondition(lambda self: self.histories)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(sorted(self.histories)))
+        self.cache.close(row)
+        del self.histories[row], self.prompts[row]
+        self.unwritten_forks.discard(row)
+
+    @invariant()
+    def invariants_hold(self) -> None:
+        self.cache.check()
+
+    @invariant()
+    def contents_are_those_of_the_model(self) -> None:
+        for row, history in self.histories.items():
+            assert_holds(self.cache, row, history)
+        for row in self.closed_rows():
+            assert int(self.cache.lengths[row]) == 0
+
+    @invariant()
+    def pages_on_offer_hold_what_they_promise(self) -> None:
+        """A guest that takes only pages on offer, reads them and leaves without a trace."""
+        for prompt in self.announced:
+            done = self.cache.shareable(prompt)
+            if done:
+                assert self.cache.open(ROWS, tokens=done, prefix=prompt) == done
+                assert_holds(self.cache, ROWS, prompt[:done])
+                self.cache.close(ROWS)
+
+    @invariant()
+    def every_page_is_accounted_for(self) -> None:
+        held = {page for row in self.histories for page in self.pages_of(row)}
+        assert self.cache.free_pages == PAGES - len(held) - len(self.unwritten_forks)
+
+    def teardown(self) -> None:
+        for row in list(self.histories):
+            self.cache.close(row)
+        self.cache.check()
+        assert self.cache.free_pages == PAGES
+        assert self.cache.shareable([0] * 9) == 0
+
+
+CacheMachine.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=30, deadline=None, derandomize=True
+)
+TestRandomLives = CacheMachine.TestCase
+
+
+class Life:
+    """A cache and the histories of its rows, for tests that tell one story."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.cache = new_cache(**sizes)
+        self.histories: dict[int, list[int]] = {}
+
+    def open(self, row: int, prompt: list[int], *, tokens: int | None = None) -> int:
+        done = self.cache.open(row, tokens=MAX_TOKENS if tokens is None else tokens, prefix=prompt)
+        self.histories[row] = prompt[:done]
+        return done
+
+    def fork(self, source: int, row: int, *, tokens: int) -> None:
+        self.cache.fork(source, row, tokens=tokens)
+        self.histories[row] = list(self.histories[source])
+
+    def commit(self, new: dict[int, list[int]]) -> None:
+        write_and_commit(self.cache, self.histories, new)
+        for row, tokens in new.items():
+            self.histories[row] = self.histories[row] + tokens
+
+    def close(self, row: int) -> None:
+        self.cache.close(row)
+        del self.histories[row]
+
+    def verify(self) -> None:
+        self.cache.check()
+        for row, history in self.histories.items():
+            assert_holds(self.cache, row, history)
+
+    def pages(self, row: int) -> list[int]:
+        count = self.cache.allocated(row) // self.cache.page_size
+        return self.cache.page_table[row, :count].tolist()
+
+
+# Prompts
+
+
+def test_rows_share_the_full_pages_of_a_common_prompt() -> None:
+    life = Life()
+    prompt = [1, 2, 0, 1, 2, 2, 1]
+    assert life.open(0, prompt) == 0
+    assert life.cache.shareable(prompt) == 0
+    life.commit({0: prompt[:4]})
+    assert life.cache.shareable(prompt) == 3
+    life.commit({0: prompt[4:]})
+    assert life.cache.shareable(prompt) == 6
+    assert life.cache.shareable([1, 2, 0, 1, 2, 1, 1]) == 3
+    assert life.cache.shareable([2, 1, 2, 0, 1, 2, 2]) == 0
+    assert life.cache.shareable(prompt[:5]) == 3
+
+    free = life.cache.free_pages
+    assert life.open(1, prompt, tokens=9) == 6
+    assert life.pages(1)[:2] == life.pages(0)[:2]
+    assert life.pages(1)[2] != life.pages(0)[2]
+    assert life.cache.free_pages == free - 1
+    life.commit({1: [1, 0, 0]})
+    life.verify()
+
+    life.close(0)
+    life.verify()
+    assert life.cache.shareable(prompt) == 6
+    assert life.open(2, prompt, tokens=7) == 6
+    life.close(1)
+    life.commit({2: [2]})
+    life.verify()
+    life.close(2)
+    assert life.cache.free_pages == PAGES
+    assert life.cache.shareable(prompt) == 0
+
+
+def test_output_tokens_are_not_offered_to_later_prompts() -> None:
+    life = Life()
+    life.open(0, [1, 2, 0, 1])
+    life.commit({0: [1, 2, 0, 1]})
+    life.commit({0: [2, 2, 0, 0, 0]})
+    assert life.cache.shareable([1, 2, 0, 1, 2, 2, 0, 0, 0]) == 3
+
+
+def test_equal_pages_under_different_beginnings_are_not_confused() -> None:
+    life = Life()
+    life.open(0, [0, 0, 0, 1, 1, 1], tokens=6)
+    life.open(1, [2, 2, 2, 1, 1, 1], tokens=6)
+    life.commit({0: [0, 0, 0, 1, 1, 1], 1: [2, 2, 2, 1, 1, 1]})
+    assert life.open(2, [2, 2, 2, 1, 1, 1], tokens=6) == 6
+    assert life.pages(2) == life.pages(1)
+    life.verify()
+
+
+def test_two_rows_that_fill_the_same_prompt_at_once_both_survive() -> None:
+    """Neither found the other's pages at `open`; closing one must not harm the other."""
+    for first in (0, 1):
+        life = Life()
+        prompt = [1, 1, 2, 0, 2, 1, 0]
+        life.open(0, prompt, tokens=8)
+        life.open(1, prompt, tokens=8)
+        life.commit({0: prompt, 1: prompt})
+        life.close(first)
+        life.open(2, prompt, tokens=8)
+        life.commit({2: prompt[len(life.histories[2]) :]})
+        life.verify()
+
+
+# Forks
+
+
+def test_a_fork_shares_until_it_writes() -> None:
+    life = Life()
+    life.open(0, [1, 2, 0, 1, 2])
+    life.commit({0: [1, 2, 0, 1, 2]})
+    life.fork(0, 1, tokens=8)
+    assert life.pages(1)[:2] == life.pages(0)[:2]
+    life.commit({0: [0, 0]})
+    life.verify()
+    assert life.pages(1)[1] == life.pages(0)[1]
+    life.commit({1: [2, 2]})
+    assert life.pages(1)[0] == life.pages(0)[0]
+    assert life.pages(1)[1] != life.pages(0)[1]
+    life.verify()
+
+
+def test_the_last_fork_takes_over_the_page_its_source_has_left() -> None:
+    life = Life()
+    life.open(0, [1, 2, 0, 1], tokens=6)
+    life.commit({0: [1, 2, 0, 1]})
+    life.fork(0, 1, tokens=6)
+    shared = life.pages(1)[1]
+    life.close(0)
+    life.verify()
+    free = life.cache.free_pages
+    life.commit({1: [2]})
+    assert life.pages(1)[1] == shared
+    assert life.cache.free_pages == free + 1  # the reserve was not needed
+    life.verify()
+
+
+def test_forks_of_forks_diverge() -> None:
+    life = Life(pages=20)
+    life.open(0, [1])
+    life.commit({0: [1, 1, 1, 2]})
+    life.fork(0, 1, tokens=9)
+    life.fork(1, 2, tokens=9)
+    life.fork(2, 3, tokens=9)
+    for row in range(4):
+        life.commit({row: [row % 3, row // 3]})
+        life.verify()
+    life.close(0)
+    life.close(2)
+    life.commit({1: [0, 0, 0], 3: [1, 1]})
+    life.verify()
+
+
+def test_a_fork_does_not_overwrite_a_prompt_page_that_is_on_offer() -> None:
+    """Its source goes on to fill the borrowed page and offers it, then leaves; the fork, now alone
+    with the page, writes something else; a third row asks for the prompt."""
+    life = Life()
+    prompt = [1, 2, 0, 1, 2, 0]
+    life.open(0, prompt, tokens=6)
+    life.commit({0: prompt[:4]})
+    life.fork(0, 1, tokens=6)
+    life.commit({0: prompt[4:]})
+    life.close(0)
+    life.commit({1: [1, 1]})
+    life.verify()
+    life.open(2, prompt, tokens=6)
+    life.verify()
+
+
+def test_an_offered_page_that_a_fork_has_borrowed_may_be_shared() -> None:
+    """As above, but the third row comes before the fork writes."""
+    life = Life()
+    prompt = [1, 2, 0, 1, 2, 0]
+    life.open(0, prompt, tokens=6)
+    life.commit({0: prompt[:4]})
+    life.fork(0, 1, tokens=6)
+    life.commit({0: prompt[4:]})
+    life.close(0)
+    life.open(2, prompt, tokens=6)
+    life.commit({1: [1, 1]})
+    life.verify()
+
+
+# Scratch and commit
+
+
+def test_scratch_grows_in_both_directions_and_keeps_its_content() -> None:
+    cache = new_cache()
+    cache.scratch(2, 3)
+    assert cache.tree_keys.shape == (SHAPE.layers, 2, SHAPE.kv_heads, 3, SHAPE.key_dim)
+    assert cache.tree_values.shape == (SHAPE.layers, 2, SHAPE.kv_heads, 3, SHAPE.value_dim)
+    keys = cache.tree_keys.normal_().clone()
+    values = cache.tree_values.normal_().clone()
+    before = cache.tree_keys
+    cache.scratch(1, 2)
+    assert cache.tree_keys is before
+    for batch, nodes in ((2, 7), (4, 1), (5, 9)):
+        cache.scratch(batch, nodes)
+        assert torch.equal(cache.tree_keys[:, :2, :, :3], keys)
+        assert torch.equal(cache.tree_values[:, :2, :, :3], values)
+    assert cache.tree_keys.shape[1] == 5
+    assert cache.tree_keys.shape[3] == 9
+
+
+def test_commit_beyond_the_allocation_writes_nothing_for_any_row() -> None:
+    life = Life()
+    life.open(0, [], tokens=6)
+    life.open(1, [], tokens=4)
+    life.commit({0: [1], 1: [1, 2, 0, 2]})
+    life.fork(1, 2, tokens=5)
+    before, table = snapshot(life.cache), life.pages(2)
+    with pytest.raises(RuntimeError, match="cache row 1: 3 tokens more exceed 6 allocated"):
+        write_and_commit(life.cache, life.histories, {2: [1], 0: [1, 2], 1: [0, 0, 0]})
+    assert snapshot(life.cache) == before
+    assert life.pages(2) == table
+    life.verify()
+
+
+def test_committing_nothing_does_not_end_a_loan() -> None:
+    life = Life()
+    life.open(0, [], tokens=4)
+    life.commit({0: [1, 2, 0, 2]})
+    life.fork(0, 1, tokens=5)
+    life.commit({1: [], 0: []})
+    assert life.pages(1)[:2] == life.pages(0)[:2]
+    life.verify()
+
+
+def test_order_of_rows_is_the_order_of_the_scratch() -> None:
+    life = Life()
+    for row in range(3):
+        life.open(row, [], tokens=9)
+    life.commit({2: [2, 0, 2, 2], 0: [0], 1: [1, 1]})
+    life.commit({1: [0, 0], 2: [1]})
+    life.verify()
+
+
+def test_memory_per_token() -> None:
+    assert SHAPE.bytes_per_token(torch.float32) == 2 * 2 * (3 + 2) * 4
+    assert SHAPE.bytes_per_token(torch.bfloat16) == 2 * 2 * (3 + 2) * 2
+    cache = new_cache()
+    total = cache.keys.numel() + cache.values.numel()
+    assert total * 4 == SHAPE.bytes_per_token(torch.float32) * PAGES * PAGE_SIZE
+
+
+# Errors
+
+
+@pytest.mark.parametrize("setting", ["page_size", "pages", "rows"])
+def test_sizes_below_one_are_named(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"cache.{setting}=0: must be at least 1"):
+        new_cache(**{setting: 0})
+
+
+def test_errors_of_open_and_fork_change_nothing() -> None:
+    life = Life(pages=5)
+    life.open(0, [], tokens=7)
+    life.commit({0: [1, 1, 1, 1]})
+    before = snapshot(life.cache)
+    refusals: list[tuple[type[Exception], str, Callable[[], object]]] = [
+        (RuntimeError, "cache row 0 is already open", lambda: life.cache.open(0, tokens=1)),
+        (
+            ValueError,
+            f"a sequence of {MAX_TOKENS + 1} tokens exceeds the {MAX_TOKENS} of a cache row",
+            lambda: life.cache.open(1, tokens=MAX_TOKENS + 1),
+        ),
+        (
+            ValueError,
+            "cache.pages=5: a sequence of 16 tokens needs 6; raise cache.pages",
+            lambda: life.cache.open(1, tokens=16),
+        ),
+        (CacheFullError, "3 pages needed, 2 free", lambda: life.cache.open(1, tokens=9)),
+        (RuntimeError, "cache row 0 is already open", lambda: life.cache.fork(0, 0, tokens=4)),
+        (
+            ValueError,
+            "4 tokens .*a row of 3",
+            lambda: life.cache.fork(0, 1, tokens=3),
+        ),
+        (
+            ValueError,
+            f"4 tokens .*a row of {MAX_TOKENS + 1}.* limit {MAX_TOKENS}",
+            lambda: life.cache.fork(0, 1, tokens=MAX_TOKENS + 1),
+        ),
+        (
+            CacheFullError,
+            "3 pages needed, 2 free",
+            lambda: life.cache.fork(0, 1, tokens=12),
+        ),
+    ]
+    for kind, message, call in refusals:
+        with pytest.raises(kind, match=message):
+            call()
+        assert snapshot(life.cache) == before
+        life.verify()
+    life.fork(0, 1, tokens=9)
+    life.verify()
+    with pytest.raises(CacheFullError, match="1 pages needed, 0 free"):
+        life.cache.open(2, tokens=1)
+
+
+# check()
+
+
+def broken_life() -> Life:
+    """Three rows: a prompt, one that shares its first page, a fork with a page on loan."""
+    life = Life()
+    prompt = [1, 2, 0, 1, 2]
+    life.open(0, prompt, tokens=7)
+    life.commit({0: prompt})
+    life.open(1, prompt, tokens=6)
+    life.commit({1: [1]})
+    life.fork(0, 2, tokens=6)
+    life.verify()
+    return life
+
+
+def swap_owner_page(cache: PagedKVCache) -> None:
+    """Row 1 gets row 0's last page instead of its own, on the host and on the device."""
+    page = cache._rows[0].pages[2]
+    mine = cache._rows[1].pages[1]
+    cache._rows[1].pages[1] = page
+    cache.page_table[1, 1] = page
+    cache._references[page] += 1
+    cache._references[mine] -= 1
+    cache._free.append(mine)
+
+
+CORRUPTIONS: dict[str, tuple[str, Callable[[PagedKVCache], object]]] = {
+    "too_many_committed": (
+        "row 0: 10 committed of 9 allocated",
+        lambda cache: setattr(cache._rows[0], "committed", 10),
+    ),
+    "negative_committed": (
+        "row 0: -1 committed",
+        lambda cache: setattr(cache._rows[0], "committed", -1),
+    ),
+    "device_table": (
+        "row 1: page table on the device differs",
+        lambda cache: cache.page_table[1, 0].add_(1),
+    ),
+    "device_length": (
+        "row 2: length 6 on the device, not 5",
+        lambda cache: cache.lengths[2].add_(1),
+    ),
+    "two_writers": ("may both write to it", swap_owner_page),
+    "freed_in_use": (
+        "is free and in use",
+        lambda cache: cache._free.append(cache._rows[0].pages[0]),
+    ),
+    "count_too_high": (
+        "3 held",
+        lambda cache: cache._references.__setitem__(cache._rows[0].pages[0], 4),
+    ),
+    "count_too_low": (
+        "1 references, 2 held",
+        lambda cache: cache._references.__setitem__(cache._rows[2].pages[1], 1),
+    ),
+    "leaked": ("pages leaked", lambda cache: cache._free.pop()),
+    "freed_twice": ("pages leaked", lambda cache: cache._free.append(cache._free[0])),
+    "offered_page_is_free": (
+        "is free and in use",
+        lambda cache: cache._shared_key.__setitem__(cache._free[0], (-1, (9, 9, 9))),
+    ),
+    "offer_without_page": (
+        "index of shared prefixes",
+        lambda cache: cache._shared.clear(),
+    ),
+    "offer_of_another_page": (
+        "index of shared prefixes",
+        lambda cache: cache._shared.update({(7, (9, 9, 9)): cache._rows[0].pages[0]}),
+    ),
+    "forgotten_reserve": (
+        "1 references, 0 held",
+        lambda cache: setattr(cache._rows[2], "spare", None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_check_detects(name: str) -> None:
+    message, corrupt = CORRUPTIONS[name]
+    life = broken_life()
+    corrupt(life.cache)
+    with pytest.raises(RuntimeError, match=message):
+        life.cache.check()
