@@ -145,7 +145,10 @@ class PagedKVCache:
             raise ValueError(
                 f"a sequence of {tokens} tokens exceeds the {self.max_tokens} of a cache row"
             )
-        self.check_fits(tokens)
+        if needed > self.pages:
+            raise ValueError(
+                f"a sequence of {tokens} tokens exceeds the {self.pages} pages of the cache"
+            )
         shared = self._match(prefix)
         if needed - len(shared) > len(self._free):
             raise CacheFullError(f"{needed - len(shared)} pages needed, {len(self._free)} free")
@@ -155,14 +158,6 @@ class PagedKVCache:
         self._rows[row] = _Row(pages, committed=len(shared) * self.page_size, prefix=list(prefix))
         self._publish_row(row)
         return self._rows[row].committed
-
-    def check_fits(self, tokens: int) -> None:
-        """Raise ValueError if the whole pool cannot hold a sequence of so many tokens."""
-        if self.pages_for(tokens) > self.pages:
-            raise ValueError(
-                f"cache.pages={self.pages}: a sequence of {tokens} tokens needs "
-                f"{self.pages_for(tokens)}; raise cache.pages or lower max_new_tokens"
-            )
 
     def shareable(self, prefix: Sequence[int]) -> int:
         """Tokens of `prefix` that `open` would find committed."""

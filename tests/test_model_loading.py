@@ -57,15 +57,6 @@ LONGROPE = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    """Models this small gain nothing from threads, and lose a lot where other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(kind: str, **settings: Any) -> Any:
     """A random float32 model of a type; weights large enough for attention to matter."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | settings))

@@ -33,7 +33,7 @@ class RecursiveRejection:
     needs_proposal = True
 
     def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
-        if children == "top_k":
+        if children == "top_k" and not sampling.greedy:
             return "recursive rejection takes top-k children for draws from the draft distribution"
         return None
 

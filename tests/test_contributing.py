@@ -1,0 +1,51 @@
+"""The examples of the documentation, run as a reader would run them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+def test_the_drafter_of_contributing_drafts_losslessly(tmp_path):
+    # A copy of the folders it goes into; everything else by links.
+    for entry in ROOT.iterdir():
+        if entry.name in ("drafters", "configs"):
+            (tmp_path / entry.name).mkdir()
+            for part in entry.iterdir():
+                (tmp_path / entry.name / part.name).symlink_to(part)
+    package = tmp_path / "specdec"
+    package.mkdir()
+    for entry in (ROOT / "specdec").iterdir():
+        target = (
+            tmp_path / entry.name if entry.name in ("drafters", "configs") else entry.resolve()
+        )
+        (package / entry.name).symlink_to(target)
+    (tmp_path / "configs/drafter").unlink()
+    (tmp_path / "configs/drafter").mkdir()
+    (tmp_path / "drafters/echo.py").write_text(blocks("CONTRIBUTING.md", "python")[0])
+    (tmp_path / "configs/drafter/echo.yaml").write_text(blocks("CONTRIBUTING.md", "yaml")[0])
+
+    command = "-m specdec.run drafter=echo tree=chain tree.budget=8 tracker=none prompts.limit=2"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "max_new_tokens=24", f"out={tmp_path}/out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 outputs equal the baseline" in done.stdout
+
+
+def test_the_program_of_the_readme_runs():
+    (program,) = blocks("README.md", "python")
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "accepted length" in done.stdout

@@ -1,0 +1,95 @@
+"""Figures against hand-made records, and losslessness reports against known divergences."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdec.compare import compare
+from specdec.metrics import acceptance_by_depth, summarise
+from specdec.model import PagedLM
+
+
+def generation(prompt: int, output: list[int], steps: int, turn: int = 0) -> dict:
+    return {
+        "prompt": prompt,
+        "turn": turn,
+        "prompt_ids": [1, 2],
+        "output_ids": output,
+        "tokens": len(output),
+        "steps": steps,
+        "drafted": 3 * steps,
+        "finish_reason": "length",
+    }
+
+
+def step(requests: list[int], depths: list[int], accepted: list[int], tokens: list[int]) -> dict:
+    seconds = {"draft": 0.25, "verify": 0.5, "prefill": 0.25}
+    return {
+        "requests": requests,
+        "depths": depths,
+        "accepted": accepted,
+        "tokens": tokens,
+        "seconds": seconds,
+    }
+
+
+def test_pooled_and_per_request_lengths_differ_as_defined():
+    generations = [generation(0, [5] * 8, 2), generation(1, [5] * 2, 2)]
+    steps = [step([0, 1], [3, 3], [3, 0], [4, 1]), step([0, 1], [3, 1], [3, 0], [4, 1])]
+    summary = summarise(generations, steps)
+    assert summary["mean_accepted_length"] == {"pooled": 10 / 4, "per_request": (4 + 1) / 2}
+    assert summary["tokens_per_target_pass"] == 5
+    assert summary["seconds"] == 2
+    assert summary["tokens_per_second"] == 5
+    assert summary["decode_tokens_per_second"] == 10 / 1.5
+    assert summary["drafted_per_step"] == 3
+    assert summary["finish_reasons"] == {"length": 2}
+
+
+def test_acceptance_by_depth_counts_trees_that_reached_it():
+    steps = [
+        step([0, 1], [3, 1], [2, 1], [3, 2]),
+        step([0], [2], [0], [1]),
+        step([0], [0], [0], [1]),
+    ]
+    assert acceptance_by_depth(steps) == [2 / 3, 1 / 2, 0.0]
+
+
+def test_an_empty_run_has_figures_too():
+    summary = summarise([], [])
+    assert summary["tokens_per_second"] == 0
+    assert summary["mean_accepted_length"] == {"pooled": 0, "per_request": 0}
+
+
+@pytest.fixture(scope="module")
+def target() -> PagedLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        initializer_range=0.5,
+    )
+    return PagedLM(LlamaForCausalLM(config))
+
+
+def test_divergences_are_placed_and_their_gap_is_the_models_own(target):
+    mine = [generation(0, [3, 4, 5], 1), generation(1, [3, 4], 1), generation(2, [7], 1)]
+    theirs = [generation(0, [3, 6, 5], 3), generation(1, [3, 4, 9], 3), generation(2, [7], 1)]
+    report = compare(mine, theirs, target)
+    assert (report["checked"], report["identical"]) == (3, 1)
+    first, second = report["divergences"]
+    logits = target.model.set_attn_implementation("eager")
+    logits = target.model(torch.tensor([[1, 2, 3]])).logits[0, -1]
+    target.model.set_attn_implementation("specdec_paged")
+    assert (first["prompt"], first["position"]) == (0, 1)
+    assert (first["token"], first["baseline_token"]) == (4, 6)
+    assert first["logit_gap"] == pytest.approx(float(logits[6] - logits[4]), abs=1e-5)
+    assert (second["position"], second["token"], second["logit_gap"]) == (2, None, None)
+
+
+def test_turns_with_another_history_are_not_compared(target):
+    other = {**generation(0, [4], 1, turn=1), "prompt_ids": [1, 3]}
+    assert compare([generation(0, [3], 1, turn=1)], [other], target)["checked"] == 0

@@ -1,0 +1,323 @@
+"""The command line as a user types it: results on disk, sweeps, resuming, mistakes."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specdec import run as command
+from specdec.tracking import NoTracker
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+QUICK = ("tracker=none", "prompts.limit=3", "max_new_tokens=10")
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in (ROOT / "configs" / group).glob("*.yaml") if p.stem[0] != "_")
+
+
+@pytest.fixture
+def specdec(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["specdec", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command.main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return call
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def outputs(folder: Path) -> dict[tuple[int, int], list[int]]:
+    return {(g["prompt"], g["turn"]): g["output_ids"] for g in lines(folder / "generations.jsonl")}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("tree", options("tree"))
+@pytest.mark.parametrize("drafter", options("drafter"))
+def test_every_drafter_on_every_tree_equals_the_baseline(
+    specdec, tmp_path, drafter, tree, batch_size
+):
+    code, _, _ = specdec(
+        f"drafter={drafter}",
+        f"tree={tree}",
+        f"batch_size={batch_size}",
+        f"out={tmp_path}/o",
+        *QUICK,
+    )
+    summary = json.loads((tmp_path / "o/summary.json").read_text())
+    assert code == 0
+    assert summary["lossless"] == {"checked": 3, "identical": 3, "divergences": []}
+    assert outputs(tmp_path / "o") == outputs(tmp_path / "o/baseline")
+
+
+@pytest.mark.parametrize("rule", options("acceptance"))
+@pytest.mark.parametrize("drafter", options("drafter"))
+def test_every_rule_samples_reproducibly(specdec, tmp_path, drafter, rule):
+    lossy = ["acceptance.allow_lossy=true"] if rule == "greedy" else []
+    found = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        arguments = (f"drafter={drafter}", f"acceptance={rule}", "sampling=sample", f"seed={seed}")
+        code, _, _ = specdec(
+            *arguments, *lossy, "baseline=false", f"out={tmp_path}/{name}", *QUICK
+        )
+        assert code == 0
+        found.append(outputs(tmp_path / name))
+    assert found[0] == found[1]
+    assert rule == "greedy" or found[0] != found[2]
+
+
+def test_automatic_pairing(specdec, tmp_path):
+    def chosen(*arguments: str) -> tuple[str, str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        code, _, _ = specdec(*arguments, "baseline=false", f"out={folder}", *QUICK)
+        assert code == 0
+        summary = json.loads((folder / "summary.json").read_text())
+        return summary["acceptance"], summary["children"]
+
+    assert chosen("drafter=small_llama") == ("greedy", "top_k")
+    assert chosen("drafter=small_llama", "sampling=sample") == ("recursive_rejection", "sample")
+    assert chosen("drafter=ngram", "sampling=sample") == ("target_only", "top_k")
+    assert chosen("drafter=ngram", "sampling=sample", "tree.children=sample") == (
+        "recursive_rejection",
+        "sample",
+    )
+
+
+def test_what_a_run_leaves(specdec, tmp_path):
+    code, printed, _ = specdec("drafter=small_llama", "batch_size=2", f"out={tmp_path}/o", *QUICK)
+    folder = tmp_path / "o"
+    summary = json.loads((folder / "summary.json").read_text())
+    generations, steps = lines(folder / "generations.jsonl"), lines(folder / "steps.jsonl")
+    assert code == 0
+    assert {
+        *(
+            "drafter",
+            "target",
+            "acceptance",
+            "temperature",
+            "seed",
+            "batch_size",
+            "prompts",
+            "tokens",
+        ),
+        *("steps", "seconds", "tokens_per_second", "mean_accepted_length", "acceptance_by_depth"),
+        *("time", "baseline", "speedup", "lossless", "versions", "hardware", "git"),
+    } <= set(summary)
+    assert set(summary["time"]) == {"prefill", "draft", "verify", "accept", "commit", "other"}
+    assert sum(summary["time"].values()) == pytest.approx(summary["seconds"])
+    assert len(generations) == summary["prompts"] == 3
+    assert summary["tokens"] == sum(len(g["output_ids"]) for g in generations)
+    assert summary["tokens"] == sum(sum(step["tokens"]) for step in steps)
+    assert summary["steps"] == len(steps)
+    for generation in generations:
+        mine = [
+            tokens
+            for step in steps
+            for request, tokens in zip(step["requests"], step["tokens"], strict=True)
+            if request == generation["request"]
+        ]
+        assert mine == generation["accepted_lengths"]
+        assert sum(mine) == len(generation["output_ids"])
+    pooled = sum(map(sum, (s["tokens"] for s in steps))) / sum(len(s["tokens"]) for s in steps)
+    assert summary["mean_accepted_length"]["pooled"] == pytest.approx(pooled)
+    ratio = summary["tokens_per_second"] / summary["baseline"]["tokens_per_second"]
+    assert summary["speedup"] == pytest.approx(ratio)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["drafter"]["path"] == "zoo:draft"
+    assert "speedup" in printed
+    assert "3 of 3 outputs equal the baseline" in printed
+
+
+def test_budget_zero_drafts_nothing(specdec, tmp_path):
+    for drafter in ("small_llama", "ngram"):
+        specdec(f"drafter={drafter}", "tree.budget=0", f"out={tmp_path}/{drafter}", *QUICK)
+        summary = json.loads((tmp_path / drafter / "summary.json").read_text())
+        assert summary["drafted_per_step"] == 0
+        assert summary["mean_accepted_length"]["pooled"] == 1
+        assert summary["lossless"]["identical"] == 3
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 11])
+def test_an_interrupted_run_resumes_to_the_same_outputs(
+    specdec, tmp_path, monkeypatch, stop_after
+):
+    arguments = ("sampling=sample", "batch_size=2", "prompts.limit=5", "max_new_tokens=12")
+    arguments += ("tracker=none", "drafter=small_llama")
+    assert specdec(*arguments, f"out={tmp_path}/whole")[0] == 0
+
+    steps = 0
+
+    def interrupt(self: NoTracker, step: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == stop_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NoTracker, "step", interrupt)
+        code, printed, _ = specdec(*arguments, f"out={tmp_path}/cut")
+    assert code == 130
+    assert "resume=true" in printed
+    assert json.loads((tmp_path / "cut/summary.json").read_text())["interrupted"]
+    lines(tmp_path / "cut/steps.jsonl")
+
+    code, _, error = specdec(*arguments, f"out={tmp_path}/cut")
+    assert code == 2
+    assert "resume=true" in error
+    code, _, error = specdec(*arguments, "seed=9", "resume=true", f"out={tmp_path}/cut")
+    assert code == 2
+    assert "seed" in error
+
+    assert specdec(*arguments, "resume=true", f"out={tmp_path}/cut")[0] == 0
+    assert outputs(tmp_path / "cut") == outputs(tmp_path / "whole")
+    summary = json.loads((tmp_path / "cut/summary.json").read_text())
+    assert not summary["interrupted"]
+    assert summary["tokens"] == sum(sum(s["tokens"]) for s in lines(tmp_path / "cut/steps.jsonl"))
+
+
+def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(specdec, tmp_path):
+    code, printed, error = specdec(
+        "-m", "drafter=ngram,small_llama", "tree.budget=4,-1", f"out={tmp_path}/s", *QUICK
+    )
+    summaries = sorted((tmp_path / "s").glob("*/summary.json"))
+    assert code == 2
+    assert error.count("error: tree.budget=-1") == 2
+    assert [s.parent.name for s in summaries] == ["0", "2"]
+    assert [json.loads(s.read_text())["drafter"] for s in summaries] == ["ngram", "small_llama"]
+    assert "drafter=ngram" in printed
+
+
+def test_experiments_compose(specdec, tmp_path):
+    code, _, _ = specdec("experiment=sampled", f"out={tmp_path}/o", *QUICK)
+    summary = json.loads((tmp_path / "o/summary.json").read_text())
+    assert code == 0
+    assert (summary["tree"], summary["acceptance"]) == ("static", "recursive_rejection")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published question files")
+def test_published_questions_decode_with_both_turns(specdec, tmp_path):
+    path = SHARED / "data/spec_bench.jsonl"
+    code, _, _ = specdec(
+        *("prompts=spec_bench", f"prompts.path={path}", "drafter=ngram", "batch_size=4"),
+        *("tracker=none", "prompts.limit=4", "max_new_tokens=6", f"out={tmp_path}/o"),
+    )
+    generations = lines(tmp_path / "o/generations.jsonl")
+    assert code == 0
+    assert sorted((g["prompt"], g["turn"]) for g in generations) == [
+        (prompt, turn) for prompt in range(4) for turn in range(2)
+    ]
+    first = {g["prompt"]: g for g in generations if g["turn"] == 0}
+    for second in (g for g in generations if g["turn"] == 1):
+        ids = first[second["prompt"]]["prompt_ids"]
+        assert second["prompt_ids"][: len(ids)] == ids
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published question files")
+def test_all_of_spec_bench_decodes(specdec, tmp_path):
+    path = SHARED / "data/spec_bench.jsonl"
+    code, _, _ = specdec(
+        *("prompts=spec_bench", f"prompts.path={path}", "drafter=ngram", "batch_size=8"),
+        *("tracker=none", "max_new_tokens=4", "baseline=false", f"out={tmp_path}/o"),
+    )
+    assert code == 0
+    assert len({g["prompt"] for g in lines(tmp_path / "o/generations.jsonl")}) == 480
+    assert len(lines(tmp_path / "o/generations.jsonl")) == 560
+
+
+MISTAKES = {
+    "nonsense=1": "nonsense: no such setting",
+    "drafter.nonsense=1": "drafter.nonsense: no such setting",
+    "+drafter.nonsense=1": "drafter.nonsense=1: SmallLlama has no such setting",
+    "drafter=nonsense": "none; small_llama",
+    "tree=nonsense": "chain; dynamic; static",
+    "batch_size=many": "batch_size=many: must be a valid integer",
+    "batch_size=0": "batch_size=0: must be at least 1",
+    "max_new_tokens=0": "max_new_tokens=0: must be at least 1",
+    "seed=-1": "seed=-1",
+    "dtype=int8": "dtype=int8: must be auto, float64",
+    "device=abacus": "device=abacus: not available",
+    "sampling.temperature=-1": "sampling.temperature=-1.0: must be 0",
+    "sampling.temperature=warm": "sampling.temperature=warm: must be a valid number",
+    "sampling.top_k=0": "sampling.top_k=0",
+    "sampling.top_p=1.5": "sampling.top_p=1.5",
+    "sampling.min_p=-0.1": "sampling.min_p=-0.1",
+    "target.path=/no/such/model": "target.path=/no/such/model: no such folder",
+    "target.path=zoo:lion": "target.path=zoo:lion: no such built-in model",
+    "drafter.path=./no_such_model": "drafter.path=./no_such_model: no such folder",
+    "drafter.depth=0": "drafter.depth=0: must be at least 1",
+    "drafter.depth=deep": "drafter.depth=deep: must be a valid integer",
+    "drafter.candidates=0": "drafter.candidates=0",
+    "tree.budget=-1": "tree.budget=-1",
+    "tree.width=0": "tree.width=0",
+    "tree.children=clones": "tree.children=clones: must be one of",
+    "tree=static tree.widths=[4,4,4] tree.budget=8": "84 nodes exceed tree.budget=8",
+    "tree=static tree.widths=[2,0]": "tree.widths=[2, 0]",
+    "tree=static tree.widths=wide": "tree.widths=wide",
+    "tree=static tree.widths=[2,2] drafter.depth=1": "drafter.depth=1: tree.widths=[2, 2] has 2",
+    "drafter=ngram drafter.min_match=9": "drafter.min_match=9, drafter.max_match=8",
+    "acceptance=greedy sampling=sample": "acceptance=greedy: not lossless",
+    "acceptance=recursive_rejection tree.children=top_k sampling=sample": "not lossless",
+    "cache.pages=2": "cache.pages=2: a sequence of",
+    "cache.page_size=0": "cache.page_size=0",
+    "prompts.path=/no/such/file.jsonl": "/no/such/file.jsonl",
+    "prompts.limit=0": "prompts.limit=0",
+    "prompts.chat=loud": "prompts.chat='loud'",
+    "prompts=file": "prompts.path: must be given",
+    "tracker=wandb tracker.mode=loud": "tracker.mode=loud",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_that_names_it(specdec, tmp_path, mistake):
+    typed = mistake.split()
+    rest = [q for q in QUICK if q.split("=")[0] not in {t.split("=")[0] for t in typed}]
+    code, printed, error = specdec(*typed, *rest, f"out={tmp_path}/o")
+    assert code == 2
+    assert error.startswith("error: ")
+    assert MISTAKES[mistake] in error
+    assert error.count("\n") == 1
+    assert printed == ""
+    assert not (tmp_path / "o/generations.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"text": "a"}\nnot json\n', "line 2 is not JSON"),
+        ('{"text": "a"}\n{"text": "  "}\n', "blank"),
+        ('{"nothing": 1}\n', "nothing"),
+        ("", "holds no records"),
+        (json.dumps({"text": "word " * 5000}), "leave no room in the context of 4096"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused_by_line_or_number(specdec, tmp_path, content, expected):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    code, _, error = specdec(f"prompts.path={path}", "tracker=none", f"out={tmp_path}/o")
+    assert code == 2
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_another_vocabulary_is_refused(specdec, tmp_path):
+    folder = SHARED / "models/stories260k"
+    if not folder.is_dir():
+        pytest.skip("needs a model with another vocabulary")
+    code, _, error = specdec(f"drafter.path={folder}", f"out={tmp_path}/o", *QUICK)
+    assert code == 2
+    assert "its vocabulary is not the target's (512 and 8192 tokens" in error
