@@ -76,10 +76,8 @@ def grow(
         parents=zero - 1,
         alive=torch.ones_like(zero).bool(),
     )
-    index, score = (
-        zero,
-        zero.double(),
-    )  # of the frontier's nodes: place among the T nodes, log probability
+    # Of the frontier's nodes: place among the T nodes, log of the cumulative probability.
+    index, score = zero, zero.double()
     tokens, parents, scores = [frontier.tokens], [zero + ROOT], [score]  # [B, C] of each level
     expanded: list[Tensor] = []  # [B, F] of each level: index
     supports: list[tuple[Tensor, Tensor]] = []  # ids and probs [B, F, K] of each level
@@ -89,34 +87,35 @@ def grow(
         expanded.append(torch.where(frontier.alive, index, -1))
         supports.append((ids, probs))
         width = min(policy.width(level), ids.shape[2])
-        slots = score[..., None] + probs[..., :width].double().log().clamp(
-            max=0.0
-        )  # [B, F, width]
+        slots = _extend(score, probs[..., :width])  # [B, F, width]
         chosen = policy.select(level, levels, slots, sampled=sampled) & (slots > DEAD)
         if sampled:
             drawn = _draw_children(context, level, policy.children, probs, width)
             ids, drawn_probs = ids.gather(2, drawn), probs.gather(2, drawn)
-            slots = score[..., None] + drawn_probs.double().log().clamp(max=0.0)
+            slots = _extend(score, drawn_probs)
             fits = torch.arange(width, device=device) < chosen.sum(-1, keepdim=True)
             chosen = fits & (slots > DEAD)
         tokens.append(ids[..., :width].flatten(1))
         parents.append(index[..., None].expand(-1, -1, width).flatten(1))
-        scores.append(slots.masked_fill(~chosen, DEAD).flatten(1))
+        slots = slots.masked_fill(~chosen, DEAD)
+        scores.append(slots.flatten(1))
         if level + 1 == levels:
             break
-        place = torch.arange(tokens[-1].shape[1], device=device).expand(batch, -1)
-        picked = policy.expand(level + 1, scores[-1])
-        if picked is not None:
-            place = picked
+        if policy.children == "sample_with_replacement":
+            slots = slots.masked_fill(_repeated(ids), DEAD)
+        growing = slots.flatten(1)  # [B, C]
+        place = policy.expand(level + 1, growing)
+        if place is None:
+            place = torch.arange(growing.shape[1], device=device).expand(batch, -1)
         first = frontier.first + frontier.tokens.shape[1]
         frontier = Frontier(
             level=level + 1,
             first=first,
             tokens=tokens[-1].gather(1, place),
             parents=frontier.first + place // width,
-            alive=scores[-1].gather(1, place) > DEAD,
+            alive=growing.gather(1, place) > DEAD,
         )
-        score = scores[-1].gather(1, place)
+        score = growing.gather(1, place)
         index = total + place
         total += tokens[-1].shape[1]
 
@@ -132,6 +131,19 @@ def grow(
     number = _numbers(torch.cat(expanded, 1), every.shape[1]).gather(1, order)  # [B, N]
     number = number.masked_fill(tree.parents == PADDING, -1)
     return replace(tree, proposal=_proposal(supports, number, policy.children)), number
+
+
+def _extend(score: Tensor, probs: Tensor) -> Tensor:
+    """[B, F, width]: log probability of children, from that of their parents and their own."""
+    return score[..., None] + probs.double().log().clamp(max=0.0)
+
+
+def _repeated(ids: Tensor) -> Tensor:
+    """[B, F, width] bool: the same token stands earlier among the siblings.
+
+    The rule never enters such a node, so growing it further would be wasted.
+    """
+    return (ids[..., None] == ids[..., None, :]).tril(-1).any(-1)
 
 
 def _draw_children(

@@ -29,7 +29,7 @@ class TreeLayout:
     """
 
     __slots__ = (
-        "_hidden",
+        "_views",
         "ancestors",
         "context_lens",
         "first",
@@ -57,16 +57,17 @@ class TreeLayout:
         self.key_positions = key_positions
         self.first = first
         self.ancestors = ancestors
-        self._hidden: dict[int | None, Tensor] = {}
+        self._views: dict[int | None, View] = {}
 
-    def hidden(self, window: int | None = None) -> Tensor:
-        """[B, 1, N, max_context + M] bool, True where a query must not look; computed once per
+    def view(self, window: int | None = None) -> "View":
+        """Who sees whom as dense masks, for implementations that use them; built once per
         window."""
-        if window not in self._hidden:
-            self._hidden[window] = self._build_hidden(window)
-        return self._hidden[window]
+        if window not in self._views:
+            self._views[window] = View(self._visible(window))
+        return self._views[window]
 
-    def _build_hidden(self, window: int | None) -> Tensor:
+    def _visible(self, window: int | None) -> Tensor:
+        """[B, N, max_context + M] bool."""
         batch, queries = self.positions.shape
         rows = self.key_positions.shape[1]
         device = self.positions.device
@@ -77,11 +78,33 @@ class TreeLayout:
             in_tree = (torch.arange(rows, device=device) <= own[:, None]).expand(batch, -1, -1)
         else:
             in_tree = unpack_bits(self.ancestors, rows)
-        visible = torch.cat([in_context, in_tree], dim=2)  # [B, N, max_context + M]
-        if window is not None:
-            keys = torch.cat([context.expand(batch, -1), self.key_positions], dim=1)
-            visible = visible & (keys[:, None] > self.positions[:, :, None] - window)
-        return ~visible[:, None]
+        visible = torch.cat([in_context, in_tree], dim=2)
+        if window is None:
+            return visible
+        keys = torch.cat([context.expand(batch, -1), self.key_positions], dim=1)
+        return visible & (keys[:, None] > self.positions[:, :, None] - window)
+
+
+class View:
+    """Dense masks of one layout and window; None where there is nothing to mask.
+
+    Attributes:
+        hidden: [B, 1, N, K] bool, True where a query must not look at a key.
+        unseen: [B, 1, K, 1] bool, keys no query looks at: they may hold anything, NaN included.
+        blind: [B, 1, N, 1] bool, queries that see nothing.
+    """
+
+    __slots__ = ("blind", "hidden", "unseen")
+
+    def __init__(self, visible: Tensor) -> None:
+        self.hidden = ~visible[:, None]
+        self.unseen = _unless_empty(self.hidden.all(dim=2)[..., None])
+        self.blind = _unless_empty(self.hidden.all(dim=3)[..., None])
+
+
+def _unless_empty(mask: Tensor) -> Tensor | None:
+    """The mask, or None if it is empty; on a GPU the mask, because looking would wait for it."""
+    return None if mask.device.type == "cpu" and not mask.any() else mask
 
 
 def words(rows: int) -> int:

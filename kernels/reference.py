@@ -48,22 +48,22 @@ def tree_attention(
     wide = query.dtype if query.dtype == torch.float64 else torch.float32
     keys = torch.cat([_gather_context(key_pages, layout), key_tree], dim=2).to(wide)
     values = torch.cat([_gather_context(value_pages, layout), value_tree], dim=2).to(wide)
-    hidden = layout.hidden(window)
-    if (
-        batch > 1
-    ):  # rows shorter than the longest gathered pages that are not theirs: never multiply those
-        values.masked_fill_(hidden.all(dim=2)[..., None], 0.0)
+    view = layout.view(window)
+    if view.unseen is not None:
+        values.masked_fill_(view.unseen, 0.0)  # a weight of zero does not silence a NaN
 
     grouped = query.to(wide).reshape(batch, kv_heads, -1, query.shape[-1])  # [B, HKV, G * N, D]
     scores = (grouped @ keys.mT).mul_(scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(batch, heads, queries, -1).masked_fill_(hidden, float("-inf"))
+    scores = scores.view(batch, heads, queries, -1).masked_fill_(view.hidden, float("-inf"))
     if sinks is None:
         weights = torch.softmax(scores, dim=-1)
     else:
         sink = sinks.to(wide).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    if view.blind is not None:
+        weights = weights.masked_fill(view.blind, 0.0)
     out = weights.reshape(batch, kv_heads, -1, weights.shape[-1]) @ values
     return out.view(batch, heads, queries, -1).transpose(1, 2).to(query.dtype)
 

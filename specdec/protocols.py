@@ -96,7 +96,7 @@ class Capacity:
         needed = -(-self.max_tokens // self.page_size)
         if self.pages is not None and self.pages < needed:
             raise ValueError(
-                f"cache.pages={self.pages}: a sequence of {self.max_tokens} tokens needs {needed}; "
+                f"cache.pages={self.pages}: {self.max_tokens} tokens of a sequence need {needed}; "
                 f"raise cache.pages or lower max_new_tokens"
             )
 

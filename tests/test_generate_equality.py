@@ -197,7 +197,8 @@ def zoo() -> Pair:
         "<|user|>\nName three colours.\n<|assistant|>\n",
     ]
     prompts = [target.tokenizer(text).input_ids for text in texts]
-    shared = next(i for i, (a, b) in enumerate(zip(prompts[0], prompts[2])) if a != b)  # noqa: B905
+    pairs = enumerate(zip(prompts[0], prompts[2], strict=False))
+    shared = next(i for i, (a, b) in pairs if a != b)
     assert shared >= 2 * PAGE_SIZE, "the two prompts must share pages"
     model = AutoModelForCausalLM.from_pretrained(zoo_path("target"), dtype=torch.float32)
     outputs = [generate(model, prompt, ZOO_NEW) for prompt in prompts]
@@ -256,6 +257,23 @@ def test_rows_wait_for_pages_and_give_the_same(zoo: Pair, drafter: str) -> None:
     run = decode(zoo.target, drafting, zoo.prompts, ZOO_NEW, batch_size=4, pages=longest * 5 // 2)
     assert run.outputs == zoo.outputs
     assert 1 < max(len(step.requests) for step in run.steps) < 4  # several ran, and some waited
+
+
+def test_a_common_beginning_is_computed_once(zoo: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = zoo.prompts[0], zoo.prompts[2]
+    shared = next(i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    prefilled: list[int] = []
+    prefill = PagedLM.prefill
+
+    def counting(lm: PagedLM, cache: Any, rows: Any, tokens: Any, **options: Any) -> None:
+        prefilled.extend(map(len, tokens))
+        prefill(lm, cache, rows, tokens, **options)
+
+    monkeypatch.setattr(PagedLM, "prefill", counting)
+    run = decode(zoo.target, NoDrafter(), [first, second], 4, batch_size=2)
+    assert run.outputs == [zoo.outputs[0][:4], zoo.outputs[2][:4]]
+    reused = shared // PAGE_SIZE * PAGE_SIZE
+    assert prefilled == [len(first) - 1, len(second) - 1 - reused]
 
 
 # --- temperature 1

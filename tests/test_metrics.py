@@ -81,8 +81,8 @@ def test_divergences_are_placed_and_their_gap_is_the_models_own(target):
     report = compare(mine, theirs, target)
     assert (report["checked"], report["identical"]) == (3, 1)
     first, second = report["divergences"]
-    logits = target.model.set_attn_implementation("eager")
-    logits = target.model(torch.tensor([[1, 2, 3]])).logits[0, -1]
+    target.model.set_attn_implementation("eager")
+    logits = target.model(torch.tensor([[1, 2, 3]])).logits[0, -1].detach()
     target.model.set_attn_implementation("specdec_paged")
     assert (first["prompt"], first["position"]) == (0, 1)
     assert (first["token"], first["baseline_token"]) == (4, 6)

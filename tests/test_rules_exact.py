@@ -356,18 +356,31 @@ def uneven(level: int, tokens: Tokens, place: int) -> int:
     return 2 if level == 0 else (tokens[0] + place) % 3
 
 
+def no_children_of_repeats(level: int, tokens: Tokens, place: int) -> int:
+    """A token drawn again among its siblings is not grown further."""
+    return 2 if level == 0 or tokens[place] not in tokens[:place] else 0
+
+
 SHAPES: dict[str, tuple[Counts, int]] = {
     "one": (widths(1), 1),
     "three": (widths(3), 1),
     "chain": (widths(1, 1, 1), 3),
     "two_two": (widths(2, 2), 2),
     "uneven": (uneven, 2),
+    "no_repeats": (no_children_of_repeats, 2),
 }
 
 
+DRAWN = [
+    (shape, children)
+    for shape in SHAPES
+    for children in ("sample", "sample_with_replacement")
+    if shape != "no_repeats" or children == "sample_with_replacement"
+]
+
+
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("children", ["sample", "sample_with_replacement"])
+@pytest.mark.parametrize(("shape", "children"), DRAWN)
 def test_recursive_rejection_is_lossless(world: str, shape: str, children: str) -> None:
     target, draft = WORLDS[world]
     trees = drawn_trees(*SHAPES[shape], draft, children)
@@ -376,8 +389,10 @@ def test_recursive_rejection_is_lossless(world: str, shape: str, children: str) 
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("children", ["top_k", "sample", "sample_with_replacement"])
+@pytest.mark.parametrize(
+    ("shape", "children"),
+    [*DRAWN, *((shape, "top_k") for shape in SHAPES if shape != "no_repeats")],
+)
 def test_target_only_is_lossless(world: str, shape: str, children: str) -> None:
     target, draft = WORLDS[world]
     trees = drawn_trees(*SHAPES[shape], draft, children)
@@ -449,22 +464,24 @@ def test_lossless_under_sampling_parameters(rule: Rule, params: SamplingParams) 
         assert distance(law, extend_law({(): 1.0}, expected, 2)) < 1e-9
 
 
+@pytest.mark.parametrize("children", ["top_k", "sample"])
 @pytest.mark.parametrize("rule", [TargetOnly(), RecursiveRejection()], ids=lambda rule: rule.name)
-def test_temperature_zero_gives_the_argmax_path(rule: Rule) -> None:
+def test_temperature_zero_gives_the_argmax_path(rule: Rule, children: str) -> None:
     params = SamplingParams(temperature=0.0)
     logits, draft = logits_table(31, VOCAB), dirichlet_table(32, VOCAB)
 
     def target(context: Tokens) -> np.ndarray:
         return probabilities(torch.tensor(logits(context)), params).numpy()
 
-    trees = drawn_trees(widths(2, 2), 2, draft, "sample")
-    law = emitted_law(rule, trees, token_trees(trees, draft), target)
+    trees = drawn_trees(widths(2, 2), 2, draft, children)
+    law = emitted_law(rule, trees, token_trees(trees, draft, children), target)
     best: Tokens = ()
     while len(best) < 3:
         best = (*best, int(np.argmax(logits(best))))
     law = {tokens: mass for tokens, mass in law.items() if mass > 0}
     assert {tokens == best[: len(tokens)] for tokens in law} == {True}
-    assert {len(tokens) for tokens in law} == {1, 2, 3}
+    if children == "sample":
+        assert {len(tokens) for tokens in law} == {1, 2, 3}
 
 
 # What `accept` adds to `judge`
@@ -608,6 +625,7 @@ def test_lossy_says_what_the_enumeration_shows() -> None:
     for children in ("top_k", "sample", "sample_with_replacement"):
         assert TargetOnly().lossy(children, warm) is None
         assert Greedy().lossy(children, cold) is None
+        assert RecursiveRejection().lossy(children, cold) is None
     assert RecursiveRejection().needs_proposal
     assert not TargetOnly().needs_proposal
     assert not Greedy().needs_proposal
@@ -680,7 +698,7 @@ def test_recursive_rejection_asks_for_a_proposal_only_where_there_are_children()
     assert length.tolist() == [1, 1]
     torch.testing.assert_close(rest, target[:, 0])
     tree = token_trees(drawn_trees(widths(1), 1, dirichlet_table(0, 2), "top_k"), None)
-    with pytest.raises(ValueError, match="acceptance=recursive_rejection: .*no draft prob"):
+    with pytest.raises(ValueError, match=r"acceptance=recursive_rejection: .*no draft prob"):
         rule.accept(context_for(params, 1), tree, torch.zeros(1, 2, 2))
 
 

@@ -272,7 +272,7 @@ MISTAKES = {
     "drafter=ngram drafter.min_match=9": "drafter.min_match=9, drafter.max_match=8",
     "acceptance=greedy sampling=sample": "acceptance=greedy: not lossless",
     "acceptance=recursive_rejection tree.children=top_k sampling=sample": "not lossless",
-    "cache.pages=2": "cache.pages=2: a sequence of",
+    "cache.pages=2": "cache.pages=2: ",
     "cache.page_size=0": "cache.page_size=0",
     "prompts.path=/no/such/file.jsonl": "/no/such/file.jsonl",
     "prompts.limit=0": "prompts.limit=0",

@@ -187,7 +187,7 @@ def test_trees_are_valid_and_say_how_they_were_drawn(
             assert float(probs.sum()) == pytest.approx(1.0)
         for node in range(1, len(paths)):
             parent = int(tree.parents[row, node])
-            assert 0 <= int(expanded[row, parent])
+            assert int(expanded[row, parent]) >= 0
             assert expanded[row, node] == -1 or expanded[row, node] > expanded[row, parent]
             here = proposal.ids[row, parent] == tree.tokens[row, node]
             assert float(proposal.probs[row, parent][here].sum()) > 0
@@ -255,8 +255,9 @@ def test_children_are_drawn_from_the_proposal(children: str) -> None:
 
     context = replace(context_for([0]), roots=torch.zeros(rows).long(), uniforms=draws)
     tree, _ = grow(Static(widths=[2, 1], children=children), 2, context, expand)
-    assert (tree.size == 5).all()
-    assert tree.parents[0].tolist() == [-1, 0, 0, 1, 2]
+    repeated = tree.tokens[:, 1] == tree.tokens[:, 2]
+    assert torch.equal(tree.size, 5 - repeated.int())
+    assert (tree.parents[:, :4] == torch.tensor([-1, 0, 0, 1])).all()
     observed = np.zeros((3, 3, 3))
     np.add.at(observed, tuple(tree.tokens[:, 1:4].T.numpy()), 1)
     law = np.zeros((3, 3, 3))
@@ -274,14 +275,22 @@ def test_children_are_drawn_from_the_proposal(children: str) -> None:
 
 @pytest.mark.parametrize("widths", [[1], [4], [2, 2], [3, 2, 1], [1, 5, 1, 2]])
 @pytest.mark.parametrize("children", CHILDREN)
-def test_static_has_the_number_of_nodes_of_its_widths(widths: list[int], children: str) -> None:
+def test_static_gives_every_node_the_children_of_its_level(
+    widths: list[int], children: str
+) -> None:
+    """All but a token drawn again among its siblings, which no rule would ever enter."""
     tree, _, _ = grown(Static(widths=widths, children=children), (7, 8))
-    expected = [int(np.prod(widths[: level + 1])) for level in range(len(widths))]
-    assert tree.size.tolist() == [1 + sum(expected)] * 2
-    assert Static(widths=widths).budget == sum(expected)
+    full = [int(np.prod(widths[: level + 1])) for level in range(len(widths))]
+    assert Static(widths=widths).budget == sum(full)
     for row in range(2):
-        by_level = np.bincount([len(path) for path in paths_of(tree, row)])
-        assert by_level.tolist() == [1, *expected]
+        paths = paths_of(tree, row)
+        parents = tree.parents[row].tolist()
+        for node, path in enumerate(paths):
+            repeated = path in paths[:node]
+            expected = 0 if repeated or len(path) == len(widths) else widths[len(path)]
+            assert parents.count(node) == expected
+        if children != "sample_with_replacement":
+            assert np.bincount([len(path) for path in paths]).tolist() == [1, *full]
 
 
 @pytest.mark.parametrize("children", ["top_k", "sample"])
