@@ -74,7 +74,6 @@ def ours(target: PagedLM, drafter: Drafter, tokens: int) -> Generate:
 def theirs(model: Any, tokens: int, **extra: Any) -> Generate:
     config = GenerationConfig(
         max_new_tokens=tokens,
-        min_new_tokens=tokens,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,

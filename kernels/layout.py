@@ -89,17 +89,17 @@ class View:
     """Dense masks of one layout and window; None where there is nothing to mask.
 
     Attributes:
-        hidden: [B, 1, N, K] bool, True where a query must not look at a key.
+        visible: [B, 1, N, K] bool, True where a query sees a key.
         unseen: [B, 1, K, 1] bool, keys no query looks at: they may hold anything, NaN included.
         blind: [B, 1, N, 1] bool, queries that see nothing.
     """
 
-    __slots__ = ("blind", "hidden", "unseen")
+    __slots__ = ("blind", "unseen", "visible")
 
     def __init__(self, visible: Tensor) -> None:
-        self.hidden = ~visible[:, None]
-        self.unseen = _unless_empty(self.hidden.all(dim=2)[..., None])
-        self.blind = _unless_empty(self.hidden.all(dim=3)[..., None])
+        self.visible = visible[:, None]
+        self.unseen = _unless_empty(~self.visible.any(dim=2)[..., None])
+        self.blind = _unless_empty(~self.visible.any(dim=3)[..., None])
 
 
 def _unless_empty(mask: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ computed in float32, float64 stays.
 import torch
 from torch import Tensor
 
-from specdec.kernels.layout import TreeLayout, pack_bits
+from specdec.kernels.layout import TreeLayout, View, pack_bits
 
 
 def tree_attention(
@@ -43,20 +43,52 @@ def tree_attention(
     Returns:
         [B, N, HQ, D] in the type of `query`. A query that sees nothing gives zeros.
     """
-    batch, heads, queries, _ = query.shape
-    kv_heads = key_pages.shape[1]
-    wide = query.dtype if query.dtype == torch.float64 else torch.float32
-    keys = torch.cat([_gather_context(key_pages, layout), key_tree], dim=2).to(wide)
-    values = torch.cat([_gather_context(value_pages, layout), value_tree], dim=2).to(wide)
+    keys = torch.cat([gather_context(key_pages[None], layout)[0], key_tree], dim=2)
+    values = torch.cat([gather_context(value_pages[None], layout)[0], value_tree], dim=2)
     view = layout.view(window)
-    if view.unseen is not None:
-        values.masked_fill_(view.unseen, 0.0)  # a weight of zero does not silence a NaN
+    return attention(query, keys, values, view, scale=scale, softcap=softcap, sinks=sinks)
 
-    grouped = query.to(wide).reshape(batch, kv_heads, -1, query.shape[-1])  # [B, HKV, G * N, D]
-    scores = (grouped @ keys.mT).mul_(scale)
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    view: View,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention over keys that lie together, context first, then the tree scratch.
+
+    Args:
+        query: [B, HQ, N, D].
+        keys, values: [B, HKV, K, D].
+        view: which keys each query sees.
+        scale, softcap, sinks: as in `tree_attention`.
+
+    Returns:
+        [B, N, HQ, D] in the type of `query`. A query that sees nothing gives zeros.
+    """
+    batch, heads, queries, _ = query.shape
+    given, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    query, keys, values = query.to(wide), keys.to(wide), values.to(wide)
+    if view.unseen is not None:  # a weight of zero does not silence a NaN
+        values = values.masked_fill(view.unseen, 0.0)
+        keys = keys.masked_fill(view.unseen, 0.0)
+    if softcap is None and sinks is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=view.visible, scale=scale, enable_gqa=True
+        )
+        if view.blind is not None:
+            out = out.masked_fill(view.blind, 0.0)
+        return out.transpose(1, 2).to(given)
+
+    grouped = query.reshape(batch, keys.shape[1], -1, query.shape[-1])
+    scores = (grouped @ keys.mT).mul_(scale)  # [B, HKV, G * N, K]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(batch, heads, queries, -1).masked_fill_(view.hidden, float("-inf"))
+    scores = scores.view(batch, heads, queries, -1).masked_fill_(~view.visible, float("-inf"))
     if sinks is None:
         weights = torch.softmax(scores, dim=-1)
     else:
@@ -64,20 +96,21 @@ def tree_attention(
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
     if view.blind is not None:
         weights = weights.masked_fill(view.blind, 0.0)
-    out = weights.reshape(batch, kv_heads, -1, weights.shape[-1]) @ values
-    return out.view(batch, heads, queries, -1).transpose(1, 2).to(query.dtype)
+    out = weights.reshape(*grouped.shape[:3], -1) @ values
+    return out.view(batch, heads, queries, -1).transpose(1, 2).to(given)
 
 
-def _gather_context(pages: Tensor, layout: TreeLayout) -> Tensor:
-    """[pages, HKV, S, D] to [B, HKV, max_context, D] through the page table."""
+def gather_context(pages: Tensor, layout: TreeLayout) -> Tensor:
+    """[L, pages, HKV, S, D] to [L, B, HKV, max_context, D] through the page table."""
     batch = layout.page_table.shape[0]
-    _, kv_heads, page_size, head_dim = pages.shape
+    layers, _, kv_heads, page_size, head_dim = pages.shape
     used = -(-layout.max_context // page_size)
     table = layout.page_table[:, :used].reshape(-1).clamp(min=0)
-    gathered = pages.index_select(0, table).view(batch, used, kv_heads, page_size, head_dim)
-    return gathered.transpose(1, 2).reshape(batch, kv_heads, -1, head_dim)[
-        :, :, : layout.max_context
-    ]
+    gathered = pages.index_select(1, table).view(
+        layers, batch, used, kv_heads, page_size, head_dim
+    )
+    joined = gathered.transpose(2, 3).reshape(layers, batch, kv_heads, -1, head_dim)
+    return joined[..., : layout.max_context, :]
 
 
 def tree_structure(parents: Tensor) -> tuple[Tensor, Tensor]:

@@ -234,31 +234,35 @@ class PagedKVCache:
             length: [B] int, how many of them to append; 0 appends nothing.
 
         Raises:
-            RuntimeError: a row would outgrow its pages; nothing has been written.
+            RuntimeError: a row would outgrow its pages or its path; nothing has been written.
         """
         counts = length.tolist()
+        if max(counts, default=0) > path.shape[1]:
+            raise RuntimeError(f"{max(counts)} tokens to commit, but paths of {path.shape[1]}")
         for row, count in zip(rows, counts, strict=True):
             if self._rows[row].committed + count > self.allocated(row):
                 raise RuntimeError(
                     f"cache row {row}: {count} tokens more exceed {self.allocated(row)} allocated"
                 )
-        for row, count in zip(rows, counts, strict=True):
-            if count:
-                self._own_last_page(row)
-
-        device = path.device
-        taken = torch.arange(path.shape[1], device=device) < length[:, None]  # [B, A]
-        owner, order = taken.nonzero(as_tuple=True)
-        index = torch.tensor(rows, device=device)
-        position = self.lengths[index][owner] + order
-        page = self.page_table[index[owner], position // self.page_size].long()
-        offset = position % self.page_size
-        source = path[owner, order]
-        reference.commit_path(self.keys, self.tree_keys, source, page, offset, owner)
-        reference.commit_path(self.values, self.tree_values, source, page, offset, owner)
-        self.lengths[index] += length.to(torch.int32)
+        moves: list[tuple[int, int, int, int]] = []  # owner, scratch row, page, offset
+        for owner, (row, count, nodes) in enumerate(zip(rows, counts, path.tolist(), strict=True)):
+            if not count:
+                continue
+            self._own_last_page(row)
+            state = self._rows[row]
+            for position, node in enumerate(nodes[:count], start=state.committed):
+                page = state.pages[position // self.page_size]
+                moves.append((owner, node, page, position % self.page_size))
+        if not moves:
+            return
+        device = self.keys.device
+        owner_of, node_of, page_of, offset_of = torch.tensor(moves, device=device).unbind(1)
+        for pages, tree in ((self.keys, self.tree_keys), (self.values, self.tree_values)):
+            reference.commit_path(pages, tree, node_of, page_of, offset_of, owner_of)
         for row, count in zip(rows, counts, strict=True):
             self._settle(row, count)
+        lengths = [self._rows[row].committed for row in rows]
+        self.lengths[list(rows)] = torch.tensor(lengths, dtype=torch.int32, device=device)
 
     # Pages
 
@@ -302,6 +306,7 @@ class PagedKVCache:
             self._publish_row(row)
             self._release(page)
         else:
+            self._withdraw(page)  # its owner may have filled and offered it before leaving
             self._release(state.spare)
         state.borrowed = state.spare = None
 
@@ -320,9 +325,13 @@ class PagedKVCache:
         self._references[page] -= 1
         if self._references[page] == 0:
             self._free.append(page)
-            key = self._shared_key.pop(page, None)
-            if key is not None:
-                del self._shared[key]
+            self._withdraw(page)
+
+    def _withdraw(self, page: int) -> None:
+        """Offer a page to later prompts no longer."""
+        key = self._shared_key.pop(page, None)
+        if key is not None:
+            del self._shared[key]
 
     def check(self) -> None:
         """Raise RuntimeError, naming the first violation, unless every invariant of the cache
@@ -365,5 +374,5 @@ class PagedKVCache:
             raise RuntimeError(
                 f"pages leaked: {held} held, {len(self._free)} free of {self.pages}"
             )
-        if any(self._shared.get(key) != page for page, key in self._shared_key.items()):
+        if self._shared != {key: page for page, key in self._shared_key.items()}:
             raise RuntimeError("the index of shared prefixes is inconsistent")

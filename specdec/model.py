@@ -7,13 +7,14 @@ who sees whom.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from specdec import direct
 from specdec.cache import KVShape, PagedKVCache
 from specdec.kernels import reference
 from specdec.kernels.layout import TreeLayout
@@ -23,27 +24,52 @@ PROBE_TOKENS = 8
 
 
 class _ForwardPass:
-    """What every attention layer of one forward pass needs: the cache, the scratch rows to write,
-    who sees whom."""
+    """What every attention layer of one forward pass needs: the cache and who sees whom.
 
-    __slots__ = ("batch", "cache", "layout")
+    The context of all layers is gathered from the pages at once, with room for the tree behind it:
+    on a CPU the time goes into the number of operations.
+    """
+
+    __slots__ = ("cache", "context", "keys", "layout", "values")
 
     def __init__(self, cache: PagedKVCache, layout: TreeLayout) -> None:
-        self.cache, self.layout, self.batch = cache, layout, layout.positions.shape[0]
+        self.cache, self.layout = cache, layout
+        self.context = layout.max_context
+        self.keys = self._gather(cache.keys, cache.tree_keys)  # [L, B, HKV, context + M, D]
+        self.values = self._gather(cache.values, cache.tree_values)
+
+    def _gather(self, pages: Tensor, tree: Tensor) -> Tensor:
+        batch, rows = self.layout.key_positions.shape
+        layers, _, kv_heads, _, head_dim = pages.shape
+        both = pages.new_empty(layers, batch, kv_heads, self.context + rows, head_dim)
+        both[..., : self.context, :] = reference.gather_context(pages, self.layout)
+        both[..., self.context :, :] = tree[:, :batch, :, :rows]
+        return both
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        **options: Any,
     ) -> Tensor:
-        cache, layout = self.cache, self.layout
-        rows = layout.key_positions.shape[1]
-        keys = cache.tree_keys[layer, : self.batch, :, :rows]
-        values = cache.tree_values[layer, : self.batch, :, :rows]
-        own = slice(layout.first, layout.first + query.shape[2])
-        keys[:, :, own] = key
-        values[:, :, own] = value
-        return reference.tree_attention(
-            query, cache.keys[layer], cache.values[layer], keys, values, layout, **options
-        )
+        end = self.context + self.layout.first
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, end : end + key.shape[2]] = key
+        values[:, :, end : end + key.shape[2]] = value
+        return reference.attention(query, keys, values, self.layout.view(window), **options)
+
+    def store(self) -> None:
+        """Put the new keys and values of all layers into the scratch, from where they can be
+        committed."""
+        batch, rows = self.layout.key_positions.shape
+        own = slice(self.layout.first, rows)
+        new = slice(self.context + self.layout.first, None)
+        self.cache.tree_keys[:, :batch, :, own] = self.keys[..., new, :]
+        self.cache.tree_values[:, :batch, :, own] = self.values[..., new, :]
 
 
 class _Probe:
@@ -212,7 +238,7 @@ class PagedLM:
         ancestors: Tensor | None = None,
         first: int = 0,
         key_offsets: Tensor | None = None,
-        logits: Literal["all", "last", "none"] = "all",
+        logits: direct.Logits = "all",
     ) -> Tensor | None:
         """One pass over draft nodes; their keys and values go to scratch rows first .. first + N -
         1.
@@ -246,16 +272,19 @@ class PagedLM:
             first=first,
             ancestors=ancestors,
         )
-        inputs = {
-            "input_ids": tokens,
-            "position_ids": positions,
-            "use_cache": False,
-            "paged": _ForwardPass(cache, layout),
-        }
-        if logits == "none":
-            self.model.base_model(**inputs)
-            return None
-        return self.model(**inputs, logits_to_keep=0 if logits == "all" else 1).logits
+        paged = _ForwardPass(cache, layout)
+        out: Tensor | None = None
+        if self._direct:
+            out = direct.forward(self.model, tokens, positions, paged, logits)
+        else:
+            inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+            if logits == "none":
+                self.model.base_model(**inputs, paged=paged)
+            else:
+                keep = 0 if logits == "all" else 1
+                out = self.model(**inputs, paged=paged, logits_to_keep=keep).logits
+        paged.store()
+        return out
 
     def extend(
         self, cache: PagedKVCache, rows: Sequence[int], tokens: Sequence[Sequence[int]]
@@ -297,9 +326,7 @@ class PagedLM:
         )
         chain = torch.arange(width, device=self.device).expand(len(rows), -1)
         ragged = min(sizes) < width
-        wanted: Literal["all", "last", "none"] = (
-            "none" if not logits else "all" if ragged else "last"
-        )
+        wanted: direct.Logits = "none" if not logits else "all" if ragged else "last"
         out = self.forward(cache, rows, padded, chain, logits=wanted)
         length = torch.tensor(sizes, device=self.device)
         cache.commit(rows, chain, length)
@@ -353,6 +380,10 @@ class PagedLM:
             raise _UnsupportedError(
                 "its own attention does more than scaling, soft-capping, windows and sinks"
             )
+        self._direct = self.model.config.model_type in direct.FAMILIES
+        if self._direct:
+            shorter = direct.forward(self.model, tokens, positions, _Probe(), "all")
+            self._direct = shorter is not None and torch.equal(shorter.float(), ours)
         shape = probe.shapes[0]
         return KVShape(
             layers=layers,

@@ -31,7 +31,7 @@ from specdec.drafters.trees.static import Static
 from specdec.model import PagedLM
 from specdec.protocols import Request, StepContext, TreePolicy
 from specdec.sampling import SamplingParams, draw, probabilities, race, uniforms
-from specdec.tree import Acceptance, Proposal, TokenTree
+from specdec.tree import Proposal, TokenTree
 from specdec.verifier import recursive_rejection, target_only
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
@@ -1011,7 +1011,7 @@ NUCLEUS = SamplingParams(temperature=1.0, top_p=0.8, seed=8)
 def test_outputs_of_the_loop_follow_the_target(
     tiny_models: Models, rule: Rule, tree: TreePolicy, params: SamplingParams, count: int
 ) -> None:
-    counts, accepted = decoded(tiny_models, rule, tree, params, requests=3000, count=count)
+    counts, accepted = decoded(tiny_models, rule, tree, params, requests=2200, count=count)
     expected = exact_law(tiny_models.plain, params, count)
     assert chi_square(counts, expected) > ALPHA
     first: dict[Tokens, int] = {}
@@ -1046,12 +1046,3 @@ def test_a_draft_equal_to_the_target_is_always_accepted(
     same = replace(tiny_models, draft_path=str(Path(tiny_models.draft_path).parent / "same"))
     _, accepted = decoded(same, RecursiveRejection(), tree, params, requests=200, count=8)
     assert accepted > 2.99
-
-
-def test_acceptance_counts_as_new_tokens() -> None:
-    """The tokens a step emits are the accepted ones and the next token, in this order."""
-    drawn = DrawnTree(1.0).with_children(0, (2, 3), 1.0).with_children(1, (0,), 1.0)
-    acceptance = Acceptance(
-        path=torch.tensor([[0, 1, 3]]), length=torch.tensor([2]), next_token=torch.tensor([9])
-    )
-    assert acceptance.new_tokens(token_trees([drawn], None))[0, :2].tolist() == [2, 9]
