@@ -88,6 +88,8 @@ class TreeLayout:
 class View:
     """Dense masks of one layout and window; None where there is nothing to mask.
 
+    On a GPU a mask is never None: to look would be to wait for it.
+
     Attributes:
         visible: [B, 1, N, K] bool, True where a query sees a key.
         unseen: [B, 1, K, 1] bool, keys no query looks at: they may hold anything, NaN included.
@@ -97,14 +99,17 @@ class View:
     __slots__ = ("blind", "unseen", "visible")
 
     def __init__(self, visible: Tensor) -> None:
+        look = visible.device.type == "cpu"
+        self.visible: Tensor | None = None
+        self.unseen: Tensor | None = None
+        self.blind: Tensor | None = None
+        if look and visible.all():
+            return
         self.visible = visible[:, None]
-        self.unseen = _unless_empty(~self.visible.any(dim=2)[..., None])
-        self.blind = _unless_empty(~self.visible.any(dim=3)[..., None])
-
-
-def _unless_empty(mask: Tensor) -> Tensor | None:
-    """The mask, or None if it is empty; on a GPU the mask, because looking would wait for it."""
-    return None if mask.device.type == "cpu" and not mask.any() else mask
+        unseen = ~visible.any(dim=1)[:, None, :, None]
+        blind = ~visible.any(dim=2)[:, None, :, None]
+        self.unseen = None if look and not unseen.any() else unseen
+        self.blind = None if look and not blind.any() else blind
 
 
 def words(rows: int) -> int:

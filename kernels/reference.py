@@ -88,7 +88,9 @@ def attention(
     scores = (grouped @ keys.mT).mul_(scale)  # [B, HKV, G * N, K]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(batch, heads, queries, -1).masked_fill_(~view.visible, float("-inf"))
+    scores = scores.view(batch, heads, queries, -1)
+    if view.visible is not None:
+        scores = scores.masked_fill_(~view.visible, float("-inf"))
     if sinks is None:
         weights = torch.softmax(scores, dim=-1)
     else:
@@ -124,6 +126,8 @@ def tree_structure(parents: Tensor) -> tuple[Tensor, Tensor]:
         root). A padding node sees itself only and has depth 0.
     """
     nodes = parents.shape[1]
+    if nodes == 1:  # plain decoding should not pay for trees
+        return torch.ones_like(parents)[..., None], torch.zeros_like(parents, dtype=torch.int64)
     eye = torch.eye(nodes, device=parents.device)
     # Doubling: after k products a node reaches its 2**k nearest ancestors.
     reach = eye + torch.nn.functional.one_hot(parents.long().clamp(min=-1) + 1, nodes + 1)[..., 1:]
