@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging
 
 from specdec.decode import Decoder
 from specdec.drafters.ngram import NGram
@@ -40,15 +41,20 @@ from specdec.sampling import SamplingParams
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.verifier import TreeVerifier
 
-TREES: dict[str, Callable[[], TreePolicy]] = {
-    **{f"chain {n}": lambda n=n: Chain(budget=n) for n in (1, 2, 3, 4, 6)},
-    **{f"static {w}": lambda w=w: Static(widths=w) for w in ([2, 1], [2, 1, 1], [3, 2, 1])},
-    **{
-        f"dynamic {b}, width {w}, depth {d}": lambda b=b, w=w, d=d: Dynamic(
-            budget=b, width=w, depth=d
-        )
-        for b, w, d in ((6, 2, 3), (8, 3, 3), (12, 4, 4))
-    },
+TREES: dict[str, TreePolicy] = {
+    "chain 1": Chain(budget=1),
+    "chain 2": Chain(budget=2),
+    "chain 3": Chain(budget=3),
+    "chain 4": Chain(budget=4),
+    "static [2, 1]": Static(widths=[2, 1]),
+    "static [2, 1, 1]": Static(widths=[2, 1, 1]),
+    "dynamic 8, width 3, depth 3": Dynamic(budget=8, width=3, depth=3),
+    "dynamic 12, width 3, depth 4": Dynamic(budget=12, width=3, depth=4),
+}
+NGRAM_TREES: dict[str, TreePolicy] = {
+    "chain 8": Chain(budget=8),
+    "dynamic 12, width 3, depth 4": Dynamic(budget=12, width=3, depth=4),
+    "dynamic 16, width 2, depth 16": Dynamic(budget=16, width=2, depth=16),
 }
 Generate = Callable[[list[int]], tuple[list[int], int]]  # ids to (new ids, passes of the target)
 
@@ -89,7 +95,9 @@ def theirs(model: Any, tokens: int, **extra: Any) -> Generate:
 
 def methods(tokens: int) -> dict[str, Generate]:
     def load(name: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(zoo_path(name), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(zoo_path(name), dtype=torch.float32).eval()
+        model.generation_config.eos_token_id = None  # every output gets its full length
+        return model
 
     target = PagedLM.load("zoo:target", dtype=torch.float32, device="cpu")
     plain = load("target")
@@ -100,15 +108,10 @@ def methods(tokens: int) -> dict[str, Generate]:
         "none": ours(target, NoDrafter(), tokens),
     }
     for name, tree in TREES.items():
-        draft = SmallLlama(target=target, tree=tree(), path="zoo:draft")
+        draft = SmallLlama(target=target, tree=tree, path="zoo:draft")
         found[f"small_llama, {name}"] = ours(target, draft, tokens)
-    for tree in ("chain 6", "dynamic 8, width 3, depth 3"):
-        found[f"ngram, {tree}"] = ours(target, NGram(tree=TREES[tree]()), tokens)
-    for budget, depth in ((8, 8), (16, 16)):
-        name = f"ngram, dynamic {budget}, width 2, depth {depth}"
-        found[name] = ours(
-            target, NGram(tree=Dynamic(budget=budget, width=2, depth=depth)), tokens
-        )
+    for name, tree in NGRAM_TREES.items():
+        found[f"ngram, {name}"] = ours(target, NGram(tree=tree), tokens)
     return found
 
 
@@ -159,11 +162,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument(
-        "--prompts", type=int, default=10, help="of the built-in set, evenly spread"
+        "--prompts", type=int, default=8, help="of the built-in set, evenly spread"
     )
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
+    logging.set_verbosity_error()
     torch.manual_seed(0)
     found = methods(options.tokens)
     tokenizer = PagedLM.load("zoo:target", dtype=torch.float32, device="cpu").tokenizer

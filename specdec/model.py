@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from specdec import direct
 from specdec.cache import KVShape, PagedKVCache
+from specdec.direct import DirectModel, Logits, can_run_directly
 from specdec.kernels import reference
 from specdec.kernels.layout import TreeLayout
 
@@ -238,7 +238,7 @@ class PagedLM:
         ancestors: Tensor | None = None,
         first: int = 0,
         key_offsets: Tensor | None = None,
-        logits: direct.Logits = "all",
+        logits: Logits = "all",
     ) -> Tensor | None:
         """One pass over draft nodes; their keys and values go to scratch rows first .. first + N -
         1.
@@ -274,8 +274,8 @@ class PagedLM:
         )
         paged = _ForwardPass(cache, layout)
         out: Tensor | None = None
-        if self._direct:
-            out = direct.forward(self.model, tokens, positions, paged, logits)
+        if self._direct is not None:
+            out = self._direct(tokens, positions, paged, logits)
         else:
             inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
             if logits == "none":
@@ -326,7 +326,7 @@ class PagedLM:
         )
         chain = torch.arange(width, device=self.device).expand(len(rows), -1)
         ragged = min(sizes) < width
-        wanted: direct.Logits = "none" if not logits else "all" if ragged else "last"
+        wanted: Logits = "none" if not logits else "all" if ragged else "last"
         out = self.forward(cache, rows, padded, chain, logits=wanted)
         length = torch.tensor(sizes, device=self.device)
         cache.commit(rows, chain, length)
@@ -380,10 +380,12 @@ class PagedLM:
             raise _UnsupportedError(
                 "its own attention does more than scaling, soft-capping, windows and sinks"
             )
-        self._direct = self.model.config.model_type in direct.FAMILIES
-        if self._direct:
-            shorter = direct.forward(self.model, tokens, positions, _Probe(), "all")
-            self._direct = shorter is not None and torch.equal(shorter.float(), ours)
+        self._direct: DirectModel | None = None
+        if can_run_directly(self.model):
+            shorter = DirectModel(self.model, [probe.windows[layer] for layer in range(layers)])
+            out = shorter(tokens, positions, _Probe(), "all")
+            if out is not None and _distance(out.float(), ours) <= bound:
+                self._direct = shorter
         shape = probe.shapes[0]
         return KVShape(
             layers=layers,

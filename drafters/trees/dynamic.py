@@ -26,7 +26,7 @@ class Dynamic(BasePolicy):
     """
 
     def __init__(
-        self, *, budget: int, width: int = 4, depth: int = 5, children: str = "top_k"
+        self, *, budget: int, width: int = 3, depth: int = 4, children: str = "top_k"
     ) -> None:
         super().__init__(budget=budget, children=children)
         if width < 1:
