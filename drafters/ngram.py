@@ -36,7 +36,7 @@ class NGram(HostDrafter):
         target: Any = None,
         tree: TreePolicy,
         depth: int | None = None,
-        min_match: int = 2,
+        min_match: int = 1,
         max_match: int = 8,
         matches: int = 8,
         candidates: int = 16,

@@ -32,7 +32,6 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
-from specdec.drafters.trees.static import Static
 from specdec.environment import describe_environment
 from specdec.model import PagedLM, zoo_path
 from specdec.prompts import encode, load_prompts
@@ -42,19 +41,13 @@ from specdec.verifier.greedy import Greedy
 from specdec.verifier.verifier import TreeVerifier
 
 TREES: dict[str, TreePolicy] = {
-    "chain 1": Chain(budget=1),
     "chain 2": Chain(budget=2),
-    "chain 3": Chain(budget=3),
-    "chain 4": Chain(budget=4),
-    "static [2, 1]": Static(widths=[2, 1]),
-    "static [2, 1, 1]": Static(widths=[2, 1, 1]),
     "dynamic 8, width 3, depth 3": Dynamic(budget=8, width=3, depth=3),
     "dynamic 12, width 3, depth 4": Dynamic(budget=12, width=3, depth=4),
 }
 NGRAM_TREES: dict[str, TreePolicy] = {
-    "chain 8": Chain(budget=8),
     "dynamic 12, width 3, depth 4": Dynamic(budget=12, width=3, depth=4),
-    "dynamic 16, width 2, depth 16": Dynamic(budget=16, width=2, depth=16),
+    "dynamic 12, width 2, depth 8": Dynamic(budget=12, width=2, depth=8),
 }
 Generate = Callable[[list[int]], tuple[list[int], int]]  # ids to (new ids, passes of the target)
 
@@ -162,9 +155,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument(
-        "--prompts", type=int, default=8, help="of the built-in set, evenly spread"
+        "--prompts", type=int, default=40, help="of the built-in set, evenly spread"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
 
     logging.set_verbosity_error()
