@@ -22,6 +22,9 @@ class NGram(HostDrafter):
         min_match, max_match: shortest match that counts, and the length after which longer does
             not matter.
         matches: continuations merged into a tree.
+        max_spec_factor: a match of n tokens is continued for at most `max_spec_factor` * n tokens:
+            the longer the match, the further it can be trusted (SuffixDecoding, Oliaro et al.
+            2025).
         candidates: children considered per node when they are sampled.
 
     Raises:
@@ -39,6 +42,7 @@ class NGram(HostDrafter):
         min_match: int = 1,
         max_match: int = 8,
         matches: int = 8,
+        max_spec_factor: float = 2.0,
         candidates: int = 16,
     ) -> None:
         super().__init__(tree=tree, depth=depth, candidates=candidates)
@@ -49,7 +53,10 @@ class NGram(HostDrafter):
             )
         if matches < 1:
             raise ValueError(f"drafter.matches={matches}: must be at least 1")
+        if max_spec_factor < 1:
+            raise ValueError(f"drafter.max_spec_factor={max_spec_factor}: must be at least 1")
         self.min_match, self.max_match, self.matches = min_match, max_match, matches
+        self.max_spec_factor = max_spec_factor
         self._index: dict[int, _Index] = {}  # by row
 
     def start(self, sequences: Sequence[Decoding]) -> None:
@@ -64,7 +71,8 @@ class NGram(HostDrafter):
         ends = self._index[sequence.row].find(tokens)[-self.SCANNED :]
         found = [(self._match_length(tokens, end), end) for end in ends]
         for length, end in sorted(found, reverse=True)[: self.matches]:
-            yield tokens[end : end + levels], 2.0**length
+            reach = min(levels, int(self.max_spec_factor * length))
+            yield tokens[end : end + reach], 2.0**length
 
     def _match_length(self, tokens: Sequence[int], end: int) -> int:
         """How many tokens before `end` equal the last ones, up to `max_match`."""

@@ -42,12 +42,11 @@ from specdec.verifier.verifier import TreeVerifier
 
 TREES: dict[str, TreePolicy] = {
     "chain 2": Chain(budget=2),
-    "dynamic 8, width 3, depth 3": Dynamic(budget=8, width=3, depth=3),
     "dynamic 12, width 3, depth 4": Dynamic(budget=12, width=3, depth=4),
 }
 NGRAM_TREES: dict[str, TreePolicy] = {
-    "dynamic 12, width 3, depth 4": Dynamic(budget=12, width=3, depth=4),
-    "dynamic 12, width 2, depth 8": Dynamic(budget=12, width=2, depth=8),
+    "chain 16": Chain(budget=16),
+    "dynamic 16, width 2, depth 16": Dynamic(budget=16, width=2, depth=16),
 }
 Generate = Callable[[list[int]], tuple[list[int], int]]  # ids to (new ids, passes of the target)
 
