@@ -263,7 +263,7 @@ MISTAKES = {
     "drafter.depth=deep": "drafter.depth=deep: must be a valid integer",
     "drafter.candidates=0": "drafter.candidates=0",
     "tree.budget=-1": "tree.budget=-1",
-    "tree.width=0": "tree.width=0",
+    "tree=dynamic tree.width=0": "tree.width=0",
     "tree.children=clones": "tree.children=clones: must be one of",
     "tree=static tree.widths=[4,4,4] tree.budget=8": "84 nodes exceed tree.budget=8",
     "tree=static tree.widths=[2,0]": "tree.widths=[2, 0]",

@@ -603,7 +603,14 @@ def test_trie_merges_common_beginnings() -> None:
 
 
 def naive_continuations(
-    tokens: list[int], levels: int, *, min_match: int, max_match: int, matches: int, scanned: int
+    tokens: list[int],
+    levels: int,
+    *,
+    min_match: int,
+    max_match: int,
+    matches: int,
+    scanned: int,
+    factor: float,
 ) -> list[tuple[list[int], float]]:
     """By looking at every earlier place in the text."""
     found = []
@@ -614,7 +621,10 @@ def naive_continuations(
         if max(lengths, default=0) >= min_match:
             found.append((max(lengths), end))
     best = sorted(found[-scanned:], reverse=True)[:matches]
-    return [(tokens[end : end + levels], 2.0**length) for length, end in best]
+    return [
+        (tokens[end : end + min(levels, int(factor * length))], 2.0**length)
+        for length, end in best
+    ]
 
 
 streams = st.lists(st.integers(0, 2), min_size=1, max_size=60) | st.builds(
@@ -632,16 +642,20 @@ streams = st.lists(st.integers(0, 2), min_size=1, max_size=60) | st.builds(
     longer=st.integers(0, 5),
     matches=st.integers(1, 9),
     levels=st.integers(1, 5),
+    factor=st.sampled_from([1.0, 1.5, 2.0, 9.0]),
 )
 def test_ngram_finds_the_longest_and_latest_matches(
-    tokens: list[int], min_match: int, longer: int, matches: int, levels: int
+    tokens: list[int], min_match: int, longer: int, matches: int, levels: int, factor: float
 ) -> None:
     settings_ = {"min_match": min_match, "max_match": min_match + longer, "matches": matches}
-    drafter = NGram(tree=Chain(budget=levels), **settings_)
+    drafter = NGram(tree=Chain(budget=levels), max_spec_factor=factor, **settings_)
     sequence = decoding(tokens)
     drafter.start([sequence])
     found = [(list(path), weight) for path, weight in drafter.propose(sequence, levels)]
-    assert found == naive_continuations(tokens, levels, **settings_, scanned=NGram.SCANNED)
+    expected = naive_continuations(
+        tokens, levels, **settings_, scanned=NGram.SCANNED, factor=factor
+    )
+    assert found == expected
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
