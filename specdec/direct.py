@@ -120,9 +120,13 @@ class _Layer:
         return hidden + down
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _join(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of several projections of the same input as one; theirs become views of
-    it."""
+    """Weight and bias of projections of the same input as one; theirs become views of it.
+
+    Not in inference mode: the model is the caller's, and autograd cannot use inference tensors.
+    """
     weight = torch.cat([projection.weight.data for projection in projections])
     start = 0
     for projection in projections:
