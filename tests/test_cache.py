@@ -5,7 +5,7 @@ that is shared, copied or overwritten wrongly shows in the content, whatever the
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -18,15 +18,6 @@ from specdec.cache import CacheFullError, KVShape, PagedKVCache
 
 SHAPE = KVShape(layers=2, kv_heads=2, key_dim=3, value_dim=2)
 ROWS, PAGES, PAGE_SIZE, MAX_TOKENS = 4, 9, 3, 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def new_cache(

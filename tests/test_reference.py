@@ -5,7 +5,6 @@ committed tokens through the page table, then scratch rows.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,15 +17,6 @@ from specdec.kernels.layout import TreeLayout, pack_bits, unpack_bits, words
 from specdec.kernels.reference import commit_path, tree_attention, tree_structure
 
 PAGE_SIZE = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, kw_only=True)

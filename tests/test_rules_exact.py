@@ -47,15 +47,6 @@ Law = dict[Tokens, float]
 Table = Callable[[Tokens], np.ndarray]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Worlds and their distributions
 
 

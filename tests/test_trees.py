@@ -4,7 +4,7 @@ A scripted drafter answers from tables of random distributions keyed by the path
 what a tree should look like can be worked out without any of the code that grows it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -30,15 +30,6 @@ from specdec.tree import Acceptance, Proposal, TokenTree
 VOCAB = 6
 CHILDREN = ("top_k", "sample", "sample_with_replacement")
 Path = tuple[int, ...]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are so small that more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Script:

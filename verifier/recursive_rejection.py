@@ -4,19 +4,13 @@ each time."""
 import torch
 from torch import Tensor
 
-from specdec.protocols import StepContext
-from specdec.sampling import (
-    ACCEPT_STREAM,
-    TOKEN_STREAM,
-    SamplingParams,
-    draw,
-    probabilities,
-)
-from specdec.tree import Acceptance, Children, Proposal, TokenTree
+from specdec.sampling import SamplingParams
+from specdec.tree import Children, Proposal, TokenTree
+from specdec.verifier.coins import CoinRule
 from specdec.verifier.walk import elder_siblings, walk
 
 
-class RecursiveRejection:
+class RecursiveRejection(CoinRule):
     """Multi-candidate speculative sampling with the real draft probabilities.
 
     Child x of a node is accepted with probability min(1, p(x) / q(x)); after a rejection p becomes
@@ -37,25 +31,9 @@ class RecursiveRejection:
             return "recursive rejection takes top-k children for draws from the draft distribution"
         return None
 
-    def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
-        target = probabilities(logits, context.sampling)  # [B, N, V]
-        coins = context.uniforms(ACCEPT_STREAM, tree.nodes)
-        path, length, rest = self.judge(tree, target, coins)
-        uniform = context.uniforms(TOKEN_STREAM, rest.shape[-1])
-        return Acceptance(path=path, length=length, next_token=draw(rest, uniform))
-
     def judge(
         self, tree: TokenTree, target: Tensor, coins: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The walk without the last draw.
-
-        Args:
-            target: [B, N, V], the target's distribution at every node.
-            coins: [B, N] in [0, 1), one per node.
-
-        Returns:
-            (path and length as in `Acceptance`; [B, V] unnormalised law of the next token.)
-        """
         chance, inside, scale = child_probabilities(tree, target)
         path, length, last = walk(tree, coins < chance)
         return path, length, residual(tree, target, last, inside, scale)

@@ -3,19 +3,13 @@
 import torch
 from torch import Tensor
 
-from specdec.protocols import StepContext
-from specdec.sampling import (
-    ACCEPT_STREAM,
-    TOKEN_STREAM,
-    SamplingParams,
-    draw,
-    probabilities,
-)
-from specdec.tree import Acceptance, Children, TokenTree
+from specdec.sampling import SamplingParams
+from specdec.tree import Children, TokenTree
+from specdec.verifier.coins import CoinRule
 from specdec.verifier.walk import elder_siblings, walk
 
 
-class TargetOnly:
+class TargetOnly(CoinRule):
     """Accept a child with the target's probability of it, given that its elder siblings were not
     the token.
 
@@ -32,25 +26,9 @@ class TargetOnly:
     def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
         return None
 
-    def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
-        target = probabilities(logits, context.sampling)  # [B, N, V]
-        coins = context.uniforms(ACCEPT_STREAM, tree.nodes)
-        path, length, rest = self.judge(tree, target, coins)
-        uniform = context.uniforms(TOKEN_STREAM, rest.shape[-1])
-        return Acceptance(path=path, length=length, next_token=draw(rest, uniform))
-
     def judge(
         self, tree: TokenTree, target: Tensor, coins: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The walk without the last draw.
-
-        Args:
-            target: [B, N, V], the target's distribution at every node.
-            coins: [B, N] in [0, 1), one per node.
-
-        Returns:
-            (path and length as in `Acceptance`; [B, V] unnormalised law of the next token.)
-        """
         path, length, last = walk(tree, coins < child_probabilities(tree, target))
         return path, length, residual(tree, target, last)
 
