@@ -7,7 +7,6 @@ from torch import Tensor
 
 from specdec.cached_model import CachedModel
 from specdec.drafters.growth import Frontier, grow, plan
-from specdec.kernels.layout import pack_bits
 from specdec.model import PagedLM
 from specdec.protocols import Capacity, Decoding, Drafter, StepContext, TreePolicy
 from specdec.sampling import probabilities
@@ -50,7 +49,11 @@ class SmallLlama(Drafter):
         self.levels = plan(tree, depth, candidates)
         self.candidates = candidates
         self.lm = PagedLM.load(
-            path, dtype=target.dtype, device=target.device, setting="drafter.path"
+            path,
+            dtype=target.dtype,
+            device=target.device,
+            setting="drafter.path",
+            kernels=target.kernels,
         )
         check_vocabulary(self.lm, target, setting=f"drafter.path={path}")
         self.vocab_size = min(self.lm.vocab_size, target.vocab_size)
@@ -75,12 +78,13 @@ class SmallLlama(Drafter):
         sampled = self.tree.children != "top_k"
         news = [s.tokens[cache.committed(s.row) :] for s in context.sequences]
         first_logits = self.lm.extend(cache, rows, news)[:, None]  # [B, 1, V], after the root
-        ancestry = _Ancestry()
+        parents: list[Tensor] = []  # of the nodes that have scratch rows, level by level
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
-            logits = (
-                first_logits if frontier.level == 0 else self._forward(rows, frontier, ancestry)
-            )
+            logits = first_logits
+            if frontier.level:
+                parents.append(frontier.parents - 1)  # expanded node n has scratch row n - 1
+                logits = self._forward(context, frontier, parents)
             logits = logits[..., : self.vocab_size]
             if sampled:
                 probs, ids = probabilities(logits, context.sampling).topk(
@@ -110,53 +114,26 @@ class SmallLlama(Drafter):
         length = (inside & (slots >= 0)).long().cumprod(1).sum(1)
         self.model.commit(context.rows, slots.clamp(min=0), length)
 
-    def _forward(self, rows: Sequence[int], frontier: Frontier, ancestry: "_Ancestry") -> Tensor:
-        """[B, F, V] logits after the nodes of a level."""
-        ancestry.add(frontier)
-        # The root is committed here, unlike in the target: it is neither a scratch row nor an
-        # offset.
+    def _forward(self, context: StepContext, frontier: Frontier, parents: list[Tensor]) -> Tensor:
+        """[B, F, V] logits after the nodes of a level.
+
+        Args:
+            parents: [B, F] of each level so far: the scratch row of each node's parent. The root
+                is committed here, unlike in the target: its children are roots, at offset 0.
+        """
+        structure = context.kernels.tree_structure(torch.cat(parents, dim=1))
+        first = frontier.first - 1
         logits = self.lm.forward(
             self.model.cache,
-            rows,
+            context.rows,
             frontier.tokens,
-            torch.full_like(frontier.tokens, frontier.level - 1),
-            ancestors=pack_bits(ancestry.visible[:, frontier.first - 1 :]),
-            first=frontier.first - 1,
-            key_offsets=ancestry.offsets,
+            structure.depths[:, first:],
+            ancestors=structure.ancestors[:, first:],
+            first=first,
+            key_offsets=structure.depths,
         )
         assert logits is not None
         return logits
-
-
-class _Ancestry:
-    """Who sees whom among the R nodes expanded so far in one draft; node number n of the tree is
-    row n - 1.
-
-    Attributes:
-        visible: [B, R, R] bool, a node's ancestors and itself.
-        offsets: [B, R] int64, positions counted from the committed tokens.
-    """
-
-    def __init__(self) -> None:
-        self.visible: Tensor
-        self.offsets: Tensor
-
-    def add(self, frontier: Frontier) -> None:
-        batch, count = frontier.tokens.shape
-        own = torch.eye(count, dtype=torch.bool, device=frontier.tokens.device).expand(
-            batch, -1, -1
-        )
-        offsets = torch.full_like(frontier.tokens, frontier.level - 1)
-        if frontier.level == 1:
-            self.visible, self.offsets = own, offsets
-            return
-        rows = self.visible.shape[2]
-        parents = (frontier.parents - 1)[..., None].expand(-1, -1, rows)
-        inherited = torch.cat([self.visible.gather(1, parents), own], dim=2)
-        self.visible = torch.cat(
-            [torch.nn.functional.pad(self.visible, (0, count)), inherited], dim=1
-        )
-        self.offsets = torch.cat([self.offsets, offsets], dim=1)
 
 
 def check_vocabulary(draft: PagedLM, target: PagedLM, *, setting: str) -> None:

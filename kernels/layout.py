@@ -4,8 +4,13 @@ scratch.
 Legend: B sequences, N query rows, M scratch rows, W = ceil(M / 32) words, P pages per sequence.
 """
 
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class TreeLayout:
@@ -29,7 +34,7 @@ class TreeLayout:
     """
 
     __slots__ = (
-        "_views",
+        "_memory",
         "ancestors",
         "context_lens",
         "first",
@@ -57,14 +62,19 @@ class TreeLayout:
         self.key_positions = key_positions
         self.first = first
         self.ancestors = ancestors
-        self._views: dict[int | None, View] = {}
+        self._memory: dict[Hashable, Any] = {}
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned the first time this key was asked for: all layers of a pass share
+        what follows from the layout alone."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        found: T = self._memory[key]
+        return found
 
     def view(self, window: int | None = None) -> "View":
-        """Who sees whom as dense masks, for implementations that use them; built once per
-        window."""
-        if window not in self._views:
-            self._views[window] = View(self._visible(window))
-        return self._views[window]
+        """Who sees whom as dense masks, for implementations that use them."""
+        return self.remember(("view", window), lambda: View(self._visible(window)))
 
     def _visible(self, window: int | None) -> Tensor:
         """[B, N, max_context + M] bool."""
@@ -110,6 +120,49 @@ class View:
         blind = ~visible.any(dim=2)[:, None, :, None]
         self.unseen = None if look and not unseen.any() else unseen
         self.blind = None if look and not blind.any() else blind
+
+
+class TreeStructure(NamedTuple):
+    """What follows from the parents of B padded trees of N nodes.
+
+    Attributes:
+        ancestors: [B, N, W] int32, bit m set if node m is an ancestor of the node or itself. A
+            padding node sees itself only.
+        depths: [B, N] int64, edges from the root; 0 for padding.
+        positions: [B, N] int64, depths counted from the committed tokens of each sequence.
+        first_child: [B, N] int32, the eldest child of each node, -1 for none.
+        next_sibling: [B, N] int32, the next younger child of the same parent, -1 for none. Both
+            are None unless asked for.
+    """
+
+    ancestors: Tensor
+    depths: Tensor
+    positions: Tensor
+    first_child: Tensor | None
+    next_sibling: Tensor | None
+
+
+class DraftedTrees(NamedTuple):
+    """B padded token trees of N nodes, and the distributions their children were drawn from.
+
+    Attributes:
+        tokens: [B, N] int64.
+        parents: [B, N] int, -1 at the root, -2 for padding, else an earlier node; siblings stand
+            in the order they are tried in.
+        size: [B] int, real nodes, which come first; 0 is an idle row.
+        depth: no path has more edges than this.
+        draft_ids: [B, N, K] int64, the support of each node's draft distribution, no token twice.
+        draft_probs: [B, N, K] float, zero (and the id void) where there are fewer than K.
+        repeats: children were drawn with replacement.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    size: Tensor
+    depth: int
+    draft_ids: Tensor | None = None
+    draft_probs: Tensor | None = None
+    repeats: bool = False
 
 
 def words(rows: int) -> int:

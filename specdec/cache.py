@@ -10,16 +10,20 @@ filled last page of a forked row is copied when the fork first writes to it. A r
 it may ever need from the moment it is opened, so nothing can run out in the middle of a step.
 
 Draft nodes keep their keys and values in the scratch, once per node however many branches pass
-through it; `commit` copies an accepted path to the pages.
+through it; `commit` copies an accepted path to the pages. Pages may hold a quantised type; rows
+are then rounded to it before they enter the scratch (`write_tree`), so that a model sees a node as
+it will be once it is committed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from specdec.kernels import reference
+from specdec.kernels.reference.cache import LARGEST
 
 
 class CacheFullError(RuntimeError):
@@ -37,7 +41,10 @@ class KVShape:
     value_dim: int
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return self.layers * self.kv_heads * (self.key_dim + self.value_dim) * dtype.itemsize
+        """What a token takes in pages of this type, the scales of a quantised one included."""
+        scales = 2 * torch.float32.itemsize if dtype in LARGEST else 0
+        numbers = (self.key_dim + self.value_dim) * dtype.itemsize
+        return self.layers * self.kv_heads * (numbers + scales)
 
 
 @dataclass(slots=True)
@@ -65,9 +72,12 @@ class PagedKVCache:
         page_size: tokens of a page.
         max_tokens: the longest sequence a row may hold.
         dtype, device: of keys and values.
+        kv_dtype: what the pages hold them as, float8_e4m3fn or int8, with a scale for each token
+            and head; None for `dtype`, which the scratch keeps in any case.
+        kernels: the implementation that moves them, `specdec.kernels.reference` or `gpu`.
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1, or another `kv_dtype`.
     """
 
     def __init__(
@@ -80,18 +90,30 @@ class PagedKVCache:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+        kernels: ModuleType = reference,
     ) -> None:
         for name, value in {"page_size": page_size, "pages": pages, "rows": rows}.items():
             if value < 1:
                 raise ValueError(f"cache.{name}={value}: must be at least 1")
+        if kv_dtype is not None and kv_dtype not in LARGEST:
+            raise ValueError(f"kv_dtype={kv_dtype}: must be None, float8_e4m3fn or int8 of torch")
         self.shape, self.page_size, self.max_tokens = shape, page_size, max_tokens
         self.pages = pages
+        self.kv_dtype = kv_dtype
+        self._kernels = kernels
         self._like = torch.empty(0, dtype=dtype, device=device)
         # Zeros, not empty: a stray NaN in a page nobody has written would survive a weight of
         # zero.
         pool = (shape.layers, pages, shape.kv_heads, page_size)
-        self.keys = self._like.new_zeros(*pool, shape.key_dim)  # [L, pages, HKV, S, D]
-        self.values = self._like.new_zeros(*pool, shape.value_dim)
+        stored = self._like.to(dtype if kv_dtype is None else kv_dtype)
+        self.keys = stored.new_zeros(*pool, shape.key_dim)  # [L, pages, HKV, S, D]
+        self.values = stored.new_zeros(*pool, shape.value_dim)
+        self.key_scales: Tensor | None = None  # [L, pages, HKV, S] float32, of quantised pages
+        self.value_scales: Tensor | None = None
+        if kv_dtype is not None:
+            self.key_scales = torch.ones(pool, dtype=torch.float32, device=device)
+            self.value_scales = torch.ones_like(self.key_scales)
         self.page_table = torch.zeros(
             rows, self.pages_for(max_tokens), dtype=torch.int32, device=device
         )
@@ -225,44 +247,47 @@ class PagedKVCache:
         grown_values[:, :had_batch, :, :had_nodes] = self.tree_values
         self.tree_keys, self.tree_values = grown_keys, grown_values
 
-    def commit(self, rows: Sequence[int], path: Tensor, length: Tensor) -> None:
+    def commit(self, rows: Sequence[int], path: Tensor | None, length: Tensor) -> None:
         """Append the accepted scratch rows of each sequence to its pages.
 
         Args:
             rows: [B], the cache row of each sequence of the scratch.
-            path: [B, A] int64, scratch rows in order.
+            path: [B, A] int64, scratch rows in order; None for the rows 0, 1, ...
             length: [B] int, how many of them to append; 0 appends nothing.
 
         Raises:
             RuntimeError: a row would outgrow its pages or its path; nothing has been written.
         """
         counts = length.tolist()
-        if max(counts, default=0) > path.shape[1]:
-            raise RuntimeError(f"{max(counts)} tokens to commit, but paths of {path.shape[1]}")
+        most = self.tree_keys.shape[3] if path is None else path.shape[1]
+        if max(counts, default=0) > most:
+            raise RuntimeError(f"{max(counts)} tokens to commit, but paths of {most}")
         for row, count in zip(rows, counts, strict=True):
             if self._rows[row].committed + count > self.allocated(row):
                 raise RuntimeError(
                     f"cache row {row}: {count} tokens more exceed {self.allocated(row)} allocated"
                 )
-        moves: list[tuple[int, int, int, int]] = []  # owner, scratch row, page, offset
-        for owner, (row, count, nodes) in enumerate(zip(rows, counts, path.tolist(), strict=True)):
-            if not count:
-                continue
-            self._own_last_page(row)
-            state = self._rows[row]
-            for position, node in enumerate(nodes[:count], start=state.committed):
-                page = state.pages[position // self.page_size]
-                moves.append((owner, node, page, position % self.page_size))
-        if not moves:
+        if not any(counts):
             return
-        device = self.keys.device
-        owner_of, node_of, page_of, offset_of = torch.tensor(moves, device=device).unbind(1)
-        for pages, tree in ((self.keys, self.tree_keys), (self.values, self.tree_values)):
-            reference.commit_path(pages, tree, node_of, page_of, offset_of, owner_of)
+        for row, count in zip(rows, counts, strict=True):
+            if count:
+                self._own_last_page(row)
+        index = torch.tensor(rows, device=self.keys.device)
+        self._kernels.commit_path(
+            self.keys,
+            self.values,
+            self.tree_keys[:, :, :, : max(counts)] if path is None else self.tree_keys,
+            self.tree_values[:, :, :, : max(counts)] if path is None else self.tree_values,
+            path,
+            length,
+            self.page_table.index_select(0, index),
+            self.lengths.index_select(0, index),
+            self.key_scales,
+            self.value_scales,
+        )
+        self.lengths.index_add_(0, index, length.int())
         for row, count in zip(rows, counts, strict=True):
             self._settle(row, count)
-        lengths = [self._rows[row].committed for row in rows]
-        self.lengths[list(rows)] = torch.tensor(lengths, dtype=torch.int32, device=device)
 
     # Pages
 
@@ -300,8 +325,9 @@ class PagedKVCache:
             return
         page = state.pages[state.borrowed]
         if self._references[page] > 1:
-            self.keys[:, state.spare] = self.keys[:, page]
-            self.values[:, state.spare] = self.values[:, page]
+            for pool in (self.keys, self.values, self.key_scales, self.value_scales):
+                if pool is not None:
+                    pool[:, state.spare] = pool[:, page]
             state.pages[state.borrowed] = state.spare
             self._publish_row(row)
             self._release(page)
@@ -376,3 +402,6 @@ class PagedKVCache:
             )
         if self._shared != {key: page for page, key in self._shared_key.items()}:
             raise RuntimeError("the index of shared prefixes is inconsistent")
+        for scales in (self.key_scales, self.value_scales):
+            if scales is not None and not bool((scales > 0).all()):
+                raise RuntimeError("a scale is not positive")

@@ -36,6 +36,7 @@ class CachedModel:
             pages=capacity.pool_pages,
             page_size=capacity.page_size,
             max_tokens=capacity.max_tokens,
+            kv_dtype=capacity.kv_dtype,
         )
 
     def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:

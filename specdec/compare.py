@@ -12,9 +12,16 @@ Record = Mapping[str, Any]
 
 
 def compare(
-    generations: Sequence[Record], baseline: Sequence[Record], target: PagedLM
+    generations: Sequence[Record],
+    baseline: Sequence[Record],
+    target: PagedLM,
+    *,
+    kv_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Compare outputs of the same prompts.
+
+    Args:
+        kv_dtype: of the cache both were decoded over, as in `PagedKVCache`.
 
     Returns:
         checked: outputs compared. A turn whose conversation has diverged before it is left out:
@@ -44,7 +51,8 @@ def compare(
         tokens = [ids[position] if position < len(ids) else None for ids in (mine, theirs)]
         gap = None
         if None not in tokens:
-            logits = next_logits(target, [*generation["prompt_ids"], *mine[:position]])
+            tokens_before = [*generation["prompt_ids"], *mine[:position]]
+            logits = next_logits(target, tokens_before, kv_dtype=kv_dtype)
             gap = float(logits[tokens[1]] - logits[tokens[0]])
         divergences.append(
             {
@@ -60,10 +68,16 @@ def compare(
 
 
 @torch.inference_mode()
-def next_logits(target: PagedLM, tokens: Sequence[int]) -> torch.Tensor:
+def next_logits(
+    target: PagedLM, tokens: Sequence[int], *, kv_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """[V] logits after the tokens, computed in one go over a fresh cache."""
     cache = target.new_cache(
-        rows=1, pages=-(-len(tokens) // 16), page_size=16, max_tokens=len(tokens)
+        rows=1,
+        pages=-(-len(tokens) // 16),
+        page_size=16,
+        max_tokens=len(tokens),
+        kv_dtype=kv_dtype,
     )
     cache.open(0, tokens=len(tokens))
     target.prefill(cache, [0], [tokens[:-1]])

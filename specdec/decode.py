@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from specdec.kernels.choose import AUTO, Kernels
 from specdec.protocols import (
     AcceptanceRule,
     Capacity,
@@ -17,7 +18,7 @@ from specdec.protocols import (
     StepContext,
     Verifier,
 )
-from specdec.sampling import SamplingParams, uniforms
+from specdec.sampling import SamplingParams, random_keys, uniforms
 from specdec.timing import Stopwatch
 from specdec.tree import TokenTree
 
@@ -56,12 +57,14 @@ class Decoder:
         drafter: what guesses.
         rule: what keeps.
         sampling: how tokens are chosen.
+        kernels: which implementation of trees and rules computes; a model knows its own.
         batch_size: sequences decoded at a time.
         stop_tokens: a sequence ends after the first of these.
         max_context: positions the target has; a sequence ends when they are used up.
         max_tokens: longest prompt and output together that will be asked for; the context if None.
         page_size: tokens of a cache page.
         pages: pages of each cache; None is enough for `batch_size` sequences of `max_tokens`.
+        kv_dtype: what the pages hold keys and values as; None for the type of each model.
 
     Raises:
         ValueError: a setting out of range.
@@ -76,19 +79,28 @@ class Decoder:
         sampling: SamplingParams,
         max_context: int,
         device: torch.device,
+        kernels: Kernels = AUTO,
         batch_size: int = 1,
         stop_tokens: Collection[int] = (),
         max_tokens: int | None = None,
         page_size: int = 16,
         pages: int | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: must be at least 1")
         self.verifier, self.drafter, self.rule, self.sampling = verifier, drafter, rule, sampling
         self.max_context, self.device = max_context, device
+        self._kernels = kernels.on(device)
         self.stop_tokens = frozenset(stop_tokens)
         longest = max_context if max_tokens is None else min(max_tokens, max_context)
-        capacity = Capacity(rows=batch_size, max_tokens=longest, page_size=page_size, pages=pages)
+        capacity = Capacity(
+            rows=batch_size,
+            max_tokens=longest,
+            page_size=page_size,
+            pages=pages,
+            kv_dtype=kv_dtype,
+        )
         verifier.prepare(capacity)
         drafter.prepare(capacity)
         self.waiting: deque[Request] = deque()
@@ -202,8 +214,16 @@ class Decoder:
             return uniforms(self.sampling.seed, ids, steps, stream, count).to(self.device)
 
         roots = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
+        keys = None
+        if self._kernels.RULES:
+            keys = random_keys(self.sampling.seed, ids, steps, self.device)
         return StepContext(
-            sequences=sequences, roots=roots, sampling=self.sampling, uniforms=draws
+            sequences=sequences,
+            roots=roots,
+            sampling=self.sampling,
+            uniforms=draws,
+            kernels=self._kernels,
+            keys=keys,
         )
 
     def _append(self, sequence: Decoding, tokens: list[int]) -> None:

@@ -24,6 +24,7 @@ from specdec.tracking import Tracker
 
 MAX_TURNS = 1000  # of a conversation; keeps request numbers of different prompts apart
 WARM_UP_TOKENS = 8
+KV_DTYPES = {"auto": None, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +32,32 @@ class CacheSettings:
     """How the paged caches are laid out.
 
     Args:
-        page_size: tokens of a page.
+        page_size: tokens of a page; None is 128 on a GPU, whose kernels like large ones, else 16.
         pages: pages of each cache; None is enough for the whole batch.
         prefill_chunk: prompt tokens of a sequence that go through a model at a time.
+        dtype: what the pages hold keys and values as: auto (the type of each model), fp8_e4m3 or
+            int8.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
-    page_size: int = 16
+    page_size: int | None = None
     pages: int | None = None
     prefill_chunk: int = 512
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("page_size", "pages", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"cache.{name}={value}: must be at least 1")
+        if self.dtype not in KV_DTYPES:
+            raise ValueError(f"cache.dtype={self.dtype}: must be {', '.join(KV_DTYPES)}")
+
+    @property
+    def kv_dtype(self) -> torch.dtype | None:
+        return KV_DTYPES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +79,7 @@ class Experiment:
         baseline: what it is compared to; None for no comparison.
         prompts: what is decoded.
         chat: when a chat template is applied: auto, always or never.
-        labels: what the summary calls drafter, target, acceptance and tree.
+        labels: what the summary calls drafter, target, acceptance, tree and kernels.
 
     Raises:
         ValueError: a setting out of range, or a prompt that does not fit the target.
@@ -109,7 +122,7 @@ class Experiment:
         self.capacity = Capacity(
             rows=self.batch_size,
             max_tokens=min(longest, context),
-            page_size=self.cache.page_size,
+            page_size=self.cache.page_size or (128 if self.target.device.type == "cuda" else 16),
             pages=self.cache.pages,
         )
 
@@ -154,11 +167,13 @@ class Experiment:
             sampling=self.sampling,
             max_context=self.target.max_context,
             device=self.target.device,
+            kernels=self.target.kernels,
             batch_size=self.batch_size,
             stop_tokens=self.stop_tokens,
             max_tokens=self.capacity.max_tokens,
-            page_size=self.cache.page_size,
+            page_size=self.capacity.page_size,
             pages=self.cache.pages,
+            kv_dtype=self.cache.kv_dtype,
         )
         self._warm_up(decoder)
 
@@ -206,7 +221,12 @@ class Experiment:
             summary["speedup"] = summary["tokens_per_second"] / theirs if theirs else None
             if self.sampling.greedy:
                 mine = main.generations.records
-                lossless = compare(mine, baseline.generations.records, self.target)
+                lossless = compare(
+                    mine,
+                    baseline.generations.records,
+                    self.target,
+                    kv_dtype=self.cache.kv_dtype,
+                )
         summary["lossless"] = lossless
         return {**summary, **describe_environment(self.target.device)}
 
@@ -307,7 +327,8 @@ def stop_tokens(target: PagedLM, *, ignore_eos: bool) -> list[int]:
 
 
 def choose_device(name: str) -> torch.device:
-    """auto is CUDA where there is some.
+    """auto is CUDA where there is some. A GPU chosen by number becomes the current one: Triton
+    launches its kernels there.
 
     Raises:
         ValueError: no such device here.
@@ -317,6 +338,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device={name}: not available here; use auto, cpu or cuda") from None
     return device

@@ -1,7 +1,7 @@
 """PagedLM: a transformers causal LM over a paged cache, without touching its modelling code.
 
 transformers hands an extra keyword of `model(...)` on to the attention function of every layer.
-One function is registered there; the keyword carries one `_ForwardPass`, which knows the cache and
+One function is registered there; the keyword carries one `ForwardPass`, which knows the cache and
 who sees whom.
 """
 
@@ -16,64 +16,17 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 
 from specdec.cache import KVShape, PagedKVCache
 from specdec.direct import DirectModel, Logits, can_run_directly
+from specdec.forward import ForwardPass, passes
 from specdec.kernels import reference
+from specdec.kernels.choose import AUTO, Kernels
 from specdec.kernels.layout import TreeLayout
 
 ATTENTION = "specdec_paged"
 PROBE_TOKENS = 8
 
 
-class _ForwardPass:
-    """What every attention layer of one forward pass needs: the cache and who sees whom.
-
-    The context of all layers is gathered from the pages at once, with room for the tree behind it:
-    on a CPU the time goes into the number of operations.
-    """
-
-    __slots__ = ("cache", "context", "keys", "layout", "values")
-
-    def __init__(self, cache: PagedKVCache, layout: TreeLayout) -> None:
-        self.cache, self.layout = cache, layout
-        self.context = layout.max_context
-        self.keys = self._gather(cache.keys, cache.tree_keys)  # [L, B, HKV, context + M, D]
-        self.values = self._gather(cache.values, cache.tree_values)
-
-    def _gather(self, pages: Tensor, tree: Tensor) -> Tensor:
-        batch, rows = self.layout.key_positions.shape
-        layers, _, kv_heads, _, head_dim = pages.shape
-        both = pages.new_empty(layers, batch, kv_heads, self.context + rows, head_dim)
-        both[..., : self.context, :] = reference.gather_context(pages, self.layout)
-        both[..., self.context :, :] = tree[:, :batch, :, :rows]
-        return both
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        window: int | None,
-        **options: Any,
-    ) -> Tensor:
-        end = self.context + self.layout.first
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, end : end + key.shape[2]] = key
-        values[:, :, end : end + key.shape[2]] = value
-        return reference.attention(query, keys, values, self.layout.view(window), **options)
-
-    def store(self) -> None:
-        """Put the new keys and values of all layers into the scratch, from where they can be
-        committed."""
-        batch, rows = self.layout.key_positions.shape
-        own = slice(self.layout.first, rows)
-        new = slice(self.context + self.layout.first, None)
-        self.cache.tree_keys[:, :batch, :, own] = self.keys[..., new, :]
-        self.cache.tree_values[:, :batch, :, own] = self.values[..., new, :]
-
-
 class _Probe:
-    """Stands in for `_ForwardPass` at load: plain causal attention that notes which layers came
+    """Stands in for a `ForwardPass` at load: plain causal attention that notes which layers came
     by, and how."""
 
     def __init__(self) -> None:
@@ -115,7 +68,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    paged: _ForwardPass | _Probe | None = None,
+    paged: ForwardPass | _Probe | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     if paged is None:
@@ -150,13 +103,21 @@ class PagedLM:
         model: any transformers causal LM with rotary positions.
         tokenizer: its tokenizer, None if token ids are all that is needed.
         name: what error messages and records call it.
+        kernels: which implementation computes its attention and moves its keys and values.
 
     Raises:
-        ValueError: the model cannot run over a paged cache; the message names its architecture and
-            the reason.
+        ValueError: the model cannot run over a paged cache, the message names its architecture and
+            the reason; or `kernels` cannot run on its device.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None, *, name: str = "model") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        name: str = "model",
+        kernels: Kernels = AUTO,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
@@ -173,16 +134,26 @@ class PagedLM:
         self.max_context = _max_context(self.config)
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
+        self.kernels = kernels.settled(self.device, self.dtype)
+        self._kernels = self.kernels.on(self.device)
+        self._begin = passes(self.kernels, self._kernels)
 
     @classmethod
     def load(
-        cls, path: str, *, dtype: torch.dtype, device: torch.device | str, setting: str = "path"
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        setting: str = "path",
+        kernels: Kernels = AUTO,
     ) -> Self:
         """Load a model and its tokenizer from a local folder or the Hugging Face hub; `zoo:NAME`
         is built in.
 
         Args:
             setting: the option that gave `path`, for error messages.
+            kernels: as for the class.
 
         Raises:
             ValueError: nothing there, or nothing that can be run; one line that names the setting.
@@ -211,11 +182,19 @@ class PagedLM:
             raise ValueError(
                 f"{setting}={path}: cannot be loaded as a causal LM: {first}"
             ) from None
-        return cls(model.to(device), tokenizer, name=f"{setting}={path}")
+        return cls(model.to(device), tokenizer, name=f"{setting}={path}", kernels=kernels)
 
     # Running
 
-    def new_cache(self, *, rows: int, pages: int, page_size: int, max_tokens: int) -> PagedKVCache:
+    def new_cache(
+        self,
+        *,
+        rows: int,
+        pages: int,
+        page_size: int,
+        max_tokens: int,
+        kv_dtype: torch.dtype | None = None,
+    ) -> PagedKVCache:
         """An empty cache for this model; arguments as in `PagedKVCache`."""
         return PagedKVCache(
             shape=self.kv_shape,
@@ -225,6 +204,8 @@ class PagedLM:
             max_tokens=max_tokens,
             dtype=self.dtype,
             device=self.device,
+            kv_dtype=kv_dtype,
+            kernels=self._kernels,
         )
 
     @torch.inference_mode()
@@ -264,7 +245,7 @@ class PagedLM:
         positions = (lengths[:, None] + offsets).clamp(max=self.max_context - 1)
         cache.scratch(len(rows), first + tokens.shape[1])
         layout = TreeLayout(
-            page_table=cache.page_table[index, : cache.pages_for(longest)],
+            page_table=cache.page_table[index],
             context_lens=lengths,
             max_context=longest,
             positions=positions,
@@ -272,7 +253,7 @@ class PagedLM:
             first=first,
             ancestors=ancestors,
         )
-        paged = _ForwardPass(cache, layout)
+        paged = self._begin(cache, layout)
         out: Tensor | None = None
         if self._direct is not None:
             out = self._direct(tokens, positions, paged, logits)

@@ -6,10 +6,13 @@ Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candida
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from specdec.kernels import reference
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
 
@@ -61,12 +64,17 @@ class StepContext:
         sampling: how the target's tokens are chosen.
         uniforms: (stream, count) -> [B, count] float64 on the device, numbers in [0, 1) that
             depend on the sequence and the step alone; streams as in `specdec.sampling`.
+        kernels: the module that computes, from `Kernels.on`.
+        keys: [B, 3] int64 on the device, what `uniforms` is a function of, for kernels that make
+            the same numbers themselves: seed, sequence and step as the bits of uint64.
     """
 
     sequences: Sequence[Decoding]
     roots: Tensor
     sampling: SamplingParams
     uniforms: Callable[[int, int], Tensor]
+    kernels: ModuleType = reference
+    keys: Tensor | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -82,6 +90,7 @@ class Capacity:
         max_tokens: the longest sequence.
         page_size: tokens of a page.
         pages: pages of each cache; None is enough for `rows` sequences of `max_tokens`.
+        kv_dtype: what the pages hold keys and values as; None for the type of each model.
 
     Raises:
         ValueError: so few pages that not even one such sequence fits.
@@ -91,6 +100,7 @@ class Capacity:
     max_tokens: int
     page_size: int = 16
     pages: int | None = None
+    kv_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         needed = -(-self.max_tokens // self.page_size)

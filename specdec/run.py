@@ -30,6 +30,7 @@ from specdec.experiment import (
     choose_dtype,
     stop_tokens,
 )
+from specdec.kernels.choose import Kernels
 from specdec.model import PagedLM
 from specdec.prompts import load_prompts
 from specdec.protocols import AcceptanceRule
@@ -101,6 +102,7 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     tracker = _build(get_class(settings["tracker"]["_target_"]), "tracker", settings["tracker"])
     device = choose_device(scalars["device"])
     dtype = choose_dtype(scalars["dtype"], device)
+    kernels = _build(Kernels, "kernels", settings["kernels"]).settled(device, dtype)
     source = dict(settings["prompts"])
     chat = source.pop("chat")
     prompts = load_prompts(**source)
@@ -109,7 +111,7 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     folder = RunFolder(out, config=settings, resume=scalars["resume"], volatile=VOLATILE)
 
     path = str(settings["target"]["path"])
-    target = PagedLM.load(path, dtype=dtype, device=device, setting="target.path")
+    target = PagedLM.load(path, dtype=dtype, device=device, setting="target.path", kernels=kernels)
 
     def verifier() -> Any:
         tree_verifier = get_class(f"{RULES}.verifier.TreeVerifier")
@@ -140,6 +142,7 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
             "tree": choices["tree"],
             "children": children,
             "acceptance": rule.name,
+            "kernels": kernels.impl,
         },
     )
     sweep = hydra_config.mode == RunMode.MULTIRUN

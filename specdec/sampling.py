@@ -62,6 +62,10 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def filters(self) -> bool:
+        return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
+
 
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution tokens are drawn from under `params`.
@@ -75,6 +79,20 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if params.greedy:
         return torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)
+    return filtered(scores, params).softmax(-1)
+
+
+def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Scores whose softmax is the distribution tokens are drawn from under `params`.
+
+    Args:
+        logits: [..., V].
+        params: with a temperature above 0.
+
+    Returns:
+        [..., V] float32 (float64 for float64 logits), -inf for tokens that are filtered out.
+    """
+    scores = logits if logits.dtype == torch.float64 else logits.float()
     if params.temperature != 1.0:
         scores = scores / params.temperature
     if params.top_k is not None and params.top_k < scores.shape[-1]:
@@ -86,11 +104,11 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
         beyond = mass.cumsum(-1) - mass >= params.top_p  # the mass before a token already suffices
         beyond[..., 0] = False
         scores = scores.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
-    probs = scores.softmax(-1)
     if params.min_p:
-        kept = probs.masked_fill(probs < params.min_p * probs.amax(-1, keepdim=True), 0.0)
-        probs = kept / kept.sum(-1, keepdim=True)
-    return probs
+        probs = scores.softmax(-1)
+        rare = probs < params.min_p * probs.amax(-1, keepdim=True)
+        scores = scores.masked_fill(rare, float("-inf"))
+    return scores
 
 
 def uniforms(
@@ -109,6 +127,20 @@ def uniforms(
         )
         np.random.Generator(bits).random(out=rows[i])
     return torch.from_numpy(rows)
+
+
+def random_keys(
+    seed: int, sequences: Sequence[int], steps: Sequence[int], device: torch.device
+) -> Tensor:
+    """[B, 3] int64 on the device: the bits of seed, sequence and step, for kernels that make the
+    numbers of `uniforms` themselves. Nothing waits for the copy."""
+    keys = np.array(
+        [(seed, *row) for row in zip(sequences, steps, strict=True)], np.uint64
+    ).reshape(-1, 3)
+    host = torch.from_numpy(keys.view(np.int64))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def race(weights: Tensor, uniform: Tensor) -> Tensor:

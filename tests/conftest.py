@@ -1,5 +1,5 @@
 """Shared by all tests: one thread per process, so that parallel test processes do not wait for
-each other."""
+each other; without a GPU, Triton kernels run in its interpreter."""
 
 import os
 
@@ -10,3 +10,5 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported

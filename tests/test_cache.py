@@ -4,8 +4,10 @@ Keys and values stand for the tokens up to their position, as those of a causal 
 that is shared, copied or overwritten wrongly shows in the content, whatever the bookkeeping says.
 """
 
-import zlib
+import hashlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,9 +17,27 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from specdec.cache import CacheFullError, KVShape, PagedKVCache
+from specdec.cached_model import CachedModel
+from specdec.experiment import CacheSettings
+from specdec.kernels import gpu, reference
+from specdec.kernels.choose import Kernels
+from specdec.kernels.layout import TreeLayout
+from specdec.model import PagedLM
+from specdec.protocols import Capacity
 
 SHAPE = KVShape(layers=2, kv_heads=2, key_dim=3, value_dim=2)
 ROWS, PAGES, PAGE_SIZE, MAX_TOKENS = 4, 9, 3, 16
+GPU_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of Triton kernels
+QUANTISED = [torch.float8_e4m3fn, torch.int8]
+STORES = pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_dtype": dtype, "kernels": kernels}
+        for dtype in (None, *QUANTISED)
+        for kernels in (reference, gpu)
+    ],
+    ids=lambda options: f"{options['kv_dtype']}-{options['kernels'].__name__.split('.')[-1]}",
+)
 
 
 def new_cache(
@@ -26,6 +46,8 @@ def new_cache(
     pages: int = PAGES,
     page_size: int = PAGE_SIZE,
     max_tokens: int = MAX_TOKENS,
+    kv_dtype: torch.dtype | None = None,
+    kernels: ModuleType = reference,
 ) -> PagedKVCache:
     return PagedKVCache(
         shape=SHAPE,
@@ -34,15 +56,17 @@ def new_cache(
         page_size=page_size,
         max_tokens=max_tokens,
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=torch.device("cpu" if kernels is reference else GPU_DEVICE),
+        kv_dtype=kv_dtype,
+        kernels=kernels,
     )
 
 
 def entries(history: Sequence[int], head_dim: int, salt: int) -> Tensor:
-    """[L, HKV, D] of the last token of a history; exact in float32, no two entries alike."""
-    stamp = zlib.crc32(bytes([salt, *history])) % 100_003 * 100
+    """[L, HKV, D] of the last token of a history: whole numbers, no two histories alike."""
     count = SHAPE.layers * SHAPE.kv_heads * head_dim
-    return stamp + torch.arange(count).view(SHAPE.layers, SHAPE.kv_heads, head_dim).float()
+    stamp = hashlib.blake2b(bytes([salt, *history]), digest_size=count).digest()
+    return torch.tensor(list(stamp)).view(SHAPE.layers, SHAPE.kv_heads, head_dim).float() - 128
 
 
 def key_of(history: Sequence[int]) -> Tensor:
@@ -58,18 +82,33 @@ def stacked(history: Sequence[int], of: Callable[[Sequence[int]], Tensor]) -> Te
     return torch.stack([of(history[: i + 1]) for i in range(len(history))], dim=2)
 
 
-def read(cache: PagedKVCache, row: int, pool: Tensor) -> Tensor:
+def read(cache: PagedKVCache, row: int, pool: Tensor, scales: Tensor | None) -> Tensor:
     """[L, HKV, T, D], the committed tokens of a row as attention would find them."""
-    position = torch.arange(int(cache.lengths[row]))
+    position = torch.arange(int(cache.lengths[row]), device=pool.device)
     page = cache.page_table[row, position // cache.page_size].long()
-    return pool[:, page, :, position % cache.page_size].permute(1, 2, 0, 3)
+    found = pool[:, page, :, position % cache.page_size].float()
+    if scales is not None:
+        found *= scales[:, page, :, position % cache.page_size][..., None]
+    return found.permute(1, 2, 0, 3)
+
+
+def as_stored(cache: PagedKVCache, given: Tensor) -> Tensor:
+    """What quantised pages make of it."""
+    if cache.key_scales is None:
+        return given
+    numbers, scales = reference.quantise(given, cache.keys.dtype)
+    return numbers.float() * scales[..., None]
 
 
 def assert_holds(cache: PagedKVCache, row: int, history: Sequence[int]) -> None:
     assert cache.committed(row) == len(history) == int(cache.lengths[row])
     if history:
-        assert torch.equal(read(cache, row, cache.keys), stacked(history, key_of))
-        assert torch.equal(read(cache, row, cache.values), stacked(history, value_of))
+        for pool, scales, of in (
+            (cache.keys, cache.key_scales, key_of),
+            (cache.values, cache.value_scales, value_of),
+        ):
+            expected = as_stored(cache, stacked(history, of))
+            assert torch.equal(read(cache, row, pool, scales).cpu(), expected)
 
 
 def write_and_commit(
@@ -90,7 +129,9 @@ def write_and_commit(
             history = histories[row] + new[row][: i + 1]
             cache.tree_keys[:, place, :, node] = key_of(history)
             cache.tree_values[:, place, :, node] = value_of(history)
-    cache.commit(rows, path, torch.tensor([len(new[row]) for row in rows]))
+    length = torch.tensor([len(new[row]) for row in rows])
+    device = cache.keys.device
+    cache.commit(rows, path.to(device), length.to(device))
 
 
 def snapshot(cache: PagedKVCache) -> list[object]:
@@ -100,6 +141,8 @@ def snapshot(cache: PagedKVCache) -> list[object]:
         cache.lengths.tolist(),
         cache.keys.tolist(),
         cache.values.tolist(),
+        None if cache.key_scales is None else cache.key_scales.tolist(),
+        None if cache.value_scales is None else cache.value_scales.tolist(),
         cache.free_pages,
     ]
 
@@ -111,9 +154,11 @@ tokens_lists = st.lists(st.integers(0, 2), max_size=5)
 class CacheMachine(RuleBasedStateMachine):
     """Random lives of rows; the model keeps for each open row the tokens it has committed."""
 
+    kv_dtype: torch.dtype | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.cache = new_cache(rows=ROWS + 1)
+        self.cache = new_cache(rows=ROWS + 1, kv_dtype=self.kv_dtype)
         self.histories: dict[int, list[int]] = {}
         self.prompts: dict[int, list[int]] = {}  # tokens announced at `open`
         self.announced: list[list[int]] = []  # every prompt there has been
@@ -277,11 +322,21 @@ CacheMachine.TestCase.settings = settings(
 TestRandomLives = CacheMachine.TestCase
 
 
+class QuantisedMachine(CacheMachine):
+    kv_dtype = torch.int8
+
+
+QuantisedMachine.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
+)
+TestRandomLivesOfQuantisedRows = QuantisedMachine.TestCase
+
+
 class Life:
     """A cache and the histories of its rows, for tests that tell one story."""
 
-    def __init__(self, **sizes: int) -> None:
-        self.cache = new_cache(**sizes)
+    def __init__(self, **options: Any) -> None:
+        self.cache = new_cache(**options)
         self.histories: dict[int, list[int]] = {}
 
     def open(self, row: int, prompt: list[int], *, tokens: int | None = None) -> int:
@@ -383,8 +438,9 @@ def test_two_rows_that_fill_the_same_prompt_at_once_both_survive() -> None:
 # Forks
 
 
-def test_a_fork_shares_until_it_writes() -> None:
-    life = Life()
+@STORES
+def test_a_fork_shares_until_it_writes(options: dict[str, Any]) -> None:
+    life = Life(**options)
     life.open(0, [1, 2, 0, 1, 2])
     life.commit({0: [1, 2, 0, 1, 2]})
     life.fork(0, 1, tokens=8)
@@ -413,8 +469,9 @@ def test_the_last_fork_takes_over_the_page_its_source_has_left() -> None:
     life.verify()
 
 
-def test_forks_of_forks_diverge() -> None:
-    life = Life(pages=20)
+@STORES
+def test_forks_of_forks_diverge(options: dict[str, Any]) -> None:
+    life = Life(pages=20, **options)
     life.open(0, [1])
     life.commit({0: [1, 1, 1, 2]})
     life.fork(0, 1, tokens=9)
@@ -513,12 +570,134 @@ def test_order_of_rows_is_the_order_of_the_scratch() -> None:
     life.verify()
 
 
+@pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
+def test_without_a_path_rows_are_taken_in_order(kernels: ModuleType) -> None:
+    cache = new_cache(kernels=kernels)
+    history = [1, 2, 0, 2]
+    cache.open(0, tokens=5)
+    cache.open(1, tokens=5)
+    cache.scratch(2, 6)
+    for node in range(6):
+        cache.tree_keys[:, 1, :, node] = key_of(history[: node + 1])
+        cache.tree_values[:, 1, :, node] = value_of(history[: node + 1])
+    cache.commit([1, 0], None, torch.tensor([0, 4], device=cache.keys.device))
+    assert_holds(cache, 0, history)
+    assert_holds(cache, 1, [])
+    cache.check()
+    with pytest.raises(RuntimeError, match="7 tokens to commit, but paths of 6"):
+        cache.commit([1, 0], None, torch.tensor([0, 7], device=cache.keys.device))
+
+
 def test_memory_per_token() -> None:
     assert SHAPE.bytes_per_token(torch.float32) == 2 * 2 * (3 + 2) * 4
     assert SHAPE.bytes_per_token(torch.bfloat16) == 2 * 2 * (3 + 2) * 2
-    cache = new_cache()
-    total = cache.keys.numel() + cache.values.numel()
-    assert total * 4 == SHAPE.bytes_per_token(torch.float32) * PAGES * PAGE_SIZE
+    assert SHAPE.bytes_per_token(torch.int8) == 2 * 2 * (3 + 2 + 2 * 4)
+    for kv_dtype in (None, *QUANTISED):
+        cache = new_cache(kv_dtype=kv_dtype)
+        pool = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+        total = sum(part.nbytes for part in pool if part is not None)
+        assert total == SHAPE.bytes_per_token(cache.keys.dtype) * PAGES * PAGE_SIZE
+
+
+# Quantised pages
+
+
+@pytest.fixture(scope="module")
+def lm() -> PagedLM:
+    return PagedLM.load("zoo:draft", dtype=torch.float32, device="cpu")
+
+
+def prefilled(
+    lm: PagedLM, kv_dtype: torch.dtype | None, rounded: torch.dtype | None
+) -> PagedKVCache:
+    """A cache with two prompts.
+
+    Args:
+        kv_dtype: what its pages hold.
+        rounded: what rows are rounded to on their way into the scratch.
+    """
+    model = CachedModel(lm)
+    model.prepare(Capacity(rows=2, max_tokens=40, page_size=4, kv_dtype=kv_dtype))
+    model.cache.kv_dtype = rounded
+    for row, prompt in enumerate(([5, 9, 2, 77, 31, 8], [4, 4, 1])):
+        model.cache.open(row, tokens=40)
+        lm.prefill(model.cache, [row], [prompt])
+    return model.cache
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "int8"])
+def test_a_model_reads_what_quantised_pages_stand_for(lm: PagedLM, name: str) -> None:
+    """The same logits, to the last bit, as over plain pages into which rounded rows go."""
+    dtype = CacheSettings(dtype=name).kv_dtype
+    quantised, rounded, exact = (
+        prefilled(lm, *types) for types in ((dtype, dtype), (None, dtype), (None, None))
+    )
+    assert quantised.keys.dtype in QUANTISED
+    assert quantised.tree_keys.dtype == rounded.keys.dtype == torch.float32
+    assert quantised.key_scales is not None
+    assert rounded.key_scales is None
+    caches = (quantised, rounded, exact)
+    for tokens in ([[3], [6]], [[8, 1], [70, 2]]):
+        found, expected, other = (lm.extend(cache, [0, 1], tokens) for cache in caches)
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, other)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("kv_dtype", QUANTISED, ids=str)
+def test_a_model_sees_a_node_as_it_will_be_once_committed(
+    impl: Literal["reference", "triton"], kv_dtype: torch.dtype
+) -> None:
+    """A chain in one pass against a pass and a commit for each of its tokens."""
+    device = GPU_DEVICE if impl == "triton" else "cpu"
+    kernels = Kernels(impl=impl)
+    lm = PagedLM.load("zoo:draft", dtype=torch.float32, device=device, kernels=kernels)
+    tokens = [3, 60, 7]
+    chain, offsets = torch.tensor([tokens], device=device), torch.arange(3, device=device)[None]
+
+    def distance(rounded: torch.dtype | None) -> float:
+        together = lm.forward(prefilled(lm, kv_dtype, rounded), [0], chain, offsets)
+        assert together is not None
+        cache = prefilled(lm, kv_dtype, rounded)
+        apart = torch.cat([lm.extend(cache, [0], [[token]]) for token in tokens])
+        return float((together[0] - apart).norm() / apart.norm())
+
+    assert distance(kv_dtype) < 1e-5  # float32 and another order of sums
+    assert distance(None) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_attention_over_quantised_pages(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layout = TreeLayout(
+        page_table=torch.tensor([[4, 1], [2, -1]], dtype=torch.int32),
+        context_lens=torch.tensor([5, 2], dtype=torch.int32),
+        max_context=5,
+        positions=torch.tensor([[5, 6, 7], [2, 3, 4]]),
+        key_positions=torch.tensor([[5, 6, 7], [2, 3, 4]]),
+    )
+    query, key, value = (
+        torch.randn(2, heads, 3, 8, generator=generator).to(dtype) for heads in (4, 2, 2)
+    )
+    pages = [torch.randn(5, 2, 3, 8, generator=generator) for _ in range(2)]
+    (keys, key_scales), (values, value_scales) = (
+        reference.quantise(part, torch.int8) for part in pages
+    )
+    dense = [keys.float() * key_scales[..., None], values.float() * value_scales[..., None]]
+    found = reference.tree_attention(
+        query,
+        keys,
+        values,
+        key,
+        value,
+        layout,
+        scale=0.5,
+        key_scales=key_scales,
+        value_scales=value_scales,
+    )
+    assert found.dtype == dtype
+    expected = reference.tree_attention(query, *dense, key, value, layout, scale=0.5)
+    assert torch.equal(found, expected)
 
 
 # Errors
@@ -528,6 +707,13 @@ def test_memory_per_token() -> None:
 def test_sizes_below_one_are_named(setting: str) -> None:
     with pytest.raises(ValueError, match=f"cache.{setting}=0: must be at least 1"):
         new_cache(**{setting: 0})
+
+
+def test_types_without_scales_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"kv_dtype=torch\.int16: must be None, float8_e4m3fn or"):
+        new_cache(kv_dtype=torch.int16)
+    with pytest.raises(ValueError, match=r"cache\.dtype=fp4: must be auto, fp8_e4m3, int8"):
+        CacheSettings(dtype="fp4")
 
 
 def test_errors_of_open_and_fork_change_nothing() -> None:
@@ -661,3 +847,13 @@ def test_check_detects(name: str) -> None:
     corrupt(life.cache)
     with pytest.raises(RuntimeError, match=message):
         life.cache.check()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, torch.nan])
+def test_check_detects_a_scale_that_is_none(scale: float) -> None:
+    cache = new_cache(kv_dtype=torch.int8)
+    cache.check()
+    assert cache.value_scales is not None
+    cache.value_scales[1, 2, 0, 1] = scale
+    with pytest.raises(RuntimeError, match="scale is not positive"):
+        cache.check()

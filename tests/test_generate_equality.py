@@ -2,7 +2,7 @@
 transformers' own `generate`; at temperature 1 a seed and a prompt decide, never the batch.
 
 The reference is another instance of the same weights with transformers' own attention and cache,
-one prompt at a time.
+one prompt at a time. All of it runs on the GPU where there is one, and so through its kernels.
 """
 
 import copy
@@ -33,8 +33,8 @@ from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.verifier import TreeVerifier
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
-CPU = torch.device("cpu")
 
 # Small pages and chunks, so that every prompt spans several of each and ends inside one.
 PAGE_SIZE = 4
@@ -100,6 +100,7 @@ def decode(
     batch_size: int = 1,
     stop: Sequence[int] = (),
     pages: int | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Outcome:
     """Run the loop; every invariant of every cache is checked after each step and at the end."""
     limits = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
@@ -114,12 +115,14 @@ def decode(
         rule=rule or Greedy(),
         sampling=SamplingParams(temperature=temperature, seed=seed),
         max_context=target.max_context,
-        device=CPU,
+        device=target.device,
+        kernels=target.kernels,
         batch_size=batch_size,
         stop_tokens=stop,
         max_tokens=min(max(request.max_tokens for request in requests), target.max_context),
         page_size=PAGE_SIZE,
         pages=pages,
+        kv_dtype=kv_dtype,
     )
     caches = [verifier.target.cache]
     if isinstance(drafter, SmallLlama):
@@ -149,8 +152,8 @@ def generate(
         do_sample=False, eos_token_id=list(stop) or None, pad_token_id=0
     )
     done = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
         max_new_tokens=new_tokens,
         output_logits=True,
         return_dict_in_generate=True,
@@ -183,11 +186,12 @@ class Pair:
 
 
 ZOO_NEW = 22
+LONG = 48  # tokens, for effects that add up
 
 
 @pytest.fixture(scope="module")
 def zoo() -> Pair:
-    target = PagedLM.load("zoo:target", dtype=torch.float32, device="cpu")
+    target = PagedLM.load("zoo:target", dtype=torch.float32, device=DEVICE)
     fibonacci = 'def fibonacci(n):\n    """Return the n-th Fibonacci number'
     texts = [
         fibonacci + '."""\n',
@@ -201,6 +205,7 @@ def zoo() -> Pair:
     shared = next(i for i, (a, b) in pairs if a != b)
     assert shared >= 2 * PAGE_SIZE, "the two prompts must share pages"
     model = AutoModelForCausalLM.from_pretrained(zoo_path("target"), dtype=torch.float32)
+    model.to(DEVICE)
     outputs = [generate(model, prompt, ZOO_NEW) for prompt in prompts]
     stop = middle_token(outputs)
     stopped = [generate(model, prompt, ZOO_NEW, [stop]) for prompt in prompts]
@@ -274,6 +279,34 @@ def test_a_common_beginning_is_computed_once(zoo: Pair, monkeypatch: pytest.Monk
     assert run.outputs == [zoo.outputs[0][:4], zoo.outputs[2][:4]]
     reused = shared // PAGE_SIZE * PAGE_SIZE
     assert prefilled == [len(first) - 1, len(second) - 1 - reused]
+
+
+# --- quantised caches
+
+
+@pytest.fixture(scope="module", params=[torch.float8_e4m3fn, torch.int8], ids=str)
+def quantised(request: pytest.FixtureRequest, zoo: Pair) -> tuple[torch.dtype, list[list[int]]]:
+    """A type of pages, and the outputs of plain decoding over them."""
+    run = decode(zoo.target, NoDrafter(), zoo.prompts[:4], LONG, kv_dtype=request.param)
+    return request.param, run.outputs
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("tree", ["chain", "dynamic"])
+@pytest.mark.parametrize("drafter", ["small_llama", "ngram"])
+def test_a_quantised_cache_gives_the_same_with_and_without_drafts(
+    zoo: Pair,
+    quantised: tuple[torch.dtype, list[list[int]]],
+    drafter: str,
+    tree: str,
+    batch_size: int,
+) -> None:
+    kv_dtype, expected = quantised
+    drafting = build(drafter, tree, zoo.target, zoo.draft, "top_k")
+    prompts = zoo.prompts[:4]
+    run = decode(zoo.target, drafting, prompts, LONG, batch_size=batch_size, kv_dtype=kv_dtype)
+    assert run.outputs == expected
+    assert sum(sum(step.accepted) for step in run.steps) > LONG
 
 
 # --- temperature 1
@@ -413,7 +446,7 @@ def disturbed(model: Any, amount: float) -> Any:
     with torch.no_grad():
         for parameter in other.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(amount * parameter.abs().mean() * noise)
+            parameter.add_(amount * parameter.abs().mean() * noise.to(parameter))
     return other
 
 
@@ -453,12 +486,12 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     draft = save(disturbed(model, 0.3), folder / "draft")
     reference = AutoModelForCausalLM.from_pretrained(
         itself, dtype=torch.float32, attn_implementation="eager"
-    )
+    ).to(DEVICE)
     prompts = family_prompts()
     outputs = [generate(reference, prompt, NEW) for prompt in prompts]
     stop = middle_token(outputs)
     stopped = [generate(reference, prompt, NEW, [stop]) for prompt in prompts]
-    target = PagedLM.load(str(itself), dtype=torch.float32, device="cpu")
+    target = PagedLM.load(str(itself), dtype=torch.float32, device=DEVICE)
     return Family(target, draft, prompts, outputs, stop, stopped, request.param, itself)
 
 
@@ -501,8 +534,8 @@ def short_context(tmp_path_factory: pytest.TempPathFactory) -> tuple[PagedLM, Pa
     folder = save(
         family_model("llama", max_position_embeddings=32), tmp_path_factory.mktemp("short")
     )
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return PagedLM.load(str(folder), dtype=torch.float32, device="cpu"), folder, reference
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    return PagedLM.load(str(folder), dtype=torch.float32, device=DEVICE), folder, reference
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -572,10 +605,10 @@ def test_published_story(
 def stories(tmp_path_factory: pytest.TempPathFactory) -> tuple[PagedLM, Path, list[int]]:
     if not STORIES.is_dir():
         pytest.skip("stories260k is not there")
-    target = PagedLM.load(str(STORIES), dtype=torch.float32, device="cpu")
+    target = PagedLM.load(str(STORIES), dtype=torch.float32, device=DEVICE)
     draft = tmp_path_factory.mktemp("tiny")
     disturbed(target.model, 0.3).save_pretrained(draft)
     target.tokenizer.save_pretrained(draft)
-    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).to(DEVICE)
     expected = generate(model, [1], 61)
     return target, draft, expected

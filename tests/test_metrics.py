@@ -90,6 +90,20 @@ def test_divergences_are_placed_and_their_gap_is_the_models_own(target):
     assert (second["position"], second["token"], second["logit_gap"]) == (2, None, None)
 
 
+def test_the_gap_is_that_of_the_cache_that_was_decoded_over(target):
+    sides = [generation(0, [3, 4], 1)], [generation(0, [3, 6], 1)]
+    cache = target.new_cache(
+        rows=1, pages=1, page_size=4, max_tokens=4, kv_dtype=torch.float8_e4m3fn
+    )
+    cache.open(0, tokens=4)
+    for token in (1, 2, 3):
+        logits = target.extend(cache, [0], [[token]])[0]
+    (divergence,) = compare(*sides, target, kv_dtype=torch.float8_e4m3fn)["divergences"]
+    assert divergence["logit_gap"] == pytest.approx(float(logits[6] - logits[4]), abs=1e-5)
+    (plain,) = compare(*sides, target)["divergences"]
+    assert abs(plain["logit_gap"] - divergence["logit_gap"]) > 1e-4
+
+
 def test_turns_with_another_history_are_not_compared(target):
     other = {**generation(0, [4], 1, turn=1), "prompt_ids": [1, 3]}
     assert compare([generation(0, [3], 1, turn=1)], [other], target)["checked"] == 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec.kernels.layout import TreeLayout, pack_bits, unpack_bits, words
-from specdec.kernels.reference import commit_path, tree_attention, tree_structure
+from specdec.kernels.reference import tree_attention, tree_structure
 
 PAGE_SIZE = 4
 
@@ -517,45 +517,23 @@ def padded_trees(draw: st.DrawFn) -> list[list[int]]:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(batch=padded_trees())
 def test_structure_equals_a_walk_to_the_root(batch: list[list[int]]) -> None:
-    bits, depths = tree_structure(torch.tensor(batch, dtype=torch.int32))
+    structure = tree_structure(torch.tensor(batch, dtype=torch.int32), links=True)
     nodes = len(batch[0])
-    assert bits.dtype == torch.int32
-    assert depths.dtype == torch.int64
-    dense = unpack_bits(bits, nodes)
+    dense = unpack_bits(structure.ancestors, nodes)
     for row, parents in enumerate(batch):
         for node in range(nodes):
             walk = ancestors_of(parents, node)
             assert dense[row, node].nonzero().flatten().tolist() == sorted(walk)
-            assert depths[row, node] == len(walk) - 1
+            assert structure.depths[row, node] == len(walk) - 1
+            children = [child for child, parent in enumerate(parents) if parent == node]
+            for parent, child in zip([node, *children], [*children, -1], strict=True):
+                link = structure.first_child if parent == node else structure.next_sibling
+                assert link[row, parent] == child
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 33, 128, 129, 130])
 def test_structure_of_the_longest_chain(nodes: int) -> None:
-    bits, depths = tree_structure(torch.arange(-1, nodes - 1)[None])
-    assert depths[0].tolist() == list(range(nodes))
-    assert torch.equal(
-        unpack_bits(bits, nodes)[0], torch.ones(nodes, nodes, dtype=torch.bool).tril()
-    )
-
-
-# Commit
-
-
-def test_commit_copies_each_accepted_row_to_its_place() -> None:
-    generator = torch.Generator().manual_seed(0)
-    pages = torch.randn(2, 5, 3, PAGE_SIZE, 4, generator=generator)
-    tree = torch.randn(2, 2, 3, 6, 4, generator=generator)
-    moves = [(0, 2, 4, 3), (0, 5, 0, 0), (1, 0, 3, 1)]  # owner, path, page, offset
-    expected = pages.clone()
-    for owner, path, page, offset in moves:
-        for layer in range(2):
-            for head in range(3):
-                expected[layer, page, head, offset] = tree[layer, owner, head, path]
-    before = tree.clone()
-    owner, path, page, offset = (torch.tensor(column) for column in zip(*moves, strict=True))
-    commit_path(pages, tree, path, page, offset, owner)
-    assert torch.equal(pages, expected)
-    assert torch.equal(tree, before)
-    none = torch.empty(0, dtype=torch.int64)
-    commit_path(pages, tree, none, none, none, none)
-    assert torch.equal(pages, expected)
+    structure = tree_structure(torch.arange(-1, nodes - 1)[None])
+    assert structure.depths[0].tolist() == list(range(nodes))
+    dense = unpack_bits(structure.ancestors, nodes)[0]
+    assert torch.equal(dense, torch.ones(nodes, nodes, dtype=torch.bool).tril())

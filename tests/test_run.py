@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from specdec import run as command
+from specdec.model import PagedLM
 from specdec.tracking import NoTracker
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
-QUICK = ("tracker=none", "prompts.limit=3", "max_new_tokens=10")
+QUICK = ("tracker=none", "prompts.limit=3", "max_new_tokens=10", "dtype=float32")
 
 
 def options(group: str) -> list[str]:
@@ -109,6 +110,7 @@ def test_what_a_run_leaves(specdec, tmp_path):
             "drafter",
             "target",
             "acceptance",
+            "kernels",
             "temperature",
             "seed",
             "batch_size",
@@ -140,6 +142,38 @@ def test_what_a_run_leaves(specdec, tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["drafter"]["path"] == "zoo:draft"
     assert "speedup" in printed
     assert "3 of 3 outputs equal the baseline" in printed
+
+
+def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "def f(x):"}\n{"text": "It was a"}\n')
+    for kernels in ("reference", "triton"):
+        code, _, error = specdec(
+            *(f"kernels={kernels}", f"prompts.path={prompts}", f"out={tmp_path}/{kernels}"),
+            *("drafter=small_llama", "tree=static", "tree.widths=[2,1]", "batch_size=2"),
+            *("cache.page_size=4", "dtype=float32", "tracker=none", "max_new_tokens=4"),
+            "baseline=false",
+        )
+        assert (code, error) == (0, "")
+        summary = json.loads((tmp_path / kernels / "summary.json").read_text())
+        assert summary["kernels"] == kernels
+        assert 0 < summary["acceptance_by_depth"][0] < 1  # both branches of the loop were taken
+    assert outputs(tmp_path / "triton") == outputs(tmp_path / "reference")
+
+
+def test_triton_is_refused_where_it_cannot_run(specdec, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(PagedLM, "load", None)  # before any model is loaded
+    for where, reason in {
+        "device=cpu": "device=cpu is none",
+        "dtype=float64": "has no kernels for float64",
+    }.items():
+        code, printed, error = specdec("kernels=triton", where, f"out={tmp_path}/o", QUICK[0])
+        assert (code, printed) == (2, "")
+        assert error.startswith("error: kernels.impl=triton: ")
+        assert reason in error
+        assert error.endswith("; use kernels=auto\n")
+        assert error.count("\n") == 1
 
 
 def test_budget_zero_drafts_nothing(specdec, tmp_path):
@@ -274,6 +308,11 @@ MISTAKES = {
     "acceptance=recursive_rejection tree.children=top_k sampling=sample": "not lossless",
     "cache.pages=2": "cache.pages=2: ",
     "cache.page_size=0": "cache.page_size=0",
+    "cache.dtype=fp4": "cache.dtype=fp4: must be auto, fp8_e4m3, int8",
+    "kernels=fast": "auto; reference; triton",
+    "kernels.impl=cuda": "kernels.impl=cuda: must be 'auto', 'triton' or 'reference'",
+    "kernels.fixed_splits=0": "kernels.fixed_splits=0: must be at least 1",
+    "kernels.shared_prefix=both": "kernels.shared_prefix=both: must be a valid boolean",
     "prompts.path=/no/such/file.jsonl": "/no/such/file.jsonl",
     "prompts.limit=0": "prompts.limit=0",
     "prompts.chat=loud": "prompts.chat='loud'",

@@ -5,6 +5,7 @@ from torch import Tensor
 from specdec.protocols import StepContext
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
+from specdec.verifier.coins import accept_by_kernel
 from specdec.verifier.walk import walk
 
 
@@ -25,6 +26,8 @@ class Greedy:
         return f"greedy acceptance ignores sampling.temperature={sampling.temperature}"
 
     def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
+        if self.name in context.kernels.RULES:
+            return accept_by_kernel(self.name, context, tree, logits)
         choice = logits.argmax(dim=-1)  # [B, N]
         parent = tree.parents.long().clamp(min=0)
         path, length, last = walk(tree, tree.tokens == choice.gather(1, parent))

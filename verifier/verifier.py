@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from specdec.cached_model import CachedModel
-from specdec.kernels import reference
 from specdec.model import PagedLM
 from specdec.protocols import Capacity, Decoding, StepContext
 from specdec.tree import Acceptance, TokenTree
@@ -31,9 +30,13 @@ class TreeVerifier:
     def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
         """[B, N, V] logits of the target at every node (SpecInfer, Miao et al. 2024, section 4:
         tree attention)."""
-        ancestors, depths = reference.tree_structure(tree.parents)
+        structure = context.kernels.tree_structure(tree.parents)
         logits = self.target.lm.forward(
-            self.target.cache, context.rows, tree.tokens, depths, ancestors=ancestors
+            self.target.cache,
+            context.rows,
+            tree.tokens,
+            structure.depths,
+            ancestors=structure.ancestors,
         )
         assert logits is not None
         return logits

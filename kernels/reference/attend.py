@@ -1,15 +1,11 @@
-"""Plain torch functions that define what the kernels compute, on any device and in any floating
-type.
-
-Legend: B sequences, N tree nodes or query rows, M scratch rows, L layers, HQ query heads, HKV
-key-value heads, D head size, S tokens of a page, A accepted nodes. Low-precision inputs are
-computed in float32, float64 stays.
+"""Attention of tree nodes over pages and scratch. Low-precision inputs are computed in float32,
+float64 stays.
 """
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.layout import TreeLayout, View, pack_bits
+from specdec.kernels.layout import TreeLayout, View
 
 
 def tree_attention(
@@ -24,6 +20,10 @@ def tree_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    fixed_splits: int | None = None,
+    shared_prefix: bool = False,
 ) -> Tensor:
     """Attention of tree nodes over the committed pages of their sequence and their ancestors in
     the scratch.
@@ -39,12 +39,19 @@ def tree_attention(
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2, section 2).
         sinks: [HQ], one learned logit per head that takes part in the softmax and has no value
             (gpt-oss).
+        key_scales, value_scales: [pages, HKV, S], factors of pages that hold a quantised type.
+        fixed_splits, shared_prefix: how a kernel divides its work, as in `Kernels`; no matter
+            here.
 
     Returns:
         [B, N, HQ, D] in the type of `query`. A query that sees nothing gives zeros.
     """
-    keys = torch.cat([gather_context(key_pages[None], layout)[0], key_tree], dim=2)
-    values = torch.cat([gather_context(value_pages[None], layout)[0], value_tree], dim=2)
+
+    def context(pages: Tensor, scales: Tensor | None) -> Tensor:
+        return gather_context(pages[None], layout, None if scales is None else scales[None])[0]
+
+    keys = torch.cat([context(key_pages, key_scales), key_tree], dim=2)
+    values = torch.cat([context(value_pages, value_scales), value_tree], dim=2)
     view = layout.view(window)
     return attention(query, keys, values, view, scale=scale, softcap=softcap, sinks=sinks)
 
@@ -102,51 +109,18 @@ def attention(
     return out.view(batch, heads, queries, -1).transpose(1, 2).to(given)
 
 
-def gather_context(pages: Tensor, layout: TreeLayout) -> Tensor:
-    """[L, pages, HKV, S, D] to [L, B, HKV, max_context, D] through the page table."""
+def gather_context(pages: Tensor, layout: TreeLayout, scales: Tensor | None = None) -> Tensor:
+    """[L, pages, HKV, S, D] to [L, B, HKV, max_context, D] through the page table.
+
+    With `scales` ([L, pages, HKV, S]) the pages hold a quantised type, and the result is float32.
+    """
     batch = layout.page_table.shape[0]
     layers, _, kv_heads, page_size, head_dim = pages.shape
     used = -(-layout.max_context // page_size)
     table = layout.page_table[:, :used].reshape(-1).clamp(min=0)
-    gathered = pages.index_select(1, table).view(
-        layers, batch, used, kv_heads, page_size, head_dim
-    )
+    gathered = pages.index_select(1, table)
+    if scales is not None:
+        gathered = gathered.float() * scales.index_select(1, table)[..., None]
+    gathered = gathered.view(layers, batch, used, kv_heads, page_size, head_dim)
     joined = gathered.transpose(2, 3).reshape(layers, batch, kv_heads, -1, head_dim)
     return joined[..., : layout.max_context, :]
-
-
-def tree_structure(parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Ancestor bits and depths of every node, from the parents alone.
-
-    Args:
-        parents: [B, N] int; -1 marks the root, -2 padding, else the index of an earlier node.
-
-    Returns:
-        (bits [B, N, W] int32, each node's ancestors and itself; depths [B, N] int64, 0 at the
-        root). A padding node sees itself only and has depth 0.
-    """
-    nodes = parents.shape[1]
-    if nodes == 1:  # plain decoding should not pay for trees
-        return torch.ones_like(parents)[..., None], torch.zeros_like(parents, dtype=torch.int64)
-    eye = torch.eye(nodes, device=parents.device)
-    # Doubling: after k products a node reaches its 2**k nearest ancestors.
-    reach = eye + torch.nn.functional.one_hot(parents.long().clamp(min=-1) + 1, nodes + 1)[..., 1:]
-    for _ in range(max(0, nodes - 2).bit_length()):
-        reach = (reach @ reach).clamp_(max=1.0)
-    dense = reach > 0
-    return pack_bits(dense), dense.sum(dim=-1) - 1
-
-
-def commit_path(
-    pages: Tensor, tree: Tensor, path: Tensor, page: Tensor, offset: Tensor, owner: Tensor
-) -> None:
-    """Copy accepted scratch rows of all layers into their pages, in place.
-
-    Args:
-        pages: [L, pages, HKV, S, D], the pool of keys or of values.
-        tree: [L, B, HKV, M, D], the tree scratch.
-        path: [A] int64, scratch row of each accepted node, all sequences concatenated.
-        page, offset: [A] int64, where each goes.
-        owner: [A] int64, the sequence (index into B) each belongs to.
-    """
-    pages[:, page, :, offset] = tree[:, owner, :, path]

@@ -1,0 +1,299 @@
+"""The kernels of rules that toss coins: every node judges its children, then the path is walked
+and the next token drawn.
+
+Coins and draws are the numbers of `specdec.sampling.uniforms`. Legend: B sequences, N nodes,
+V vocabulary, K draft candidates, C chunks of the vocabulary; p is the target's distribution at a
+node, q the draft distribution its children were drawn from.
+"""
+
+import triton
+import triton.language as tl
+
+from specdec.kernels.gpu.philox import arrivals, uniform_at
+
+NOTHING = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3e38)
+TINY = tl.constexpr(1e-37)  # a divisor that is not zero
+INDICES = tl.constexpr(2**31)  # a rank is a time and, below it, an index smaller than this
+NO_RANK = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def weight(logits, top, inverse_temperature):
+    """exp((logit - top) / temperature), 0 where both are -inf."""
+    return tl.exp((logits - tl.maximum(top, LOWEST)) * inverse_temperature)
+
+
+@triton.jit(do_not_specialize=["nodes", "chunks"])
+def judge_kernel(
+    enter_ptr,  # [B, N], the child taken after each node, -1 for none
+    debt_ptr,  # [B, N], how many times q is taken off p once all children are rejected
+    top_ptr,  # [B, N], the largest logit
+    total_ptr,  # [B, N], sum of exp((logit - top) / temperature)
+    arrived_ptr,  # [B], 0 for the race
+    logits_ptr,
+    tops_ptr,  # [B, N, C]
+    totals_ptr,  # [B, N, C]
+    ids_ptr,  # [B, N, K]
+    probs_ptr,  # [B, N, K]
+    tokens_ptr,
+    parents_ptr,
+    size_ptr,
+    keys_ptr,
+    nodes,
+    chunks,
+    support,
+    inverse_temperature,
+    stride_logits_b,
+    stride_logits_n,
+    STREAM: tl.constexpr,
+    DRAFTED: tl.constexpr,
+    REPEATS: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+):
+    """Try the children of one node in order, as if the node had been reached.
+
+    Without a draft distribution, `left` is the target's mass that the elder siblings have not.
+    With one, every rejection takes the draft distribution q off the target p and scales what is
+    left of it to a sum of 1. Nothing need be scaled to that end: after any number of rejections
+    the target is max(p - debt * q, 0) / left, for numbers debt and left, since what was below zero
+    stays below it. Tokens already rejected are at zero, so it does not matter that q goes on to
+    contain them; their share is only missing from the sum q is renormalised by.
+    """
+    node = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    if node == 0:
+        tl.store(arrived_ptr + row, 0)
+    if node >= tl.load(size_ptr + row):
+        return
+    here = row * nodes + node
+    offs_c = tl.arange(0, C_BLOCK)
+    offs_n = tl.arange(0, N_BLOCK)
+    parents = tl.load(parents_ptr + row * nodes + offs_n, mask=offs_n < nodes, other=-2)
+    tokens = tl.load(tokens_ptr + row * nodes + offs_n, mask=offs_n < nodes, other=0)
+    tops = tl.load(tops_ptr + here * chunks + offs_c, mask=offs_c < chunks, other=NOTHING)
+    totals = tl.load(totals_ptr + here * chunks + offs_c, mask=offs_c < chunks, other=0.0)
+    top = tl.max(tops)
+    total = tl.sum(totals * weight(tops, top, inverse_temperature))
+    tl.store(top_ptr + here, top)
+    tl.store(total_ptr + here, total)
+
+    waiting = parents == node  # [N], children not tried yet
+    child = tl.min(tl.where(waiting, offs_n, N_BLOCK))
+    if child == N_BLOCK:
+        tl.store(enter_ptr + here, -1)
+        tl.store(debt_ptr + here, 0.0)
+        return
+    logits_ptr += row * stride_logits_b + node.to(tl.int64) * stride_logits_n
+    logits = tl.load(logits_ptr + tokens, mask=waiting, other=NOTHING).to(tl.float32)
+    masses = weight(logits, top, inverse_temperature) / total  # [N]
+    seed, sequence, step = _key(keys_ptr, row)
+    coins = uniform_at(seed, sequence, step, STREAM, offs_n)
+    ids_ptr += here * support
+    probs_ptr += here * support
+
+    entered = tl.full([], -1, tl.int32)
+    left = 1.0
+    debt = 0.0
+    draft_scale = 1.0
+    if DRAFTED:
+        inside, _, draft_sum = _over_support(
+            ids_ptr,
+            probs_ptr,
+            logits_ptr,
+            support,
+            top,
+            total,
+            inverse_temperature,
+            0.0,
+            -1,
+            K_BLOCK,
+        )
+        outside = tl.maximum(1.0 - inside, 0.0)
+    while child < N_BLOCK:
+        token = tl.load(tokens_ptr + row * nodes + child)
+        mass = tl.sum(tl.where(offs_n == child, masses, 0.0))
+        coin = tl.sum(tl.where(offs_n == child, coins, 0.0))
+        if DRAFTED:
+            more = left * draft_scale
+            kept, draft, _ = _over_support(
+                ids_ptr,
+                probs_ptr,
+                logits_ptr,
+                support,
+                top,
+                total,
+                inverse_temperature,
+                debt + more,
+                token,
+                K_BLOCK,
+            )
+            q = draft.to(tl.float32)
+            rest = tl.maximum(mass - debt * q, 0.0)
+            chance = tl.where(q > 0.0, rest / tl.maximum(more * q, TINY), 0.0)
+        else:
+            chance = mass / tl.maximum(left, TINY)
+        waiting = waiting & (offs_n > child)
+        if not (DRAFTED and REPEATS):
+            waiting = waiting & (tokens != token)
+        accepted = coin < chance.to(tl.float64)
+        entered = tl.where(accepted, child, entered)
+        child = tl.where(accepted, N_BLOCK, tl.min(tl.where(waiting, offs_n, N_BLOCK)))
+        if DRAFTED:
+            remaining = kept + outside
+            # Nothing left means p equals q: the child was accepted but for rounding.
+            debt = tl.where(accepted | (remaining <= 0.0), debt, debt + more)
+            left = tl.where(accepted | (remaining <= 0.0), left, remaining)
+            if not REPEATS:
+                draft_sum -= draft
+                draft_scale = 1.0 / tl.maximum(draft_sum.to(tl.float32), TINY)
+        else:
+            left -= mass
+    tl.store(enter_ptr + here, entered)
+    tl.store(debt_ptr + here, debt)
+
+
+@triton.jit
+def _over_support(
+    ids_ptr,
+    probs_ptr,
+    logits_ptr,
+    support,
+    top,
+    total,
+    inverse_temperature,
+    debt,
+    token,
+    K_BLOCK: tl.constexpr,
+):
+    """(sum of max(p - debt * q, 0) over the support of q; q of `token`; sum of q), the last two in
+    float64, so that subtracting the one from the other is exact."""
+    inside = 0.0
+    draft_sum = tl.zeros([], tl.float64)
+    draft = tl.zeros([], tl.float64)
+    for start in range(0, support, K_BLOCK):
+        offs_k = start + tl.arange(0, K_BLOCK)
+        ids = tl.load(ids_ptr + offs_k, mask=offs_k < support, other=0)
+        q = tl.load(probs_ptr + offs_k, mask=offs_k < support, other=0.0).to(tl.float32)
+        q = tl.where(q > 0.0, q, 0.0)
+        logits = tl.load(logits_ptr + ids, mask=q > 0.0, other=NOTHING).to(tl.float32)
+        p = weight(logits, top, inverse_temperature) / total
+        inside += tl.sum(tl.maximum(p - debt * q, 0.0))
+        draft_sum += tl.sum(q.to(tl.float64))
+        draft += tl.sum(tl.where(ids == token, q.to(tl.float64), 0.0))
+    return inside, draft, draft_sum
+
+
+@triton.jit
+def _key(keys_ptr, row):
+    keys_ptr += row * 3
+    return tl.load(keys_ptr), tl.load(keys_ptr + 1), tl.load(keys_ptr + 2)
+
+
+@triton.jit(do_not_specialize=["nodes", "edges"])
+def race_kernel(
+    path_ptr,  # [B, edges + 1]
+    length_ptr,
+    next_token_ptr,
+    taken_ptr,  # [B, V], scratch: what the rejected children have taken off p
+    ranks_ptr,  # [B, C], scratch
+    arrived_ptr,  # [B], zeros
+    logits_ptr,
+    enter_ptr,  # [B, N]
+    debt_ptr,  # [B, N]
+    top_ptr,  # [B, N]
+    total_ptr,  # [B, N]
+    ids_ptr,  # [B, N, K]
+    probs_ptr,  # [B, N, K]
+    tokens_ptr,
+    parents_ptr,
+    size_ptr,
+    keys_ptr,
+    nodes,
+    vocab,
+    support,
+    edges,
+    inverse_temperature,
+    stride_logits_b,
+    stride_logits_n,
+    STREAM: tl.constexpr,
+    DRAFTED: tl.constexpr,
+    N_BLOCK: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Draw the next token. Every program walks the path, which is cheaper than to wait for one."""
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    row = tl.program_id(1).to(tl.int64)
+    busy = tl.load(size_ptr + row) > 0
+    node = tl.zeros([], tl.int32)
+    length = busy.to(tl.int64)
+    path_ptr += row * (edges + 1)
+    if chunk == 0:
+        tl.store(path_ptr, 0)
+    for i in range(edges):
+        child = tl.load(enter_ptr + row * nodes + node, mask=busy, other=-1)
+        node = tl.where(child >= 0, child, node)
+        length += (child >= 0).to(tl.int64)
+        if chunk == 0:
+            tl.store(path_ptr + i + 1, node)
+    if chunk == 0:
+        tl.store(length_ptr + row, length)
+        tl.store(next_token_ptr + row, 0, mask=length == 0)
+    if length == 0:
+        return
+
+    here = row * nodes + node
+    first = chunk * CHUNK
+    offs = first + tl.arange(0, CHUNK)
+    logits_ptr += row * stride_logits_b + node.to(tl.int64) * stride_logits_n
+    logits = tl.load(logits_ptr + offs, mask=offs < vocab, other=NOTHING).to(tl.float32)
+    top, total = tl.load(top_ptr + here), tl.load(total_ptr + here)
+    p = weight(logits, top, inverse_temperature) / total
+
+    taken_ptr += row * vocab  # a program writes to its own chunk only
+    tl.store(taken_ptr + offs, tl.zeros([CHUNK], tl.float32), mask=offs < vocab)
+    tl.debug_barrier()
+    if DRAFTED:
+        debt = tl.load(debt_ptr + here)
+        for start in range(0, support, K_BLOCK):
+            offs_k = here * support + start + tl.arange(0, K_BLOCK)
+            given = start + tl.arange(0, K_BLOCK) < support
+            ids = tl.load(ids_ptr + offs_k, mask=given, other=0)
+            q = tl.load(probs_ptr + offs_k, mask=given, other=0.0).to(tl.float32)
+            mine = (q > 0.0) & (ids >= first) & (ids < first + CHUNK)
+            tl.store(taken_ptr + ids, debt * q, mask=mine)
+    else:
+        offs_n = tl.arange(0, N_BLOCK)
+        inside = offs_n < nodes
+        parents = tl.load(parents_ptr + row * nodes + offs_n, mask=inside, other=-2)
+        tokens = tl.load(tokens_ptr + row * nodes + offs_n, mask=inside, other=0)
+        mine = (parents == node) & (tokens >= first) & (tokens < first + CHUNK)
+        tl.store(taken_ptr + tokens, tl.full([N_BLOCK], 2.0, tl.float32), mask=mine)  # all
+    tl.debug_barrier()
+    weights = p - tl.load(taken_ptr + offs, mask=offs < vocab, other=0.0)
+
+    # Rounding can leave nothing of any token; the target itself is then the answer. So tokens of
+    # which nothing is left race as well, but come in after all others.
+    seed, sequence, step = _key(keys_ptr, row)
+    time = arrivals(seed, sequence, step, STREAM, chunk * (CHUNK // 4), CHUNK // 4)
+    rate = tl.maximum(tl.where(weights > 0.0, weights, p), TINY)
+    time = tl.where(p > 0.0, time / rate, float("inf"))
+    rank = time.to(tl.int32, bitcast=True).to(tl.int64)  # in the order of the times, none negative
+    rank = tl.where(weights > 0.0, rank, rank + INDICES)
+    rank = tl.where(offs < vocab, rank * INDICES + offs, NO_RANK)
+    tl.store(ranks_ptr + row * chunks + chunk, tl.min(rank))
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + row, 1) == chunks - 1:  # the last program sees all ranks
+        offs_c = tl.arange(0, C_BLOCK)
+        ranks = tl.load(
+            ranks_ptr + row * chunks + offs_c,
+            mask=offs_c < chunks,
+            other=NO_RANK,
+            cache_modifier=".cg",
+        )
+        tl.store(next_token_ptr + row, tl.min(ranks) & (INDICES - 1))

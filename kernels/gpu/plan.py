@@ -1,0 +1,271 @@
+"""How attention divides its work: a list of pieces, made on the device.
+
+A piece is a range of key blocks of one sequence, or of the pages that neighbouring sequences
+share. The pieces of a sequence are processed side by side and merged afterwards, so that a few
+long contexts still fill the whole GPU. Lengths are known to the device only, so the list is made
+there, once for all layers of a forward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specdec.kernels.gpu.blocks import Blocks, processors
+from specdec.kernels.layout import TreeLayout
+
+# Fields of an item: first sequence, first and last (exclusive) unit of work, partial results of
+# the sequence in all (1: the result is final), where its own go, sequences, row block, piece.
+# A unit is a block of context keys; every block of the tree, which follows, is `tree_cost` units.
+FIELDS = tl.constexpr(8)
+SHARED_BLOCKS = 4  # fewer key blocks in common are not worth a pass of their own
+SHARED_PIECES = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Pieces:
+    """The work of one forward pass; all that depends on lengths is on the device.
+
+    Attributes:
+        items: [W, FIELDS] int32, pieces of single sequences; unused ones are zero.
+        shared_items: the same for pages shared by several sequences; None without sharing.
+        spans: [B, 2] int32: where the partial results of each sequence begin, and how many it has.
+        slots: partial results there may be.
+        most: no sequence has more than this.
+    """
+
+    items: Tensor
+    shared_items: Tensor | None
+    spans: Tensor
+    slots: int
+    most: int
+
+
+def plan_pieces(
+    layout: TreeLayout,
+    *,
+    blocks: Blocks,
+    rows: int,
+    kv_heads: int,
+    page_size: int,
+    window: int | None,
+    fixed_splits: int | None,
+    shared_prefix: bool,
+) -> Pieces:
+    """Divide the keys of all sequences into pieces that keep the GPU busy; nothing is read back.
+
+    Args:
+        rows: query rows of a sequence and key-value head.
+        fixed_splits: pieces of every sequence; None chooses what fills the GPU.
+        shared_prefix: read what neighbouring sequences share once for all of them.
+    """
+    batch, device = len(layout.context_lens), layout.context_lens.device
+    tree_units = triton.cdiv(layout.key_positions.shape[1], blocks.keys) * blocks.tree_cost
+    programs = kv_heads * triton.cdiv(rows, blocks.rows)  # of a piece
+    slots = processors(device) * blocks.per_processor
+    if fixed_splits is None:
+        waves = triton.cdiv(batch * programs, slots)
+        target = max(batch, waves * slots // programs)
+        longest = triton.cdiv(layout.max_context, blocks.keys) + tree_units
+        most = max(1, min(target - batch + 1, longest))
+        target = min(target, batch * most)
+    else:
+        target, most = batch * fixed_splits, fixed_splits
+    items = torch.empty(target, FIELDS.value, dtype=torch.int32, device=device)
+    spans = torch.empty(batch, 2, dtype=torch.int32, device=device)
+    shared, shared_items, shared_pieces = None, None, 0
+    if shared_prefix and batch > 1 and window is None:
+        row_blocks = triton.cdiv(batch * rows, blocks.rows)
+        shared_pieces = max(1, min(SHARED_PIECES, slots // (kv_heads * row_blocks)))
+        shared = torch.empty(batch, 3, dtype=torch.int32, device=device)
+        # Every group may leave its last row block partly empty.
+        shared_items = torch.empty(
+            (row_blocks + batch // 2) * shared_pieces,
+            FIELDS.value,
+            dtype=torch.int32,
+            device=device,
+        )
+        _share_kernel[(1,)](
+            shared,
+            shared_items,
+            layout.page_table,
+            layout.context_lens,
+            batch,
+            rows,
+            layout.page_table.shape[1],
+            layout.page_table.stride(0),
+            shared_items.shape[0],
+            B_PAD=triton.next_power_of_2(batch),
+            W_PAD=triton.next_power_of_2(shared_items.shape[0]),
+            PAGE=page_size,
+            BLOCK_M=blocks.rows,
+            BLOCK_N=blocks.keys,
+            LEAST=SHARED_BLOCKS,
+            PIECES=shared_pieces,
+            num_warps=4,
+        )
+    _plan_kernel[(1,)](
+        items,
+        spans,
+        layout.context_lens,
+        shared,
+        batch,
+        target,
+        tree_units,
+        window or 0,
+        fixed_splits or 0,
+        B_PAD=triton.next_power_of_2(batch),
+        W_PAD=triton.next_power_of_2(target),
+        BLOCK_N=blocks.keys,
+        SHARED_PIECES=shared_pieces,
+        num_warps=4,
+    )
+    return Pieces(
+        items=items,
+        shared_items=shared_items,
+        spans=spans,
+        slots=target + batch * shared_pieces,
+        most=most + shared_pieces,
+    )
+
+
+@triton.jit(do_not_specialize=["batch", "target", "tree_units", "window", "fixed"])
+def _plan_kernel(
+    items_ptr,
+    spans_ptr,
+    context_lens_ptr,
+    shared_ptr,
+    batch,
+    target,
+    tree_units,
+    window,
+    fixed,
+    B_PAD: tl.constexpr,
+    W_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SHARED_PIECES: tl.constexpr,
+):
+    offs_b = tl.arange(0, B_PAD)
+    real = offs_b < batch
+    context = tl.load(context_lens_ptr + offs_b, mask=real, other=0)  # [B]
+    begin = tl.where(window > 0, tl.maximum(context + 1 - window, 0) // BLOCK_N, 0)
+    elsewhere = tl.zeros([B_PAD], tl.int32)  # partial results of shared pages
+    if shared_ptr is not None:
+        begin = tl.load(shared_ptr + 3 * offs_b, mask=real, other=0)
+        elsewhere = tl.where(begin > 0, SHARED_PIECES, 0)
+    length = tl.where(real, tl.cdiv(context, BLOCK_N) - begin + tree_units, 0)
+    if fixed > 0:
+        pieces = tl.minimum(length, fixed)
+    else:
+        # The smallest piece with which the list does not outgrow what runs at the same time.
+        longest = tl.max(length, 0)
+        piece = tl.maximum(tl.cdiv(tl.sum(length, 0), target), 1)
+        while (tl.sum(tl.cdiv(length, piece), 0) > target) & (piece < longest):
+            piece += tl.maximum(piece // 16, 1)
+        pieces = tl.cdiv(length, piece)
+    pieces = tl.where(real, tl.maximum(pieces, 1), 0)  # a row without keys still wants its zeros
+    item = tl.cumsum(pieces, 0) - pieces
+    count = pieces + elsewhere
+    slot = tl.cumsum(count, 0) - count
+    tl.store(spans_ptr + 2 * offs_b, slot, mask=real)
+    tl.store(spans_ptr + 2 * offs_b + 1, count, mask=real)
+    offs_w = tl.arange(0, W_PAD)
+    unused = (offs_w >= tl.sum(pieces, 0)) & (offs_w < target)
+    for field in tl.static_range(FIELDS):
+        tl.store(items_ptr + FIELDS * offs_w + field, 0, mask=unused)
+    for i in range(tl.max(pieces, 0)):
+        has = real & (i < pieces)
+        here_ptr = items_ptr + FIELDS * (item + i)
+        tl.store(here_ptr, offs_b, mask=has)
+        tl.store(here_ptr + 1, begin + i * length // tl.maximum(pieces, 1), mask=has)
+        tl.store(here_ptr + 2, begin + (i + 1) * length // tl.maximum(pieces, 1), mask=has)
+        tl.store(here_ptr + 3, count, mask=has)
+        tl.store(here_ptr + 4, slot + i, mask=has)
+        tl.store(here_ptr + 5, 1, mask=has)
+        tl.store(here_ptr + 6, 0, mask=has)
+        tl.store(here_ptr + 7, i, mask=has)
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "columns", "target"])
+def _share_kernel(
+    shared_ptr,
+    items_ptr,
+    page_table_ptr,
+    context_lens_ptr,
+    batch,
+    rows,
+    columns,
+    stride_table_b,
+    target,
+    B_PAD: tl.constexpr,
+    W_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEAST: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Groups of neighbouring sequences that begin with the same full pages.
+
+    Stores for each sequence the key blocks its group shares (0: none), the group's first sequence
+    and its size, and the list of pieces: every row block of a group, times PIECES.
+    """
+    COLUMNS: tl.constexpr = 32
+    offs_b = tl.arange(0, B_PAD)
+    offs_p = tl.arange(0, COLUMNS)
+    later = (offs_b > 0) & (offs_b < batch)
+    context = tl.load(context_lens_ptr + offs_b, mask=offs_b < batch, other=0)
+    before = tl.load(context_lens_ptr + offs_b - 1, mask=later, other=0)
+    full = tl.minimum(context, before) // PAGE  # [B] full pages, no more than that are compared
+    same = full  # full pages in common with the sequence before
+    table_ptr = page_table_ptr + offs_b.to(tl.int64) * stride_table_b
+    for start in range(0, tl.minimum(tl.max(full, 0), columns), COLUMNS):
+        page = start + offs_p
+        compared = later[:, None] & (page[None, :] < full[:, None])
+        own = tl.load(table_ptr[:, None] + page, mask=compared, other=0)
+        other = tl.load(table_ptr[:, None] + page - stride_table_b, mask=compared, other=0)
+        differs = tl.where(compared & (own != other), page[None, :], columns)
+        same = tl.minimum(same, tl.min(differs, 1))
+    blocks = tl.where(later, same * PAGE // BLOCK_N, 0)
+    linked = blocks >= LEAST
+    # [B, B]: row, and candidate for the first of its group or another member of it
+    heads = (offs_b[None, :] <= offs_b[:, None]) & (tl.where(linked, 0, 1)[None, :] > 0)
+    leader = tl.max(tl.where(heads, offs_b[None, :], 0), 1)
+    column_leader = tl.max(
+        tl.where(
+            (offs_b[:, None] <= offs_b[None, :]) & (tl.where(linked, 0, 1)[:, None] > 0),
+            offs_b[:, None],
+            0,
+        ),
+        0,
+    )
+    together = (leader[:, None] == column_leader[None, :]) & (offs_b < batch)[None, :]
+    members = tl.sum(together.to(tl.int32), 1)
+    least = tl.where(together & (blocks[None, :] >= LEAST), blocks[None, :], columns * PAGE)
+    common = tl.where(members > 1, tl.min(least, 1), 0)
+    real = offs_b < batch
+    tl.store(shared_ptr + 3 * offs_b, common, mask=real)
+    tl.store(shared_ptr + 3 * offs_b + 1, leader, mask=real)
+    tl.store(shared_ptr + 3 * offs_b + 2, members, mask=real)
+
+    leads = real & (leader == offs_b) & (members > 1)
+    tiles = tl.where(leads, tl.cdiv(members * rows, BLOCK_M), 0)
+    first = (tl.cumsum(tiles, 0) - tiles) * PIECES
+    offs_w = tl.arange(0, W_PAD)
+    unused = (offs_w >= tl.sum(tiles, 0) * PIECES) & (offs_w < target)
+    for field in tl.static_range(FIELDS):
+        tl.store(items_ptr + FIELDS * offs_w + field, 0, mask=unused)
+    for tile in range(tl.max(tiles, 0)):
+        for piece in range(PIECES):
+            has = leads & (tile < tiles)
+            here_ptr = items_ptr + FIELDS * (first + piece * tiles + tile)
+            tl.store(here_ptr, offs_b, mask=has)
+            tl.store(here_ptr + 1, piece * common // PIECES, mask=has)
+            tl.store(here_ptr + 2, (piece + 1) * common // PIECES, mask=has)
+            tl.store(here_ptr + 3, PIECES + 1, mask=has)
+            tl.store(here_ptr + 4, 0, mask=has)
+            tl.store(here_ptr + 5, members, mask=has)
+            tl.store(here_ptr + 6, tile, mask=has)
+            tl.store(here_ptr + 7, piece, mask=has)

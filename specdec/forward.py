@@ -1,0 +1,148 @@
+"""ForwardPass: what the attention layers of a model talk to while its nodes go through.
+
+Two ways to the same result. `GatheredPass` copies the context of all layers together before the
+first of them runs: on a CPU the time goes into the number of operations. `PagedPass` hands each
+layer to kernels that read pages and scratch where they lie.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from specdec.cache import PagedKVCache
+from specdec.kernels import reference
+from specdec.kernels.choose import Kernels
+from specdec.kernels.layout import TreeLayout
+
+
+class ForwardPass(Protocol):
+    """Keys and values of one forward pass, layer by layer."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention of a layer over its context, its scratch and these new keys and values.
+
+        Args:
+            query: [B, HQ, N, D].
+            key, value: [B, HKV, N, D], of the same nodes.
+            scale, window, softcap, sinks: as in `reference.tree_attention`.
+
+        Returns:
+            [B, N, HQ, D].
+        """
+
+    def store(self) -> None:
+        """After the last layer: the new keys and values of all of them are in the scratch, from
+        where they can be committed."""
+
+
+def passes(
+    kernels: Kernels, module: ModuleType
+) -> Callable[[PagedKVCache, TreeLayout], ForwardPass]:
+    """How a forward pass begins, for the implementation in `module` (from `kernels.on`)."""
+    if module is reference:
+        return GatheredPass
+    return partial(
+        PagedPass,
+        module,
+        fixed_splits=kernels.fixed_splits,
+        shared_prefix=kernels.shared_prefix,
+    )
+
+
+class GatheredPass:
+    """Attention of the reference over keys and values that lie together: context, then tree."""
+
+    __slots__ = ("cache", "context", "keys", "layout", "values")
+
+    def __init__(self, cache: PagedKVCache, layout: TreeLayout) -> None:
+        self.cache, self.layout = cache, layout
+        self.context = layout.max_context
+        # [L, B, HKV, context + M, D]
+        self.keys = self._gather(cache.keys, cache.key_scales, cache.tree_keys)
+        self.values = self._gather(cache.values, cache.value_scales, cache.tree_values)
+
+    def _gather(self, pages: Tensor, scales: Tensor | None, tree: Tensor) -> Tensor:
+        batch, rows = self.layout.key_positions.shape
+        layers, _, kv_heads, _, head_dim = pages.shape
+        both = tree.new_empty(layers, batch, kv_heads, self.context + rows, head_dim)
+        both[..., : self.context, :] = reference.gather_context(pages, self.layout, scales)
+        both[..., self.context :, :] = tree[:, :batch, :, :rows]
+        return both
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        window: int | None,
+        **options: Any,
+    ) -> Tensor:
+        end = self.context + self.layout.first
+        keys, values = self.keys[layer], self.values[layer]
+        reference.write_tree(keys, values, key, value, end, self.cache.kv_dtype)
+        return reference.attention(query, keys, values, self.layout.view(window), **options)
+
+    def store(self) -> None:
+        batch, rows = self.layout.key_positions.shape
+        own = slice(self.layout.first, rows)
+        new = slice(self.context + self.layout.first, None)
+        self.cache.tree_keys[:, :batch, :, own] = self.keys[..., new, :]
+        self.cache.tree_values[:, :batch, :, own] = self.values[..., new, :]
+
+
+class PagedPass:
+    """Attention of `kernels` over pages and scratch.
+
+    Args:
+        kernels: the module.
+        options: settings of its `tree_attention` that are the same for all layers.
+    """
+
+    __slots__ = ("cache", "kernels", "layout", "options", "tree_keys", "tree_values")
+
+    def __init__(
+        self, kernels: ModuleType, cache: PagedKVCache, layout: TreeLayout, **options: Any
+    ) -> None:
+        self.kernels, self.cache, self.layout, self.options = kernels, cache, layout, options
+        batch, rows = layout.key_positions.shape
+        self.tree_keys = cache.tree_keys[:, :batch, :, :rows]
+        self.tree_values = cache.tree_values[:, :batch, :, :rows]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        cache = self.cache
+        keys, values = self.tree_keys[layer], self.tree_values[layer]
+        self.kernels.write_tree(keys, values, key, value, self.layout.first, cache.kv_dtype)
+        out: Tensor = self.kernels.tree_attention(
+            query,
+            cache.keys[layer],
+            cache.values[layer],
+            keys,
+            values,
+            self.layout,
+            key_scales=None if cache.key_scales is None else cache.key_scales[layer],
+            value_scales=None if cache.value_scales is None else cache.value_scales[layer],
+            **options,
+            **self.options,
+        )
+        return out
+
+    def store(self) -> None:
+        """Nothing is left to do: every layer has written its own."""

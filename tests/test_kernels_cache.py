@@ -1,0 +1,601 @@
+"""Moves of keys and values by both implementations against loops in plain Python.
+
+Whatever a move must not read holds NaN or an index far out of range, and whatever it may write has
+guards around it that are compared along with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from specdec.kernels import gpu, reference
+from specdec.kernels.reference.cache import LARGEST
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GUARD = 512
+NOWHERE = 10**9  # an index that must not be followed
+QUANTISED = [torch.float8_e4m3fn, torch.int8]
+LAYERS, HEADS, PAGE_SIZE, KEY_DIM, VALUE_DIM = 2, 3, 4, 8, 5
+
+both = pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
+on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes, so that equality is exact and NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8).cpu()
+
+
+class Guarded:
+    """Random numbers of a type, with as random a guard before and behind them."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        count = torch.Size(shape).numel()
+        numbers = torch.randn(count + 2 * GUARD, generator=generator) * 20
+        self.shape, self.memory = shape, numbers.to(dtype).to(DEVICE)
+        self.before = self.memory.clone()
+
+    def view(self, memory: Tensor) -> Tensor:
+        return memory[GUARD : GUARD + torch.Size(self.shape).numel()].view(self.shape)
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.view(self.memory)
+
+    def assert_changed_only_by(self, change: Callable[[Tensor], None]) -> None:
+        """What `change` does to the tensor is all that has happened to the memory."""
+        expected = self.before.clone()
+        change(self.view(expected))
+        assert torch.equal(raw(self.memory), raw(expected))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Sequences in pages: their table, of which only used entries are legal, and lengths."""
+
+    table: list[list[int]]
+    start: list[int]
+    length: list[int]
+    pages: int
+
+    def place(self, sequence: int, position: int) -> tuple[int, int]:
+        return self.table[sequence][position // PAGE_SIZE], position % PAGE_SIZE
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As kernels take them: length, page_table, start."""
+        return (
+            torch.tensor(self.length, device=DEVICE),
+            torch.tensor(self.table, dtype=torch.int32, device=DEVICE),
+            torch.tensor(self.start, dtype=torch.int32, device=DEVICE),
+        )
+
+
+def rows(*, start: list[int], length: list[int], end: list[int], seed: int = 0) -> Rows:
+    """Pages for the positions 0 .. end of each sequence, dealt out in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = [-(-tokens // PAGE_SIZE) for tokens in end]
+    pages = sum(needed) + 3
+    deck = torch.randperm(pages, generator=generator).tolist()
+    width = max([*needed, 1]) + 2
+    table = [[deck.pop() for _ in range(n)] + [NOWHERE] * (width - n) for n in needed]
+    return Rows(table=table, start=start, length=length, pages=pages)
+
+
+RAGGED = rows(
+    start=[0, 3, 4, 7, 5, 11], length=[5, 1, 0, 2, 3, 5], end=[5, 4, 0, 9, 8, 16], seed=3
+)
+PATHS = [
+    [0, 2, 3, 5, 8],
+    [0, NOWHERE, NOWHERE, NOWHERE, NOWHERE],
+    [NOWHERE] * 5,
+    [0, 6, NOWHERE, NOWHERE, NOWHERE],
+    [8, 0, 4, NOWHERE, NOWHERE],
+    [0, 1, 2, 3, 4],
+]
+NODES = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Pages of keys and of values, with scales if their type takes them."""
+
+    numbers: list[Guarded]
+    factors: list[Guarded | None]
+
+    def pages(self) -> list[Tensor]:
+        return [part.tensor for part in self.numbers]
+
+    def scales(self) -> list[Tensor | None]:
+        return [part and part.tensor for part in self.factors]
+
+    def all(self) -> list[Guarded]:
+        return [part for part in (*self.numbers, *self.factors) if part is not None]
+
+
+def new_pool(pages: int, dtype: torch.dtype) -> Pool:
+    leading = (LAYERS, pages, HEADS, PAGE_SIZE)
+    quantised = dtype in LARGEST
+    return Pool(
+        numbers=[Guarded((*leading, dim), dtype, dim) for dim in (KEY_DIM, VALUE_DIM)],
+        factors=[Guarded(leading, torch.float32, i) if quantised else None for i in range(2)],
+    )
+
+
+def poisoned_tree(nodes: int, head_dim: int, read: list[list[int]], dtype: torch.dtype) -> Tensor:
+    """[L, B + 1, HEADS, nodes, D], a part of a wider tensor that is NaN but where it is read."""
+    generator = torch.Generator().manual_seed(head_dim)
+    shape = (LAYERS, len(read) + 2, HEADS, nodes + 3, head_dim)
+    wide = torch.full(shape, torch.nan, dtype=dtype)
+    for sequence, chosen in enumerate(read):
+        for node in chosen:
+            shape = (LAYERS, HEADS, head_dim)
+            wide[:, sequence, :, node] = torch.randn(shape, generator=generator).to(dtype)
+    return wide.to(DEVICE)[:, :-1, :, :nodes]
+
+
+def commit_by_hand(
+    target: Tensor,
+    tree: Tensor,
+    sequences: Rows,
+    read: list[list[int]],
+    of: Callable[[Tensor], Tensor] = lambda row: row,
+) -> None:
+    """Put every accepted row, or what `of` makes of it, where it belongs."""
+    for sequence, chosen in enumerate(read):
+        for step, node in enumerate(chosen):
+            page, offset = sequences.place(sequence, sequences.start[sequence] + step)
+            for layer in range(LAYERS):
+                for head in range(HEADS):
+                    target[layer, page, head, offset] = of(tree[layer, sequence, head, node])
+
+
+# Commit
+
+
+@both
+@pytest.mark.parametrize("identity", [False, True], ids=["path", "identity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *QUANTISED], ids=str)
+def test_commit_puts_every_accepted_row_in_its_place(
+    kernels: ModuleType, identity: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.rows, "TILE", 64)  # several programs for each sequence
+    read = [
+        list(range(count)) if identity else nodes[:count]
+        for nodes, count in zip(PATHS, RAGGED.length, strict=True)
+    ]
+    model = torch.bfloat16 if dtype in LARGEST else dtype
+    trees = [poisoned_tree(NODES, dim, read, model) for dim in (KEY_DIM, VALUE_DIM)]
+    before = [raw(tree) for tree in trees]
+    pool = new_pool(RAGGED.pages, dtype)
+    path = None if identity else torch.tensor(PATHS, device=DEVICE)
+    kernels.commit_path(*pool.pages(), *trees, path, *RAGGED.tensors(), *pool.scales())
+    for pages, scales, tree in zip(pool.numbers, pool.factors, trees, strict=True):
+        if scales is None:
+            pages.assert_changed_only_by(
+                lambda target, tree=tree: commit_by_hand(target, tree, RAGGED, read)
+            )
+            continue
+        pages.assert_changed_only_by(
+            lambda target, tree=tree: commit_by_hand(
+                target, tree, RAGGED, read, lambda row: reference.quantise(row, dtype)[0]
+            )
+        )
+        scales.assert_changed_only_by(
+            lambda target, tree=tree: commit_by_hand(
+                target, tree, RAGGED, read, lambda row: reference.quantise(row, dtype)[1]
+            )
+        )
+    assert all(torch.equal(raw(tree), old) for tree, old in zip(trees, before, strict=True))
+
+
+@both
+@pytest.mark.parametrize("model", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", QUANTISED, ids=str)
+def test_commit_keeps_what_was_written_as_stored(
+    kernels: ModuleType, stored: torch.dtype, model: torch.dtype
+) -> None:
+    """From the scratch to the pages no number changes, not even of rows that get another scale."""
+    sequences = rows(start=[3, 0], length=[9, 9], end=[12, 9])
+    generator = torch.Generator().manual_seed(4)
+    new = torch.randn(LAYERS, 2, HEADS, 9, KEY_DIM, generator=generator) * 30
+    new[..., 0, 0] = 224.0 + 2.0**-3  # alone in its row with a number that rounds to a new scale
+    new[..., 0, 1:] *= 2.0**-6
+    new = new.to(model).to(DEVICE)
+    pool = new_pool(sequences.pages, stored)
+    trees = [torch.zeros_like(new), torch.zeros_like(new[..., :VALUE_DIM])]
+    for keys, values, layer in zip(*trees, new, strict=True):
+        kernels.write_tree(keys, values, layer, -layer[..., :VALUE_DIM], 0, stored)
+    kernels.commit_path(*pool.pages(), *trees, None, *sequences.tensors(), *pool.scales())
+    for pages, scales, tree in zip(pool.pages(), pool.scales(), trees, strict=True):
+        assert scales is not None
+        held = pages.cpu().double() * scales.cpu().double()[..., None]
+        expected = torch.zeros_like(held)
+        commit_by_hand(expected, tree.cpu().double(), sequences, [list(range(9))] * 2)
+        used = expected.abs().amax(-1) > 0
+        assert int(used.sum()) == LAYERS * HEADS * 18
+        assert torch.equal(held[used], expected[used])
+
+
+@both
+def test_commit_of_a_long_prompt(kernels: ModuleType) -> None:
+    """More rows than one program moves, from a path that is one row seen by all sequences."""
+    lengths = [200, 0, 177]
+    sequences = rows(start=[2, 0, 5], length=lengths, end=[202, 0, 182])
+    read = [list(range(count)) for count in lengths]
+    trees = [poisoned_tree(200, dim, read, torch.float32) for dim in (KEY_DIM, VALUE_DIM)]
+    path = torch.arange(200, device=DEVICE).expand(3, -1)
+    for chosen in (None, path):
+        pool = new_pool(sequences.pages, torch.float32)
+        kernels.commit_path(*pool.pages(), *trees, chosen, *sequences.tensors())
+        for pages, tree in zip(pool.numbers, trees, strict=True):
+            pages.assert_changed_only_by(
+                lambda target, tree=tree: commit_by_hand(target, tree, sequences, read)
+            )
+
+
+def test_kernels_refuse_pages_they_cannot_address() -> None:
+    pool = new_pool(RAGGED.pages, torch.float32)
+    keys, values = pool.pages()
+    tree = torch.zeros(LAYERS, 6, HEADS, NODES, KEY_DIM, device=DEVICE)
+    path = torch.tensor(PATHS, device=DEVICE)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        gpu.commit_path(keys.mT, values, tree, tree, path, *RAGGED.tensors())
+    with pytest.raises(ValueError, match="stride 2 must be dense"):
+        gpu.commit_path(keys, values, tree[..., ::2], tree, path, *RAGGED.tensors())
+
+
+# Compaction
+
+
+@st.composite
+def accepted_paths(draw: st.DrawFn) -> tuple[Rows, list[list[int]], int]:
+    """Random trees behind contexts of any length, and a path down each."""
+    nodes, starts, paths = draw(st.integers(1, 12)), [], []
+    for _ in range(2):
+        parents = [-1, *(draw(st.integers(0, i - 1)) for i in range(1, nodes))]
+        path = [draw(st.integers(0, nodes - 1))]
+        while path[0]:
+            path.insert(0, parents[path[0]])
+        paths.append(path[: draw(st.integers(0, len(path)))])
+        starts.append(draw(st.integers(0, 2 * PAGE_SIZE)))
+    sequences = rows(
+        start=starts,
+        length=[len(path) for path in paths],
+        end=[start + nodes for start in starts],
+        seed=draw(st.integers(0, 9)),
+    )
+    return sequences, paths, nodes
+
+
+def compact_by_hand(target: Tensor, sequences: Rows, paths: list[list[int]]) -> None:
+    source = target.clone()
+    for sequence, path in enumerate(paths):
+        for step, node in enumerate(path):
+            page, offset = sequences.place(sequence, sequences.start[sequence] + node)
+            new_page, new_offset = sequences.place(sequence, sequences.start[sequence] + step)
+            target[:, new_page, :, new_offset] = source[:, page, :, offset]
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(case=accepted_paths())
+def test_compaction_moves_the_path_to_the_front(
+    kernels: ModuleType, dtype: torch.dtype, case: tuple[Rows, list[list[int]], int]
+) -> None:
+    sequences, paths, nodes = case
+    padded = [path + [NOWHERE] * (nodes - len(path)) for path in paths]
+    pool = new_pool(sequences.pages, dtype)
+    kernels.compact_path(
+        *pool.pages(), torch.tensor(padded, device=DEVICE), *sequences.tensors(), *pool.scales()
+    )
+    for part in (*pool.numbers, *pool.factors):
+        if part is not None:
+            part.assert_changed_only_by(lambda target: compact_by_hand(target, sequences, paths))
+
+
+# Scratch
+
+
+@both
+@pytest.mark.parametrize("first", [0, 4])
+@pytest.mark.parametrize("stored", [None, *QUANTISED], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_new_rows_go_into_the_scratch(
+    kernels: ModuleType,
+    first: int,
+    stored: torch.dtype | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys and values as they leave one joint projection, of which they are parts."""
+    monkeypatch.setattr(gpu.rows, "TILE", 64)
+    batch, nodes = 3, 7
+    joint = torch.randn(
+        batch, nodes, 2 * HEADS, KEY_DIM, generator=torch.Generator().manual_seed(0)
+    )
+    joint = joint.to(dtype).to(DEVICE)
+    key = joint[:, :, :HEADS].transpose(1, 2)
+    value = joint[:, :, HEADS:, :VALUE_DIM].transpose(1, 2)
+    pool = [
+        Guarded((batch + 2, HEADS, nodes + 6, dim), dtype, dim) for dim in (KEY_DIM, VALUE_DIM)
+    ]
+    kernels.write_tree(pool[0].tensor, pool[1].tensor, key, value, first, stored)
+    for scratch, new in zip(pool, (key, value), strict=True):
+
+        def change(target: Tensor, new: Tensor = new) -> None:
+            for sequence in range(batch):
+                for head in range(HEADS):
+                    for node in range(nodes):
+                        row = new[sequence, head, node]
+                        if stored is not None:
+                            row = torch.tensor(stored_by_hand(row, stored)).to(row)
+                        target[sequence, head, first + node] = row
+
+        scratch.assert_changed_only_by(change)
+
+
+# Quantisation
+
+
+@cache
+def e4m3_numbers() -> list[tuple[Fraction, bool]]:
+    """The numbers of float8 e4m3 from zero up, and whether their last bit is 0 (Micikevicius et
+    al. 2022, table 1)."""
+    numbers = []
+    for code in range(0x7F):  # 0x7F is NaN
+        exponent, mantissa = code >> 3, code & 7
+        fraction = Fraction(mantissa, 8) + (exponent > 0)
+        numbers.append((fraction * Fraction(2) ** (max(exponent, 1) - 7), code % 2 == 0))
+    return numbers
+
+
+def rounded(x: Fraction, dtype: torch.dtype) -> Fraction:
+    """The number of the type nearest to x, of two the even one."""
+    if dtype == torch.int8:
+        return Fraction(round(x))
+    size, _ = min(e4m3_numbers(), key=lambda number: (abs(number[0] - abs(x)), not number[1]))
+    return size if x >= 0 else -size
+
+
+def scale_by_hand(row: Tensor, dtype: torch.dtype) -> Fraction:
+    """The smallest power of two that leaves a row within the type, 1 if it is too small."""
+    largest, limit = Fraction(float(row.abs().max())), Fraction(LARGEST[dtype])
+    if largest < limit * Fraction(2) ** -126:
+        return Fraction(1)
+    power = next(power for power in range(-126, 129) if largest <= limit * Fraction(2) ** power)
+    return Fraction(2) ** power
+
+
+def stored_by_hand(row: Tensor, dtype: torch.dtype) -> list[float]:
+    scale = scale_by_hand(row, dtype)
+    return [float(rounded(Fraction(float(x)) / scale, dtype) * scale) for x in row]
+
+
+def interesting_rows() -> Tensor:
+    """[R, 24] of all sizes: ties, subnormals, a row of zeros, rows too small for a scale, rows
+    next to the edge between two scales."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 24, generator=generator) * torch.logspace(-37, 30, 24)[:, None]
+    x[3] = 0
+    x[4] = torch.randn(24, generator=generator) * 1e-40
+    x[5] = 1e-45
+    x[6, 5:] = 0
+    x[7] = torch.randn(24, generator=generator) * torch.logspace(-8, 0, 24)
+    for row, largest in ((8, 127.0), (9, 448.0)):
+        x[row] = (torch.arange(24) - 12) + 0.5
+        x[row, 0] = largest
+    x[10] = torch.cat([torch.arange(12) * 2.0**-10, torch.arange(12) + 16.5])
+    x[10, 11] = 448.0
+    edges = torch.tensor(
+        [
+            edge * side * 2.0**power
+            for edge in (448.0, 224.0, 127.0, 63.5)
+            for side in (1 - 2**-24, 1, 1 + 2**-24, 1 + 2**-7)  # neighbours, and further up
+            for power in (-126, -125, -3, 0, 90)
+        ]
+    )
+    below = -torch.rand(len(edges), 23, generator=generator) * edges[:, None]
+    return torch.cat([x, torch.cat([edges[:, None], below], 1)])
+
+
+@both
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+def test_quantisation_rounds_to_the_nearest(kernels: ModuleType, dtype: torch.dtype) -> None:
+    x = interesting_rows()
+    values, scales = (part.cpu() for part in kernels.quantise(x.to(DEVICE), dtype))
+    assert values.dtype == dtype
+    assert values.shape == x.shape
+    assert scales.dtype == torch.float32
+    assert scales.shape == x.shape[:1]
+    for row, found, scale in zip(x, values.float(), scales, strict=True):
+        exact = scale_by_hand(row, dtype)
+        assert Fraction(float(scale)) == exact
+        assert found.tolist() == [
+            float(rounded(Fraction(float(number)) / exact, dtype)) for number in row
+        ]
+
+
+@both
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+def test_quantised_numbers_are_near_the_true_ones(kernels: ModuleType, dtype: torch.dtype) -> None:
+    x = torch.randn(64, 100, generator=torch.Generator().manual_seed(1)).double()
+    values, scales = (part.cpu() for part in kernels.quantise(x.to(DEVICE), dtype))
+    error = (values.double() * scales[:, None] - x.float()).abs()
+    largest = x.abs().amax(-1, keepdim=True)
+    if dtype == torch.int8:
+        assert (error <= largest / 127).all()  # half a step; the scale may be twice the ideal
+        assert (error > largest / 254 * 0.99).any()
+        return
+    normal = x.abs() >= scales[:, None] * 2.0**-6
+    assert (error <= torch.where(normal, x.abs() * 2.0**-4, scales[:, None] * 2.0**-10)).all()
+    assert (error[normal] > x.abs()[normal] * 2.0**-4 * 0.9).any()
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+def test_the_kernel_quantises_to_the_same_bits(dtype: torch.dtype, given: torch.dtype) -> None:
+    """Also the reference on a GPU. Half of the numbers are ties."""
+    generator = torch.Generator().manual_seed(2)
+    plain = torch.randn(3, 7, 50, 33, generator=generator) * torch.logspace(-5, 3, 33)
+    if dtype == torch.int8:
+        numbers = torch.arange(128.0)
+    else:
+        numbers = torch.tensor([float(number) for number, _ in e4m3_numbers()])
+    chosen = torch.randint(len(numbers) - 1, plain.shape, generator=generator)
+    ties = ((numbers[1:] + numbers[:-1]) / 2)[chosen]
+    ties[..., 0] = LARGEST[dtype]
+    ties *= 2.0 ** torch.randint(-4, 5, (3, 7, 50, 1), generator=generator)
+    x = torch.stack([plain, ties]).to(given).to(DEVICE)
+    expected = reference.quantise(x.cpu(), dtype)
+    for kernels in (gpu, reference):
+        found = kernels.quantise(x.mT.contiguous().mT, dtype)
+        assert all(torch.equal(raw(a), raw(b)) for a, b in zip(found, expected, strict=True))
+
+
+@both
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+def test_numbers_of_a_type_are_kept(
+    kernels: ModuleType, dtype: torch.dtype, given: torch.dtype
+) -> None:
+    """Rounded once is rounded for good, and every rounded number is one of the model's type."""
+    x = interesting_rows().to(given)
+    # Rows of zeros in place of those that may leave the type when rounded, and of those with
+    # subnormal numbers of bfloat16, which Triton's interpreter reads wrongly.
+    largest = x.double().abs().amax(-1, keepdim=True)
+    low, high = 1e-30 if given == torch.bfloat16 else 0.0, torch.finfo(given).max * 31 / 32
+    x = torch.where((low < largest) & (largest < high), x, 0)
+    values, scales = (part.cpu() for part in kernels.quantise(x.to(DEVICE), dtype))
+    once = values.double() * scales.double()[:, None]
+    assert torch.equal(once.to(given).double(), once)
+    assert torch.equal(reference.as_stored(x, dtype).double(), once)
+    values, again = (part.cpu() for part in kernels.quantise(once.to(given).to(DEVICE), dtype))
+    assert torch.equal(values.double() * again.double()[:, None], once)
+    # 224 and a bit fits twice as often as 224, to which it is rounded.
+    fell = (again < scales) & (once.abs().amax(-1) > 0)
+    assert bool(fell.any()) == (dtype == torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", QUANTISED, ids=str)
+def test_numbers_at_the_end_of_float16_overflow(dtype: torch.dtype) -> None:
+    x = torch.tensor([[63456.0, 1.0], [65504.0, 1.0]], dtype=torch.float16)
+    assert reference.as_stored(x, dtype).isinf().tolist() == [[False, False], [True, False]]
+
+
+@both
+def test_other_types_take_no_scale(kernels: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"dtype=torch\.float16: must be"):
+        kernels.quantise(torch.zeros(2, 2, device=DEVICE), torch.float16)
+    tree = torch.zeros(1, 1, 2, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=r"dtype=torch\.float16: must be"):
+        kernels.write_tree(tree, tree, tree, tree, 0, torch.float16)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *QUANTISED], ids=str)
+def test_a_captured_commit_follows_paths_lengths_and_tables(dtype: torch.dtype) -> None:
+    read = [nodes[:count] for nodes, count in zip(PATHS, RAGGED.length, strict=True)]
+    trees = [poisoned_tree(NODES, dim, read, torch.bfloat16) for dim in (KEY_DIM, VALUE_DIM)]
+    pool = new_pool(RAGGED.pages, dtype)
+    inputs = [torch.tensor(PATHS, device=DEVICE), *RAGGED.tensors()]
+    gpu.commit_path(*pool.pages(), *trees, *inputs, *pool.scales())  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gpu.commit_path(*pool.pages(), *trees, *inputs, *pool.scales())
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(4):
+        order = torch.randperm(len(PATHS), generator=generator)
+        for tensor in inputs:  # sequences change places, their trees too
+            tensor.copy_(tensor[order.to(DEVICE)].clone())
+        for tree in trees:
+            tree[:, : len(PATHS)] = tree[:, order.to(DEVICE)].clone()
+        if turn == 3:
+            inputs[1].zero_()
+        expected = new_pool(RAGGED.pages, dtype)
+        for part, other in zip(pool.all(), expected.all(), strict=True):
+            part.memory.copy_(other.memory)
+        graph.replay()
+        gpu.commit_path(*expected.pages(), *trees, *inputs, *expected.scales())
+        for part, other in zip(pool.all(), expected.all(), strict=True):
+            assert torch.equal(raw(part.memory), raw(other.memory))
+            assert torch.equal(raw(part.memory), raw(part.before)) == (turn == 3)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_page_numbers_beyond_32_bits_of_elements(dtype: torch.dtype) -> None:
+    """The last page of a pool of more than 2**31 elements."""
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB of free GPU memory")
+    page_size, head_dim, last = 16, 128, 2**20 + 5
+    scales: list[Any] = [None, None]
+    pool = [
+        torch.zeros(1, last + 1, 1, page_size, head_dim, dtype=dtype, device=DEVICE)
+        for _ in range(2)
+    ]
+    if dtype in LARGEST:
+        scales = [torch.zeros(1, last + 1, 1, page_size, device=DEVICE) for _ in range(2)]
+    tree = torch.randn(1, 1, 1, 4, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    table = torch.tensor([[last]], dtype=torch.int32, device=DEVICE)
+    start = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    length = torch.tensor([3], device=DEVICE)
+    path = torch.tensor([[0, 2, 3]], device=DEVICE)
+    gpu.commit_path(*pool, tree, -tree, path, length, table, start, *scales)
+    for pages, factors, sign in zip(pool, scales, (1, -1), strict=True):
+        row = sign * tree[0, 0, 0, [0, 2, 3]]
+        expected = (row, None) if factors is None else reference.quantise(row, dtype)
+        assert torch.equal(pages[0, last, 0, 2:5], expected[0])
+        assert pages.count_nonzero() == expected[0].count_nonzero()
+        if factors is not None:
+            assert torch.equal(factors[0, last, 0, 2:5], expected[1])
+    before = [pages[0, last, 0, 2:5].clone() for pages in pool]
+    behind = torch.tensor([[1, 2]], device=DEVICE)
+    gpu.compact_path(*pool, behind, length - 1, table, start, *scales)
+    for pages, old in zip(pool, before, strict=True):
+        assert torch.equal(pages[0, last, 0, 2:5], old[[1, 2, 2]])
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("head_dim", [32, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_compaction_is_free_of_races(dtype: torch.dtype, head_dim: int) -> None:
+    """Many sequences at once, many times, where most rows are read after a neighbour was
+    written."""
+    generator = torch.Generator().manual_seed(0)
+    batch, layers, heads, nodes, most = 64, 4, 8, 64, 48
+    pages_each = 6
+    shape = (layers, batch * pages_each, heads, 16)
+    deck = torch.randperm(batch * pages_each, generator=generator)
+    table = deck.view(batch, pages_each).int().to(DEVICE)
+    start = torch.randint(0, 17, (batch,), generator=generator).int().to(DEVICE)
+    original = [torch.randn(*shape, head_dim, generator=generator).to(dtype) for _ in range(2)]
+    factors = [torch.rand(shape, generator=generator).to(DEVICE) for _ in range(2)]
+    original = [numbers.to(DEVICE) for numbers in original]
+    for _ in range(20):
+        path = torch.rand(batch, nodes, generator=generator).argsort(-1)[:, :most].sort(-1).values
+        length = torch.randint(0, most + 1, (batch,), generator=generator)
+        path, length = path.to(DEVICE), length.to(DEVICE)
+        expected = [tensor.clone() for tensor in (*original, *factors)]
+        reference.compact_path(*expected[:2], path, length, table, start, *expected[2:])
+        for _ in range(5):
+            found = [tensor.clone() for tensor in (*original, *factors)]
+            gpu.compact_path(*found[:2], path, length, table, start, *found[2:])
+            for ours, theirs in zip(found, expected, strict=True):
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))

@@ -1,0 +1,167 @@
+"""Tree structure of both implementations against a walk in plain Python."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.kernels import gpu, reference
+from specdec.kernels.layout import TreeStructure, words
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256]
+GUARD = 1024
+
+both = pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
+
+
+def random_parents(nodes: int, size: int, reach: int, generator: torch.Generator) -> list[int]:
+    """A random tree of `size` nodes, then padding; a node's parent is one of the `reach` nodes
+    before it."""
+    tree = [
+        int(torch.randint(max(0, i - reach), i, (1,), generator=generator)) for i in range(1, size)
+    ]
+    return [*[-1][:size], *tree, *[-2] * (nodes - size)]
+
+
+def forest(nodes: int) -> list[list[int]]:
+    """A bush, a deep tree, one with padding, the root alone and an idle row."""
+    generator = torch.Generator().manual_seed(nodes)
+    return [
+        random_parents(nodes, nodes, nodes, generator),
+        random_parents(nodes, nodes, 2, generator),
+        random_parents(nodes, (nodes + 1) // 2, 7, generator),
+        random_parents(nodes, 1, 1, generator),
+        random_parents(nodes, 0, 1, generator),
+    ]
+
+
+def assert_describes(found: TreeStructure, batch: list[list[int]], starts: list[int]) -> None:
+    """Every field, from the parents by walking up and by listing children."""
+    nodes = len(batch[0])
+    assert found.ancestors.shape == (len(batch), nodes, words(nodes))
+    for name in ("ancestors", "first_child", "next_sibling"):
+        assert getattr(found, name).dtype == torch.int32
+    for name in ("depths", "positions"):
+        assert getattr(found, name).dtype == torch.int64
+    lists = {name: tensor.tolist() for name, tensor in found._asdict().items()}
+    for row, parents in enumerate(batch):
+        children: dict[int, list[int]] = {}
+        for node, parent in enumerate(parents):
+            children.setdefault(parent, []).append(node)
+        for node, parent in enumerate(parents):
+            line = [node]
+            while parents[line[-1]] >= 0:
+                line.append(parents[line[-1]])
+            bits = sum(
+                (word % 2**32) << 32 * i for i, word in enumerate(lists["ancestors"][row][node])
+            )
+            assert bits == sum(1 << ancestor for ancestor in line)
+            assert lists["depths"][row][node] == len(line) - 1
+            assert lists["positions"][row][node] == starts[row] + len(line) - 1
+            assert lists["first_child"][row][node] == children.get(node, [-1])[0]
+            younger = [j for j in children[parent] if j > node and parent >= 0]
+            assert lists["next_sibling"][row][node] == (younger[0] if younger else -1)
+
+
+@both
+@pytest.mark.parametrize("nodes", SIZES)
+def test_structure_equals_a_walk_to_the_root(kernels: ModuleType, nodes: int) -> None:
+    batch = forest(nodes)
+    parents = torch.tensor(batch, dtype=torch.int32, device=DEVICE)
+    starts = [5, 0, 2**31 - 2, 1, 9]
+    lengths = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    assert_describes(kernels.tree_structure(parents, lengths, links=True), batch, starts)
+    assert parents.tolist() == batch
+
+
+@both
+@pytest.mark.parametrize("nodes", [1, 40])
+def test_without_lengths_positions_are_depths(kernels: ModuleType, nodes: int) -> None:
+    batch = forest(nodes)
+    found = kernels.tree_structure(torch.tensor(batch, device=DEVICE), links=True)  # int64 parents
+    assert_describes(found, batch, [0] * len(batch))
+
+
+@both
+@pytest.mark.parametrize("nodes", [2, 33, 256])
+def test_the_longest_chain_and_the_widest_star(kernels: ModuleType, nodes: int) -> None:
+    batch = [list(range(-1, nodes - 1)), [-1] + [0] * (nodes - 1)]
+    found = kernels.tree_structure(
+        torch.tensor(batch, dtype=torch.int32, device=DEVICE), links=True
+    )
+    assert_describes(found, batch, [0, 0])
+
+
+@both
+def test_a_forest_and_no_links(kernels: ModuleType) -> None:
+    """Several roots in a row, as the levels of a draft below a committed root are."""
+    parents = torch.tensor([[-1, -1, 0, 1, 1, -1, 3]], dtype=torch.int32, device=DEVICE)
+    found = kernels.tree_structure(parents)
+    assert found.first_child is None
+    assert found.next_sibling is None
+    assert found.depths[0].tolist() == [0, 0, 1, 1, 1, 0, 2]
+    assert found.ancestors[0, :, 0].tolist() == [1, 2, 0b101, 0b1010, 0b10010, 32, 0b1001010]
+
+
+@both
+def test_parents_may_be_a_part_of_a_wider_tensor(kernels: ModuleType) -> None:
+    batch = forest(20)
+    wide = torch.full((len(batch), 50), 7, dtype=torch.int32, device=DEVICE)
+    wide[:, 10:30] = torch.tensor(batch, dtype=torch.int32)
+    assert_describes(kernels.tree_structure(wide[:, 10:30], links=True), batch, [0] * len(batch))
+
+
+@pytest.mark.parametrize("nodes", [1, 33, 65])
+def test_nothing_is_written_beside_the_results(
+    nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every result gets a guard before and behind it, and starts out as nonsense."""
+    guarded: list[tuple[Tensor, int]] = []
+
+    def with_guards(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        count = torch.Size(shape).numel()
+        memory = torch.full((count + 2 * GUARD,), -77, dtype=dtype, device=device)
+        guarded.append((memory, count))
+        return memory[GUARD : GUARD + count].view(shape)
+
+    batch = forest(nodes)
+    parents = torch.tensor(batch, dtype=torch.int32, device=DEVICE)
+    lengths = torch.zeros(len(batch), dtype=torch.int32, device=DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", with_guards)
+        patch.setattr(
+            torch, "empty_like", lambda x: with_guards(*x.shape, dtype=x.dtype, device=x.device)
+        )
+        found = gpu.tree_structure(parents, lengths, links=True)
+    assert_describes(found, batch, [0] * len(batch))
+    assert len(guarded) == len(found)
+    for memory, count in guarded:
+        assert (memory[:GUARD] == -77).all()
+        assert (memory[GUARD + count :] == -77).all()
+
+
+@pytest.mark.parametrize("parents", [[0, 1], [1, 0], [-1, 3, 3, 1], [9**9, -(9**9)]], ids=str)
+def test_nonsense_does_not_hang_the_kernel(parents: list[int]) -> None:
+    found = gpu.tree_structure(torch.tensor([parents], dtype=torch.int32, device=DEVICE))
+    assert (found.depths < len(parents)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+def test_a_captured_graph_follows_new_parents() -> None:
+    batch = forest(65)
+    parents = torch.tensor(batch, dtype=torch.int32, device=DEVICE)
+    lengths = torch.zeros(len(batch), dtype=torch.int32, device=DEVICE)
+    gpu.tree_structure(parents, lengths, links=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gpu.tree_structure(parents, lengths, links=True)
+    for turn in range(3):
+        batch = [batch[-1], *batch[:-1]]
+        starts = [turn, 1, 100, 5, 0]
+        parents.copy_(torch.tensor(batch, dtype=torch.int32))
+        lengths.copy_(torch.tensor(starts, dtype=torch.int32))
+        graph.replay()
+        assert_describes(found, batch, starts)
