@@ -5,14 +5,15 @@ python experiments/readme.py
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
 
-def cpu_speed() -> str:
+def cpu_speed(result: dict[str, Any]) -> str:
     """The table of `cpu_speed.py`."""
-    result = json.loads((ROOT / "experiments/results/cpu_speed.json").read_text())
     hardware, versions = result["hardware"], result["versions"]
     lines = [
         f"Greedy decoding of {len(result['prompts'])} built-in prompts, "
@@ -41,10 +42,98 @@ def cpu_speed() -> str:
     return "\n".join(lines)
 
 
+def kernels(result: dict[str, Any]) -> str:
+    """The table of `kernel_bench.py`."""
+    read, compute = (result["ceilings"][key] / 1e12 for key in ("read", "compute"))
+    first = result["shapes"][0]
+    names = {
+        "ours, no split": "ours, not split",
+        "sdpa": "SDPA",
+        "sdpa + gather": "SDPA and page gather",
+        "flex default": "FlexAttention",
+        "flex tuned": "FlexAttention, tuned",
+        "flex split": "and its `SPLIT_KV`",
+    }
+    lines = [
+        f"Tree attention of one layer out of 32 that share a plan, {first['heads']} query and "
+        f"{first['kv_heads']} key-value heads of {first['head_dim']}, bfloat16, pages of "
+        f"{result['page_size']}, on one {result['hardware']['gpu']}, torch "
+        f"{result['versions']['torch']}, triton {result['versions']['triton']}: medians of CUDA "
+        f"graph replays with keys and values out of the L2 cache. The roof is what reading the "
+        f"keys and values once ({read:.2f} TB/s) or the matrix products ({compute:.0f} TFLOP/s) "
+        f"take at least, both measured in the same run. The others, as multiples of our time, "
+        f"read contiguous keys and values, and their masks were made beforehand "
+        f"(`{result['command']}`, [JSON](experiments/results/kernel_attention.json)):",
+        "",
+        f"| sequences, context, nodes | ours, us | of the roof | {' | '.join(names.values())} |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for shape in result["shapes"]:
+        methods = shape["methods"]
+        ours = methods["ours"]
+        cells = [f"{shape['batch']}, {shape['context']}, {shape['nodes']}"]
+        cells += [f"{ours['us']:.1f}", f"{ours['of_roof']:.0%}"] if "us" in ours else ["", ""]
+        cells += [
+            f"{methods[name]['over_ours']:.1f}" if "over_ours" in methods.get(name, {}) else ""
+            for name in names
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def kernel_steps(result: dict[str, Any]) -> str:
+    """The table of `kernel_bench.py --steps`."""
+    records = result["batches"]
+    lines = [
+        f"What a step does around the model, {records[0]['nodes']} nodes, a vocabulary of "
+        f"128,256, temperature 1 (greedy: 0), a cache of the shape of Llama-3-8B; microseconds in "
+        f"a CUDA graph, and of the torch rules by the clock (`{result['command']}`, "
+        f"[JSON](experiments/results/kernel_steps.json)):",
+    ]
+    return "\n".join([*lines, "", *_operations(records, "batch", "batch")])
+
+
+def kernel_elementwise(result: dict[str, Any]) -> str:
+    """The table of `kernel_bench.py --elementwise`."""
+    floor = ", ".join(f"{name} {us:.1f}" for name, us in result["floor"].items())
+    lines = [
+        f"What torch.compile makes of the small operations of a layer (hidden 4096, intermediate "
+        f"14336), microseconds in a CUDA graph; a kernel that does next to nothing takes {floor} "
+        f"(`{result['command']}`, [JSON](experiments/results/kernel_elementwise.json)):",
+    ]
+    return "\n".join([*lines, "", *_operations(result["rows"], "rows", "rows")])
+
+
+def _operations(records: list[dict[str, Any]], key: str, title: str) -> list[str]:
+    """A line for each operation, a column for each record: ours (torch)."""
+    names = dict.fromkeys(name for record in records for name in record["operations"])
+    heads = [f"{title} {record[key]}" for record in records]
+    lines = [f"| us (torch) | {' | '.join(heads)} |", "|---|" + "---|" * len(records)]
+    for name in names:
+        found = [record["operations"].get(name, {}) for record in records]
+        cells = [
+            f"{one['us']:.1f} ({one['torch_us']:.0f})" if "us" in one else "" for one in found
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "cpu_speed": ("cpu_speed.json", cpu_speed),
+    "kernels": ("kernel_attention.json", kernels),
+    "kernel_steps": ("kernel_steps.json", kernel_steps),
+    "kernel_elementwise": ("kernel_elementwise.json", kernel_elementwise),
+}
+
+
 def main() -> None:
     page = ROOT / "README.md"
     text = page.read_text()
-    for marker, table in (("cpu_speed", cpu_speed()),):
+    for marker, (file, describe) in TABLES.items():
+        path = ROOT / "experiments/results" / file
+        if not path.exists():
+            continue
+        table = describe(json.loads(path.read_text()))
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
         text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
     page.write_text(text)
