@@ -62,7 +62,8 @@ def kernels(result: dict[str, Any]) -> str:
         f"graph replays with keys and values out of the L2 cache. The roof is what reading the "
         f"keys and values once ({read:.2f} TB/s) or the matrix products ({compute:.0f} TFLOP/s) "
         f"take at least, both measured in the same run. The others, as multiples of our time, "
-        f"read contiguous keys and values, and their masks were made beforehand "
+        f"read contiguous keys and values, and their masks were made beforehand; with one node "
+        f"SDPA is cuDNN's without a mask "
         f"(`{result['command']}`, [JSON](experiments/results/kernel_attention.json)):",
         "",
         f"| sequences, context, nodes | ours, us | of the roof | {' | '.join(names.values())} |",
@@ -74,7 +75,7 @@ def kernels(result: dict[str, Any]) -> str:
         cells = [f"{shape['batch']}, {shape['context']}, {shape['nodes']}"]
         cells += [f"{ours['us']:.1f}", f"{ours['of_roof']:.0%}"] if "us" in ours else ["", ""]
         cells += [
-            f"{methods[name]['over_ours']:.1f}" if "over_ours" in methods.get(name, {}) else ""
+            f"{methods[name]['over_ours']:.2f}" if "over_ours" in methods.get(name, {}) else ""
             for name in names
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -95,7 +96,7 @@ def kernel_steps(result: dict[str, Any]) -> str:
 
 def kernel_elementwise(result: dict[str, Any]) -> str:
     """The table of `kernel_bench.py --elementwise`."""
-    floor = ", ".join(f"{name} {us:.1f}" for name, us in result["floor"].items())
+    floor = ", ".join(f"{us:.1f} ({name})" for name, us in result["floor"].items())
     lines = [
         f"What torch.compile makes of the small operations of a layer (hidden 4096, intermediate "
         f"14336), microseconds in a CUDA graph; a kernel that does next to nothing takes {floor} "
