@@ -217,7 +217,7 @@ def test_nan_of_one_sequence_stays_there(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("stored", QUANTISED, ids=str)
 @pytest.mark.parametrize("page_size", [16, 48, 64])
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@each_dtype
 def test_quantised_pages(dtype: torch.dtype, page_size: int, stored: torch.dtype) -> None:
     case = random_case(
         contexts=[0, 47, 64, 129],
@@ -345,7 +345,9 @@ def test_physical_page_numbers_do_not_matter(dtype: torch.dtype, page_size: int)
 
 SHARING: dict[str, dict[str, Any]] = {
     "all": {"contexts": [300, 272, 256, 410], "alike": [0, 16, 16, 16]},
-    "neighbours": {"contexts": [300, 33, 280, 570, 600, 0], "alike": [0, 0, 0, 17, 35, 0]},
+    "neighbours": {"contexts": [300, 33, 290, 570, 600, 0], "alike": [0, 0, 0, 16, 34, 0]},
+    "much": {"contexts": [600, 620], "alike": [0, 35]},
+    "forks": {"contexts": [310, 310, 310], "alike": [0, 5, 5], "page_size": 64},
     "too little": {"contexts": [50, 60, 0], "alike": [0, 2, 0]},
 }
 
@@ -357,7 +359,8 @@ SHARING: dict[str, dict[str, Any]] = {
 def test_rows_that_share_pages(
     dtype: torch.dtype, group: int, sharing: str, splits: int | None
 ) -> None:
-    """Prefixes shared by all, by some neighbours and to different lengths, and hardly at all."""
+    """Prefixes shared by all, by some neighbours and to different lengths, and hardly at all;
+    forks share a page that is not full."""
     shape = SHARING[sharing]
     sizes = [(2, 3, 1, 0)[row % 4] for row in range(len(shape["contexts"]))]
     case = random_case(**shape, sizes=sizes, group=group, dtype=dtype)

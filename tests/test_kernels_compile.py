@@ -60,7 +60,7 @@ def products(reports: list[dict[str, Any]], *, wide: bool) -> list[dict[str, Any
     return [
         report
         for report in reports
-        if report["kernel"] == "_attention_kernel"
+        if report["kernel"] == "attention_kernel"
         and "float32" not in report["call"]
         and (report["constants"]["BLOCK_M"] >= TENSOR_ROWS) == wide
     ]
@@ -80,5 +80,5 @@ def test_few_rows_are_multiplied_by_tensor_cores_too(reports: list[dict[str, Any
 
 
 def test_pages_are_on_their_way_while_others_are_multiplied(reports: list[dict[str, Any]]) -> None:
-    attention = [report for report in reports if report["kernel"] == "_attention_kernel"]
+    attention = [report for report in reports if report["kernel"] == "attention_kernel"]
     assert [name(report) for report in attention if not report["async_copies"]] == []
