@@ -25,8 +25,9 @@ class Kernels:
         impl: auto is triton on an NVIDIA GPU of one of the `GENERATIONS` and reference elsewhere;
             a choice made by name never falls back.
         fixed_splits: pieces the context of every sequence is read in, so that a row's result does
-            not depend on its batch to the last bit; None chooses what fills the GPU. Of no
-            concern to the reference, like what follows.
+            not depend on its batch to the last bit, as long as its tree is padded to the same
+            size; None chooses what fills the GPU. Of no concern to the reference, like what
+            follows.
         shared_prefix: read full pages that neighbouring rows of a batch share once for all of
             them.
 

@@ -135,24 +135,22 @@ def attention_calls() -> dict[str, Callable[[], None]]:
     }
     for size in (few, many):
         name = f"{size['nodes']} nodes"
-        shapes |= {f"{name}, page {page}": {**size, "page_size": page} for page in (16, 48, 128)}
+        shapes |= {f"{name}, page {page}": {**size, "page_size": page} for page in (16, 128)}
         shapes |= {f"{name}, dim {dim}": {**size, "key_dim": dim} for dim in (64, 256)}
         shapes |= {f"{name}, group {group}": {**size, "group": group} for group in (1, 8)}
         shapes |= {
             f"{name}, pages of {stored}": {**size, "stored": stored}
             for stored in (torch.float8_e4m3fn, torch.int8)
         }
-        shapes |= {
-            f"{name}, {dtype}": {**size, "dtype": dtype}
-            for dtype in (torch.float16, torch.float32)
-        }
+        shapes[f"{name}, float16"] = {**size, "dtype": torch.float16}
         shapes[f"{name}, every option"] = {**size, "options": everything}
-        shapes[f"{name}, 200 pieces"] = {**size, "options": {"fixed_splits": 200}}
         shapes[f"{name}, shared prefix"] = {
             **size,
             "alike": [0, 2],
             "options": {"shared_prefix": True},
         }
+    shapes["float32"] = {**few, "dtype": torch.float32}
+    shapes["200 pieces"] = {**few, "options": {"fixed_splits": 200}}
     shapes["chain of 256"] = {"nodes": 256, "chain": True}
     shapes["chain of 256, dim 256, window"] = {
         "nodes": 256,
@@ -229,8 +227,8 @@ def calls() -> dict[str, Callable[[], object]]:
     for stored in (None, torch.float8_e4m3fn, torch.int8):
         found[f"cache: pages of {stored}"] = partial(move, stored)
     for rule in gpu.RULES:
-        for dtype in (torch.bfloat16, torch.float32):
-            found[f"accept: {rule}, {dtype}"] = partial(accept, rule, dtype)
+        found[f"accept: {rule}"] = partial(accept, rule, torch.bfloat16)
+    found["accept: float32"] = partial(accept, "recursive_rejection", torch.float32)
     found["accept: repeats"] = partial(accept, "recursive_rejection", torch.bfloat16, repeats=True)
     return found
 

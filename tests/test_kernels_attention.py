@@ -231,6 +231,20 @@ def test_quantised_pages(dtype: torch.dtype, page_size: int, stored: torch.dtype
     assert_right(case, fixed_splits=2, window=50, softcap=2.0)
 
 
+@pytest.mark.parametrize("stored", QUANTISED, ids=str)
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_small_values_in_quantised_pages(page_size: int, stored: torch.dtype) -> None:
+    """Their scales are smaller than what float16 can weigh."""
+    case = random_case(
+        contexts=[70, 129], sizes=[2, 1], page_size=page_size, stored=stored, dtype=FP16
+    )
+    assert case.value_scales is not None
+    small = replace(
+        case, value_scales=case.value_scales * 2.0**-12, value_tree=case.value_tree * 2.0**-12
+    )
+    assert_right(small, fixed_splits=1)
+
+
 # Pieces
 
 

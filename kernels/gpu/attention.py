@@ -371,6 +371,9 @@ def _absorb(
     mass = mass * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
     if value_scales is not None:
-        weights *= value_scales[None, :]
+        if query.dtype == tl.float16:  # weights times small scales would fall below its range
+            values = values.to(tl.float32) * value_scales[:, None]
+        else:
+            weights *= value_scales[None, :]
     acc = tl.dot(weights.to(query.dtype), values.to(query.dtype), acc, input_precision=PRECISION)
     return acc, higher, mass
