@@ -19,6 +19,7 @@ from specdec.kernels.gpu.merge import merge
 from specdec.kernels.gpu.plan import Pieces, plan_pieces
 from specdec.kernels.layout import TreeLayout
 
+BULK_ALIGNMENT = 16  # bytes, of the rows the bulk copy engine reads
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,8 +63,10 @@ def tree_attention(
     group = query_heads // kv_heads
     rows = group * nodes
     if blocks is None:
-        plain = key_pages.dtype == query.dtype
-        plain = plain and key_pages.is_contiguous() and value_pages.is_contiguous()
+        plain = key_pages.dtype == query.dtype and all(
+            pages.is_contiguous() and pages.stride(2) * pages.itemsize % BULK_ALIGNMENT == 0
+            for pages in (key_pages, value_pages)
+        )
         blocks = choose_blocks(
             rows=rows,
             head_dim=max(key_dim, value_dim),

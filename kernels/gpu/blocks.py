@@ -54,7 +54,7 @@ def choose_blocks(
         head_dim: the larger of key and value dim.
         dtype: of the queries.
         page_size: tokens of a page.
-        plain: pages are contiguous and hold the type of the queries.
+        plain: pages hold the type of the queries, and the bulk copy engine can read them.
     """
     if dtype == torch.float32:  # no tensor cores: exactness is the point, not speed
         return EXACT
