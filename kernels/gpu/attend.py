@@ -13,14 +13,14 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from specdec.kernels.choose import TYPES
 from specdec.kernels.gpu.attention import attention_kernel
-from specdec.kernels.gpu.blocks import Blocks, choose_blocks
+from specdec.kernels.gpu.blocks import Blocks, choose_blocks, padded
 from specdec.kernels.gpu.merge import merge
 from specdec.kernels.gpu.plan import Pieces, plan_pieces
 from specdec.kernels.layout import TreeLayout
 
 BULK_ALIGNMENT = 16  # bytes, of the rows the bulk copy engine reads
-SUPPORTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def tree_attention(
@@ -51,7 +51,7 @@ def tree_attention(
     """
     batch, query_heads, nodes, key_dim = query.shape
     kv_heads, page_size, value_dim = key_pages.shape[1], key_pages.shape[2], value_pages.shape[3]
-    if query.dtype not in SUPPORTED:
+    if query.dtype not in TYPES:
         raise ValueError(
             f"kernels.impl=triton: no kernels for {query.dtype}; use kernels=reference"
         )
@@ -147,8 +147,8 @@ def tree_attention(
             GROUP=group,
             KEY_DIM=key_dim,
             VALUE_DIM=value_dim,
-            KEY_PAD=_padded(key_dim),
-            VALUE_PAD=_padded(value_dim),
+            KEY_PAD=padded(key_dim),
+            VALUE_PAD=padded(value_dim),
             PAGE=page_size,
             BLOCK_M=blocks.rows,
             BLOCK_N=blocks.keys,
@@ -175,11 +175,7 @@ def _descriptor(pages: Tensor, blocks: Blocks) -> TensorDescriptor | None:
     if not blocks.bulk:
         return None
     rows = pages.view(-1, pages.shape[-1])
-    return TensorDescriptor.from_tensor(rows, [blocks.keys, _padded(pages.shape[-1])])
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return TensorDescriptor.from_tensor(rows, [blocks.keys, padded(pages.shape[-1])])
 
 
 def _partials(

@@ -68,6 +68,11 @@ def choose_blocks(
     return replace(blocks, bulk=plain and page_size % blocks.keys == 0)
 
 
+def padded(dim: int) -> int:
+    """Columns of a tile that holds rows of `dim` elements."""
+    return max(16, triton.next_power_of_2(dim))
+
+
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a few for the interpreter."""
     if device.type != "cuda":

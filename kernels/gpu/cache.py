@@ -157,21 +157,31 @@ def write_tree_kernel(
         key_tree_ptr += sequence * stride_key_tree_batch
         source = head * stride_key_head + node * stride_key_node
         target = head * stride_key_tree_head + (first + node) * stride_key_tree_row
-        rows = load_rows(key_ptr, source, alive, KEY_DIM, BLOCK_DIM)
-        if STORED is not None:
-            rows, scale = round_rows(rows, STORED)
-            rows *= scale[:, None]
-        store_rows(key_tree_ptr, target, rows, alive, KEY_DIM, BLOCK_DIM)
+        _write(key_tree_ptr, target, key_ptr, source, alive, KEY_DIM, STORED, BLOCK_DIM)
     else:
         value_ptr += sequence * stride_value_batch
         value_tree_ptr += sequence * stride_value_tree_batch
         source = head * stride_value_head + node * stride_value_node
         target = head * stride_value_tree_head + (first + node) * stride_value_tree_row
-        rows = load_rows(value_ptr, source, alive, VALUE_DIM, BLOCK_DIM)
-        if STORED is not None:
-            rows, scale = round_rows(rows, STORED)
-            rows *= scale[:, None]
-        store_rows(value_tree_ptr, target, rows, alive, VALUE_DIM, BLOCK_DIM)
+        _write(value_tree_ptr, target, value_ptr, source, alive, VALUE_DIM, STORED, BLOCK_DIM)
+
+
+@triton.jit
+def _write(
+    tree_ptr,
+    target,
+    source_ptr,
+    source,
+    alive,
+    DIM: tl.constexpr,
+    STORED: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    rows = load_rows(source_ptr, source, alive, DIM, BLOCK_DIM)
+    if STORED is not None:
+        rows, scale = round_rows(rows, STORED)
+        rows *= scale[:, None]
+    store_rows(tree_ptr, target, rows, alive, DIM, BLOCK_DIM)
 
 
 @triton.jit
@@ -228,19 +238,40 @@ def commit_path_kernel(
     if tl.program_id(2) % 2 == 0:
         key_tree_ptr += layer * stride_key_layer + sequence * stride_key_batch
         source = head * stride_key_head + node * stride_key_row
-        rows = load_rows(key_tree_ptr, source, alive, KEY_DIM, BLOCK_DIM)
-        if key_scales_ptr is not None:
-            rows, scale = round_rows(rows, key_pages_ptr.dtype.element_ty)
-            tl.store(key_scales_ptr + target, scale, mask=alive)
-        store_rows(key_pages_ptr, target * KEY_DIM, rows, alive, KEY_DIM, BLOCK_DIM)
+        _append(
+            key_pages_ptr, key_scales_ptr, target, key_tree_ptr, source, alive, KEY_DIM, BLOCK_DIM
+        )
     else:
         value_tree_ptr += layer * stride_value_layer + sequence * stride_value_batch
         source = head * stride_value_head + node * stride_value_row
-        rows = load_rows(value_tree_ptr, source, alive, VALUE_DIM, BLOCK_DIM)
-        if value_scales_ptr is not None:
-            rows, scale = round_rows(rows, value_pages_ptr.dtype.element_ty)
-            tl.store(value_scales_ptr + target, scale, mask=alive)
-        store_rows(value_pages_ptr, target * VALUE_DIM, rows, alive, VALUE_DIM, BLOCK_DIM)
+        _append(
+            value_pages_ptr,
+            value_scales_ptr,
+            target,
+            value_tree_ptr,
+            source,
+            alive,
+            VALUE_DIM,
+            BLOCK_DIM,
+        )
+
+
+@triton.jit
+def _append(
+    pages_ptr,
+    scales_ptr,
+    target,
+    tree_ptr,
+    source,
+    alive,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    rows = load_rows(tree_ptr, source, alive, DIM, BLOCK_DIM)
+    if scales_ptr is not None:
+        rows, scale = round_rows(rows, pages_ptr.dtype.element_ty)
+        tl.store(scales_ptr + target, scale, mask=alive)
+    store_rows(pages_ptr, target * DIM, rows, alive, DIM, BLOCK_DIM)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.gpu.attention import LOG2_E
+from specdec.kernels.gpu.blocks import padded
 from specdec.kernels.gpu.plan import Pieces
 
 
@@ -25,7 +26,7 @@ def merge(
     rows = group * nodes
     # Few rows of a program when there are few in all: they come sooner.
     block = max(1, min(16, triton.next_power_of_2(min(batch * kv_heads * rows // 2048, rows))))
-    width = max(16, triton.next_power_of_2(value_dim))
+    width = padded(value_dim)
     warps = max(1, min(4, block * width // 128))
     elements = max(4, block * width // (32 * warps))  # of a thread and piece
     most = triton.next_power_of_2(pieces.most)

@@ -79,7 +79,7 @@ def plan_pieces(
     if shared_prefix and batch > 1 and window is None:
         row_blocks = triton.cdiv(batch * rows, blocks.rows)
         shared_pieces = max(1, min(SHARED_PIECES, slots // (kv_heads * row_blocks)))
-        shared = torch.empty(batch, 3, dtype=torch.int32, device=device)
+        shared = torch.empty(batch, dtype=torch.int32, device=device)
         # Every group may leave its last row block partly empty.
         shared_items = torch.empty(
             (row_blocks + batch // 2) * shared_pieces,
@@ -153,7 +153,7 @@ def _plan_kernel(
     begin = tl.where(window > 0, tl.maximum(context + 1 - window, 0) // BLOCK_N, 0)
     elsewhere = tl.zeros([B_PAD], tl.int32)  # partial results of shared pages
     if shared_ptr is not None:
-        begin = tl.load(shared_ptr + 3 * offs_b, mask=real, other=0)
+        begin = tl.load(shared_ptr + offs_b, mask=real, other=0)
         elsewhere = tl.where(begin > 0, SHARED_PIECES, 0)
     length = tl.where(real, tl.cdiv(context, BLOCK_N) - begin + tree_units, 0)
     if fixed > 0:
@@ -171,21 +171,35 @@ def _plan_kernel(
     slot = tl.cumsum(count, 0) - count
     tl.store(spans_ptr + 2 * offs_b, slot, mask=real)
     tl.store(spans_ptr + 2 * offs_b + 1, count, mask=real)
+    _clear(items_ptr, tl.sum(pieces, 0), target, W_PAD)
+    for i in range(tl.max(pieces, 0)):
+        from_unit = begin + i * length // tl.maximum(pieces, 1)
+        to_unit = begin + (i + 1) * length // tl.maximum(pieces, 1)
+        has = real & (i < pieces)
+        _put(items_ptr, item + i, offs_b, from_unit, to_unit, count, slot + i, 1, 0, i, has)
+
+
+@triton.jit
+def _put(items_ptr, item, sequence, begin, end, count, slot, sequences, row_block, piece, mask):
+    """Write items [B]; the fields are those of FIELDS."""
+    item_ptr = items_ptr + FIELDS * item
+    tl.store(item_ptr, sequence, mask=mask)
+    tl.store(item_ptr + 1, begin, mask=mask)
+    tl.store(item_ptr + 2, end, mask=mask)
+    tl.store(item_ptr + 3, count, mask=mask)
+    tl.store(item_ptr + 4, slot, mask=mask)
+    tl.store(item_ptr + 5, sequences, mask=mask)
+    tl.store(item_ptr + 6, row_block, mask=mask)
+    tl.store(item_ptr + 7, piece, mask=mask)
+
+
+@triton.jit
+def _clear(items_ptr, used, target, W_PAD: tl.constexpr):
+    """Mark what is left of the list as no work."""
     offs_w = tl.arange(0, W_PAD)
-    unused = (offs_w >= tl.sum(pieces, 0)) & (offs_w < target)
+    unused = (offs_w >= used) & (offs_w < target)
     for field in tl.static_range(FIELDS):
         tl.store(items_ptr + FIELDS * offs_w + field, 0, mask=unused)
-    for i in range(tl.max(pieces, 0)):
-        has = real & (i < pieces)
-        here_ptr = items_ptr + FIELDS * (item + i)
-        tl.store(here_ptr, offs_b, mask=has)
-        tl.store(here_ptr + 1, begin + i * length // tl.maximum(pieces, 1), mask=has)
-        tl.store(here_ptr + 2, begin + (i + 1) * length // tl.maximum(pieces, 1), mask=has)
-        tl.store(here_ptr + 3, count, mask=has)
-        tl.store(here_ptr + 4, slot + i, mask=has)
-        tl.store(here_ptr + 5, 1, mask=has)
-        tl.store(here_ptr + 6, 0, mask=has)
-        tl.store(here_ptr + 7, i, mask=has)
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "columns", "target"])
@@ -209,8 +223,8 @@ def _share_kernel(
 ):
     """Groups of neighbouring sequences that begin with the same full pages.
 
-    Stores for each sequence the key blocks its group shares (0: none), the group's first sequence
-    and its size, and the list of pieces: every row block of a group, times PIECES.
+    Stores for each sequence the key blocks its group shares (0: none), and the list of pieces:
+    every row block of a group, times PIECES.
     """
     COLUMNS: tl.constexpr = 32
     offs_b = tl.arange(0, B_PAD)
@@ -230,42 +244,25 @@ def _share_kernel(
         same = tl.minimum(same, tl.min(differs, 1))
     blocks = tl.where(later, same * PAGE // BLOCK_N, 0)
     linked = blocks >= LEAST
-    # [B, B]: row, and candidate for the first of its group or another member of it
+    # [B, B]: a sequence, and a candidate for the first of its group or another member of it
     heads = (offs_b[None, :] <= offs_b[:, None]) & (tl.where(linked, 0, 1)[None, :] > 0)
     leader = tl.max(tl.where(heads, offs_b[None, :], 0), 1)
-    column_leader = tl.max(
-        tl.where(
-            (offs_b[:, None] <= offs_b[None, :]) & (tl.where(linked, 0, 1)[:, None] > 0),
-            offs_b[:, None],
-            0,
-        ),
-        0,
-    )
-    together = (leader[:, None] == column_leader[None, :]) & (offs_b < batch)[None, :]
+    real = offs_b < batch
+    together = (leader[:, None] == leader[None, :]) & real[None, :]
     members = tl.sum(together.to(tl.int32), 1)
     least = tl.where(together & (blocks[None, :] >= LEAST), blocks[None, :], columns * PAGE)
     common = tl.where(members > 1, tl.min(least, 1), 0)
-    real = offs_b < batch
-    tl.store(shared_ptr + 3 * offs_b, common, mask=real)
-    tl.store(shared_ptr + 3 * offs_b + 1, leader, mask=real)
-    tl.store(shared_ptr + 3 * offs_b + 2, members, mask=real)
+    tl.store(shared_ptr + offs_b, common, mask=real)
 
     leads = real & (leader == offs_b) & (members > 1)
     tiles = tl.where(leads, tl.cdiv(members * rows, BLOCK_M), 0)
     first = (tl.cumsum(tiles, 0) - tiles) * PIECES
-    offs_w = tl.arange(0, W_PAD)
-    unused = (offs_w >= tl.sum(tiles, 0) * PIECES) & (offs_w < target)
-    for field in tl.static_range(FIELDS):
-        tl.store(items_ptr + FIELDS * offs_w + field, 0, mask=unused)
+    _clear(items_ptr, tl.sum(tiles, 0) * PIECES, target, W_PAD)
     for tile in range(tl.max(tiles, 0)):
+        has = leads & (tile < tiles)
         for piece in range(PIECES):
-            has = leads & (tile < tiles)
-            here_ptr = items_ptr + FIELDS * (first + piece * tiles + tile)
-            tl.store(here_ptr, offs_b, mask=has)
-            tl.store(here_ptr + 1, piece * common // PIECES, mask=has)
-            tl.store(here_ptr + 2, (piece + 1) * common // PIECES, mask=has)
-            tl.store(here_ptr + 3, PIECES + 1, mask=has)
-            tl.store(here_ptr + 4, 0, mask=has)
-            tl.store(here_ptr + 5, members, mask=has)
-            tl.store(here_ptr + 6, tile, mask=has)
-            tl.store(here_ptr + 7, piece, mask=has)
+            item = first + piece * tiles + tile
+            begin = piece * common // PIECES
+            end = (piece + 1) * common // PIECES
+            count = PIECES + 1
+            _put(items_ptr, item, offs_b, begin, end, count, 0, members, tile, piece, has)
