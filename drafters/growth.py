@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specdec.drafters.trees.policy import overrides, takes_all
 from specdec.protocols import StepContext, TreePolicy
 from specdec.sampling import DRAFT_STREAM, draw, race
 from specdec.tree import PADDING, ROOT, Children, Proposal, TokenTree
@@ -62,42 +63,48 @@ def grow(
 ) -> tuple[TokenTree, Tensor]:
     """Grow one tree per sequence.
 
+    On a GPU nothing waits for the device and no shape depends on what is drafted, so that all of
+    it may be captured in a CUDA graph.
+
     Returns:
         (the trees; expanded [B, N] int64: each node's number among the expanded nodes, -1 if it
             was not.)
     """
+    if policy.children == "top_k" and takes_all(policy):
+        return _grow_all(policy, levels, context, expand)
     sampled = policy.children != "top_k"
-    batch, device = len(context.roots), context.roots.device
-    zero = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    frontier = Frontier(
-        level=0,
-        first=0,
-        tokens=context.roots[:, None],
-        parents=zero - 1,
-        alive=torch.ones_like(zero).bool(),
-    )
+    selects = overrides(policy, "select")
+    kernels = context.kernels
+    frontier = _root(context)
     # Of the frontier's nodes: place among the T nodes, log of the cumulative probability.
-    index, score = zero, zero.double()
-    tokens, parents, scores = [frontier.tokens], [zero + ROOT], [score]  # [B, C] of each level
-    expanded: list[Tensor] = []  # [B, F] of each level: index
+    index = torch.zeros_like(frontier.tokens)
+    score = torch.zeros_like(index, dtype=torch.float64)
+    tokens, parents, scores = (
+        [frontier.tokens],
+        [frontier.parents],
+        [score],
+    )  # [B, C] of each level
+    expanded: list[tuple[Tensor, Tensor]] = []  # [B, F] of each level: index, alive
     supports: list[tuple[Tensor, Tensor]] = []  # ids and probs [B, F, K] of each level
     total = 1
     for level in range(levels):
         ids, probs = expand(frontier)
-        expanded.append(torch.where(frontier.alive, index, -1))
+        expanded.append((index, frontier.alive))
         supports.append((ids, probs))
         width = min(policy.width(level), ids.shape[2])
-        slots = _extend(score, probs[..., :width])  # [B, F, width]
-        chosen = policy.select(level, levels, slots, sampled=sampled) & (slots > DEAD)
+        slots = kernels.extend(score, probs[..., :width])  # [B, F, width]
+        chosen = slots > DEAD
+        if selects:
+            chosen &= policy.select(level, levels, slots, sampled=sampled)
         if sampled:
             drawn = _draw_children(context, level, policy.children, probs, width)
-            ids, drawn_probs = ids.gather(2, drawn), probs.gather(2, drawn)
-            slots = _extend(score, drawn_probs)
-            fits = torch.arange(width, device=device) < chosen.sum(-1, keepdim=True)
-            chosen = fits & (slots > DEAD)
+            ids = ids.gather(2, drawn)
+            slots = kernels.extend(score, probs.gather(2, drawn))
+            chosen = torch.arange(width, device=ids.device) < chosen.sum(-1, keepdim=True)
         tokens.append(ids[..., :width].flatten(1))
         parents.append(index[..., None].expand(-1, -1, width).flatten(1))
-        slots = slots.masked_fill(~chosen, DEAD)
+        if sampled or selects:
+            slots = slots.masked_fill(~chosen, DEAD)
         scores.append(slots.flatten(1))
         if level + 1 == levels:
             break
@@ -106,18 +113,19 @@ def grow(
         growing = slots.flatten(1)  # [B, C]
         place = policy.expand(level + 1, growing)
         if place is None:
-            place = torch.arange(growing.shape[1], device=device).expand(batch, -1)
-        first = frontier.first + frontier.tokens.shape[1]
+            score, grown = growing, tokens[-1]
+            place = torch.arange(growing.shape[1], device=growing.device).expand_as(growing)
+        else:
+            score, grown = growing.gather(1, place), tokens[-1].gather(1, place)
         frontier = Frontier(
             level=level + 1,
-            first=first,
-            tokens=tokens[-1].gather(1, place),
+            first=frontier.first + frontier.tokens.shape[1],
+            tokens=grown,
             parents=frontier.first + place // width,
-            alive=growing.gather(1, place) > DEAD,
+            alive=score > DEAD,
         )
-        score = growing.gather(1, place)
         index = total + place
-        total += tokens[-1].shape[1]
+        total += growing.shape[1]
 
     every = torch.cat(scores, dim=1)  # [B, T]
     kept = every > DEAD
@@ -125,17 +133,51 @@ def grow(
         best = policy.keep(every[:, 1:])  # the root is not theirs to judge
         if best is not None:
             kept[:, 1:] &= best
-    tree, order = _compact(
-        torch.cat(tokens, 1), torch.cat(parents, 1), kept, levels, policy.budget + 1
-    )
-    number = _numbers(torch.cat(expanded, 1), every.shape[1]).gather(1, order)  # [B, N]
+    tree, order = _compact(context, policy, levels, tokens, parents, kept)
+    places, alive = (torch.cat(parts, dim=1) for parts in zip(*expanded, strict=True))
+    number = _numbers(places.masked_fill(~alive, -1), every.shape[1]).gather(1, order)  # [B, N]
     number = number.masked_fill(tree.parents == PADDING, -1)
     return replace(tree, proposal=_proposal(supports, number, policy.children)), number
 
 
-def _extend(score: Tensor, probs: Tensor) -> Tensor:
-    """[B, F, width]: log probability of children, from that of their parents and their own."""
-    return score[..., None] + probs.double().log().clamp(max=0.0)
+def _grow_all(
+    policy: TreePolicy, levels: int, context: StepContext, expand: Expand
+) -> tuple[TokenTree, Tensor]:
+    """`grow` for a policy that takes the most probable tokens however probable they are: every
+    node is expanded, so its place among the T nodes is its number too, and no score is needed."""
+    frontier = _root(context)
+    tokens, parents, alive = [frontier.tokens], [frontier.parents], [frontier.alive]  # [B, C]
+    supports: list[tuple[Tensor, Tensor]] = []  # ids and probs [B, F, K] of each level
+    total = 1
+    for level in range(levels):
+        ids, probs = expand(frontier)
+        supports.append((ids, probs))
+        width = min(policy.width(level), ids.shape[2])
+        tokens.append(ids[..., :width].flatten(1))
+        alive.append((frontier.alive[..., None] & (probs[..., :width] > 0)).flatten(1))
+        index = torch.arange(frontier.first, total, device=ids.device)
+        parents.append(index[:, None].expand(-1, width).flatten().expand_as(tokens[-1]))
+        frontier = Frontier(
+            level=level + 1, first=total, tokens=tokens[-1], parents=parents[-1], alive=alive[-1]
+        )
+        total += tokens[-1].shape[1]
+
+    kept = torch.cat(alive, dim=1)
+    tree, order = _compact(context, policy, levels, tokens, parents, kept)
+    leaf = order >= frontier.first
+    number = order.masked_fill(leaf | (tree.parents == PADDING), -1)
+    return replace(tree, proposal=_proposal(supports, number, policy.children)), number
+
+
+def _root(context: StepContext) -> Frontier:
+    tokens = context.roots[:, None]
+    return Frontier(
+        level=0,
+        first=0,
+        tokens=tokens,
+        parents=torch.full_like(tokens, ROOT),
+        alive=torch.ones_like(tokens, dtype=torch.bool),
+    )
 
 
 def _repeated(ids: Tensor) -> Tensor:
@@ -161,24 +203,29 @@ def _draw_children(
 
 
 def _compact(
-    tokens: Tensor, parents: Tensor, kept: Tensor, levels: int, capacity: int
+    context: StepContext,
+    policy: TreePolicy,
+    levels: int,
+    tokens: list[Tensor],
+    parents: list[Tensor],
+    kept: Tensor,
 ) -> tuple[TokenTree, Tensor]:
-    """Drop what is not kept: (trees, order [B, N]: where each node stood)."""
-    size = kept.sum(-1)
+    """Drop what is not kept: (trees, order [B, N]: where each node stood).
+
+    Args:
+        tokens, parents: [B, C] of each level.
+        kept: [B, T].
+    """
     # On the CPU a look at the sizes is free, and a smaller tree is cheaper to verify.
-    nodes = int(size.max()) if size.device.type == "cpu" else min(capacity, tokens.shape[1])
-    order = (~kept).int().argsort(dim=1, stable=True)[:, :nodes]
-    place = kept.cumsum(dim=1) - 1  # new index of each kept node
-    old = parents.gather(1, order)
-    new = place.gather(1, old.clamp(min=0)).masked_fill(old == ROOT, ROOT)
-    padding = torch.arange(nodes, device=size.device) >= size[:, None]
-    tree = TokenTree(
-        tokens=tokens.gather(1, order),
-        parents=new.masked_fill(padding, PADDING).int(),
-        size=size.int(),
-        depth=min(levels, nodes - 1),
+    if kept.device.type == "cpu":
+        nodes = int(kept.sum(-1).max())
+    else:
+        nodes = min(policy.budget + 1, kept.shape[1])
+    new_tokens, new_parents, size, order = context.kernels.compact(
+        torch.cat(tokens, dim=1), torch.cat(parents, dim=1), kept, nodes
     )
-    return tree, order
+    depth = min(levels, nodes - 1)
+    return TokenTree(tokens=new_tokens, parents=new_parents, size=size, depth=depth), order
 
 
 def _numbers(expanded: Tensor, total: int) -> Tensor:
@@ -200,9 +247,7 @@ def _proposal(
     expanded nodes."""
     most = max(ids.shape[2] for ids, _ in supports)
     ids, probs = (
-        torch.cat(
-            [torch.nn.functional.pad(part, (0, most - part.shape[2])) for part in parts], dim=1
-        )
+        torch.cat([_padded(part, most) for part in parts], dim=1)
         for parts in zip(*supports, strict=True)
     )  # [B, E, K]
     index = number.clamp(min=0)[..., None].expand(-1, -1, most)
@@ -212,3 +257,8 @@ def _proposal(
         probs=probs.gather(1, index).masked_fill(unexpanded, 0.0),
         children=children,
     )
+
+
+def _padded(part: Tensor, width: int) -> Tensor:
+    missing = width - part.shape[2]
+    return torch.nn.functional.pad(part, (0, missing)) if missing else part

@@ -2,13 +2,16 @@
 tensors."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from specdec.drafters.growth import Frontier, grow, plan
+from specdec.drafters.growth import DEAD, Frontier, grow, plan
+from specdec.drafters.trees.policy import takes_all
+from specdec.kernels import reference
 from specdec.protocols import Decoding, Drafter, StepContext, TreePolicy
-from specdec.tree import TokenTree
+from specdec.tree import PADDING, ROOT, Proposal, TokenTree
 
 
 class Trie:
@@ -24,13 +27,18 @@ class Trie:
     def add(self, path: Iterable[int], weight: float) -> None:
         node = self
         for token in path:
-            node = node.children.setdefault(token, Trie())
-            node.weight += weight
+            child = node.children.get(token)
+            if child is None:
+                child = node.children[token] = Trie()
+            child.weight += weight
+            node = child
 
     def best(self, count: int) -> list[tuple[int, float]]:
         """(token, probability) of the `count` heaviest children, renormalised; of equals the one
         added first."""
-        heaviest = sorted(self.children.items(), key=lambda item: -item[1].weight)[:count]
+        heaviest = list(self.children.items())
+        if len(heaviest) > 1:
+            heaviest = sorted(heaviest, key=lambda item: -item[1].weight)[:count]
         total = sum(child.weight for _, child in heaviest)
         return [(token, child.weight / total) for token, child in heaviest]
 
@@ -53,6 +61,7 @@ class HostDrafter(Drafter):
         self.tree = tree
         self.levels = plan(tree, depth, candidates)
         self.candidates = candidates
+        self.most_nodes = tree.budget + 1 if self.levels else 1
 
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
         """Continuations of `sequence.tokens` of up to `levels` tokens, each with a positive
@@ -68,13 +77,21 @@ class HostDrafter(Drafter):
             tries.append(trie)
         if not any(trie.children for trie in tries):
             return TokenTree.roots(context.roots)
-        sampled = self.tree.children != "top_k"
+        if self.tree.children == "top_k":
+            roots = [sequence.tokens[-1] for sequence in context.sequences]
+            trees = [_HostTree(root) for root in roots]
+            if takes_all(self.tree):
+                for tree, trie in zip(trees, tries, strict=True):
+                    self._grow_all(tree, trie)
+            else:
+                self._grow(trees, tries)
+            most = max(self.tree.width(level) for level in range(self.levels))
+            return _on_device(trees, self.levels, most, context.roots.device)
         expanded: list[list[Trie]] = [
             [trie] for trie in tries
         ]  # per sequence, by number of expanded node
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
-            width = self.candidates if sampled else self.tree.width(frontier.level)
             if frontier.level:
                 places = zip(
                     expanded, frontier.tokens.tolist(), frontier.parents.tolist(), strict=True
@@ -84,6 +101,7 @@ class HostDrafter(Drafter):
                         nodes[p].children.get(t, _NOTHING)
                         for t, p in zip(tokens, parents, strict=True)
                     ]
+            width = self.candidates
             best = [[node.best(width) for node in nodes[frontier.first :]] for nodes in expanded]
             ids = torch.tensor([[_column(row, 0, width) for row in rows] for rows in best])
             probs = torch.tensor([[_column(row, 1, width) for row in rows] for rows in best])
@@ -92,9 +110,141 @@ class HostDrafter(Drafter):
 
         return grow(self.tree, self.levels, context, expand)[0]
 
+    def _grow_all(self, tree: "_HostTree", trie: Trie) -> None:
+        """The tree of a policy that takes all it is offered: no need to ask it anything else."""
+        frontier = [(0, trie)]
+        for level in range(self.levels):
+            width = self.tree.width(level)
+            grown = []
+            for node, trie in frontier:
+                if trie.children:
+                    tree.supports[node] = support = trie.best(width)
+                    for token, _ in support:
+                        grown.append((len(tree.tokens), trie.children[token]))
+                        tree.tokens.append(token)
+                        tree.parents.append(node)
+            frontier = grown
+
+    def _grow(self, trees: list["_HostTree"], tries: list[Trie]) -> None:
+        """The trees that `grow` makes of the same tries. Only scores are tensors, because policies
+        judge those; levels at which no sequence has a node are left out.
+
+        Until the end a tree has all T slots, which are the same for all sequences of the batch.
+        """
+        policy, batch = self.tree, len(trees)
+        frontiers = [[(0, trie)] for trie in tries]  # [B, F] slots and what may follow them
+        score = torch.zeros(batch, 1, dtype=torch.float64)
+        scores: list[Tensor] = []
+        for level in range(self.levels):
+            width = policy.width(level)
+            best = [[trie.best(width) for _, trie in frontier] for frontier in frontiers]
+            shares = [[_column(row, 1, width) for row in rows] for rows in best]
+            probs = torch.tensor(shares, dtype=torch.float32)  # [B, F, width]
+            slots = reference.extend(score, probs)
+            chosen = policy.select(level, self.levels, slots, sampled=False)
+            growing = slots.masked_fill(~chosen, DEAD).flatten(1)  # [B, C]
+            scores.append(growing)
+            first = len(trees[0].tokens)
+            offered = []  # [B, C] what may follow each new slot
+            for tree, frontier, rows in zip(trees, frontiers, best, strict=True):
+                follows = []
+                for (node, trie), support in zip(frontier, rows, strict=True):
+                    missing = width - len(support)
+                    tree.supports[node] = support
+                    tree.tokens += [token for token, _ in support] + [0] * missing
+                    tree.parents += [node] * width
+                    follows += [trie.children[token] for token, _ in support]
+                    follows += [_NOTHING] * missing
+                offered.append(follows)
+            if level + 1 == self.levels:
+                break
+            place = policy.expand(level + 1, growing)
+            if place is None:
+                score = growing
+                places = [range(growing.shape[1])] * batch
+            else:
+                score = growing.gather(1, place)
+                places = place.tolist()
+            frontiers = [
+                [
+                    (first + slot, follows[slot] if value > DEAD else _NOTHING)
+                    for slot, value in zip(chosen_slots, values, strict=True)
+                ]
+                for follows, chosen_slots, values in zip(
+                    offered, places, score.tolist(), strict=True
+                )
+            ]
+            if not any(trie.children for frontier in frontiers for _, trie in frontier):
+                break
+        every = torch.cat(scores, dim=1)  # [B, T - 1], the root left out
+        kept = every > DEAD
+        keep = policy.keep(every)
+        if keep is not None:
+            kept &= keep
+        for tree, keeps in zip(trees, kept.tolist(), strict=True):
+            tree.compact([True, *keeps])
+
+
+@dataclass(slots=True)
+class _HostTree:
+    """A tree in lists, the root first."""
+
+    root: int
+    tokens: list[int] = field(init=False)
+    parents: list[int] = field(init=False)
+    supports: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    """(token, probability) of the draft distribution at each node that has one."""
+
+    def __post_init__(self) -> None:
+        self.tokens, self.parents = [self.root], [ROOT]
+
+    def compact(self, kept: list[bool]) -> None:
+        """Drop what is not kept."""
+        order = [node for node, keeps in enumerate(kept) if keeps]
+        place = {node: new for new, node in enumerate(order)}
+        place[ROOT] = ROOT
+        self.tokens = [self.tokens[node] for node in order]
+        self.parents = [place[self.parents[node]] for node in order]
+        found = self.supports
+        self.supports = {place[node]: found[node] for node in order if node in found}
+
+
+def _on_device(trees: list[_HostTree], levels: int, most: int, device: torch.device) -> TokenTree:
+    """[B, N] trees, with K = `most` places for the support of each node."""
+    sizes = [len(tree.tokens) for tree in trees]
+    nodes = max(sizes)
+    tokens, parents, ids, probs = [], [], [], []  # flat, which is faster to make tensors of
+    for tree, size in zip(trees, sizes, strict=True):
+        tokens += tree.tokens + [0] * (nodes - size)
+        parents += tree.parents + [PADDING] * (nodes - size)
+        for node in range(nodes):
+            support = tree.supports.get(node, ())
+            for token, prob in support:
+                ids.append(token)
+                probs.append(prob)
+            missing = most - len(support)
+            if missing:
+                ids += [0] * missing
+                probs += [0.0] * missing
+    shape = len(trees), nodes
+    return TokenTree(
+        tokens=torch.tensor(tokens).view(shape).to(device),
+        parents=torch.tensor(parents, dtype=torch.int32).view(shape).to(device),
+        size=torch.tensor(sizes, dtype=torch.int32).to(device),
+        depth=min(levels, nodes - 1),
+        proposal=Proposal(
+            ids=torch.tensor(ids).view(*shape, most).to(device),
+            # Rounded like those that scores are computed from.
+            probs=torch.tensor(probs, dtype=torch.float32)
+            .view(*shape, most)
+            .to(device, torch.float64),
+            children="top_k",
+        ),
+    )
+
 
 _NOTHING = Trie()
 
 
-def _column(rows: list[tuple[int, float]], which: int, width: int) -> list[float]:
+def _column(rows: Sequence[tuple[int, float]], which: int, width: int) -> list[float]:
     return [row[which] for row in rows] + [0] * (width - len(rows))

@@ -30,6 +30,7 @@ class Kernels:
             follows.
         shared_prefix: read full pages that neighbouring rows of a batch share once for all of
             them.
+        graphs: capture steps in CUDA graphs.
 
     Raises:
         ValueError: a value out of range.
@@ -38,6 +39,7 @@ class Kernels:
     impl: Literal["auto", "triton", "reference"] = "auto"
     fixed_splits: int | None = None
     shared_prefix: bool = False
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         if self.fixed_splits is not None and self.fixed_splits < 1:

@@ -64,6 +64,10 @@ class TreeLayout:
         self.ancestors = ancestors
         self._memory: dict[Hashable, Any] = {}
 
+    def remembers(self, key: Hashable) -> bool:
+        """Whether `remember` has been asked for this key before."""
+        return key in self._memory
+
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned the first time this key was asked for: all layers of a pass share
         what follows from the layout alone."""

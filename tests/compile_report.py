@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from specdec.kernels import gpu
+from specdec.kernels.gpu.linear import gate
+from specdec.kernels.gpu.stream import choose_stream
 from specdec.kernels.layout import DraftedTrees
 from tests.attention_cases import DEVICE, random_case
 
@@ -93,6 +96,9 @@ def report(name: str, compiled: Any) -> dict[str, Any]:
         "mma": ptx.count("mma.sync"),
         "constants": _constants(compiled),
         "async_copies": len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor)", ptx)),
+        "copies_before_wait": len(
+            re.findall(r"cp\.async\.bulk\.tensor", ptx.partition("griddepcontrol.wait")[0])
+        ),
         **{option: getattr(compiled.metadata, option) for option in OPTIONS},
     }
 
@@ -217,6 +223,83 @@ def accept(rule: str, dtype: torch.dtype, repeats: bool = False) -> list[Tensor]
     return list(gpu.RULES[rule](tree, logits, temperature=0.8, keys=keys, streams=(0, 1)))
 
 
+def draft(count: int, dtype: torch.dtype) -> list[Tensor]:
+    """What a drafter computes at a level, and once a tree, after logits of 3 nodes."""
+    logits = torch.zeros(3, 128_256, dtype=dtype, device=DEVICE)
+    ids, probs = gpu.top_tokens(logits, count)
+    scores = gpu.extend(torch.zeros(1, 3, dtype=torch.float64, device=DEVICE), probs[None])
+    offered = scores.flatten(1)
+    chosen = gpu.best(offered, 4)
+    nodes = gpu.compact(ids.view(1, -1), ids.view(1, -1), chosen, 3)
+    keys = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+    return [*nodes, gpu.places(chosen, 3), gpu.uniforms(keys, 2, 3 * count)]
+
+
+def product(
+    name: str, rows: int, outputs: int, inputs: int, dtype: torch.dtype, **change: Any
+) -> Tensor:
+    """One product with a weight, with some launch parameters changed."""
+    x = torch.empty(rows, inputs, dtype=dtype, device=DEVICE)
+    weight = torch.empty(outputs, inputs, dtype=dtype, device=DEVICE)
+    blocks = choose_stream(
+        rows=rows,
+        outputs=outputs,
+        inputs=inputs,
+        dtype=dtype,
+        whole=name == "project",
+        gated=name == "gated_linear",
+    )
+    found: Tensor = getattr(gpu, name)(x, weight, blocks=replace(blocks, **change))
+    return found
+
+
+def product_calls() -> dict[str, Callable[[], object]]:
+    """The products of an 8B and of a 160M Llama, and every way to read a weight."""
+    found: dict[str, Callable[[], object]] = {}
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for rows in (1, 64):
+        for outputs, inputs in ((6144, 4096), (4096, 14336), (1152, 768)):
+            name = f"product: {outputs} x {inputs}, {rows} rows"
+            found[name] = partial(product, "linear", rows, outputs, inputs, bf16)
+        for outputs, inputs in ((28672, 4096), (6144, 768)):
+            name = f"product: gated {outputs} x {inputs}, {rows} rows"
+            found[name] = partial(product, "gated_linear", rows, outputs, inputs, bf16)
+        found[f"product: whole, {rows} rows"] = partial(
+            product, "project", rows, 128_256, 4096, bf16
+        )
+        for way, change in {
+            "pipeline": {"ring": False},
+            "pointers": {"ring": False, "bulk": False, "stages": 4},
+        }.items():
+            for kind in ("linear", "gated_linear"):
+                call = partial(product, kind, rows, 28672, 4096, bf16, **change)
+                found[f"product: {kind}, {way}, {rows} rows"] = call
+    found["product: float16"] = partial(product, "linear", 16, 6144, 4096, fp16)
+    found["product: float32"] = partial(product, "linear", 16, 6144, 4096, fp32)
+    found["product: gated float32"] = partial(product, "gated_linear", 16, 6144, 4096, fp32)
+    return found
+
+
+def between(splits: int, stored: torch.dtype | None, **norms: Tensor) -> list[Tensor]:
+    """What stands between products, once each."""
+    kv_heads, heads, nodes, dim = 8, 32, 5, 128
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE}
+    residual, weight = torch.zeros(nodes, 4096, **bf16), torch.ones(4096, **bf16)
+    parts = torch.zeros(splits, nodes, 4096, device=DEVICE)
+    joined = torch.zeros(splits, nodes, (heads + 2 * kv_heads) * dim, device=DEVICE)
+    cos, sin = torch.ones(2, 1, nodes, dim, **bf16)
+    trees = torch.zeros(2, 1, kv_heads, nodes, dim, **bf16)
+    query = gpu.rotate_and_write(
+        joined, cos, sin, trees[0], trees[1], 0, query_heads=heads, stored=stored, **norms
+    )
+    return [
+        *gpu.add_norm(residual, None, weight, 1e-5),
+        *gpu.add_norm(residual, parts, weight, 1e-5, weight),
+        gate(joined, torch.bfloat16),
+        query,
+    ]
+
+
 def calls() -> dict[str, Callable[[], object]]:
     """One call of every kind, by name."""
     found: dict[str, Callable[[], object]] = {
@@ -230,6 +313,15 @@ def calls() -> dict[str, Callable[[], object]]:
         found[f"accept: {rule}"] = partial(accept, rule, torch.bfloat16)
     found["accept: float32"] = partial(accept, "recursive_rejection", torch.float32)
     found["accept: repeats"] = partial(accept, "recursive_rejection", torch.bfloat16, repeats=True)
+    for count in (1, 8, 64):
+        found[f"draft: {count} tokens"] = partial(draft, count, torch.bfloat16)
+    found["draft: float32"] = partial(draft, 8, torch.float32)
+    found |= product_calls()
+    head = torch.ones(128, dtype=torch.bfloat16, device=DEVICE)
+    found["between: plain"] = partial(between, 1, None)
+    found["between: norms"] = partial(
+        between, 4, torch.float8_e4m3fn, query_norm=head, key_norm=head
+    )
     return found
 
 

@@ -42,7 +42,7 @@ def name(report: dict[str, Any]) -> str:
 
 def test_all_kinds_of_kernels_are_compiled(reports: list[dict[str, Any]]) -> None:
     kinds = {report["call"].split(":")[0] for report in reports}
-    assert kinds == {"attention", "trees", "cache", "accept"}
+    assert kinds == {"attention", "trees", "cache", "accept", "draft", "product", "between"}
     assert len({report["kernel"] for report in reports}) >= 10
 
 
@@ -82,3 +82,45 @@ def test_few_rows_are_multiplied_by_tensor_cores_too(reports: list[dict[str, Any
 def test_pages_are_on_their_way_while_others_are_multiplied(reports: list[dict[str, Any]]) -> None:
     attention = [report for report in reports if report["kernel"] == "attention_kernel"]
     assert [name(report) for report in attention if not report["async_copies"]] == []
+
+
+def streams(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Launches that read a weight in a 16-bit type."""
+    return [
+        report
+        for report in reports
+        if report["kernel"] in ("stream_kernel", "ring_kernel") and "float32" not in report["call"]
+    ]
+
+
+def test_weights_are_multiplied_by_warp_groups_for_any_number_of_rows(
+    reports: list[dict[str, Any]],
+) -> None:
+    found = streams(reports)
+    assert {report["kernel"] for report in found} == {"stream_kernel", "ring_kernel"}
+    assert {report["constants"]["BLOCK_M"] for report in found} == {16, 64}
+    assert [name(report) for report in found if not report["wgmma"]] == []
+
+
+def test_weights_are_on_their_way_while_others_are_multiplied(
+    reports: list[dict[str, Any]],
+) -> None:
+    assert [name(report) for report in streams(reports) if not report["async_copies"]] == []
+
+
+def test_weights_are_sent_for_before_earlier_kernels_have_ended(
+    reports: list[dict[str, Any]],
+) -> None:
+    """With the ring: its whole first round of weights stands before the wait."""
+    for report in reports:
+        if report["kernel"] == "ring_kernel":
+            constants = report["constants"]
+            tiles = constants["STAGES"] * (1 + constants["WITH_GATE"])
+            assert report["copies_before_wait"] >= tiles, name(report)
+
+
+def test_kernels_of_a_layer_start_early(reports: list[dict[str, Any]]) -> None:
+    found = [
+        report for report in reports if report["call"].split(":")[0] in ("product", "between")
+    ]
+    assert [name(report) for report in found if not report["launch_pdl"]] == []

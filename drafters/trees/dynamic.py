@@ -1,9 +1,8 @@
 """tree=dynamic: the budget goes where the draft is confident."""
 
-import torch
 from torch import Tensor
 
-from specdec.drafters.trees.policy import BasePolicy
+from specdec.drafters.trees.policy import BasePolicy, kernels_on
 
 
 class Dynamic(BasePolicy):
@@ -47,24 +46,14 @@ class Dynamic(BasePolicy):
         if not sampled:
             return possible
         share = self.budget // levels + (level < self.budget % levels)
-        return possible & _best(scores.flatten(1), share).view_as(scores)
+        best = kernels_on(scores.device).best(scores.flatten(1), share)
+        return possible & best.view_as(scores)
 
     def expand(self, level: int, scores: Tensor) -> Tensor | None:
         if scores.shape[1] <= self.candidates:
             return None
-        return _order(scores)[:, : self.candidates].sort(dim=1).values
+        kernels = kernels_on(scores.device)
+        return kernels.places(kernels.best(scores, self.candidates), self.candidates)
 
     def keep(self, scores: Tensor) -> Tensor | None:
-        return _best(scores, self.budget)
-
-
-def _best(scores: Tensor, count: int) -> Tensor:
-    """[B, T] bool, the `count` best of each row."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    return chosen.scatter(1, _order(scores)[:, :count], True)
-
-
-def _order(scores: Tensor) -> Tensor:
-    """[B, T] from best to worst; among equals the earlier first, so parents go before their
-    children."""
-    return scores.sort(dim=1, descending=True, stable=True).indices
+        return kernels_on(scores.device).best(scores, self.budget)

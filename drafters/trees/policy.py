@@ -1,10 +1,15 @@
 """What tree policies share: a checked budget, and the answers of a policy that takes every
 candidate."""
 
+from functools import cache
+from types import ModuleType
 from typing import cast, get_args
 
+import torch
 from torch import Tensor
 
+from specdec.kernels.choose import AUTO
+from specdec.protocols import TreePolicy
 from specdec.tree import Children
 
 
@@ -43,3 +48,19 @@ class BasePolicy:
 
     def keep(self, scores: Tensor) -> Tensor | None:
         return None
+
+
+def overrides(policy: TreePolicy, method: str) -> bool:
+    """Whether a policy may answer otherwise than `BasePolicy` does."""
+    return getattr(type(policy), method) is not getattr(BasePolicy, method)
+
+
+def takes_all(policy: TreePolicy) -> bool:
+    """Whether a policy takes every candidate of its widths without a look at the scores."""
+    return not any(overrides(policy, method) for method in ("select", "expand", "keep"))
+
+
+@cache
+def kernels_on(device: torch.device) -> ModuleType:
+    """What a policy computes with: it decides the same with any."""
+    return AUTO.on(device)

@@ -7,15 +7,30 @@ from device tensors when it runs.
 from specdec.kernels.gpu.accept import RULES
 from specdec.kernels.gpu.attend import tree_attention
 from specdec.kernels.gpu.cache import commit_path, compact_path, write_tree
+from specdec.kernels.gpu.draft import top_tokens, uniforms
+from specdec.kernels.gpu.growth import best, compact, extend, places
+from specdec.kernels.gpu.layer import add_norm, rotate_and_write
+from specdec.kernels.gpu.linear import gated_linear, linear, project
 from specdec.kernels.gpu.rounding import quantise
 from specdec.kernels.gpu.trees import tree_structure
 
 __all__ = [
     "RULES",
+    "add_norm",
+    "best",
     "commit_path",
+    "compact",
     "compact_path",
+    "extend",
+    "gated_linear",
+    "linear",
+    "places",
+    "project",
     "quantise",
+    "rotate_and_write",
+    "top_tokens",
     "tree_attention",
     "tree_structure",
+    "uniforms",
     "write_tree",
 ]

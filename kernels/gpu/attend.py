@@ -21,6 +21,9 @@ from specdec.kernels.gpu.plan import Pieces, plan_pieces
 from specdec.kernels.layout import TreeLayout
 
 BULK_ALIGNMENT = 16  # bytes, of the rows the bulk copy engine reads
+# Programs that start early are spread unevenly, which costs more than it gains where they have
+# much to read.
+EARLY_TOKENS = 16384
 
 
 def tree_attention(
@@ -74,8 +77,11 @@ def tree_attention(
             page_size=page_size,
             plain=plain,
         )
+    key = ("pieces", blocks, rows, kv_heads, page_size, window, fixed_splits, shared_prefix)
+    # The list of pieces must be there when the kernel starts early.
+    planned = layout.remembers(key)
     pieces: Pieces = layout.remember(
-        ("pieces", blocks, rows, kv_heads, page_size, window, fixed_splits, shared_prefix),
+        key,
         lambda: plan_pieces(
             layout,
             blocks=blocks,
@@ -97,8 +103,10 @@ def tree_attention(
         )
     interpreting = triton.knobs.runtime.interpret
     ancestors = layout.ancestors
+    early = planned and not interpreting and batch * layout.max_context <= EARLY_TOKENS
     passes = [(pieces.items, row_blocks, False)]
     if pieces.shared_items is not None:
+        early = False
         passes.insert(0, (pieces.shared_items, 1, True))
     for items, blocks_of_an_item, shared in passes:
         attention_kernel[(len(items) * kv_heads * blocks_of_an_item,)](
@@ -162,8 +170,10 @@ def tree_attention(
             SOFTCAP=softcap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else None,
             UPCAST=interpreting and query.dtype == torch.bfloat16,
-            OVERLAP=pieces.most > 1 and not shared and not interpreting,
+            OVERLAP=not shared and not interpreting,
+            EARLY=early,
             num_warps=blocks.warps,
+            launch_pdl=early,
         )
     if partials is not None:
         merge(out, *partials, sinks, pieces)

@@ -99,8 +99,12 @@ def attention_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One row block and key-value head over one piece of the keys.
+
+    With EARLY it may start while the kernel before it is at work, which can have made the queries
+    and the scratch, but nothing else.
 
     With SHARED the rows are those of several sequences, and the piece lies in pages they share.
     """
@@ -131,6 +135,8 @@ def attention_kernel(
     query_head = head * GROUP + row % GROUP
     offs_k = tl.arange(0, KEY_PAD)
     offs_v = tl.arange(0, VALUE_PAD)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     query_rows = (
         query_ptr
         + owner * stride_query_b

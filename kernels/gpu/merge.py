@@ -75,6 +75,7 @@ def merge_kernel(
     head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     slot = tl.load(span_ptr + 2 * sequence).to(tl.int64)
     pieces = tl.load(span_ptr + 2 * sequence + 1)

@@ -15,6 +15,15 @@ from specdec.kernels.reference.cache import (
     quantise,
     write_tree,
 )
+from specdec.kernels.reference.draft import top_tokens, uniforms
+from specdec.kernels.reference.growth import best, compact, extend, places
+from specdec.kernels.reference.layer import (
+    add_norm,
+    gated_linear,
+    linear,
+    project,
+    rotate_and_write,
+)
 from specdec.kernels.reference.trees import tree_structure
 
 RULES: dict[str, Any] = {}
@@ -22,13 +31,24 @@ RULES: dict[str, Any] = {}
 
 __all__ = [
     "RULES",
+    "add_norm",
     "as_stored",
     "attention",
+    "best",
     "commit_path",
+    "compact",
     "compact_path",
+    "extend",
+    "gated_linear",
     "gather_context",
+    "linear",
+    "places",
+    "project",
     "quantise",
+    "rotate_and_write",
+    "top_tokens",
     "tree_attention",
     "tree_structure",
+    "uniforms",
     "write_tree",
 ]

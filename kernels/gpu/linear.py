@@ -1,0 +1,197 @@
+"""Products with a weight at the pace device memory delivers it, for the few rows of a decoding
+step.
+
+The weight is the left operand of the tensor cores ("swap AB"), so that 64 or more of its rows
+fill them however few rows x has. Programs are no more than run at the same time and do equal
+work: then it does not matter how they fall on the multiprocessors, for all of them draw on the
+same memory. Where tiles of the result are too few for that, the sum over K is split, and whoever
+reads the result adds the parts up.
+
+Between two kernels device memory would be idle. A program therefore starts as soon as the one
+before it has left its place (programmatic dependent launch), asks for its first weights, and only
+then waits for the results of earlier kernels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from specdec.kernels.gpu.ring import ring_descriptor, ring_kernel
+from specdec.kernels.gpu.stream import (
+    STREAM_ROWS,
+    Stream,
+    choose_stream,
+    gated,
+    padded_rows,
+    stream_kernel,
+)
+
+BULK_ALIGNMENT = 16  # bytes, of the rows the bulk copy engine reads
+
+
+def linear(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor:
+    """As `specdec.kernels.reference.linear`: float32 parts for up to `STREAM_ROWS` rows, one part
+    in the type of x beyond.
+
+    Args:
+        blocks: launch parameters, for tuning; None chooses them by the shape.
+    """
+    rows, outputs = len(x), len(weight)
+    if not _streamed(x, blocks):
+        return torch.mm(x, weight.T)[None]
+    if blocks is None:
+        blocks = choose_stream(
+            rows=rows, outputs=outputs, inputs=x.shape[1], dtype=x.dtype, whole=False
+        )
+    chunk, splits = _chunks(x.shape[1], blocks)
+    parts = x.new_empty(splits, rows, outputs, dtype=torch.float32)
+    _stream(parts, x, weight, blocks, chunk)
+    return parts
+
+
+def project(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor:
+    """As `specdec.kernels.reference.project`; `blocks` as in `linear`, of one split."""
+    rows, outputs = len(x), len(weight)
+    if not _streamed(x, blocks):
+        return torch.mm(x, weight.T)
+    if blocks is None:
+        blocks = choose_stream(
+            rows=rows, outputs=outputs, inputs=x.shape[1], dtype=x.dtype, whole=True
+        )
+    out = x.new_empty(rows, outputs)
+    _stream(out, x, weight, blocks, x.shape[1])
+    return out
+
+
+def gated_linear(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor:
+    """As `specdec.kernels.reference.gated_linear`; `blocks` as in `linear`, where splits leave
+    the gate to a second kernel."""
+    rows, outputs = len(x), len(weight)
+    if not _streamed(x, blocks):
+        return gate(torch.mm(x, weight.T)[None])
+    if blocks is None:
+        blocks = choose_stream(
+            rows=rows, outputs=outputs, inputs=x.shape[1], dtype=x.dtype, whole=False, gated=True
+        )
+    if blocks.splits > 1:
+        return gate(linear(x, weight, blocks=blocks), x.dtype)
+    out = x.new_empty(rows, outputs // 2)
+    _stream(out, x, weight, blocks, x.shape[1], with_gate=True)
+    return out
+
+
+def gate(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[S, M, 2 I], gate and up, to [M, I]: silu(gate) * up."""
+    splits, rows, outputs = parts.shape
+    out = parts.new_empty(rows, outputs // 2, dtype=dtype or parts.dtype)
+    interpreting = triton.knobs.runtime.interpret
+    block = 512
+    if rows:
+        gate_kernel[(triton.cdiv(outputs // 2, block), rows)](
+            out,
+            parts,
+            rows,
+            WIDTH=outputs // 2,
+            SPLITS=splits,
+            BLOCK=block,
+            OVERLAP=not interpreting,
+            num_warps=4,
+            launch_pdl=not interpreting,
+        )
+    return out
+
+
+def _streamed(x: Tensor, blocks: Stream | None) -> bool:
+    return blocks is not None or len(x) <= STREAM_ROWS
+
+
+def _chunks(inputs: int, blocks: Stream) -> tuple[int, int]:
+    """Columns of a split, a multiple of those of an iteration, and how many splits that makes."""
+    chunk = triton.cdiv(triton.cdiv(inputs, blocks.splits), blocks.columns) * blocks.columns
+    return chunk, triton.cdiv(inputs, chunk)
+
+
+def _stream(
+    out: Tensor, x: Tensor, weight: Tensor, blocks: Stream, chunk: int, with_gate: bool = False
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        out: [S, M, N] or [M, N], dense.
+        chunk: columns of a split.
+    """
+    rows, inputs = x.shape
+    if weight.stride(1) != 1 or not weight.is_contiguous():
+        raise ValueError(f"a weight of strides {weight.stride()} must be contiguous")
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if not out.numel():
+        return
+    width = out.shape[-1]
+    block_m = padded_rows(rows)
+    bulk = blocks.bulk and all(
+        tensor.stride(0) * tensor.itemsize % BULK_ALIGNMENT == 0
+        and tensor.data_ptr() % BULK_ALIGNMENT == 0
+        for tensor in (x, weight)
+    )
+    interpreting = triton.knobs.runtime.interpret
+    grid = (triton.cdiv(width, blocks.rows), triton.cdiv(inputs, chunk))
+    shared = {
+        "WIDTH": width,
+        "DEPTH": inputs,
+        "CHUNK": chunk,
+        "BLOCK_M": block_m,
+        "BLOCK_N": blocks.rows,
+        "BLOCK_K": blocks.columns,
+        "WITH_GATE": with_gate,
+        "STAGES": blocks.stages,
+        "num_warps": blocks.warps,
+        "launch_pdl": not interpreting,
+    }
+    tiles = ((x, [block_m, blocks.columns]), (weight, [blocks.rows, blocks.columns]))
+    if bulk and blocks.ring and not interpreting:
+        descriptors = [ring_descriptor(tensor, tile) for tensor, tile in tiles]
+        ring_kernel[grid](out, *descriptors, rows, **shared)
+        return
+    stream_kernel[grid](
+        out,
+        x,
+        weight,
+        *(TensorDescriptor.from_tensor(*tile) if bulk else None for tile in tiles),
+        rows,
+        x.stride(0),
+        BULK=bulk,
+        PRECISION="ieee" if x.dtype == torch.float32 else None,
+        UPCAST=interpreting and x.dtype == torch.bfloat16,
+        OVERLAP=not interpreting,
+        **shared,
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate_kernel(
+    out_ptr,  # [M, I]
+    parts_ptr,  # [S, M, 2 I]
+    rows,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program for some columns of one row."""
+    row = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < WIDTH
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    opening = tl.zeros([BLOCK], tl.float32)
+    up = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        here = parts_ptr + (split * rows + row) * (2 * WIDTH) + offs
+        opening += tl.load(here, mask=inside, other=0.0).to(tl.float32)
+        up += tl.load(here + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    result = gated(opening, up, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * WIDTH + offs, result.to(out_ptr.dtype.element_ty), mask=inside)

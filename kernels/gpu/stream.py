@@ -1,0 +1,169 @@
+"""How a weight is read by the few rows of a decoding step, and the kernel that does it in Triton.
+
+Launch parameters were measured on an H200.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+STREAM_ROWS = 64  # of x; beyond, products are bound by arithmetic and cuBLAS is as good
+PROGRAMS = 132  # about as many as a GPU has multiprocessors
+RING = 200 * 1024  # bytes of shared memory for tiles on their way to one multiprocessor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """How a weight is read.
+
+    Args:
+        rows: of the weight to a program; with a gate, of the gate and of the up half each.
+        columns: of an iteration.
+        splits: parts the sum over K is cut into.
+        warps, stages: of a program, and of its pipeline.
+        bulk: read with the bulk copy engine (TMA).
+        ring: the kernel with a pipeline kept by hand (`specdec.kernels.gpu.ring`); needs `bulk`
+            and warps in fours.
+    """
+
+    rows: int
+    columns: int
+    splits: int = 1
+    warps: int = 4
+    stages: int
+    bulk: bool = True
+    ring: bool = True
+
+
+EXACT = Stream(rows=32, columns=32, stages=2, bulk=False, ring=False)
+FEW_ROWS = Stream(rows=64, columns=128, stages=10)
+MANY_ROWS = Stream(rows=128, columns=128, warps=8, stages=4)
+GATED = Stream(rows=128, columns=64, warps=8, stages=5)
+GATED_MANY_ROWS = Stream(rows=64, columns=128, stages=2)
+GATED_SMALL = Stream(rows=64, columns=64, stages=10)
+
+
+def choose_stream(
+    *, rows: int, outputs: int, inputs: int, dtype: torch.dtype, whole: bool, gated: bool = False
+) -> Stream:
+    """How to read a weight [outputs, inputs] for a product with `rows` rows.
+
+    Up to 16 rows it does not matter how many: neither does the order in which a result is summed
+    up.
+
+    Args:
+        whole: the result is wanted in one part.
+        gated: one half of the outputs is the gate of the other.
+    """
+    if dtype == torch.float32:  # no tensor cores: exactness is the point, not speed
+        return replace(EXACT, rows=EXACT.rows // 2) if gated else EXACT
+    if gated:
+        few = GATED if rows <= 16 else GATED_MANY_ROWS
+        stream = few if outputs // 2 >= 96 * GATED.rows else GATED_SMALL
+    else:
+        stream = MANY_ROWS if whole and rows > 16 else FEW_ROWS
+    if whole or gated:
+        splits = 1
+    else:
+        tiles = triton.cdiv(outputs, stream.rows)
+        splits = max(1, min(PROGRAMS // tiles, inputs // (2 * stream.columns)))
+    # A product of many waves runs two programs to a multiprocessor: one starts while the other
+    # is at work.
+    room = RING // 2 if whole or stream is GATED_MANY_ROWS else RING
+    lines = (2 if gated else 1) * stream.rows + padded_rows(rows)
+    stages = min(stream.stages, room // (lines * stream.columns * dtype.itemsize))
+    steps = triton.cdiv(triton.cdiv(inputs, splits), stream.columns)
+    return replace(stream, splits=splits, stages=max(2, min(stages, steps)))
+
+
+def padded_rows(rows: int) -> int:
+    """Columns of the tile that holds x, transposed."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def stream_kernel(
+    out_ptr,  # [S, M, N]
+    x_ptr,  # [M, K]
+    weight_ptr,  # [N, K], with a gate [2 N, K]
+    x_desc,
+    weight_desc,
+    rows,
+    stride_x_row,
+    WIDTH: tl.constexpr,  # N
+    DEPTH: tl.constexpr,  # K
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WITH_GATE: tl.constexpr,
+    STAGES: tl.constexpr,
+    BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """One program for some rows of the weight and one split of its columns."""
+    first = tl.program_id(0) * BLOCK_N
+    begin = tl.program_id(1) * CHUNK
+    end = min(begin + CHUNK, DEPTH)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = first + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    inside = offs_n < WIDTH
+    # Rows beyond the last give results that nobody stores.
+    kept_n = tl.minimum(offs_n, WIDTH - 1).to(tl.int64)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    x_rows = x_ptr + offs_m[:, None].to(tl.int64) * stride_x_row + offs_k  # [BM, BK]
+    weight_rows = weight_ptr + kept_n[:, None] * DEPTH + offs_k  # [BN, BK]
+    alive = offs_m[:, None] < rows
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        if BULK:
+            weight = weight_desc.load([first, k])
+            x = x_desc.load([0, k])
+        else:
+            near = (k + offs_k < DEPTH)[None, :]
+            weight = _read(weight_rows + k, near, DEPTH, BLOCK_K)
+            x = tl.load(x_rows + k, mask=alive & near, other=0.0)
+        if UPCAST:
+            weight, x = weight.to(tl.float32), x.to(tl.float32)
+        acc = tl.dot(weight, x.T, acc, input_precision=PRECISION)
+        if WITH_GATE:
+            if BULK:
+                weight = weight_desc.load([WIDTH + first, k])
+            else:
+                weight = _read(
+                    weight_rows + tl.cast(WIDTH, tl.int64) * DEPTH + k, near, DEPTH, BLOCK_K
+                )
+            if UPCAST:
+                weight = weight.to(tl.float32)
+            up = tl.dot(weight, x.T, up, input_precision=PRECISION)
+    if WITH_GATE:
+        acc = gated(acc, up, out_ptr.dtype.element_ty)
+    target = (tl.program_id(1) * rows + offs_m[None, :]).to(tl.int64) * WIDTH + offs_n[:, None]
+    tl.store(
+        out_ptr + target,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (offs_m < rows)[None, :],
+    )
+
+
+@triton.jit
+def _read(pointers, near, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile of the weight, which no one will ask for again soon."""
+    if DEPTH % BLOCK_K == 0:
+        return tl.load(pointers, eviction_policy="evict_first")
+    return tl.load(pointers, mask=near, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def gated(opening, up, DTYPE: tl.constexpr):
+    """silu(opening) * up of numbers rounded to a type, in float32."""
+    opening = opening.to(DTYPE).to(tl.float32)
+    return opening / (1.0 + tl.exp(-opening)) * up.to(DTYPE).to(tl.float32)

@@ -1,0 +1,77 @@
+"""What a drafter reads off its logits: the most probable tokens, and random numbers to draw by.
+
+Legend: B sequences, R rows, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+LOW = 2**32 - 1
+
+
+def uniforms(keys: Tensor, stream: int, count: int) -> Tensor:
+    """[B, count] float64 in [0, 1), a pure function of the arguments: the numbers of
+    `specdec.sampling.uniforms`, to the bit (Philox 4x64-10, Salmon et al. 2011, as in numpy).
+
+    Args:
+        keys: [B, 3] int64, the bits of uint64 seed, sequence and step.
+        stream: keeps draws for different purposes within a step apart.
+    """
+    left, right, step = keys[:, :, None].unbind(1)  # [B, 1] each
+    block = torch.arange(1, -(-count // 4) + 1, device=keys.device)
+    first = block.expand(len(keys), -1)
+    second = torch.zeros_like(first)
+    third, fourth = second + stream, second + step
+    for _ in range(10):
+        high, low = _product(first, 0xD2E7470EE14C6C93)
+        high_too, low_too = _product(third, 0xCA5A826395121157)
+        first, second = high_too ^ second ^ left, low_too
+        third, fourth = high ^ fourth ^ right, low
+        left = left + _signed(0x9E3779B97F4A7C15)
+        right = right + _signed(0xBB67AE8584CAA73B)
+    words = torch.stack([first, second, third, fourth], dim=2).flatten(1)[:, :count]
+    return (words >> 11 & (1 << 53) - 1).double() * 2.0**-53
+
+
+def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 64 bits of a product of unsigned 64-bit numbers, kept in int64.
+
+    By hand on halves of 32 bits: no sum of these products exceeds 64 bits.
+    """
+    high, low = words >> 32 & LOW, words & LOW
+    factor_high, factor_low = factor >> 32, factor & LOW
+    middle = high * factor_low + (low * factor_low >> 32 & LOW)
+    other = low * factor_high + (middle & LOW)
+    upper = high * factor_high + (middle >> 32 & LOW) + (other >> 32 & LOW)
+    return upper, words * _signed(factor)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a uint64."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def top_tokens(
+    logits: Tensor, count: int, *, temperature: float = 1.0, vocab: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The most probable tokens and their probabilities, in descending order.
+
+    Args:
+        logits: [R, V] bfloat16, float16 or float32.
+        count: how many; of equal logits the lower id comes first.
+        temperature: what the logits are divided by, above 0.
+        vocab: only so many columns count; None for all.
+
+    Returns:
+        (ids [R, count] int64, probabilities [R, count] float32 among all tokens).
+
+    Raises:
+        ValueError: more tokens asked for than there are.
+    """
+    scores = logits[:, :vocab].float()
+    if not 1 <= count <= scores.shape[1]:
+        raise ValueError(
+            f"count={count}: must be from 1 to the {scores.shape[1]} tokens there are"
+        )
+    ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return ids.contiguous(), (scores / temperature).softmax(dim=1).gather(1, ids)
