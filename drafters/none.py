@@ -9,6 +9,8 @@ from specdec.tree import TokenTree
 class NoDrafter(Drafter):
     """Proposes the root alone, so each step is one pass of the target over one token."""
 
+    on_device = True
+
     def __init__(self, *, target: Any = None, tree: Any = None) -> None:
         """`target` and `tree` are accepted like in any drafter and not needed."""
 

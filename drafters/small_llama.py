@@ -17,14 +17,14 @@ class SmallLlama(Drafter):
     """Drafts with a causal LM, any that shares the target's vocabulary (Leviathan et al. 2023;
     SpecInfer).
 
-    It has its own paged cache. Each draft begins by committing what the last step added (usually
-    one or two tokens, the root among them); then every level of the tree is one pass over its
-    nodes, whose keys and values go to the tree scratch.
+    It has its own paged cache. Each draft begins by committing what the last step added and no
+    pass of the drafter has seen: the root, and perhaps the node before it. Then every level of the
+    tree is one pass over its nodes, whose keys and values go to the tree scratch.
 
     Args:
         target: the target model.
         tree: the tree policy.
-        path: model folder, hub id or zoo:NAME.
+        path: model folder, hub id, zoo:NAME or standin:NAME.
         depth: levels of the tree; None leaves it to the policy.
         candidates: sampled children are drawn from the `candidates` most probable tokens,
             renormalised; that cut distribution is the one the acceptance rule is told about, so it
@@ -35,6 +35,7 @@ class SmallLlama(Drafter):
     """
 
     sampled_children = True
+    on_device = True
 
     def __init__(
         self,
@@ -58,15 +59,21 @@ class SmallLlama(Drafter):
         check_vocabulary(self.lm, target, setting=f"drafter.path={path}")
         self.vocab_size = min(self.lm.vocab_size, target.vocab_size)
         self.model = CachedModel(self.lm)
-        self._slots = torch.empty(
-            0
-        )  # [B, N] scratch row of each node of the last draft, -1 for none
+        self._news: Tensor  # [rows, 2] tokens of each cache row that are to be committed next
+        self._count: Tensor  # [rows] how many of the two
+        # Of the last draft: the trees, and [B, N] the scratch row of each node, -1 for none.
+        self._drafted: tuple[TokenTree, Tensor]
 
     def prepare(self, capacity: Capacity) -> None:
         self.model.prepare(capacity)
+        rows, device = capacity.rows + 1, self.lm.device
+        self._news = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        self._count = torch.ones(rows, dtype=torch.int64, device=device)
 
     def start(self, sequences: Sequence[Decoding]) -> None:
-        self.model.start(sequences)
+        for sequence in self.model.start(sequences):
+            self._news[sequence.row] = sequence.tokens[-1]
+            self._count[sequence.row] = 1
 
     def finish(self, sequence: Decoding) -> None:
         self.model.finish(sequence)
@@ -74,45 +81,62 @@ class SmallLlama(Drafter):
     def draft(self, context: StepContext) -> TokenTree:
         if not self.levels:
             return TokenTree.roots(context.roots)
-        cache, rows = self.model.cache, context.rows
         sampled = self.tree.children != "top_k"
-        news = [s.tokens[cache.committed(s.row) :] for s in context.sequences]
-        first_logits = self.lm.extend(cache, rows, news)[:, None]  # [B, 1, V], after the root
+        news, count = self._news[context.rows], self._count[context.rows]
+        if news.device.type == "cpu":  # where a look is free, and a narrower pass cheaper
+            news = news[:, : int(count.max())]
+        first_logits = self.lm.append(self.model.cache, context.rows, news, count)[:, None]
         parents: list[Tensor] = []  # of the nodes that have scratch rows, level by level
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
-            logits = first_logits
+            logits = first_logits  # [B, 1, V], after the root
             if frontier.level:
                 parents.append(frontier.parents - 1)  # expanded node n has scratch row n - 1
                 logits = self._forward(context, frontier, parents)
             logits = logits[..., : self.vocab_size]
-            if sampled:
+            if not sampled:
+                return self._best(context, logits, self.tree.width(frontier.level), 1.0)
+            if context.sampling.filters:
                 probs, ids = probabilities(logits, context.sampling).topk(
                     min(self.candidates, self.vocab_size)
                 )
-                return ids, probs / probs.sum(-1, keepdim=True)
-            probs, ids = (
-                logits.float()
-                .softmax(-1)
-                .topk(min(self.tree.width(frontier.level), self.vocab_size))
-            )
-            return ids, probs
+            else:
+                temperature = context.sampling.temperature
+                ids, probs = self._best(context, logits, self.candidates, temperature)
+            return ids, probs / probs.sum(-1, keepdim=True)
 
         tree, expanded = grow(self.tree, self.levels, context, expand)
-        self._slots = expanded - 1  # expanded node 0 is the root, which is committed already
+        self._drafted = tree, expanded - 1  # expanded node 0 is the root, committed already
         return tree
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
         if not self.levels:
             return
-        slots = self._slots.gather(1, acceptance.path)[
-            :, 1:
-        ]  # [B, depth]; the root is committed already
-        inside = torch.arange(slots.shape[1], device=slots.device) < acceptance.length[:, None] - 1
-        # A node of the last level, or one not expanded, has no keys and values; it comes with the
-        # next draft.
+        tree, slots = self._drafted
+        path, rows = acceptance.path, context.rows
+        slots = slots.gather(1, path)[:, 1:]  # [B, depth]; the root is committed already
+        accepted = (acceptance.length - 1).clamp(min=0)
+        inside = torch.arange(slots.shape[1], device=slots.device) < accepted[:, None]
         length = (inside & (slots >= 0)).long().cumprod(1).sum(1)
-        self.model.commit(context.rows, slots.clamp(min=0), length)
+        self.model.cache.append(rows, slots.clamp(min=0), length)
+        # Only the last accepted node can be without keys and values: it was not expanded.
+        missing = accepted > length
+        last = tree.tokens.gather(1, path.gather(1, accepted[:, None]))[:, 0]
+        first = torch.where(missing, last, acceptance.next_token)
+        self._news[rows] = torch.stack([first, acceptance.next_token], dim=1)
+        self._count[rows] = missing + 1
+
+    def _best(
+        self, context: StepContext, logits: Tensor, count: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """The most probable tokens [B, F, count] and their probabilities, given logits
+        [B, F, V]."""
+        count = min(count, self.vocab_size)
+        ids, probs = context.kernels.top_tokens(
+            logits.flatten(0, 1), count, temperature=temperature
+        )
+        shape = *logits.shape[:2], count
+        return ids.view(shape), probs.view(shape)
 
     def _forward(self, context: StepContext, frontier: Frontier, parents: list[Tensor]) -> Tensor:
         """[B, F, V] logits after the nodes of a level.

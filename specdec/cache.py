@@ -10,12 +10,14 @@ filled last page of a forked row is copied when the fork first writes to it. A r
 it may ever need from the moment it is opened, so nothing can run out in the middle of a step.
 
 Draft nodes keep their keys and values in the scratch, once per node however many branches pass
-through it; `commit` copies an accepted path to the pages. Pages may hold a quantised type; rows
+through it; `commit` copies an accepted path to the pages. How much of a row is committed is known
+to the device alone, so that a step need not wait for it. Pages may hold a quantised type; rows
 are then rounded to it before they enter the scratch (`write_tree`), so that a model sees a node as
 it will be once it is committed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -52,7 +54,6 @@ class _Row:
     """Host-side state of an open row."""
 
     pages: list[int]
-    committed: int = 0
     borrowed: int | None = (
         None  # index in `pages` of a partial page that belongs to the row forked from
     )
@@ -67,7 +68,8 @@ class PagedKVCache:
 
     Args:
         shape: layers, heads and head sizes.
-        rows: sequences held at a time.
+        rows: sequences held at a time. Row number `rows` is always idle: it holds nothing, and
+            what is appended to it is dropped.
         pages: pages in the pool.
         page_size: tokens of a page.
         max_tokens: the longest sequence a row may hold.
@@ -99,7 +101,7 @@ class PagedKVCache:
         if kv_dtype is not None and kv_dtype not in LARGEST:
             raise ValueError(f"kv_dtype={kv_dtype}: must be None, float8_e4m3fn or int8 of torch")
         self.shape, self.page_size, self.max_tokens = shape, page_size, max_tokens
-        self.pages = pages
+        self.pages, self.idle_row = pages, rows
         self.kv_dtype = kv_dtype
         self._kernels = kernels
         self._like = torch.empty(0, dtype=dtype, device=device)
@@ -114,13 +116,14 @@ class PagedKVCache:
         if kv_dtype is not None:
             self.key_scales = torch.ones(pool, dtype=torch.float32, device=device)
             self.value_scales = torch.ones_like(self.key_scales)
-        self.page_table = torch.zeros(
-            rows, self.pages_for(max_tokens), dtype=torch.int32, device=device
-        )
-        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)  # committed tokens
+        columns = self.pages_for(max_tokens)
+        self.page_table = torch.zeros(rows + 1, columns, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(rows + 1, dtype=torch.int32, device=device)  # committed tokens
+        self.capacity = torch.zeros_like(self.lengths)  # allocated tokens
         no_scratch = (shape.layers, 0, shape.kv_heads, 0)
         self.tree_keys = self._like.new_zeros(*no_scratch, shape.key_dim)  # [L, B, HKV, M, D]
         self.tree_values = self._like.new_zeros(*no_scratch, shape.value_dim)
+        self._outgrown: list[tuple[Tensor, Tensor]] = []
         self._rows: dict[int, _Row] = {}
         self._free = list(range(pages - 1, -1, -1))
         self._references = [0] * pages
@@ -137,7 +140,8 @@ class PagedKVCache:
         return len(self._free)
 
     def committed(self, row: int) -> int:
-        return self._rows[row].committed
+        """Waits for the device."""
+        return int(self.lengths[row])
 
     def allocated(self, row: int) -> int:
         return len(self._rows[row].pages) * self.page_size
@@ -177,9 +181,11 @@ class PagedKVCache:
         for page in shared:
             self._references[page] += 1
         pages = shared + [self._take() for _ in range(needed - len(shared))]
-        self._rows[row] = _Row(pages, committed=len(shared) * self.page_size, prefix=list(prefix))
+        self._rows[row] = _Row(pages, prefix=list(prefix))
         self._publish_row(row)
-        return self._rows[row].committed
+        done = len(shared) * self.page_size
+        self.lengths[row] = done
+        return done
 
     def shareable(self, prefix: Sequence[int]) -> int:
         """Tokens of `prefix` that `open` would find committed."""
@@ -199,12 +205,12 @@ class PagedKVCache:
         """
         if row in self._rows:
             raise RuntimeError(f"cache row {row} is already open")
-        parent = self._rows[source]
-        if not parent.committed <= tokens <= self.max_tokens:
+        parent, committed = self._rows[source], self.committed(source)
+        if not committed <= tokens <= self.max_tokens:
             raise ValueError(
-                f"{parent.committed} tokens do not fit a row of {tokens}, limit {self.max_tokens}"
+                f"{committed} tokens do not fit a row of {tokens}, limit {self.max_tokens}"
             )
-        used, full = self.pages_for(parent.committed), parent.committed // self.page_size
+        used, full = self.pages_for(committed), committed // self.page_size
         own = (
             self.pages_for(tokens) - full
         )  # the partial page counts: it is copied when written to
@@ -216,13 +222,13 @@ class PagedKVCache:
         partial = used > full
         child = _Row(
             shared + [self._take() for _ in range(own - partial)],
-            committed=parent.committed,
             borrowed=full if partial else None,
             spare=self._take() if partial else None,
-            prefix=parent.prefix[: parent.committed],
+            prefix=parent.prefix[:committed],
         )
         self._rows[row] = child
         self._publish_row(row)
+        self.lengths[row] = committed
 
     def close(self, row: int) -> None:
         """Give the row's pages back; pages that other rows share live on."""
@@ -230,25 +236,46 @@ class PagedKVCache:
         for page in state.pages if state.spare is None else [*state.pages, state.spare]:
             self._release(page)
         self.lengths[row] = 0
+        self.capacity[row] = 0
 
     # Tokens
 
     def scratch(self, batch: int, nodes: int) -> None:
         """Make `tree_keys` and `tree_values` at least [L, batch, HKV, nodes, D]; what they hold
-        stays."""
+        stays.
+
+        A scratch that was too small is kept: graphs captured over it go on using it.
+        """
         _, had_batch, _, had_nodes, _ = self.tree_keys.shape
         if had_batch >= batch and had_nodes >= nodes:
             return
-        batch, nodes = max(batch, had_batch), max(nodes, had_nodes)
+        if had_nodes:
+            self._outgrown.append((self.tree_keys, self.tree_values))
+        batch, nodes = max(batch, had_batch, self.idle_row), max(nodes, had_nodes)
+        keys, values = self._new_scratch(batch, nodes)
+        keys[:, :had_batch, :, :had_nodes] = self.tree_keys
+        values[:, :had_batch, :, :had_nodes] = self.tree_values
+        self.tree_keys, self.tree_values = keys, values
+
+    @contextmanager
+    def scratch_apart(self, batch: int, nodes: int) -> Iterator[None]:
+        """A scratch for the time being: that of draft nodes need not grow for a prompt."""
+        kept = self.tree_keys, self.tree_values
+        self.tree_keys, self.tree_values = self._new_scratch(batch, nodes)
+        try:
+            yield
+        finally:
+            self.tree_keys, self.tree_values = kept
+
+    def _new_scratch(self, batch: int, nodes: int) -> tuple[Tensor, Tensor]:
         leading = (self.shape.layers, batch, self.shape.kv_heads, nodes)
-        grown_keys = self._like.new_zeros(*leading, self.shape.key_dim)
-        grown_values = self._like.new_zeros(*leading, self.shape.value_dim)
-        grown_keys[:, :had_batch, :, :had_nodes] = self.tree_keys
-        grown_values[:, :had_batch, :, :had_nodes] = self.tree_values
-        self.tree_keys, self.tree_values = grown_keys, grown_values
+        return (
+            self._like.new_zeros(*leading, self.shape.key_dim),
+            self._like.new_zeros(*leading, self.shape.value_dim),
+        )
 
     def commit(self, rows: Sequence[int], path: Tensor | None, length: Tensor) -> None:
-        """Append the accepted scratch rows of each sequence to its pages.
+        """Append the accepted scratch rows of each sequence to its pages. Waits for the device.
 
         Args:
             rows: [B], the cache row of each sequence of the scratch.
@@ -258,12 +285,12 @@ class PagedKVCache:
         Raises:
             RuntimeError: a row would outgrow its pages or its path; nothing has been written.
         """
-        counts = length.tolist()
+        counts, committed = length.tolist(), self.lengths.tolist()
         most = self.tree_keys.shape[3] if path is None else path.shape[1]
         if max(counts, default=0) > most:
             raise RuntimeError(f"{max(counts)} tokens to commit, but paths of {most}")
         for row, count in zip(rows, counts, strict=True):
-            if self._rows[row].committed + count > self.allocated(row):
+            if committed[row] + count > self.allocated(row):
                 raise RuntimeError(
                     f"cache row {row}: {count} tokens more exceed {self.allocated(row)} allocated"
                 )
@@ -272,30 +299,45 @@ class PagedKVCache:
         for row, count in zip(rows, counts, strict=True):
             if count:
                 self._own_last_page(row)
-        index = torch.tensor(rows, device=self.keys.device)
+        self.append(torch.tensor(rows, device=self.keys.device), path, length, max(counts))
+        for row, count in zip(rows, counts, strict=True):
+            self._offer(row, committed[row], committed[row] + count)
+
+    def append(
+        self, rows: Tensor, path: Tensor | None, length: Tensor, most: int | None = None
+    ) -> None:
+        """As `commit`, for rows that share no partly filled page: waits for nothing, and what
+        exceeds the pages of a row is dropped.
+
+        Args:
+            rows: [B] int64 on the device.
+            most: no length exceeds this; None if it is not known.
+        """
+        lengths = self.lengths.index_select(0, rows)
+        length = torch.minimum(length.int(), self.capacity.index_select(0, rows) - lengths)
+        # Without a path, rows that nobody commits need not be looked at.
+        keys = self.tree_keys if path is not None else self.tree_keys[:, :, :, :most]
+        values = self.tree_values if path is not None else self.tree_values[:, :, :, :most]
         self._kernels.commit_path(
             self.keys,
             self.values,
-            self.tree_keys[:, :, :, : max(counts)] if path is None else self.tree_keys,
-            self.tree_values[:, :, :, : max(counts)] if path is None else self.tree_values,
+            keys,
+            values,
             path,
             length,
-            self.page_table.index_select(0, index),
-            self.lengths.index_select(0, index),
+            self.page_table.index_select(0, rows),
+            lengths,
             self.key_scales,
             self.value_scales,
         )
-        self.lengths.index_add_(0, index, length.int())
-        for row, count in zip(rows, counts, strict=True):
-            self._settle(row, count)
+        self.lengths.index_add_(0, rows, length)
 
     # Pages
 
-    def _settle(self, row: int, count: int) -> None:
-        """Count tokens just written, and offer full pages of the prompt to later rows."""
+    def _offer(self, row: int, before: int, after: int) -> None:
+        """Offer pages of the prompt that are full now to later rows."""
         state = self._rows[row]
-        before, state.committed = state.committed, state.committed + count
-        last = min(state.committed, len(state.prefix)) // self.page_size
+        last = min(after, len(state.prefix)) // self.page_size
         for i in range(before // self.page_size, last):
             key = self._key(state.prefix, state.pages, i)
             if key not in self._shared:
@@ -340,7 +382,7 @@ class PagedKVCache:
         state = self._rows[row]
         pages = torch.tensor(state.pages, dtype=torch.int32)
         self.page_table[row, : len(pages)] = pages.to(self.page_table.device)
-        self.lengths[row] = state.committed
+        self.capacity[row] = len(pages) * self.page_size
 
     def _take(self) -> int:
         page = self._free.pop()
@@ -364,21 +406,19 @@ class PagedKVCache:
         holds."""
         expected = [0] * self.pages
         writers: dict[int, int] = {}  # page -> row that may write to it
+        if int(self.lengths[self.idle_row]) or int(self.capacity[self.idle_row]):
+            raise RuntimeError("the idle row holds tokens")
         for row, state in self._rows.items():
-            if not 0 <= state.committed <= self.allocated(row):
+            committed = self.committed(row)
+            if not 0 <= committed <= self.allocated(row) == int(self.capacity[row]):
                 raise RuntimeError(
-                    f"row {row}: {state.committed} committed of {self.allocated(row)} allocated"
+                    f"row {row}: {committed} committed of {self.allocated(row)} allocated"
                 )
             if self.page_table[row, : len(state.pages)].tolist() != state.pages:
                 raise RuntimeError(f"row {row}: page table on the device differs from the host's")
-            length = int(self.lengths[row])
-            if length != state.committed:
-                raise RuntimeError(
-                    f"row {row}: length {length} on the device, not {state.committed}"
-                )
             for i, page in enumerate(state.pages):
                 expected[page] += 1
-                if i >= state.committed // self.page_size and i != state.borrowed:
+                if i >= committed // self.page_size and i != state.borrowed:
                     if page in writers:
                         raise RuntimeError(
                             f"page {page}: rows {writers[page]} and {row} may both write to it"

@@ -7,11 +7,12 @@ giving rows back.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from specdec.cache import CacheFullError, PagedKVCache
 from specdec.model import PagedLM
 from specdec.protocols import Capacity, Decoding
+
+MEMORY_SHARE = 0.8  # of the free memory of a GPU that pages may take
 
 
 class CachedModel:
@@ -30,14 +31,37 @@ class CachedModel:
         self.cache: PagedKVCache
 
     def prepare(self, capacity: Capacity) -> None:
-        """Start over with an empty cache."""
+        """Start over with an empty cache.
+
+        Raises:
+            ValueError: the memory of the GPU does not hold the pages of one sequence.
+        """
+        pages = capacity.pool_pages
+        if capacity.pages is None and self.lm.device.type == "cuda":
+            pages = min(pages, self._affordable(capacity))
         self.cache = self.lm.new_cache(
             rows=capacity.rows,
-            pages=capacity.pool_pages,
+            pages=pages,
             page_size=capacity.page_size,
             max_tokens=capacity.max_tokens,
             kv_dtype=capacity.kv_dtype,
         )
+
+    def _affordable(self, capacity: Capacity) -> int:
+        """Pages that fit into the free memory of the GPU; further requests wait for them."""
+        device = self.lm.device
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        shape = self.lm.kv_shape
+        page = capacity.page_size * shape.bytes_per_token(capacity.kv_dtype or self.lm.dtype)
+        pages, needed = int(free * MEMORY_SHARE) // page, capacity.pages_of_a_row
+        if pages < needed:
+            raise ValueError(
+                f"cache.pages=null: the keys and values of {capacity.max_tokens} tokens take "
+                f"{needed * page / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+                f"lower max_new_tokens, or use cache.dtype=fp8_e4m3"
+            )
+        return pages
 
     def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
         """Open rows and prefill all but the last token of each sequence, in order, until the pool
@@ -78,17 +102,6 @@ class CachedModel:
             started += wave
             pending = later
         return started
-
-    def commit(self, rows: Sequence[int], path: Tensor, length: Tensor) -> None:
-        """Append accepted scratch rows ([B, A], the first `length` of each) to the pages.
-
-        What exceeds a row's allocation is dropped: its sequence has reached its last token in this
-        step.
-        """
-        room = [self.cache.allocated(row) - self.cache.committed(row) for row in rows]
-        self.cache.commit(
-            rows, path, torch.minimum(length, torch.tensor(room, device=length.device))
-        )
 
     def finish(self, sequence: Decoding) -> None:
         self.cache.close(sequence.row)

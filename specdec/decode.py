@@ -2,12 +2,16 @@
 Start reading here."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from specdec.graphs import Graphs
+from specdec.kernels import reference
 from specdec.kernels.choose import AUTO, Kernels
 from specdec.protocols import (
     AcceptanceRule,
@@ -19,8 +23,10 @@ from specdec.protocols import (
     Verifier,
 )
 from specdec.sampling import SamplingParams, random_keys, uniforms
-from specdec.timing import Stopwatch
-from specdec.tree import TokenTree
+from specdec.timing import Laps, Stopwatch
+from specdec.tree import Acceptance, TokenTree
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches, and trees made by the host, on a GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +55,40 @@ class Step:
         return asdict(self)
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Batch:
+    """Tensors of the steps with up to B sequences, always the same ones: captured graphs read
+    them."""
+
+    rows: Tensor  # [B] int64, cache rows
+    active: Tensor  # [B] bool, False where there is no sequence
+    roots: Tensor  # [B] int64
+    keys: Tensor  # [B, 3] int64
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Flight:
+    """A step whose work is queued and whose results are on their way.
+
+    Args:
+        tree: what it verified.
+        results: [B, 2 + N + depth + 1] int64 on the host: new tokens, nodes, parents, tokens.
+        arrived: None if they are there already.
+    """
+
+    sequences: list[Decoding]
+    tree: TokenTree
+    results: Tensor
+    arrived: torch.cuda.Event | None
+    laps: Laps
+
+
 class Decoder:
     """Decodes requests, `batch_size` at a time; a finished row is refilled with the next request.
+
+    On a GPU the host only queues work, in CUDA graphs where `kernels.graphs` allows, and learns
+    what a step has yielded while the next one runs. A sequence that has ended meanwhile is cut
+    exactly where it ended.
 
     Args:
         verifier: the target model.
@@ -63,7 +101,8 @@ class Decoder:
         max_context: positions the target has; a sequence ends when they are used up.
         max_tokens: longest prompt and output together that will be asked for; the context if None.
         page_size: tokens of a cache page.
-        pages: pages of each cache; None is enough for `batch_size` sequences of `max_tokens`.
+        pages: pages of each cache; None is enough for `batch_size` sequences of `max_tokens`, or
+            what the memory of the GPU holds.
         kv_dtype: what the pages hold keys and values as; None for the type of each model.
 
     Raises:
@@ -106,8 +145,18 @@ class Decoder:
         self.waiting: deque[Request] = deque()
         self.running: list[Decoding] = []
         self._free_rows = list(range(batch_size))
-        self._longest = longest
+        self._batch_size, self._longest = batch_size, longest
         self._stopwatch = Stopwatch(device)
+        self._padded = device.type == "cuda" and self._kernels is not reference
+        self.graphs = Graphs(enabled=self._padded and kernels.graphs)
+        self._ahead = int(self._padded and drafter.on_device)  # steps queued before the last ends
+        # Of each cache row, the idle one last: its last token, and seed, sequence and step.
+        self._roots = torch.zeros(batch_size + 1, dtype=torch.int64, device=device)
+        self._keys = torch.zeros(batch_size + 1, 3, dtype=torch.int64, device=device)
+        self._batches: dict[int, _Batch] = {}
+        self._current: list[int] = []  # cache rows of the last step
+        self._host_trees: dict[tuple[int, ...], TokenTree] = {}
+        self._least_nodes = 1  # of trees made by the host
 
     def submit(self, request: Request, *, first: bool = False) -> None:
         """Queue a request, at the front of the queue if `first`.
@@ -148,20 +197,55 @@ class Decoder:
         """
         for request in requests:
             self.submit(request)
-        while self.waiting or self.running:
-            self._stopwatch.start()
+        self._stopwatch.start()
+        flights: deque[_Flight] = deque()
+        landed: list[tuple[_Flight, dict[str, list[int]]]] = []
+
+        def report() -> None:
+            for flight, what in landed:
+                step = Step(**what, seconds=flight.laps.read())
+                if on_step is not None:
+                    on_step(step)
+            landed.clear()
+
+        while self.waiting or self.running or flights:
             self._admit()
-            self._stopwatch.lap("prefill")
-            step = self._step()
-            if on_step is not None:
-                on_step(step)
-            finished = [sequence for sequence in self.running if sequence.finish_reason]
-            self.running = [sequence for sequence in self.running if not sequence.finish_reason]
-            for sequence in finished:
-                self.verifier.finish(sequence)
-                self.drafter.finish(sequence)
-                self._free_rows.append(sequence.row)
-            yield from finished
+            if self._worth_a_step(flights):
+                flights.append(self._step())
+            report()  # after the next step is queued: a report may have to wait for its step
+            if len(flights) > self._ahead or not self._worth_a_step(flights):
+                flight = flights.popleft()
+                landed.append((flight, self._land(flight)))
+            if any(sequence.finish_reason for sequence in self.running):
+                report()
+                yield from self._retire()
+        report()
+
+    def warm_up(self, prompt_ids: Sequence[int], tokens: int = 8) -> None:
+        """Decode a few tokens at every size of batch and tree, so that no prompt pays for what
+        happens once: compiling kernels, capturing graphs, allocating memory."""
+        batches, sizes = [1], [1]
+        if self._padded:
+            batches = [n for n in SIZES if n < self._batch_size] + [self._batch_size]
+            most = self.drafter.most_nodes
+            if not self.drafter.on_device and most is not None:
+                sizes = [n for n in SIZES if n < most] + [most]
+        tokens = max(1, min(tokens, self._longest - len(prompt_ids)))
+        for batch in batches:
+            for self._least_nodes in sizes:
+                requests = [
+                    Request(id=i, prompt_ids=prompt_ids, max_new_tokens=tokens)
+                    for i in range(batch)
+                ]
+                for _ in self.run(requests):
+                    pass
+        self._least_nodes = 1
+
+    def _worth_a_step(self, flights: Collection[_Flight]) -> bool:
+        """Whether some sequence will still be running when the steps in flight have landed,
+        however many tokens they yield."""
+        coming = sum(flight.tree.depth + 1 for flight in flights)
+        return any(self._room(sequence) > coming for sequence in self.running)
 
     def _admit(self) -> None:
         """Fill free rows with waiting requests, as far as the caches have room."""
@@ -171,60 +255,187 @@ class Decoder:
         ]
         if not asked:
             return
+        self._stopwatch.lap("other")
         admitted = self.verifier.start(asked)
         self.drafter.start(admitted)
         self.running += admitted
+        self._current = []  # the batch of the last step knows nothing of them
         for sequence in admitted:
             self.waiting.remove(sequence.request)
             self._free_rows.remove(sequence.row)
+            self._roots[sequence.row] = sequence.tokens[-1]
+            self._keys[sequence.row] = random_keys(
+                self.sampling.seed, [sequence.request.id], [0], self.device
+            )[0]
+        self._stopwatch.lap("prefill")
 
-    def _step(self) -> Step:
+    def _retire(self) -> Iterator[Decoding]:
+        """Give up the rows of finished sequences."""
+        finished = [sequence for sequence in self.running if sequence.finish_reason]
+        self.running = [sequence for sequence in self.running if not sequence.finish_reason]
+        for sequence in finished:
+            self.verifier.finish(sequence)
+            self.drafter.finish(sequence)
+            self._free_rows.append(sequence.row)
+        yield from finished
+
+    # One step
+
+    def _step(self) -> _Flight:
         sequences = list(self.running)
-        context = self._context(sequences)
-        tree = self.drafter.draft(context)
+        batch = self._batch(sequences)
+        context = StepContext(
+            sequences=sequences,
+            roots=batch.roots,
+            sampling=self.sampling,
+            uniforms=self._uniforms(sequences, batch.keys),
+            rows=batch.rows,
+            kernels=self._kernels,
+            keys=batch.keys,
+        )
+        self._stopwatch.lap("other")
+        if self.drafter.on_device:
+            tree = self.graphs.run("draft", len(batch.rows), lambda: self._draft(context, batch))
+        else:
+            tree = self._draft_on_host(context)
         self._stopwatch.lap("draft")
-        logits = self.verifier.verify(context, tree)
+        key = len(batch.rows), tree.nodes, tree.depth, _support(tree)
+        logits = self.graphs.run("verify", key, lambda: self.verifier.verify(context, tree))
         self._stopwatch.lap("verify")
-        acceptance = self.rule.accept(context, tree, logits)
+        acceptance, results = self.graphs.run(
+            "accept", key, lambda: self._accept(context, tree, logits)
+        )
+        results, arrived = self._to_host(results)
         self._stopwatch.lap("accept")
+        self.graphs.run("commit", key, lambda: self._commit(context, batch, acceptance))
+        self._stopwatch.lap("commit")
+        return _Flight(
+            sequences=sequences,
+            tree=tree,
+            results=results,
+            arrived=arrived,
+            laps=self._stopwatch.take(),
+        )
+
+    def _batch(self, sequences: Sequence[Decoding]) -> _Batch:
+        """The tensors for these sequences, which hold their last tokens and keys."""
+        count = len(sequences)
+        size = _size(count, self._batch_size) if self._padded else count
+        batch = self._batches.get(size)
+        if batch is None:
+            zeros = torch.zeros(size, dtype=torch.int64, device=self.device)
+            keys = torch.zeros(size, 3, dtype=torch.int64, device=self.device)
+            batch = _Batch(rows=zeros, active=zeros.bool(), roots=zeros.clone(), keys=keys)
+            self._batches[size] = batch
+        rows = [sequence.row for sequence in sequences] + [self._batch_size] * (size - count)
+        if rows != self._current:
+            self._current = rows
+            batch.rows.copy_(_upload(torch.tensor(rows), self.device))
+            torch.lt(batch.rows, self._batch_size, out=batch.active)
+            batch.roots.copy_(self._roots[batch.rows])
+            batch.keys.copy_(self._keys[batch.rows])
+        return batch
+
+    def _draft(self, context: StepContext, batch: _Batch) -> TokenTree:
+        tree = self.drafter.draft(context)
+        return replace(tree, size=torch.where(batch.active, tree.size, 0))
+
+    def _draft_on_host(self, context: StepContext) -> TokenTree:
+        """Draft from the tokens of the sequences, and bring the trees to the device."""
+        if self.device.type == "cpu":
+            return self.drafter.draft(context)
+        sequences = context.sequences
+        tree = self.drafter.draft(
+            StepContext(
+                sequences=sequences,
+                roots=torch.tensor([s.tokens[-1] for s in sequences]),
+                sampling=self.sampling,
+                uniforms=self._host_uniforms(sequences),
+                rows=torch.tensor([s.row for s in sequences]),
+            )
+        )
+        nodes = max(tree.nodes, self._least_nodes)
+        if self._padded:
+            nodes = _size(nodes, self.drafter.most_nodes)
+        if not self.rule.needs_proposal:
+            tree = replace(tree, proposal=None)
+        padded = tree.padded(len(context.rows), nodes)
+        key = len(context.rows), nodes, _support(padded)
+        if key not in self._host_trees:
+            self._host_trees[key] = padded.to(self.device)
+        there = self._host_trees[key]
+        for mine, theirs in zip(padded.tensors(), there.tensors(), strict=True):
+            theirs.copy_(_pinned(mine), non_blocking=True)
+        return there
+
+    def _uniforms(
+        self, sequences: Sequence[Decoding], keys: Tensor
+    ) -> Callable[[int, int], Tensor]:
+        if self._kernels is not reference:
+            return partial(self._kernels.uniforms, keys)
+        host = self._host_uniforms(sequences)
+        return lambda stream, count: host(stream, count).to(self.device)
+
+    def _host_uniforms(self, sequences: Sequence[Decoding]) -> Callable[[int, int], Tensor]:
+        """The same numbers, for sequences all of whose steps have landed."""
+        ids, steps = [s.request.id for s in sequences], [s.steps for s in sequences]
+        return partial(uniforms, self.sampling.seed, ids, steps)
+
+    def _accept(
+        self, context: StepContext, tree: TokenTree, logits: Tensor
+    ) -> tuple[Acceptance, Tensor]:
+        acceptance = self.rule.accept(context, tree, logits)
+        columns = [acceptance.length[:, None], tree.size[:, None], tree.parents]
+        return acceptance, torch.cat([*columns, acceptance.new_tokens(tree)], dim=1)
+
+    def _commit(self, context: StepContext, batch: _Batch, acceptance: Acceptance) -> None:
         self.verifier.commit(context, acceptance)
         self.drafter.commit(context, acceptance)
-        self._stopwatch.lap("commit")
+        batch.roots.copy_(acceptance.next_token)
+        batch.keys[:, 2] += 1
+        self._roots[batch.rows] = batch.roots
+        self._keys[batch.rows] = batch.keys
 
-        lengths, sizes = acceptance.length.tolist(), tree.size.tolist()
-        gained = acceptance.new_tokens(tree).tolist()
-        for sequence, tokens, length, size in zip(sequences, gained, lengths, sizes, strict=True):
-            self._append(sequence, tokens[:length])
+    # What a step has yielded
+
+    def _to_host(self, results: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self.device.type != "cuda":
+            return results, None
+        host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
+        host.copy_(results, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return host, arrived
+
+    def _land(self, flight: _Flight) -> dict[str, list[int]]:
+        """Give sequences their new tokens; those that ended in an earlier step get none.
+
+        Returns:
+            What a `Step` holds, without the times.
+        """
+        if flight.arrived is not None:
+            flight.arrived.synchronize()
+        step: dict[str, list[int]] = {
+            name: [] for name in ("requests", "nodes", "depths", "accepted", "tokens")
+        }
+        for sequence, (length, size, *rest) in zip(
+            flight.sequences, flight.results.tolist(), strict=False
+        ):
+            if sequence.finish_reason:
+                continue
+            self._append(sequence, rest[flight.tree.nodes :][:length])
             sequence.steps += 1
             sequence.drafted += size - 1
-        self._stopwatch.lap("other")
-        return Step(
-            requests=[sequence.request.id for sequence in sequences],
-            nodes=[size - 1 for size in sizes],
-            depths=_depths(tree),
-            accepted=[length - 1 for length in lengths],
-            tokens=[sequence.accepted_lengths[-1] for sequence in sequences],
-            seconds=self._stopwatch.read(),
-        )
+            step["requests"].append(sequence.request.id)
+            step["nodes"].append(size - 1)
+            step["depths"].append(_depth(rest[:size]))
+            step["accepted"].append(length - 1)
+            step["tokens"].append(sequence.accepted_lengths[-1])
+        return step
 
-    def _context(self, sequences: list[Decoding]) -> StepContext:
-        ids, steps = [s.request.id for s in sequences], [s.steps for s in sequences]
-
-        def draws(stream: int, count: int) -> torch.Tensor:
-            return uniforms(self.sampling.seed, ids, steps, stream, count).to(self.device)
-
-        roots = torch.tensor([s.tokens[-1] for s in sequences], device=self.device)
-        keys = None
-        if self._kernels.RULES:
-            keys = random_keys(self.sampling.seed, ids, steps, self.device)
-        return StepContext(
-            sequences=sequences,
-            roots=roots,
-            sampling=self.sampling,
-            uniforms=draws,
-            kernels=self._kernels,
-            keys=keys,
-        )
+    def _room(self, sequence: Decoding) -> int:
+        """Tokens it may still get."""
+        return min(sequence.request.max_tokens, self.max_context) - len(sequence.tokens)
 
     def _append(self, sequence: Decoding, tokens: list[int]) -> None:
         """Add new tokens up to the first stop token, the length limit or the end of the
@@ -242,12 +453,29 @@ class Decoder:
         sequence.accepted_lengths.append(len(tokens))
 
 
-def _depths(tree: TokenTree) -> list[int]:
-    """[B] edges of the longest path of each tree."""
-    depths = []
-    for parents in tree.parents.tolist():
-        depth = [0]  # of each node, 0 for padding
-        for parent in parents[1:]:
-            depth.append(depth[parent] + 1 if parent >= 0 else 0)
-        depths.append(max(depth))
-    return depths
+def _size(count: int, most: int | None) -> int:
+    """The next of the `SIZES`, as far as `most` allows."""
+    size = next((n for n in SIZES if n >= count), count)
+    return size if most is None else max(count, min(size, most))
+
+
+def _support(tree: TokenTree) -> int:
+    """Draft candidates kept per node."""
+    return 0 if tree.proposal is None else tree.proposal.ids.shape[2]
+
+
+def _depth(parents: list[int]) -> int:
+    """Edges of the longest path of a tree."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """In memory from which a GPU can copy while the host goes on."""
+    return tensor.pin_memory()
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if device.type == "cpu" else _pinned(tensor).to(device, non_blocking=True)

@@ -2,26 +2,34 @@
 operations.
 
 A small model on a CPU, or any model at batch 1, spends much of a step between the operations. Here
-the query, key and value projections are one product, gate and up projections another, and queries
-and keys are rotated together. The general way, `model(...)`, stays for every other architecture.
+the query, key and value projections are one product, gate and up projections another, and what
+stands between products is one operation each, of `specdec.kernels`. The general way, `model(...)`,
+stays for every other architecture.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from specdec.forward import ForwardPass
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-Logits = Literal["all", "last", "none"]
+POSITIONS_AT_ONCE = 4096  # of the table of angles
+Logits = Literal["all", "none"]
 
 
 def can_run_directly(model: Any) -> bool:
     """Whether the model is of a known family and made of plain linear layers (not quantised, no
     adapters)."""
-    if model.config.model_type not in FAMILIES:
+    if model.config.model_type not in FAMILIES or model.config.hidden_act != "silu":
         return False
-    parts = (part for layer in model.base_model.layers for part in (layer.self_attn, layer.mlp))
+    layers = model.base_model.layers
+    if any(layer.mlp.gate_proj.bias is not None for layer in layers):
+        return False
+    parts = (part for layer in layers for part in (layer.self_attn, layer.mlp))
     return all(
         type(child) is nn.Linear
         for part in parts
@@ -31,93 +39,132 @@ def can_run_directly(model: Any) -> bool:
 
 
 class DirectModel:
-    """A causal LM of one of the `FAMILIES`, run module by module.
+    """A causal LM of one of the `FAMILIES`, run operation by operation.
 
     The weights of joined projections move into one tensor, and the model's own parameters become
-    views of
-    it: no memory is needed twice, and `model(...)` still works.
+    views of it: no memory is needed twice, and `model(...)` still works.
 
     Args:
         model: the transformers model.
         windows: sliding window of each layer, None for full attention.
+        positions: how many the model has.
+        kernels: the module that computes, `specdec.kernels.reference` or `gpu`.
     """
 
-    def __init__(self, model: Any, windows: Sequence[int | None]) -> None:
-        self.model = model
-        self.base = model.base_model
+    def __init__(
+        self, model: Any, windows: Sequence[int | None], positions: int, kernels: ModuleType
+    ) -> None:
+        base = model.base_model
+        self.kernels = kernels
+        self.embedding: Tensor = base.embed_tokens.weight
+        self.head: Tensor = model.lm_head.weight
+        self.norm: Tensor = base.norm.weight
+        self.eps: float = base.norm.variance_epsilon
         self.layers = [
-            _Layer(layer, window) for layer, window in zip(self.base.layers, windows, strict=True)
+            _Layer(layer, window, kernels)
+            for layer, window in zip(base.layers, windows, strict=True)
         ]
+        self.cos, self.sin = _angles(base.rotary_emb, self.embedding, positions)  # [positions, D]
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, paged: Any, logits: Logits
+        self, tokens: Tensor, positions: Tensor, paged: ForwardPass, logits: Logits | Tensor
     ) -> Tensor | None:
         """What `model(...)` computes.
 
         Args:
             tokens, positions: [B, N] int64.
-            paged: whose `attend` is the attention of every layer.
-            logits: of which nodes.
+            paged: keys, values and attention.
+            logits: of all nodes, of none, or of the nodes [B] int64.
 
         Returns:
-            [B, N, V], [B, 1, V] or None.
+            [B, N, V], None or [B, V].
         """
-        hidden = self.base.embed_tokens(tokens)
-        cos, sin = self.base.rotary_emb(hidden, position_ids=positions)  # [B, N, D]
-        half = sin.shape[-1] // 2
-        cos = cos[:, :, None]
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)[:, :, None]
+        batch, nodes = tokens.shape
+        cos, sin = self.cos[positions], self.sin[positions]  # [B, N, D]
+        hidden = nn.functional.embedding(tokens, self.embedding).flatten(0, 1)  # [B * N, H]
+        parts, bias = None, None
         for index, layer in enumerate(self.layers):
-            hidden = layer(index, hidden, cos, sin, paged)
-        if logits == "none":
+            hidden, parts = layer(index, hidden, parts, bias, cos, sin, paged)
+            bias = layer.down_bias
+        if isinstance(logits, str) and logits == "none":
             return None
-        last = hidden if logits == "all" else hidden[:, -1:]
-        result: Tensor = self.model.lm_head(_norm(self.base.norm, last))
-        return result
+        _, normal = self.kernels.add_norm(hidden, parts, self.norm, self.eps, bias)
+        if isinstance(logits, Tensor):
+            first = torch.arange(0, batch * nodes, nodes, device=logits.device)
+            chosen: Tensor = self.kernels.project(normal[first + logits], self.head)
+            return chosen
+        every: Tensor = self.kernels.project(normal, self.head)
+        return every.view(batch, nodes, -1)
 
 
 class _Layer:
-    def __init__(self, layer: Any, window: int | None) -> None:
-        self.layer, self.attention, self.window = layer, layer.self_attn, window
-        attention = self.attention
-        self.head_dim: int = attention.head_dim
-        self.widths = [
-            projection.out_features // self.head_dim
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        ]
-        self.qkv = _join(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.gate_up = _join(layer.mlp.gate_proj, layer.mlp.up_proj)
+    def __init__(self, layer: Any, window: int | None, kernels: ModuleType) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.kernels, self.window = kernels, window
+        self.scale: float = attention.scaling
+        self.query_heads = attention.q_proj.out_features // attention.head_dim
+        self.qkv, self.qkv_bias = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.query_norm, self.key_norm = (
+            getattr(getattr(attention, name, None), "weight", None)
+            for name in ("q_norm", "k_norm")
+        )
+        self.output: Tensor = attention.o_proj.weight
+        self.output_bias: Tensor | None = attention.o_proj.bias
+        self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
+        self.down: Tensor = mlp.down_proj.weight
+        self.down_bias: Tensor | None = mlp.down_proj.bias
+        self.norms: tuple[Tensor, Tensor] = (
+            layer.input_layernorm.weight,
+            layer.post_attention_layernorm.weight,
+        )
+        self.eps: float = layer.input_layernorm.variance_epsilon
 
-    def __call__(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor, paged: Any) -> Tensor:
-        """[B, N, H] to the same; cos and sin [B, N, 1, D], the first half of sin negated."""
-        attention, layer = self.attention, self.layer
-        batch, nodes, _ = hidden.shape
-        joined = nn.functional.linear(_norm(layer.input_layernorm, hidden), *self.qkv)
-        joined = joined.view(batch, nodes, -1, self.head_dim)  # [B, N, HQ + 2 HKV, D]
-        queries, keys, _ = self.widths
-        rotated, value = joined.split([queries + keys, keys], dim=2)
-        if hasattr(attention, "q_norm"):
-            query, key = rotated.split([queries, keys], dim=2)
-            rotated = torch.cat([attention.q_norm(query), attention.k_norm(key)], dim=2)
-        rotated = rotated * cos + rotated.roll(self.head_dim // 2, dims=-1) * sin
-        query, key = rotated.transpose(1, 2).split([queries, keys], dim=1)
-        out = paged.attend(
-            index,
-            query,
-            key,
-            value.transpose(1, 2),
-            scale=attention.scaling,
-            window=self.window,
-            softcap=None,
-            sinks=None,
+    def __call__(
+        self,
+        index: int,
+        hidden: Tensor,
+        parts: Tensor | None,
+        bias: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        paged: ForwardPass,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream [B * N, H] and what is still to be added to it, parts [S, B * N, H]
+        and bias [H]; to the same after this layer."""
+        do, eps = self.kernels, self.eps
+        keys, values, first = paged.scratch(index)
+        hidden, normal = do.add_norm(hidden, parts, self.norms[0], eps, bias)
+        query = do.rotate_and_write(
+            do.linear(normal, self.qkv),
+            cos,
+            sin,
+            keys,
+            values,
+            first,
+            query_heads=self.query_heads,
+            bias=self.qkv_bias,
+            query_norm=self.query_norm,
+            key_norm=self.key_norm,
+            eps=eps,
+            stored=paged.stored,
         )
-        hidden = hidden + attention.o_proj(out.reshape(batch, nodes, -1))
-        gate_up = nn.functional.linear(
-            _norm(layer.post_attention_layernorm, hidden), *self.gate_up
+        seen = paged.attend(
+            index, query, scale=self.scale, window=self.window, softcap=None, sinks=None
         )
-        gate, up = gate_up.chunk(2, dim=-1)
-        down: Tensor = layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
-        return hidden + down
+        parts = do.linear(seen.flatten(0, 1).flatten(1), self.output)
+        hidden, normal = do.add_norm(hidden, parts, self.norms[1], eps, self.output_bias)
+        return hidden, do.linear(do.gated_linear(normal, self.gate_up), self.down)
+
+
+def _angles(rotary: Any, like: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles [positions, D] in the type of the model, by its own
+    module."""
+    tables = []
+    for start in range(0, positions, POSITIONS_AT_ONCE):
+        chosen = torch.arange(start, min(start + POSITIONS_AT_ONCE, positions), device=like.device)
+        tables.append(rotary(like, position_ids=chosen[None]))
+    cos, sin = (torch.cat(parts, dim=1)[0] for parts in zip(*tables, strict=True))
+    return cos, sin
 
 
 @torch.inference_mode(False)
@@ -134,13 +181,3 @@ def _join(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
         start += projection.out_features
     biases = [projection.bias for projection in projections if projection.bias is not None]
     return weight, torch.cat([bias.data for bias in biases]) if biases else None
-
-
-def _norm(norm: Any, hidden: Tensor) -> Tensor:
-    """An RMS norm; one operation where that rounds as transformers does, in float32 and
-    float64."""
-    if hidden.dtype.itemsize < 4:
-        result: Tensor = norm(hidden)
-        return result
-    weight: Tensor = norm.weight
-    return nn.functional.rms_norm(hidden, weight.shape, weight, norm.variance_epsilon)

@@ -199,9 +199,7 @@ class Experiment:
         """A few tokens that are not recorded, so that the first prompt does not pay for lazy
         set-up."""
         ids = encode(self.target.tokenizer, self.prompts[0], chat=self.chat)
-        tokens = min(WARM_UP_TOKENS, self.max_new_tokens)
-        for _ in decoder.run([Request(id=0, prompt_ids=ids, max_new_tokens=tokens)]):
-            pass
+        decoder.warm_up(ids, min(WARM_UP_TOKENS, self.max_new_tokens))
 
     def _summarise(self, folder: RunFolder, *, interrupted: bool) -> Record:
         main = folder.main

@@ -10,6 +10,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from specdec.cache import PagedKVCache
@@ -19,25 +20,36 @@ from specdec.kernels.layout import TreeLayout
 
 
 class ForwardPass(Protocol):
-    """Keys and values of one forward pass, layer by layer."""
+    """Keys and values of one forward pass, layer by layer.
+
+    Attributes:
+        stored: the type of quantised pages, to which new keys and values are rounded; else None.
+    """
+
+    @property
+    def stored(self) -> torch.dtype | None: ...
+
+    def scratch(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """Where the keys and values of a layer's nodes lie: [B, HKV, M, D] each, and the row of
+        the first new node."""
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Put the keys and values [B, HKV, N, D] of the new nodes there."""
 
     def attend(
         self,
         layer: int,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
         *,
         scale: float,
         window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Attention of a layer over its context, its scratch and these new keys and values.
+        """Attention of a layer over its context and its scratch.
 
         Args:
             query: [B, HQ, N, D].
-            key, value: [B, HKV, N, D], of the same nodes.
             scale, window, softcap, sinks: as in `reference.tree_attention`.
 
         Returns:
@@ -66,10 +78,10 @@ def passes(
 class GatheredPass:
     """Attention of the reference over keys and values that lie together: context, then tree."""
 
-    __slots__ = ("cache", "context", "keys", "layout", "values")
+    __slots__ = ("cache", "context", "keys", "layout", "stored", "values")
 
     def __init__(self, cache: PagedKVCache, layout: TreeLayout) -> None:
-        self.cache, self.layout = cache, layout
+        self.cache, self.layout, self.stored = cache, layout, cache.kv_dtype
         self.context = layout.max_context
         # [L, B, HKV, context + M, D]
         self.keys = self._gather(cache.keys, cache.key_scales, cache.tree_keys)
@@ -83,19 +95,16 @@ class GatheredPass:
         both[..., self.context :, :] = tree[:, :batch, :, :rows]
         return both
 
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        window: int | None,
-        **options: Any,
-    ) -> Tensor:
-        end = self.context + self.layout.first
+    def scratch(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        tree = slice(self.context, None)
+        return self.keys[layer, :, :, tree], self.values[layer, :, :, tree], self.layout.first
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        keys, values, first = self.scratch(layer)
+        reference.write_tree(keys, values, key, value, first, self.stored)
+
+    def attend(self, layer: int, query: Tensor, *, window: int | None, **options: Any) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        reference.write_tree(keys, values, key, value, end, self.cache.kv_dtype)
         return reference.attention(query, keys, values, self.layout.view(window), **options)
 
     def store(self) -> None:
@@ -114,28 +123,31 @@ class PagedPass:
         options: settings of its `tree_attention` that are the same for all layers.
     """
 
-    __slots__ = ("cache", "kernels", "layout", "options", "tree_keys", "tree_values")
+    __slots__ = ("cache", "kernels", "layout", "options", "stored", "tree_keys", "tree_values")
 
     def __init__(
         self, kernels: ModuleType, cache: PagedKVCache, layout: TreeLayout, **options: Any
     ) -> None:
         self.kernels, self.cache, self.layout, self.options = kernels, cache, layout, options
+        self.stored = cache.kv_dtype
         batch, rows = layout.key_positions.shape
         self.tree_keys = cache.tree_keys[:, :batch, :, :rows]
         self.tree_values = cache.tree_values[:, :batch, :, :rows]
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
-    ) -> Tensor:
+    def scratch(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        return self.tree_keys[layer], self.tree_values[layer], self.layout.first
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        keys, values, first = self.scratch(layer)
+        self.kernels.write_tree(keys, values, key, value, first, self.stored)
+
+    def attend(self, layer: int, query: Tensor, **options: Any) -> Tensor:
         cache = self.cache
-        keys, values = self.tree_keys[layer], self.tree_values[layer]
-        self.kernels.write_tree(keys, values, key, value, self.layout.first, cache.kv_dtype)
         out: Tensor = self.kernels.tree_attention(
             query,
             cache.keys[layer],
             cache.values[layer],
-            keys,
-            values,
+            *self.scratch(layer)[:2],
             self.layout,
             key_scales=None if cache.key_scales is None else cache.key_scales[layer],
             value_scales=None if cache.value_scales is None else cache.value_scales[layer],

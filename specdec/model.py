@@ -20,6 +20,7 @@ from specdec.forward import ForwardPass, passes
 from specdec.kernels import reference
 from specdec.kernels.choose import AUTO, Kernels
 from specdec.kernels.layout import TreeLayout
+from specdec.standin import named_shape, standin
 
 ATTENTION = "specdec_paged"
 PROBE_TOKENS = 8
@@ -27,18 +28,41 @@ PROBE_TOKENS = 8
 
 class _Probe:
     """Stands in for a `ForwardPass` at load: plain causal attention that notes which layers came
-    by, and how."""
+    by, and how.
 
-    def __init__(self) -> None:
+    Args:
+        shape: of keys and values, if they go straight to the scratch.
+    """
+
+    stored = None
+
+    def __init__(self, shape: KVShape | None = None) -> None:
         self.shapes: dict[int, KVShape] = {}
         self.windows: dict[int, int | None] = {}
+        self._shape = shape
+        self._tree: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, **options: Any
-    ) -> Tensor:
+    def provide(self, like: Tensor) -> Self:
+        """A scratch for one layer at a time."""
+        assert self._shape is not None
+        size = 1, self._shape.kv_heads, PROBE_TOKENS
+        self._tree = (
+            like.new_zeros(*size, self._shape.key_dim),
+            like.new_zeros(*size, self._shape.value_dim),
+        )
+        return self
+
+    def scratch(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        return (*self._tree, 0)
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self._tree = key, value
+
+    def attend(self, layer: int, query: Tensor, **options: Any) -> Tensor:
         if layer in self.shapes:
             raise _UnsupportedError("a layer attends more than once")
         self.windows[layer] = options["window"]
+        key, value = self._tree
         batch, kv_heads, rows, key_dim = key.shape
         self.shapes[layer] = KVShape(
             layers=1, kv_heads=kv_heads, key_dim=key_dim, value_dim=value.shape[-1]
@@ -57,6 +81,9 @@ class _Probe:
         )
         return reference.tree_attention(query, *no_page, key, value, layout, **options)
 
+    def store(self) -> None:
+        """Nothing is kept."""
+
 
 def _attention(
     module: nn.Module,
@@ -68,7 +95,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    paged: ForwardPass | _Probe | None = None,
+    paged: ForwardPass | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     if paged is None:
@@ -76,11 +103,11 @@ def _attention(
     if attention_mask is not None:
         raise _UnsupportedError("it masks attention by itself")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = cast(int, module.layer_idx)
+    paged.write(layer, key, value)
     out = paged.attend(
-        cast(int, module.layer_idx),
+        layer,
         query,
-        key,
-        value,
         scale=scale,
         window=sliding_window,
         softcap=softcap,
@@ -121,22 +148,22 @@ class PagedLM:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
+        self.kernels = kernels.settled(self.device, self.dtype)
+        self._kernels = self.kernels.on(self.device)
+        self._begin = passes(self.kernels, self._kernels)
         try:
             _check_config(model.config)
+            self.config = model.config.get_text_config()
+            self.max_context = _max_context(self.config)
             self.kv_shape = self._probe()
         except _UnsupportedError as reason:
             architecture = type(model).__name__
             raise ValueError(
                 f"{name}: {architecture} cannot run over the paged cache: {reason}"
             ) from None
-        self.config = model.config.get_text_config()
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.max_context = _max_context(self.config)
-        self.dtype: torch.dtype = model.dtype
-        self.device: torch.device = model.device
-        self.kernels = kernels.settled(self.device, self.dtype)
-        self._kernels = self.kernels.on(self.device)
-        self._begin = passes(self.kernels, self._kernels)
 
     @classmethod
     def load(
@@ -149,7 +176,7 @@ class PagedLM:
         kernels: Kernels = AUTO,
     ) -> Self:
         """Load a model and its tokenizer from a local folder or the Hugging Face hub; `zoo:NAME`
-        is built in.
+        is built in, `standin:NAME` is made from it (`specdec/standin.py`).
 
         Args:
             setting: the option that gave `path`, for error messages.
@@ -158,6 +185,12 @@ class PagedLM:
         Raises:
             ValueError: nothing there, or nothing that can be run; one line that names the setting.
         """
+        if path.startswith("standin:"):
+            shape, zoo = named_shape(path.removeprefix("standin:"), setting)
+            source = zoo_path(zoo)
+            large = standin(source, shape, device=device, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            return cls(large, tokenizer, name=f"{setting}={path}", kernels=kernels)
         where = (
             str(zoo_path(path.removeprefix("zoo:"), setting)) if path.startswith("zoo:") else path
         )
@@ -212,40 +245,44 @@ class PagedLM:
     def forward(
         self,
         cache: PagedKVCache,
-        rows: Sequence[int],
+        rows: Sequence[int] | Tensor,
         tokens: Tensor,
         offsets: Tensor,
         *,
         ancestors: Tensor | None = None,
         first: int = 0,
         key_offsets: Tensor | None = None,
-        logits: Logits = "all",
+        logits: Logits | Tensor = "all",
     ) -> Tensor | None:
         """One pass over draft nodes; their keys and values go to scratch rows first .. first + N -
         1.
 
+        Over the kernels it waits for nothing and copies nothing from the host if `rows` is a
+        tensor, so that it may be captured in a CUDA graph.
+
         Args:
-            rows: [B], the cache row of each sequence.
+            rows: [B] int64, the cache row of each sequence.
             tokens: [B, N] int64.
             offsets: [B, N] int64, position of each node counted from the end of its committed
                 tokens.
             ancestors: [B, N, W] int32, bits over scratch rows; None for a causal chain.
             first: scratch row of node 0; rows before it were filled by earlier passes.
             key_offsets: [B, first + N], offsets of all scratch rows; None if `first` is 0.
-            logits: of which nodes.
+            logits: of all nodes, of none, or of node [B] int64 of each sequence.
 
         Returns:
-            [B, N, V], [B, 1, V] or None.
+            [B, N, V], None or [B, V].
         """
-        index = torch.tensor(rows, device=self.device)
-        lengths = cache.lengths[index]
-        longest = max(map(cache.committed, rows))
+        rows = torch.as_tensor(rows, device=self.device)
+        lengths = cache.lengths.index_select(0, rows)
+        # The kernels need a bound; the reference gathers that much, and is better off with less.
+        longest = int(lengths.max()) if self._kernels is reference else cache.max_tokens
         # Draft nodes past the end of the context are never kept; they must not reach positions the
         # model does not have.
         positions = (lengths[:, None] + offsets).clamp(max=self.max_context - 1)
         cache.scratch(len(rows), first + tokens.shape[1])
         layout = TreeLayout(
-            page_table=cache.page_table[index],
+            page_table=cache.page_table.index_select(0, rows),
             context_lens=lengths,
             max_context=longest,
             positions=positions,
@@ -259,20 +296,37 @@ class PagedLM:
             out = self._direct(tokens, positions, paged, logits)
         else:
             inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
-            if logits == "none":
+            if isinstance(logits, str) and logits == "none":
                 self.model.base_model(**inputs, paged=paged)
             else:
-                keep = 0 if logits == "all" else 1
-                out = self.model(**inputs, paged=paged, logits_to_keep=keep).logits
+                every: Tensor = self.model(**inputs, paged=paged).logits
+                out = every
+                if isinstance(logits, Tensor):
+                    out = every[torch.arange(len(rows), device=self.device), logits]
         paged.store()
         return out
+
+    def append(self, cache: PagedKVCache, rows: Tensor, tokens: Tensor, length: Tensor) -> Tensor:
+        """Commit the first `length` tokens of each sequence: [B, V] logits after the last of them.
+        May be captured like `forward`.
+
+        Args:
+            rows: [B] int64, which share no partly filled page.
+            tokens: [B, N] int64.
+            length: [B] int64, at least 1.
+        """
+        chain = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+        logits = self.forward(cache, rows, tokens, chain, logits=length - 1)
+        cache.append(rows, None, length, tokens.shape[1])
+        assert logits is not None
+        return logits
 
     def extend(
         self, cache: PagedKVCache, rows: Sequence[int], tokens: Sequence[Sequence[int]]
     ) -> Tensor:
         """Append tokens to each row and commit them: [B, V] logits after the last token of
         each."""
-        logits = self._append(cache, rows, tokens, logits=True)
+        logits = self._extend(cache, rows, tokens, logits=True)
         assert logits is not None
         return logits
 
@@ -290,9 +344,9 @@ class PagedLM:
                 row: part[start : start + chunk] for row, part in zip(rows, tokens, strict=True)
             }
             parts = {row: part for row, part in parts.items() if part}
-            self._append(cache, list(parts), list(parts.values()), logits=False)
+            self._extend(cache, list(parts), list(parts.values()), logits=False)
 
-    def _append(
+    def _extend(
         self,
         cache: PagedKVCache,
         rows: Sequence[int],
@@ -306,16 +360,11 @@ class PagedLM:
             [[*part, *[0] * (width - len(part))] for part in tokens], device=self.device
         )
         chain = torch.arange(width, device=self.device).expand(len(rows), -1)
-        ragged = min(sizes) < width
-        wanted: Logits = "none" if not logits else "all" if ragged else "last"
-        out = self.forward(cache, rows, padded, chain, logits=wanted)
         length = torch.tensor(sizes, device=self.device)
-        cache.commit(rows, chain, length)
-        if out is None:
-            return None
-        return (
-            out[torch.arange(len(rows), device=self.device), length - 1] if ragged else out[:, -1]
-        )
+        with cache.scratch_apart(len(rows), width):
+            out = self.forward(cache, rows, padded, chain, logits=length - 1 if logits else "none")
+            cache.commit(rows, None, length)
+        return out
 
     # Loading
 
@@ -363,8 +412,10 @@ class PagedLM:
             )
         self._direct: DirectModel | None = None
         if can_run_directly(self.model):
-            shorter = DirectModel(self.model, [probe.windows[layer] for layer in range(layers)])
-            out = shorter(tokens, positions, _Probe(), "all")
+            windows = [probe.windows[layer] for layer in range(layers)]
+            shorter = DirectModel(self.model, windows, self.max_context, self._kernels)
+            there = _Probe(probe.shapes[0]).provide(shorter.embedding)
+            out = shorter(tokens, positions, there, "all")
             if out is not None and _distance(out.float(), ours) <= bound:
                 self._direct = shorter
         shape = probe.shapes[0]

@@ -58,27 +58,29 @@ class Decoding:
 class StepContext:
     """What a drafter and a rule may know in one step, for the B sequences of the running batch.
 
+    On a GPU a batch is padded to one of a few sizes; places without a sequence have the idle row
+    of the caches.
+
     Args:
-        sequences: [B], host side; `tokens` are the committed tokens.
-        roots: [B] int64 on the device, the last committed token of each.
+        sequences: host side, at most B. For a drafter that works on the device the last step may
+            still be on its way: their `tokens` are then one step old.
+        roots: [B] int64, the last committed token of each.
         sampling: how the target's tokens are chosen.
         uniforms: (stream, count) -> [B, count] float64 on the device, numbers in [0, 1) that
             depend on the sequence and the step alone; streams as in `specdec.sampling`.
+        rows: [B] int64, the cache row of each; empty where there is no cache.
         kernels: the module that computes, from `Kernels.on`.
-        keys: [B, 3] int64 on the device, what `uniforms` is a function of, for kernels that make
-            the same numbers themselves: seed, sequence and step as the bits of uint64.
+        keys: [B, 3] int64, what `uniforms` is a function of, for kernels that make the same
+            numbers themselves: seed, sequence and step as the bits of uint64.
     """
 
     sequences: Sequence[Decoding]
     roots: Tensor
     sampling: SamplingParams
     uniforms: Callable[[int, int], Tensor]
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     kernels: ModuleType = reference
     keys: Tensor | None = None
-
-    @property
-    def rows(self) -> list[int]:
-        return [sequence.row for sequence in self.sequences]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,8 @@ class Capacity:
         rows: sequences at a time.
         max_tokens: the longest sequence.
         page_size: tokens of a page.
-        pages: pages of each cache; None is enough for `rows` sequences of `max_tokens`.
+        pages: pages of each cache; None is enough for `rows` sequences of `max_tokens`, or what
+            the memory of the GPU holds.
         kv_dtype: what the pages hold keys and values as; None for the type of each model.
 
     Raises:
@@ -103,7 +106,7 @@ class Capacity:
     kv_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        needed = -(-self.max_tokens // self.page_size)
+        needed = self.pages_of_a_row
         if self.pages is not None and self.pages < needed:
             raise ValueError(
                 f"cache.pages={self.pages}: {self.max_tokens} tokens of a sequence need {needed}; "
@@ -111,9 +114,12 @@ class Capacity:
             )
 
     @property
+    def pages_of_a_row(self) -> int:
+        return -(-self.max_tokens // self.page_size)
+
+    @property
     def pool_pages(self) -> int:
-        pages_of_a_row = -(-self.max_tokens // self.page_size)
-        return self.rows * pages_of_a_row if self.pages is None else self.pages
+        return self.rows * self.pages_of_a_row if self.pages is None else self.pages
 
 
 class Drafter:
@@ -125,9 +131,20 @@ class Drafter:
 
     `sampled_children` says what `tree.children=auto` becomes at temperature above 0: True if its
     probabilities are good enough to sample children from, False to take its most probable tokens.
+
+    `on_device` says where `draft` and `commit` find what they need. False: in the tokens of
+    `context.sequences`; the tensors of the context and of the tree are then the host's, and a step
+    begins when the tokens of the last one have arrived. True: in tensors of the device alone; then
+    on a GPU neither may wait for it, they are captured in CUDA graphs, and the host prepares a
+    step while the last one runs.
+
+    `most_nodes` is the size of its trees at most, the root included, if it works on the host;
+    None if it cannot say.
     """
 
     sampled_children = False
+    on_device = False
+    most_nodes: int | None = None
 
     def prepare(self, capacity: Capacity) -> None:
         """Once per run, before the first prompt: make room for this many sequences."""

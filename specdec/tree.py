@@ -1,7 +1,8 @@
 """TokenTree: a padded batch of token trees, and the distributions their children were drawn
 from."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -66,6 +67,45 @@ class TokenTree:
     @property
     def nodes(self) -> int:
         return self.tokens.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """All there are, in a fixed order."""
+        found = [self.tokens, self.parents, self.size]
+        if self.proposal is not None:
+            found += [self.proposal.ids, self.proposal.probs]
+        return found if self.source is None else [*found, self.source]
+
+    def to(self, device: torch.device) -> "TokenTree":
+        """A copy on a device."""
+        return self._map(lambda tensor, _: tensor.to(device, copy=True))
+
+    def padded(self, batch: int, nodes: int) -> "TokenTree":
+        """With idle rows and padding nodes up to [batch, nodes]; paths may then be as long as that
+        allows."""
+
+        def pad(tensor: Tensor, value: int) -> Tensor:
+            missing = [batch - len(tensor), *(nodes - n for n in tensor.shape[1:2])]
+            widths = [0] * 2 * max(0, tensor.dim() - 2)
+            for count in reversed(missing):
+                widths += [0, count]
+            return torch.nn.functional.pad(tensor, widths, value=value)
+
+        return replace(self._map(pad), depth=nodes - 1)
+
+    def _map(self, change: Callable[[Tensor, int], Tensor]) -> "TokenTree":
+        """With every tensor changed, given the value of its padding."""
+        proposal = self.proposal
+        if proposal is not None:
+            ids, probs = change(proposal.ids, 0), change(proposal.probs, 0)
+            proposal = replace(proposal, ids=ids, probs=probs)
+        return replace(
+            self,
+            tokens=change(self.tokens, 0),
+            parents=change(self.parents, PADDING),
+            size=change(self.size, 0),
+            proposal=proposal,
+            source=None if self.source is None else change(self.source, 0),
+        )
 
     def check(self) -> None:
         """Raise RuntimeError, naming the first violation, unless every invariant above holds."""

@@ -521,8 +521,8 @@ def test_an_offered_page_that_a_fork_has_borrowed_may_be_shared() -> None:
 
 
 def test_scratch_grows_in_both_directions_and_keeps_its_content() -> None:
-    cache = new_cache()
-    cache.scratch(2, 3)
+    cache = new_cache(rows=2)  # as many rows as there may be sequences, from the start
+    cache.scratch(1, 3)
     assert cache.tree_keys.shape == (SHAPE.layers, 2, SHAPE.kv_heads, 3, SHAPE.key_dim)
     assert cache.tree_values.shape == (SHAPE.layers, 2, SHAPE.kv_heads, 3, SHAPE.value_dim)
     keys = cache.tree_keys.normal_().clone()
@@ -536,6 +536,27 @@ def test_scratch_grows_in_both_directions_and_keeps_its_content() -> None:
         assert torch.equal(cache.tree_values[:, :2, :, :3], values)
     assert cache.tree_keys.shape[1] == 5
     assert cache.tree_keys.shape[3] == 9
+
+
+@pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
+def test_append_drops_what_has_no_place(kernels: ModuleType) -> None:
+    """The end of a row that is full, and all of the idle row."""
+    cache = new_cache(kernels=kernels)
+    cache.open(1, tokens=6)
+    room = cache.allocated(1)
+    cache.scratch(3, room + 2)
+    keys, pages = cache.tree_keys.normal_(), cache.keys.clone()
+    device = cache.keys.device
+    rows = torch.tensor([cache.idle_row, 1, cache.idle_row], device=device)
+    path = torch.arange(room + 2, device=device).expand(3, -1)
+    cache.append(rows, path, torch.full((3,), room + 2, device=device))
+    assert cache.lengths.tolist() == [0, room, 0, 0, 0]
+    own = cache.page_table[1, : room // PAGE_SIZE].long()
+    written = cache.keys[:, own].transpose(2, 3).flatten(1, 2).transpose(1, 2)  # [L, HKV, T, D]
+    assert torch.equal(written, keys[:, 1, :, :room])
+    others = [page for page in range(PAGES) if page not in own.tolist()]
+    assert torch.equal(cache.keys[:, others], pages[:, others])
+    cache.check()
 
 
 def test_commit_beyond_the_allocation_writes_nothing_for_any_row() -> None:
@@ -793,19 +814,20 @@ def swap_owner_page(cache: PagedKVCache) -> None:
 CORRUPTIONS: dict[str, tuple[str, Callable[[PagedKVCache], object]]] = {
     "too_many_committed": (
         "row 0: 10 committed of 9 allocated",
-        lambda cache: setattr(cache._rows[0], "committed", 10),
+        lambda cache: cache.lengths[0].fill_(10),
     ),
     "negative_committed": (
         "row 0: -1 committed",
-        lambda cache: setattr(cache._rows[0], "committed", -1),
+        lambda cache: cache.lengths[0].fill_(-1),
     ),
     "device_table": (
         "row 1: page table on the device differs",
         lambda cache: cache.page_table[1, 0].add_(1),
     ),
-    "device_length": (
-        "row 2: length 6 on the device, not 5",
-        lambda cache: cache.lengths[2].add_(1),
+    "device_capacity": ("row 2: 5 committed of", lambda cache: cache.capacity[2].add_(1)),
+    "busy_idle_row": (
+        "the idle row holds tokens",
+        lambda cache: cache.lengths[cache.idle_row].add_(1),
     ),
     "two_writers": ("may both write to it", swap_owner_page),
     "freed_in_use": (

@@ -42,7 +42,7 @@ class TreeVerifier:
         return logits
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
-        self.target.commit(context.rows, acceptance.path, acceptance.length)
+        self.target.cache.append(context.rows, acceptance.path, acceptance.length)
 
     def finish(self, sequence: Decoding) -> None:
         self.target.finish(sequence)

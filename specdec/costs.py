@@ -1,0 +1,118 @@
+"""CostTable: what verifying and drafting cost on a machine, for tree policies that weigh one
+against the other.
+
+`experiments/calibrate.py` measures such a table and documents its file.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class CostTable:
+    """Seconds by linear interpolation inside a measured grid; outside, those of its edge.
+
+    Args:
+        verify_grid: batches, nodes and contexts, ascending.
+        verify_seconds: one for each combination.
+        draft_grid: batches and widths, ascending.
+        draft_seconds: one for each combination.
+
+    Raises:
+        ValueError: a grid that is empty or not ascending, or seconds that do not fit it or are not
+            positive.
+    """
+
+    def __init__(
+        self,
+        *,
+        verify_grid: Sequence[Sequence[float]],
+        verify_seconds: Any,
+        draft_grid: Sequence[Sequence[float]],
+        draft_seconds: Any,
+    ) -> None:
+        self._verify = _Grid("verify", verify_grid, verify_seconds)
+        self._draft = _Grid("draft", draft_grid, draft_seconds)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file of `experiments/calibrate.py`. A combination it could not measure counts as
+        the same one with the longest context that it could.
+
+        Raises:
+            ValueError: no such file, or one that is no such table; one line that names it.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            verify, draft = data["verify"], data["draft"]
+            if "todo" in str((verify["seconds"], draft["seconds"])):
+                raise ValueError("unfinished; experiments/calibrate.py --resume goes on with it")
+            return cls(
+                verify_grid=[verify[name] for name in ("batch", "nodes", "context")],
+                verify_seconds=_filled(verify["seconds"]),
+                draft_grid=[draft[name] for name in ("batch", "width")],
+                draft_seconds=draft["seconds"],
+            )
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; experiments/calibrate.py makes one") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: is not JSON ({error})") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        except KeyError as error:
+            raise ValueError(f"{path}: has no {error}; is it of calibrate.py?") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+
+    @property
+    def verify_batches(self) -> list[int]:
+        """Batches at which verification was measured."""
+        return [int(batch) for batch in self._verify.axes[0]]
+
+    def verify(self, batch: float, nodes: float, context: float) -> float:
+        """Seconds of a pass of the target over trees of that many nodes, root included, each
+        sequence having that many tokens before its tree."""
+        return self._verify.at(batch, nodes, context)
+
+    def draft(self, batch: float, width: float) -> float:
+        """Seconds of a pass of the draft over a level of that many nodes for each sequence."""
+        return self._draft.at(batch, width)
+
+
+class _Grid:
+    """A function known at the points of a grid."""
+
+    def __init__(self, name: str, axes: Sequence[Sequence[float]], values: Any) -> None:
+        self.axes = [np.asarray(axis, dtype=np.float64) for axis in axes]
+        self.values: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+        for axis in self.axes:
+            if axis.ndim != 1 or not axis.size or (np.diff(axis) <= 0).any():
+                raise ValueError(f"{name}: a grid of {axis.tolist()} is empty or not ascending")
+        expected = tuple(axis.size for axis in self.axes)
+        if self.values.shape != expected:
+            raise ValueError(f"{name}: seconds of shape {self.values.shape}, expected {expected}")
+        if not (self.values > 0).all():
+            raise ValueError(f"{name}: seconds that are missing or not positive")
+
+    def at(self, *point: float) -> float:
+        values = self.values
+        for axis, x in zip(self.axes, point, strict=True):
+            above = int(np.clip(np.searchsorted(axis, x), 1, max(axis.size - 1, 1)))
+            below, above = above - 1, min(above, axis.size - 1)
+            span = axis[above] - axis[below]
+            share = float(np.clip((x - axis[below]) / span, 0.0, 1.0)) if span else 0.0
+            values = values[below] * (1.0 - share) + values[above] * share
+        return float(values)
+
+
+def _filled(seconds: Any) -> NDArray[np.float64]:
+    """[batch, nodes, context], null taken from the next shorter context."""
+    values = np.array(seconds, dtype=np.float64)
+    for place in range(1, values.shape[-1]):
+        here = values[..., place]
+        here[...] = np.where(np.isnan(here), values[..., place - 1], here)
+    return values
