@@ -14,7 +14,6 @@ for each.
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import subprocess
@@ -31,6 +30,7 @@ import torch
 from rich.console import Console
 
 from experiments import kernel_attention, kernel_elementwise, kernel_plot, kernel_steps, peers
+from experiments.files import write
 from experiments.gpu_clock import GraphClock, compute_ceiling, describe, read_ceiling
 from experiments.kernel_cases import Shape
 from specdec.environment import describe_environment
@@ -38,14 +38,6 @@ from specdec.environment import describe_environment
 PARTS = ("attention", "grid", "steps", "elementwise")
 RESULTS = Path(__file__).parent / "results"
 COMPILE_SECONDS = 180  # for all variants of FlexAttention, side by side
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Replace the file at once, so that an interruption leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partly = path.with_suffix(".tmp")
-    partly.write_text(json.dumps(result, indent=1) + "\n")
-    partly.replace(path)
 
 
 def ceilings(clock: GraphClock, result: dict[str, Any]) -> dict[str, float]:

@@ -105,6 +105,133 @@ def kernel_elementwise(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_operations(result["rows"], "rows", "rows")])
 
 
+def end_to_end(result: dict[str, Any]) -> str:
+    """The table of `end_to_end.py`: the fastest tree of each grid."""
+    settings, versions = result["settings"], result["versions"]
+    lines = [
+        f"`{settings['target']}` in {settings['dtype']} on one {_device(result)}, torch "
+        f"{versions['torch']}, transformers {versions['transformers']}; raw prompts of HumanEval "
+        f"and MT-Bench ({settings['prompts']} each at batch 1, else the first of each file "
+        f"together), {settings['tokens']} new tokens, decoding alone. Of each grid of trees the "
+        f"fastest; over `none` in the same turns, with 95 % paired bootstrap intervals over "
+        f"prompts (batch 1) or the range of repeats. "
+        f"Identical: outputs equal to those of `none`, token for token; of the others, how many "
+        f"part at a gap of logits within rounding (`{result['command']}`, "
+        f"[JSON](experiments/results/end_to_end.json)):",
+        "",
+        "| T, batch | method | tokens/s | accepted length | over `none` | identical | explained |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    shown: set[tuple[Any, ...]] = set()
+    for part in result["parts"].values():
+        place = part["temperature"], part["batch"]
+        methods = {name: one for name, one in part["methods"].items() if "figures" in one}
+        if "none" in methods and place not in shown:
+            shown.add(place)
+            lines.append(_decoding(part, "`none`", methods["none"]))
+        for beginning, label in ENTRIES.items():
+            of_grid = [
+                (one["figures"]["all"]["tokens_per_second"], name)
+                for name, one in methods.items()
+                if name.startswith(beginning)
+            ]
+            if of_grid:
+                name = max(of_grid)[1]
+                detail = name.removeprefix(beginning).strip(" ,")
+                title = label.format(part=part["part"], detail=detail)
+                lines.append(_decoding(part, title, methods[name]))
+    for one in result.get("verify_cost", {}).get("ratios", []):
+        lines += [
+            "",
+            f"At batch {one['batch']} and a context of {result['verify_cost']['context']}, a pass "
+            f"over {one['nodes']} nodes takes {one['ms']:.2f} ms, {one['ratio']:.2f} times that "
+            f"over one.",
+        ]
+    return "\n".join(lines)
+
+
+ENTRIES = {  # by the beginning of a method's name
+    "small_llama": "`small_llama`, {part}: {detail}",
+    "ngram": "`ngram`: {detail}",
+    "generate": "transformers `generate`",
+    "assisted": "transformers assisted, {detail}",
+    "prompt lookup": "transformers prompt lookup",
+}
+
+
+def _decoding(part: dict[str, Any], title: str, method: dict[str, Any]) -> str:
+    every, checked = method["figures"]["all"], method.get("agreement")
+    length = every["accepted_length"]
+    low, high = every["interval"]
+    cells = [
+        f"{part['temperature']:g}, {part['batch']}",
+        title,
+        f"{every['tokens_per_second']:.0f}",
+        f"{length:.2f}" if length else "",
+        "" if title == "`none`" else f"{every['speedup']:.2f} ({low:.2f} to {high:.2f})",
+        f"{checked['identical']} of {checked['checked']}" if checked else "",
+        "",
+    ]
+    if checked and checked["divergences"]:
+        explained = sum(one["explained"] for one in checked["divergences"])
+        cells[-1] = f"{explained} of {len(checked['divergences'])}"
+    return f"| {' | '.join(cells)} |"
+
+
+def calibrate(result: dict[str, Any]) -> str:
+    """The table of `calibrate.py`: passes of the target at one context."""
+    verify = result["verify"]
+    context = min(verify["context"], key=lambda tokens: abs(tokens - 1024))
+    place = verify["context"].index(context)
+    lines = [
+        f"A pass of `{result['settings']['target']}` over trees at a context of {context}, on one "
+        f"{_device(result)}: milliseconds, and in parentheses multiples of a plain step "
+        f"(`{result['command']}`, [JSON](experiments/results/calibrate.json)):",
+        "",
+        f"| batch | {' | '.join(f'{nodes} nodes' for nodes in verify['nodes'])} |",
+        "|---|" + "---|" * len(verify["nodes"]),
+    ]
+    for batch, by_nodes in zip(verify["batch"], verify["seconds"], strict=True):
+        line = [by_context[place] for by_context in by_nodes]
+        cells = [
+            f"{one * 1e3:.2f} ({one / line[0]:.2f})"
+            if isinstance(one, float) and isinstance(line[0], float)
+            else ""
+            for one in line
+        ]
+        lines.append(f"| {batch} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def step_anatomy(result: dict[str, Any]) -> str:
+    """The table of `step_anatomy.py`: milliseconds of kernels by group, and of nothing."""
+    cases = {name: case for name, case in result["cases"].items() if "wall_ms" in case}
+    profiled = [case["kernels"]["groups"] for case in cases.values() if "kernels" in case]
+    groups = list(dict.fromkeys(name for groups in profiled for name in groups))
+    lines = [
+        f"Milliseconds of a step of `{result['settings']['target']}` with "
+        f"`{result['settings']['draft']}` on one {_device(result)}: by the clock, and of the time "
+        f"in which kernels of a group ran (of those that overlap, the one that began first); idle "
+        f"is the rest (`{result['command']}`, "
+        f"[JSON](experiments/results/step_anatomy.json)):",
+        "",
+        f"| step | {' | '.join(['all', *groups, 'idle'])} |",
+        "|---|" + "---|" * (len(groups) + 2),
+    ]
+    for name, case in cases.items():
+        found = case.get("kernels", {}).get("groups", {})
+        cells = [f"{found[group]['own_ms']:.2f}" if group in found else "" for group in groups]
+        idle = f"{case['host_gap']:.1%}" if "host_gap" in case else ""
+        lines.append("| " + " | ".join([name, f"{case['wall_ms']:.2f}", *cells, idle]) + " |")
+    return "\n".join(lines)
+
+
+def _device(result: dict[str, Any]) -> str:
+    hardware = result["hardware"]
+    device: str = hardware.get("gpu", hardware["cpu"])
+    return device
+
+
 def _operations(records: list[dict[str, Any]], key: str, title: str) -> list[str]:
     """A line for each operation, a column for each record: ours (torch)."""
     names = dict.fromkeys(name for record in records for name in record["operations"])
@@ -121,6 +248,9 @@ def _operations(records: list[dict[str, Any]], key: str, title: str) -> list[str
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "cpu_speed": ("cpu_speed.json", cpu_speed),
+    "end_to_end": ("end_to_end.json", end_to_end),
+    "step_anatomy": ("step_anatomy.json", step_anatomy),
+    "calibrate": ("calibrate.json", calibrate),
     "kernels": ("kernel_attention.json", kernels),
     "kernel_steps": ("kernel_steps.json", kernel_steps),
     "kernel_elementwise": ("kernel_elementwise.json", kernel_elementwise),
