@@ -25,16 +25,20 @@ LARGE = 8  # a batch from which the smaller grid counts
 # The grid. A tree is (kind, sizes): chain (budget), dynamic (budget, width, depth), static
 # (widths). Each list is for a batch below LARGE, and from there on.
 Trees = tuple[tuple[str, tuple[int, ...]], ...]
-CHAINS: Trees = tuple(("chain", (budget,)) for budget in (2, 3, 4, 5, 6))
+CHAINS: Trees = tuple(("chain", (budget,)) for budget in (2, 3, 4, 6))
 DYNAMIC: Trees = tuple(
-    ("dynamic", sizes) for sizes in ((8, 2, 4), (12, 3, 4), (16, 4, 4), (24, 4, 5))
+    ("dynamic", sizes) for sizes in ((12, 3, 4), (24, 6, 5), (32, 8, 6), (48, 6, 7), (63, 8, 8))
 )
-STATIC: Trees = (("static", (2, 1, 1)), ("static", (3, 2, 1)), ("static", (4, 2, 2, 1)))
-FEW: Trees = (*(("chain", (budget,)) for budget in (2, 3, 4)), ("dynamic", (8, 2, 3)))
+BUSHES: Trees = tuple(("dynamic", sizes) for sizes in ((24, 3, 4), (32, 4, 4), (63, 6, 5)))
+STATIC: Trees = (("static", (3, 2, 1)), ("static", (4, 2, 2, 1)))
+FEW: Trees = (
+    *(("chain", (budget,)) for budget in (2, 3, 4)),
+    *(("dynamic", sizes) for sizes in ((6, 2, 3), (12, 3, 4))),
+)
 # Temperature 0; above it children drawn from the draft, and its most probable tokens.
 GREEDY: tuple[Trees, Trees] = ((*CHAINS, *DYNAMIC), FEW)
-DRAWN: tuple[Trees, Trees] = ((*CHAINS, *STATIC, *DYNAMIC), FEW)
-TOP: tuple[Trees, Trees] = ((("chain", (2,)), ("chain", (4,)), *DYNAMIC), (FEW[1], FEW[3]))
+DRAWN: tuple[Trees, Trees] = ((*CHAINS, *STATIC, *BUSHES), FEW)
+TOP: tuple[Trees, Trees] = ((("chain", (2,)), ("dynamic", (32, 8, 3))), ())
 NGRAM: tuple[tuple[tuple[int, int], ...], ...] = (  # (chain, min_match)
     tuple((budget, match) for budget in (4, 8, 16) for match in (1, 2)),
     ((4, 2), (8, 2)),

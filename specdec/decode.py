@@ -233,9 +233,11 @@ class Decoder:
         tokens = max(1, min(tokens, self._longest - len(prompt_ids)))
         for batch in batches:
             for self._least_nodes in sizes:
+                # Prompts of other lengths go through other kernels.
+                prompts = [prompt_ids[: len(prompt_ids) >> i] or prompt_ids for i in range(batch)]
                 requests = [
-                    Request(id=i, prompt_ids=prompt_ids, max_new_tokens=tokens)
-                    for i in range(batch)
+                    Request(id=i, prompt_ids=prompt, max_new_tokens=tokens)
+                    for i, prompt in enumerate(prompts)
                 ]
                 for _ in self.run(requests):
                     pass

@@ -24,6 +24,7 @@ from specdec.standin import named_shape, standin
 
 ATTENTION = "specdec_paged"
 PROBE_TOKENS = 8
+PREFILL_STEP = 16  # a prompt is padded to a multiple of this on a GPU
 
 
 class _Probe:
@@ -356,6 +357,8 @@ class PagedLM:
     ) -> Tensor | None:
         sizes = [len(part) for part in tokens]
         width = max(sizes)
+        if self._kernels is not reference:  # few sizes, so that few kernels are compiled
+            width = -(-width // PREFILL_STEP) * PREFILL_STEP
         padded = torch.tensor(
             [[*part, *[0] * (width - len(part))] for part in tokens], device=self.device
         )

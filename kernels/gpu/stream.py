@@ -40,7 +40,7 @@ class Stream:
 EXACT = Stream(rows=32, columns=32, stages=2, bulk=False, ring=False)
 FEW_ROWS = Stream(rows=64, columns=128, stages=10)
 MANY_ROWS = Stream(rows=128, columns=128, warps=8, stages=4)
-GATED = Stream(rows=128, columns=64, warps=8, stages=5)
+GATED = Stream(rows=64, columns=128, stages=5)
 GATED_MANY_ROWS = Stream(rows=64, columns=128, stages=2)
 GATED_SMALL = Stream(rows=64, columns=64, stages=10)
 
@@ -61,17 +61,20 @@ def choose_stream(
         return replace(EXACT, rows=EXACT.rows // 2) if gated else EXACT
     if gated:
         few = GATED if rows <= 16 else GATED_MANY_ROWS
-        stream = few if outputs // 2 >= 96 * GATED.rows else GATED_SMALL
+        stream = few if outputs >= PROGRAMS * GATED.rows else GATED_SMALL
     else:
         stream = MANY_ROWS if whole and rows > 16 else FEW_ROWS
-    if whole or gated:
-        splits = 1
-    else:
+    splits, together = 1, 1  # programs to a multiprocessor
+    if whole or stream is GATED_MANY_ROWS:  # one starts while the other is at work
+        together = 2
+    elif not gated:
         tiles = triton.cdiv(outputs, stream.rows)
         splits = max(1, min(PROGRAMS // tiles, inputs // (2 * stream.columns)))
-    # A product of many waves runs two programs to a multiprocessor: one starts while the other
-    # is at work.
-    room = RING // 2 if whole or stream is GATED_MANY_ROWS else RING
+        crowd = 3 * PROGRAMS // tiles
+        uneven = not 0.9 * PROGRAMS <= tiles * splits <= PROGRAMS
+        if rows <= 16 and uneven and inputs >= 8 * crowd * stream.columns:
+            splits, together = crowd, 3
+    room = RING // together
     lines = (2 if gated else 1) * stream.rows + padded_rows(rows)
     stages = min(stream.stages, room // (lines * stream.columns * dtype.itemsize))
     steps = triton.cdiv(triton.cdiv(inputs, splits), stream.columns)
