@@ -234,7 +234,8 @@ class Decoder:
         for batch in batches:
             for self._least_nodes in sizes:
                 # Prompts of other lengths go through other kernels.
-                prompts = [prompt_ids[: len(prompt_ids) >> i] or prompt_ids for i in range(batch)]
+                count = batch + 1  # the last one waits for a row
+                prompts = [prompt_ids[: len(prompt_ids) >> i] or prompt_ids for i in range(count)]
                 requests = [
                     Request(id=i, prompt_ids=prompt, max_new_tokens=tokens)
                     for i, prompt in enumerate(prompts)
