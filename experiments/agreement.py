@@ -7,10 +7,10 @@ pass puts token a first and another b. In a third, the one of `specdec.compare`,
 2 u of those of either, and the gap between a and b within 4 u: so it exceeds 4 u in neither
 direction. `BOUND` is this 4.
 
-What is assumed about the layers is measured as well: `noise` is how far passes of different shapes
-over the same tokens lie apart, and should not exceed 2. That is so in bfloat16, where the layers
-round as coarsely as the logits. In float32 a logit is the sum of thousands of terms whose errors
-are as large as its own; there nothing should diverge at all.
+What is assumed about the layers is not certain, so it is measured: `noise` is how far passes of
+different shapes over the same tokens lie apart, in u. Where it exceeds 2 the bound is no proof,
+and the gaps themselves have to be looked at. In float32 a logit is the sum of thousands of terms
+whose errors are as large as its own; there nothing should diverge at all.
 """
 
 import math
@@ -66,9 +66,9 @@ def agreement(
 
 @torch.inference_mode()
 def noise(target: PagedLM, tokens: list[int], count: int = 32) -> float:
-    """How far passes of different shapes lie apart: the largest difference of a logit, in units
-    in its last place, among the two most probable tokens after each of the last `count`; once all
-    in one pass, once each in its own."""
+    """How far passes of different shapes lie apart: the largest difference of a logit among the
+    two most probable tokens after each of the last `count`, in units in the last place of the
+    larger; once all in one pass, once each in its own."""
     count = min(count, len(tokens) - 1)
     cache = target.new_cache(
         rows=2, pages=2 * -(-len(tokens) // 16), page_size=16, max_tokens=len(tokens)
@@ -87,8 +87,8 @@ def noise(target: PagedLM, tokens: list[int], count: int = 32) -> float:
     largest = 0.0
     for token, logits in zip(tail, at_once[0].float(), strict=True):
         alone = target.extend(cache, [1], [[token]])[0].float()
-        for place in logits.topk(2).indices:
-            value, other = float(logits[place]), float(alone[place])
-            size = unit(max(abs(value), abs(other)), target.dtype)
-            largest = max(largest, abs(value - other) / size)
+        best = logits.topk(2)
+        size = unit(float(best.values.abs().max()), target.dtype)
+        distance = float((best.values - alone[best.indices]).abs().max())
+        largest = max(largest, distance / size)
     return largest

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from specdec.kernels import gpu, reference
 from specdec.kernels.gpu.linear import gate
-from specdec.kernels.gpu.stream import STREAM_ROWS, Stream, choose_stream, padded_rows
+from specdec.kernels.gpu.stream import EXACT, STREAM_ROWS, Stream, choose_stream, padded_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -67,6 +67,15 @@ def products(kernels: ModuleType) -> dict[str, Callable[..., Tensor]]:
 def check_product(
     kernels: ModuleType, name: str, x: Tensor, weight: Tensor, blocks: Stream | None = None
 ) -> None:
+    if blocks is None and kernels is gpu and len(x) <= STREAM_ROWS:
+        blocks = choose_stream(
+            rows=len(x),
+            outputs=len(weight),
+            inputs=x.shape[1],
+            dtype=x.dtype,
+            whole=name == "project",
+            gated=name == "gated_linear",
+        )
     how = {} if blocks is None else {"blocks": blocks}
     expected = products(reference)[name](x.double(), weight.double())
     assert_close(products(kernels)[name](x, weight, **how), expected, x.dtype)
@@ -138,7 +147,7 @@ def test_rows_of_x_may_lie_apart() -> None:
 
 def test_a_weight_must_be_contiguous() -> None:
     with pytest.raises(ValueError, match="contiguous"):
-        gpu.project(normal(2, 32), normal(32, 16).T)
+        gpu.project(normal(2, 32), normal(32, 16).T, blocks=EXACT)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -152,7 +161,10 @@ def test_gate_of_parts(dtype: torch.dtype) -> None:
 def test_launch_parameters_fit_the_shape() -> None:
     for dtype in TYPES:
         for rows in (1, 16, 17, 33, STREAM_ROWS):
-            for outputs, inputs in ((6144, 4096), (4096, 14336), (1152, 768), (768, 100)):
+            for outputs, inputs in (
+                *((6144, 4096), (4096, 14336), (28672, 4096), (57344, 8192), (10240, 8192)),
+                *((3072, 2048), (1152, 768), (768, 100), (32, 32)),
+            ):
                 for options in (
                     {"whole": True},
                     {"whole": False},
@@ -164,6 +176,7 @@ def test_launch_parameters_fit_the_shape() -> None:
                     lines = stream.rows * (2 if options.get("gated") else 1) + padded_rows(rows)
                     size = stream.stages * lines * stream.columns * dtype.itemsize
                     assert size <= 220 * 1024
+                    assert stream.splits >= 1
                     assert stream.splits == 1 or not (options["whole"] or options.get("gated"))
                     assert stream.splits * stream.columns < 2 * max(inputs, stream.columns)
                     if stream.ring:

@@ -72,7 +72,7 @@ def choose_stream(
         splits = max(1, min(PROGRAMS // tiles, inputs // (2 * stream.columns)))
         crowd = 3 * PROGRAMS // tiles
         uneven = not 0.9 * PROGRAMS <= tiles * splits <= PROGRAMS
-        if rows <= 16 and uneven and inputs >= 8 * crowd * stream.columns:
+        if rows <= 16 and uneven and crowd > splits and inputs >= 8 * crowd * stream.columns:
             splits, together = crowd, 3
     room = RING // together
     lines = (2 if gated else 1) * stream.rows + padded_rows(rows)
