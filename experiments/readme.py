@@ -112,18 +112,23 @@ def end_to_end(result: dict[str, Any]) -> str:
         f"`{settings['target']}` in {settings['dtype']} on one {_device(result)}, torch "
         f"{versions['torch']}, transformers {versions['transformers']}; raw prompts of HumanEval "
         f"and MT-Bench ({settings['prompts']} each at batch 1, else the first of each file "
-        f"together), {settings['tokens']} new tokens, decoding alone. Of each grid of trees the "
-        f"fastest; over `none` in the same turns, with 95 % paired bootstrap intervals over "
-        f"prompts (batch 1) or the range of repeats. "
-        f"Identical: outputs equal to those of `none`, token for token; of the others, how many "
-        f"part at a gap of logits within rounding (`{result['command']}`, "
-        f"[JSON](experiments/results/end_to_end.json)):",
+        f"together), {settings['tokens']} new tokens. Tokens/s is {settings['tokens'] - 1} over "
+        f"the time of such a run less that of a run of one token, by the clock, which flatters "
+        f"methods with few steps by up to 1 / steps; the next column, all tokens over the device "
+        f"time of all steps, does not. Of each grid of trees the fastest is shown; over `none` in "
+        f"the same turns, with 95 % paired bootstrap intervals over prompts (batch 1). Identical: "
+        f"outputs equal to those of `none`, token for token; of the others, how many part at a "
+        f"gap of logits within the rounding bound of `experiments/agreement.py`. Grids, prompts "
+        f"and commands are in the [JSON](experiments/results/end_to_end.json) "
+        f"(`python -m experiments.end_to_end`):",
         "",
-        "| T, batch | method | tokens/s | accepted length | over `none` | identical | explained |",
-        "|---|---|---|---|---|---|---|",
+        "| T, batch | method | tokens/s | by steps | HumanEval | MT-Bench | accepted length "
+        "| over `none` | identical | explained |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     shown: set[tuple[Any, ...]] = set()
-    for part in result["parts"].values():
+    parts = result["parts"].values()
+    for part in sorted(parts, key=lambda part: (part["batch"], part["temperature"])):
         place = part["temperature"], part["batch"]
         methods = {name: one for name, one in part["methods"].items() if "figures" in one}
         if "none" in methods and place not in shown:
@@ -140,13 +145,6 @@ def end_to_end(result: dict[str, Any]) -> str:
                 detail = name.removeprefix(beginning).strip(" ,")
                 title = label.format(part=part["part"], detail=detail)
                 lines.append(_decoding(part, title, methods[name]))
-    for one in result.get("verify_cost", {}).get("ratios", []):
-        lines += [
-            "",
-            f"At batch {one['batch']} and a context of {result['verify_cost']['context']}, a pass "
-            f"over {one['nodes']} nodes takes {one['ms']:.2f} ms, {one['ratio']:.2f} times that "
-            f"over one.",
-        ]
     return "\n".join(lines)
 
 
@@ -163,12 +161,20 @@ def _decoding(part: dict[str, Any], title: str, method: dict[str, Any]) -> str:
     every, checked = method["figures"]["all"], method.get("agreement")
     length = every["accepted_length"]
     low, high = every["interval"]
+    interval = f" ({low:.2f} to {high:.2f})" if low < high else ""
     cells = [
         f"{part['temperature']:g}, {part['batch']}",
         title,
         f"{every['tokens_per_second']:.0f}",
+        f"{every['step_tokens_per_second']:.0f}" if every.get("step_tokens_per_second") else "",
+        *(
+            f"{method['figures'][name]['tokens_per_second']:.0f}"
+            if name in method["figures"]
+            else ""
+            for name in ("humaneval", "mt_bench")
+        ),
         f"{length:.2f}" if length else "",
-        "" if title == "`none`" else f"{every['speedup']:.2f} ({low:.2f} to {high:.2f})",
+        "" if title == "`none`" else f"{every['speedup']:.2f}{interval}",
         f"{checked['identical']} of {checked['checked']}" if checked else "",
         "",
     ]
@@ -188,7 +194,7 @@ def calibrate(result: dict[str, Any]) -> str:
         f"{_device(result)}: milliseconds, and in parentheses multiples of a plain step "
         f"(`{result['command']}`, [JSON](experiments/results/calibrate.json)):",
         "",
-        f"| batch | {' | '.join(f'{nodes} nodes' for nodes in verify['nodes'])} |",
+        f"| batch | {' | '.join(f'nodes: {nodes}' for nodes in verify['nodes'])} |",
         "|---|" + "---|" * len(verify["nodes"]),
     ]
     for batch, by_nodes in zip(verify["batch"], verify["seconds"], strict=True):
