@@ -157,6 +157,7 @@ class Decoder:
         self._current: list[int] = []  # cache rows of the last step
         self._host_trees: dict[tuple[int, ...], TokenTree] = {}
         self._least_nodes = 1  # of trees made by the host
+        self._flights: deque[_Flight] = deque()
 
     def submit(self, request: Request, *, first: bool = False) -> None:
         """Queue a request, at the front of the queue if `first`.
@@ -198,7 +199,7 @@ class Decoder:
         for request in requests:
             self.submit(request)
         self._stopwatch.start()
-        flights: deque[_Flight] = deque()
+        flights = self._flights
         landed: list[tuple[_Flight, dict[str, list[int]]]] = []
 
         def report() -> None:

@@ -13,6 +13,7 @@ import torch
 from specdec.compare import compare
 from specdec.decode import Decoder, Step
 from specdec.environment import describe_environment
+from specdec.graphs import Graphs
 from specdec.metrics import summarise
 from specdec.model import PagedLM
 from specdec.prompts import Prompt, encode
@@ -98,6 +99,7 @@ class Experiment:
     chat: str = "auto"
     labels: dict[str, str] = field(default_factory=dict)
     capacity: Capacity = field(init=False)
+    _graphs: Graphs | None = field(init=False, default=None)  # of the side decoded last
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -176,6 +178,7 @@ class Experiment:
             kv_dtype=self.cache.kv_dtype,
         )
         self._warm_up(decoder)
+        self._graphs = decoder.graphs
 
         def record(step: Step) -> None:
             side.steps.append(step.record(), flush=False)
@@ -211,6 +214,8 @@ class Experiment:
             **summarise(main.generations.records, main.steps.records),
             "interrupted": interrupted,
         }
+        if self._graphs is not None:
+            summary["graphs"] = {"counts": self._graphs.counts, "obstacle": self._graphs.obstacle}
         baseline = folder.baseline
         lossless: Record = {"checked": 0, "identical": 0, "divergences": []}
         if baseline is not None:

@@ -204,10 +204,10 @@ def test_tables_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert lines[3] == "| --- |" or lines[3].startswith("|---")
     rows = [line for line in lines if line.startswith("| 0, 1 |")]
     assert rows == [
-        "| 0, 1 | `none` | 10 |  |  |  | 2.75 |  |  |  |",
-        "| 0, 1 | `small_llama`, llama_160m: chain 2 | 20 |  |  |  | 2.75 | 2.00 | 1 of 2 "
+        "| 0, 1 | `none` | 10 |  | 10 |  | 2.75 |  |  |  |",
+        "| 0, 1 | `small_llama`, llama_160m: chain 2 | 20 |  | 20 |  | 2.75 | 2.00 | 1 of 2 "
         "| 0 of 1 |",
-        "| 0, 1 | transformers `generate` | 10 |  |  |  | 2.75 | 1.00 |  |  |",
+        "| 0, 1 | transformers `generate` | 10 |  | 10 |  | 2.75 | 1.00 |  |  |",
     ]
     path = tmp_path / "end_to_end.json"
     path.write_text(json.dumps(result))

@@ -157,6 +157,8 @@ def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
         assert (code, error) == (0, "")
         summary = json.loads((tmp_path / kernels / "summary.json").read_text())
         assert summary["kernels"] == kernels
+        assert summary["graphs"]["obstacle"] is None
+        assert summary["graphs"]["counts"]["verify"]["called"] >= summary["steps"]
         assert 0 < summary["acceptance_by_depth"][0] < 1  # both branches of the loop were taken
     assert outputs(tmp_path / "triton") == outputs(tmp_path / "reference")
 

@@ -734,3 +734,39 @@ def test_ngram_scans_only_the_latest_matches(monkeypatch: pytest.MonkeyPatch) ->
     sequence = decoding(tokens)
     drafter.start([sequence])
     assert [path for path, _ in drafter.propose(sequence, 1)] == [[6], [5], [4]]
+
+
+# --- trees made by the host, brought to a size
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_padding_adds_nothing_but_padding(data: st.DataObject) -> None:
+    batch, nodes = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    parents = torch.tensor(
+        [[-1, *(data.draw(st.integers(0, i)) for i in range(nodes - 1))] for _ in range(batch)]
+    ).int()
+    tokens = torch.arange(batch * nodes).view(batch, nodes)
+    proposal = None
+    if data.draw(st.booleans()):
+        shape = batch, nodes, data.draw(st.integers(1, 3))
+        proposal = Proposal(
+            ids=torch.randint(9, shape), probs=torch.rand(shape), children="sample"
+        )
+    size = torch.full((batch,), nodes, dtype=torch.int32)
+    tree = TokenTree(tokens=tokens, parents=parents, size=size, depth=nodes - 1, proposal=proposal)
+    tree.check()
+    rows, columns = batch + data.draw(st.integers(0, 2)), nodes + data.draw(st.integers(0, 4))
+    padded = tree.padded(rows, columns)
+    padded.check()
+    assert padded.tokens.shape == (rows, columns)
+    assert padded.depth == columns - 1
+    assert padded.size.tolist() == [nodes] * batch + [0] * (rows - batch)
+    for mine, theirs in zip(tree.tensors(), padded.tensors(), strict=True):
+        inside = tuple(slice(0, n) for n in mine.shape)
+        assert torch.equal(theirs[inside], mine)
+    assert (padded.parents == -2).sum() == rows * columns - batch * nodes
+    copy = padded.to(torch.device("cpu"))
+    for mine, theirs in zip(copy.tensors(), padded.tensors(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.data_ptr() != theirs.data_ptr()

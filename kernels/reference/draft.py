@@ -73,5 +73,8 @@ def top_tokens(
         raise ValueError(
             f"count={count}: must be from 1 to the {scores.shape[1]} tokens there are"
         )
-    ids = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return ids.contiguous(), (scores / temperature).softmax(dim=1).gather(1, ids)
+    # Integers in the order of the scores, and of equals the lower id first.
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: no negative zero
+    order = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
+    ids = (order - torch.arange(scores.shape[1], device=scores.device)).topk(count).indices
+    return ids, (scores / temperature).softmax(dim=1).gather(1, ids)

@@ -116,13 +116,16 @@ def rotate_and_write(
 
 
 def _joined(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    total = parts.to(wide).sum(dim=0)
+    if len(parts) == 1 and parts.dtype == dtype:
+        return parts[0] if bias is None else parts[0] + bias
+    total = parts.to(torch.promote_types(dtype, torch.float32)).sum(dim=0)
     return (total if bias is None else total + bias).to(dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.dtype.itemsize >= 4:  # one operation, which rounds the same there
+        return torch.nn.functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype)
 
