@@ -70,10 +70,12 @@ class SmallLlama(Drafter):
         self._news = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self._count = torch.ones(rows, dtype=torch.int64, device=device)
 
-    def start(self, sequences: Sequence[Decoding]) -> None:
-        for sequence in self.model.start(sequences):
+    def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
+        started = self.model.start(sequences)
+        for sequence in started:
             self._news[sequence.row] = sequence.tokens[-1]
             self._count[sequence.row] = 1
+        return started
 
     def finish(self, sequence: Decoding) -> None:
         self.model.finish(sequence)
@@ -93,16 +95,15 @@ class SmallLlama(Drafter):
             if frontier.level:
                 parents.append(frontier.parents - 1)  # expanded node n has scratch row n - 1
                 logits = self._forward(context, frontier, parents)
-            logits = logits[..., : self.vocab_size]
             if not sampled:
                 return self._best(context, logits, self.tree.width(frontier.level), 1.0)
-            if context.sampling.filters:
-                probs, ids = probabilities(logits, context.sampling).topk(
+            sampling = context.sampling
+            if sampling.filters or sampling.greedy:
+                probs, ids = probabilities(logits[..., : self.vocab_size], sampling).topk(
                     min(self.candidates, self.vocab_size)
                 )
             else:
-                temperature = context.sampling.temperature
-                ids, probs = self._best(context, logits, self.candidates, temperature)
+                ids, probs = self._best(context, logits, self.candidates, sampling.temperature)
             return ids, probs / probs.sum(-1, keepdim=True)
 
         tree, expanded = grow(self.tree, self.levels, context, expand)
@@ -133,7 +134,7 @@ class SmallLlama(Drafter):
         [B, F, V]."""
         count = min(count, self.vocab_size)
         ids, probs = context.kernels.top_tokens(
-            logits.flatten(0, 1), count, temperature=temperature
+            logits.flatten(0, 1), count, temperature=temperature, vocab=self.vocab_size
         )
         shape = *logits.shape[:2], count
         return ids.view(shape), probs.view(shape)

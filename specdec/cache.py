@@ -249,7 +249,7 @@ class PagedKVCache:
         _, had_batch, _, had_nodes, _ = self.tree_keys.shape
         if had_batch >= batch and had_nodes >= nodes:
             return
-        if had_nodes:
+        if had_nodes and self.keys.is_cuda:
             self._outgrown.append((self.tree_keys, self.tree_values))
         batch, nodes = max(batch, had_batch, self.idle_row), max(nodes, had_nodes)
         keys, values = self._new_scratch(batch, nodes)

@@ -31,11 +31,13 @@ class CachedModel:
         self.cache: PagedKVCache
 
     def prepare(self, capacity: Capacity) -> None:
-        """Start over with an empty cache.
+        """Start over with an empty cache; what was before can no longer be decoded.
 
         Raises:
             ValueError: the memory of the GPU does not hold the pages of one sequence.
         """
+        if hasattr(self, "cache"):
+            del self.cache  # its memory is free for the new one
         pages = capacity.pool_pages
         if capacity.pages is None and self.lm.device.type == "cuda":
             pages = min(pages, self._affordable(capacity))

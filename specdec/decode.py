@@ -31,7 +31,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches, and trees made by
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one step did, for the B sequences it ran.
+    """What one step did, for the B sequences it ran; none if all of them had ended meanwhile.
 
     Args:
         requests: [B] ids.
@@ -72,12 +72,15 @@ class _Flight:
 
     Args:
         tree: what it verified.
-        results: [B, 2 + N + depth + 1] int64 on the host: new tokens, nodes, parents, tokens.
+        context: what the drafter was given.
+        results: [B, 3 + N + 2 (depth + 1)] int64 on the host: new tokens, nodes, next token;
+            parents, path, tokens.
         arrived: None if they are there already.
     """
 
     sequences: list[Decoding]
     tree: TokenTree
+    context: StepContext
     results: Tensor
     arrived: torch.cuda.Event | None
     laps: Laps
@@ -89,6 +92,8 @@ class Decoder:
     On a GPU the host only queues work, in CUDA graphs where `kernels.graphs` allows, and learns
     what a step has yielded while the next one runs. A sequence that has ended meanwhile is cut
     exactly where it ended.
+
+    Verifier and drafter start over with it: an earlier decoder of either is of no use any more.
 
     Args:
         verifier: the target model.
@@ -158,6 +163,8 @@ class Decoder:
         self._host_trees: dict[tuple[int, ...], TokenTree] = {}
         self._least_nodes = 1  # of trees made by the host
         self._flights: deque[_Flight] = deque()
+        self._finished: deque[Decoding] = deque()
+        self._full = False  # a request waits for another to end
 
     def submit(self, request: Request, *, first: bool = False) -> None:
         """Queue a request, at the front of the queue if `first`.
@@ -209,6 +216,7 @@ class Decoder:
                     on_step(step)
             landed.clear()
 
+        yield from self._retire()  # what a run that was given up had finished
         while self.waiting or self.running or flights:
             self._admit()
             if self._worth_a_step(flights):
@@ -230,7 +238,8 @@ class Decoder:
             batches = [n for n in SIZES if n < self._batch_size] + [self._batch_size]
             most = self.drafter.most_nodes
             if not self.drafter.on_device and most is not None:
-                sizes = [n for n in SIZES if n < most] + [most]
+                # The largest first, so that the scratch of the cache need not grow.
+                sizes = [most, *(n for n in SIZES if n < most)]
         tokens = max(1, min(tokens, self._longest - len(prompt_ids)))
         for batch in batches:
             for self._least_nodes in sizes:
@@ -241,8 +250,9 @@ class Decoder:
                     Request(id=i, prompt_ids=prompt, max_new_tokens=tokens)
                     for i, prompt in enumerate(prompts)
                 ]
-                for _ in self.run(requests):
-                    pass
+                for _ in range(1 + self.graphs.enabled):  # called, then captured
+                    for _ in self.run(requests):
+                        pass
         self._least_nodes = 1
 
     def _worth_a_step(self, flights: Collection[_Flight]) -> bool:
@@ -253,6 +263,8 @@ class Decoder:
 
     def _admit(self) -> None:
         """Fill free rows with waiting requests, as far as the caches have room."""
+        if self._full and self.running:
+            return
         asked = [
             Decoding(request, row, list(request.prompt_ids))
             for request, row in zip(self.waiting, reversed(self._free_rows), strict=False)
@@ -261,7 +273,12 @@ class Decoder:
             return
         self._stopwatch.lap("other")
         admitted = self.verifier.start(asked)
-        self.drafter.start(admitted)
+        taken = self.drafter.start(admitted)
+        if taken is not None:
+            for sequence in admitted[len(taken) :]:
+                self.verifier.finish(sequence)
+            admitted = admitted[: len(taken)]
+        self._full = len(admitted) < len(asked)
         self.running += admitted
         self._current = []  # the batch of the last step knows nothing of them
         for sequence in admitted:
@@ -281,7 +298,10 @@ class Decoder:
             self.verifier.finish(sequence)
             self.drafter.finish(sequence)
             self._free_rows.append(sequence.row)
-        yield from finished
+        self._full = False
+        self._finished.extend(finished)
+        while self._finished:
+            yield self._finished.popleft()
 
     # One step
 
@@ -298,10 +318,12 @@ class Decoder:
             keys=batch.keys,
         )
         self._stopwatch.lap("other")
+        given = context
         if self.drafter.on_device:
             tree = self.graphs.run("draft", len(batch.rows), lambda: self._draft(context, batch))
         else:
-            tree = self._draft_on_host(context)
+            given = self._on_host(context)
+            tree = self._to_device(self.drafter.draft(given), len(batch.rows))
         self._stopwatch.lap("draft")
         key = len(batch.rows), tree.nodes, tree.depth, _support(tree)
         logits = self.graphs.run("verify", key, lambda: self.verifier.verify(context, tree))
@@ -316,6 +338,7 @@ class Decoder:
         return _Flight(
             sequences=sequences,
             tree=tree,
+            context=given,
             results=results,
             arrived=arrived,
             laps=self._stopwatch.take(),
@@ -344,27 +367,32 @@ class Decoder:
         tree = self.drafter.draft(context)
         return replace(tree, size=torch.where(batch.active, tree.size, 0))
 
-    def _draft_on_host(self, context: StepContext) -> TokenTree:
-        """Draft from the tokens of the sequences, and bring the trees to the device."""
+    def _on_host(self, context: StepContext) -> StepContext:
+        """What a drafter that works on the host is given."""
         if self.device.type == "cpu":
-            return self.drafter.draft(context)
+            return context
         sequences = context.sequences
-        tree = self.drafter.draft(
-            StepContext(
-                sequences=sequences,
-                roots=torch.tensor([s.tokens[-1] for s in sequences]),
-                sampling=self.sampling,
-                uniforms=self._host_uniforms(sequences),
-                rows=torch.tensor([s.row for s in sequences]),
-            )
+        return StepContext(
+            sequences=sequences,
+            roots=torch.tensor([s.tokens[-1] for s in sequences]),
+            sampling=self.sampling,
+            uniforms=self._host_uniforms(sequences),
+            rows=torch.tensor([s.row for s in sequences]),
         )
-        nodes = max(tree.nodes, self._least_nodes)
+
+    def _to_device(self, tree: TokenTree, batch: int) -> TokenTree:
+        """Trees made on the host, padded, in the tensors of all trees of that size."""
+        if self.device.type == "cpu":
+            return tree
+        nodes = tree.nodes
+        if tree.proposal is not None or not self.rule.needs_proposal:
+            nodes = max(nodes, self._least_nodes)
         if self._padded:
             nodes = _size(nodes, self.drafter.most_nodes)
         if not self.rule.needs_proposal:
             tree = replace(tree, proposal=None)
-        padded = tree.padded(len(context.rows), nodes)
-        key = len(context.rows), nodes, _support(padded)
+        padded = tree.padded(batch, nodes)
+        key = batch, nodes, _support(padded)
         if key not in self._host_trees:
             self._host_trees[key] = padded.to(self.device)
         there = self._host_trees[key]
@@ -389,12 +417,14 @@ class Decoder:
         self, context: StepContext, tree: TokenTree, logits: Tensor
     ) -> tuple[Acceptance, Tensor]:
         acceptance = self.rule.accept(context, tree, logits)
-        columns = [acceptance.length[:, None], tree.size[:, None], tree.parents]
-        return acceptance, torch.cat([*columns, acceptance.new_tokens(tree)], dim=1)
+        numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token], dim=1)
+        lists = [tree.parents, acceptance.path, acceptance.new_tokens(tree)]
+        return acceptance, torch.cat([numbers, *lists], dim=1)
 
     def _commit(self, context: StepContext, batch: _Batch, acceptance: Acceptance) -> None:
         self.verifier.commit(context, acceptance)
-        self.drafter.commit(context, acceptance)
+        if self.drafter.on_device:
+            self.drafter.commit(context, acceptance)
         batch.roots.copy_(acceptance.next_token)
         batch.keys[:, 2] += 1
         self._roots[batch.rows] = batch.roots
@@ -422,12 +452,20 @@ class Decoder:
         step: dict[str, list[int]] = {
             name: [] for name in ("requests", "nodes", "depths", "accepted", "tokens")
         }
-        for sequence, (length, size, *rest) in zip(
+        nodes, steps = flight.tree.nodes, flight.tree.depth + 1
+        if not self.drafter.on_device:
+            numbers, _, path, _ = flight.results[: len(flight.sequences)].split(
+                [3, nodes, steps, steps], dim=1
+            )
+            length, _, next_token = numbers.unbind(1)
+            kept = Acceptance(path=path, length=length, next_token=next_token)
+            self.drafter.commit(flight.context, kept)
+        for sequence, (length, size, _, *rest) in zip(
             flight.sequences, flight.results.tolist(), strict=False
         ):
             if sequence.finish_reason:
                 continue
-            self._append(sequence, rest[flight.tree.nodes :][:length])
+            self._append(sequence, rest[nodes + steps :][:length])
             sequence.steps += 1
             sequence.drafted += size - 1
             step["requests"].append(sequence.request.id)

@@ -16,7 +16,7 @@ class Graphs:
 
     What a function returns lives in memory that its next replay, and that of any other graph,
     may write to: it is of use within a step. Graphs of one `Graphs` must run one after the other,
-    in the same order.
+    in the same order, and those that read each other's results must be captured in the same step.
 
     Args:
         enabled: whether to capture.
@@ -63,6 +63,7 @@ class Graphs:
                 result = function()
         except RuntimeError as error:  # something in the model waits for the device
             self.enabled = False
+            self._captured.clear()  # what was captured leaves no trace in Python objects
             self.obstacle = str(error).strip().splitlines()[0]
             log.warning("steps run without CUDA graphs: %s", self.obstacle)
             torch.cuda.synchronize()

@@ -149,9 +149,9 @@ class Drafter:
     def prepare(self, capacity: Capacity) -> None:
         """Once per run, before the first prompt: make room for this many sequences."""
 
-    def start(self, sequences: Sequence[Decoding]) -> None:
+    def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding] | None:
         """These sequences have just joined the batch; all but the last of their tokens are
-        context."""
+        context. Returned are those there is room for, in order, or None: all."""
 
     def draft(self, context: StepContext) -> TokenTree:
         """A tree for each sequence, rooted at its last committed token; the root alone is a legal

@@ -18,6 +18,7 @@ Function-preserving growth is known from Net2Net (Chen et al. 2016); there it be
 
 import copy
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -240,6 +241,7 @@ def standin(
     )
     with torch.device("meta"):
         large = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _check_memory(sum(parameter.nbytes for parameter in large.parameters()), torch.device(device))
     large.to_empty(device=device)
     # Its frequencies are no parameters: they would have stayed empty.
     large.model.rotary_emb = small.model.rotary_emb
@@ -264,6 +266,20 @@ def _constant(source: Any) -> float:
     """About half of what epsilon adds to the sum of squares, as every type can hold it."""
     half = math.sqrt(source.hidden_size * source.rms_norm_eps / 2)
     return float(torch.tensor(half, dtype=torch.bfloat16))
+
+
+def _check_memory(needed: int, device: torch.device) -> None:
+    """Raise ValueError if the weights have no room there: a CPU would find out too late."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > free:
+        raise ValueError(
+            f"a stand-in of {needed / 2**30:.1f} GiB does not fit the {free / 2**30:.1f} GiB of "
+            f"device={device}; choose a smaller one or a 16-bit dtype"
+        )
 
 
 def _fill_identity(layer: Any, random: torch.Generator) -> None:

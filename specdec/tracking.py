@@ -120,11 +120,11 @@ class WandbTracker:
         if not self._pending:
             return
         count, rows = len(self._pending), sum(len(step.requests) for step in self._pending)
-        point: dict[str, float] = {
-            "step/accepted_length": sum(sum(step.tokens) for step in self._pending) / rows,
-            "step/nodes": sum(sum(step.nodes) for step in self._pending) / rows,
-            "step/batch": rows / count,
-        }
+        point: dict[str, float] = {"step/batch": rows / count}
+        if rows:  # the last step may have run for sequences that had already ended
+            tokens = sum(sum(step.tokens) for step in self._pending)
+            point["step/accepted_length"] = tokens / rows
+            point["step/nodes"] = sum(sum(step.nodes) for step in self._pending) / rows
         for step in self._pending:
             for verb, seconds in step.seconds.items():
                 point[f"time/{verb}_ms"] = (

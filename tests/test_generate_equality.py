@@ -8,7 +8,7 @@ one prompt at a time. All of it runs on the GPU where there is one, and so throu
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,17 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.model import PagedLM, zoo_path
-from specdec.protocols import AcceptanceRule, Decoding, Drafter, Request, TreePolicy
+from specdec.protocols import (
+    AcceptanceRule,
+    Capacity,
+    Decoding,
+    Drafter,
+    Request,
+    StepContext,
+    TreePolicy,
+)
 from specdec.sampling import SamplingParams
-from specdec.tree import Children
+from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
@@ -612,3 +620,55 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> tuple[PagedLM, Path, li
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).to(DEVICE)
     expected = generate(model, [1], 61)
     return target, draft, expected
+
+
+# --- what a drafter is told, and what it may lack
+
+
+class Told(NGram):
+    """Notes what its guesses came to."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.kept: dict[int, list[int]] = {}
+
+    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+        for i, sequence in enumerate(context.sequences):
+            assert acceptance.path.device.type == "cpu"
+            tokens = self.kept.setdefault(sequence.request.id, list(sequence.tokens))
+            assert tokens == sequence.tokens  # those of the draft
+            tree, length = self.drafted, int(acceptance.length[i])
+            path = acceptance.path[i, 1:length]
+            tokens += [*tree.tokens[i, path].tolist(), int(acceptance.next_token[i])]
+
+    def draft(self, context: StepContext) -> TokenTree:
+        self.drafted = super().draft(context)
+        return self.drafted
+
+
+def test_a_drafter_on_the_host_is_told_what_was_kept(zoo: Any) -> None:
+    drafter = Told(tree=Static(widths=[2, 1, 1]))
+    outputs = decode(zoo.target, drafter, zoo.prompts[:3], 24, batch_size=2).outputs
+    for i, output in enumerate(outputs):
+        told = drafter.kept[i][len(zoo.prompts[i]) :]
+        assert told[: len(output)] == output
+
+
+def test_sampled_children_at_temperature_zero(zoo: Any) -> None:
+    """The drafter's own choice is certain then, and one child is left of each node."""
+    drafter = build("small_llama", "static", zoo.target, zoo.draft, "sample")
+    found = decode(zoo.target, drafter, zoo.prompts[:2], 24)
+    plain = decode(zoo.target, NoDrafter(), zoo.prompts[:2], 24)
+    assert found.outputs == plain.outputs
+    assert len(found.steps) < len(plain.steps)
+
+
+def test_a_drafter_with_less_room_than_the_target(zoo: Any) -> None:
+    class Narrow(SmallLlama):
+        def prepare(self, capacity: Capacity) -> None:
+            super().prepare(replace(capacity, pages=capacity.pages_of_a_row + 1))
+
+    drafter = Narrow(target=zoo.target, tree=Chain(budget=3), path=str(zoo.draft))
+    found = decode(zoo.target, drafter, zoo.prompts[:3], 24, batch_size=3)
+    plain = decode(zoo.target, NoDrafter(), zoo.prompts[:3], 24, batch_size=3)
+    assert found.outputs == plain.outputs

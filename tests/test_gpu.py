@@ -306,3 +306,15 @@ def test_what_cannot_be_captured_is_called(exact: PagedLM) -> None:
     done = {s.request.id: s.output_ids for s in decoder.run(requests)}
     assert [done[i] for i in range(len(prompts))] == outputs_of(plain)
     assert decoder.graphs.obstacle
+
+
+def test_a_recursive_rule_over_trees_of_the_host(exact: PagedLM) -> None:
+    """Where nothing matches there is no proposal, while the next tree has one."""
+    drafter = NGram(tree=Dynamic(budget=6, children="sample"))
+    decoder = new_decoder(exact, drafter, batch_size=2, temperature=1.0)
+    prompts = prompts_of(exact)
+    decoder.warm_up(prompts[0])
+    requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
+    outputs = {s.request.id: s.output_ids for s in decoder.run(requests)}
+    again, _ = decode(exact, drafter, batch_size=1, temperature=1.0)
+    assert [outputs[i] for i in range(len(prompts))] == outputs_of(again)

@@ -67,7 +67,9 @@ def test_after_a_failure_nothing_is_captured(
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return 7
 
+    assert [graphs.run("draft", 1, lambda: 5) for _ in range(3)] == [5] * 3
     assert [graphs.run("verify", 1, work) for _ in range(2)] == [7, 7]
+    assert graphs.run("draft", 1, lambda: 6) == 6  # no longer what was captured
     assert graphs.obstacle == "operation not permitted when stream is capturing"
     assert "without CUDA graphs" in caplog.text
     assert [graphs.run("accept", 1, lambda: 3) for _ in range(4)] == [3] * 4

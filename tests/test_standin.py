@@ -470,3 +470,10 @@ def test_another_architecture_is_refused(tmp_path: Path, kind: str, settings: An
     AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"source of type {kind}: must be a Llama without"):
         standin(tmp_path, BASE, device="cpu", dtype=torch.float32)
+
+
+def test_what_has_no_room_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.standin.os.sysconf", lambda name: 1000)
+    with pytest.raises(ValueError, match="GiB does not fit the") as refusal:
+        standin(zoo_path("draft"), "llama_160m", device="cpu", dtype=torch.float32)
+    assert "\n" not in str(refusal.value)

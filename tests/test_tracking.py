@@ -11,6 +11,9 @@ from typing import Any
 
 from wandb.proto import wandb_internal_pb2
 
+from specdec.decode import Step
+from specdec.tracking import WandbTracker
+
 ROOT = Path(__file__).parents[1]
 BLOCK = 32768  # the file is a log in LevelDB's format, after a header of seven bytes
 
@@ -93,3 +96,17 @@ def test_an_offline_run_holds_config_points_summary_table_and_chart(tmp_path):
     (table,) = folder.glob("wandb/offline-run-*/files/media/table/generations*.json")
     assert [row[0] for row in json.loads(table.read_text())["data"]] == [0, 1]
     assert list(folder.glob("wandb/offline-run-*/files/media/table/acceptance_by_depth*.json"))
+
+
+def test_a_step_that_ran_for_nobody_is_no_point_of_its_own_kind() -> None:
+    class Run:
+        def log(self, point: dict[str, float], step: int) -> None:
+            logged.append(point)
+
+    logged: list[dict[str, float]] = []
+    tracker = WandbTracker(every=1)
+    tracker._run = Run()
+    names = ("requests", "nodes", "depths", "accepted", "tokens")
+    nothing: dict[str, list[int]] = {name: [] for name in names}
+    tracker.step(Step(**nothing, seconds={"verify": 0.5}))
+    assert logged == [{"step/batch": 0.0, "time/verify_ms": 500.0}]

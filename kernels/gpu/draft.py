@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels import reference
 from specdec.kernels.gpu.coins import NOTHING, weight
 from specdec.kernels.gpu.philox import UNIT, philox_block
 
@@ -49,7 +50,8 @@ def _uniforms_kernel(out_ptr, keys_ptr, stream, count, BLOCKS: tl.constexpr):
 def top_tokens(
     logits: Tensor, count: int, *, temperature: float = 1.0, vocab: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `specdec.kernels.reference.top_tokens`, for a `count` up to `LARGEST`.
+    """As `specdec.kernels.reference.top_tokens`, which does it itself for a `count` above
+    `LARGEST`.
 
     A chunk's best tokens lie in its best groups, those with the largest maxima. So only the maxima
     of groups are sorted, then the logits of as many groups as tokens are wanted.
@@ -57,8 +59,7 @@ def top_tokens(
     rows = len(logits)
     vocab = logits.shape[1] if vocab is None else min(vocab, logits.shape[1])
     if not 1 <= count <= min(vocab, LARGEST):
-        most = f"the {vocab} tokens there are" if vocab < LARGEST else str(LARGEST)
-        raise ValueError(f"count={count}: must be from 1 to {most}")
+        return reference.top_tokens(logits, count, temperature=temperature, vocab=vocab)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     device = logits.device

@@ -12,6 +12,8 @@ before it has left its place (programmatic dependent launch), asks for its first
 then waits for the results of earlier kernels.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -89,7 +91,7 @@ def gate(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     interpreting = triton.knobs.runtime.interpret
     block = 512
     if rows:
-        gate_kernel[(triton.cdiv(outputs // 2, block), rows)](
+        gate_kernel[(rows, triton.cdiv(outputs // 2, block))](
             out,
             parts,
             rows,
@@ -106,6 +108,12 @@ def gate(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def _streamed(x: Tensor, blocks: Stream | None) -> bool:
     """The interpreter takes minutes for the products of a model: it does those it is told to."""
     return blocks is not None or (len(x) <= STREAM_ROWS and not triton.knobs.runtime.interpret)
+
+
+@lru_cache
+def _on_hopper(device: torch.device) -> bool:
+    """The ring's products are instructions of Hopper's alone."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _chunks(inputs: int, blocks: Stream) -> tuple[int, int]:
@@ -152,7 +160,7 @@ def _stream(
         "launch_pdl": not interpreting,
     }
     tiles = ((x, [block_m, blocks.columns]), (weight, [blocks.rows, blocks.columns]))
-    if bulk and blocks.ring and not interpreting:
+    if bulk and blocks.ring and not interpreting and _on_hopper(x.device):
         descriptors = [ring_descriptor(tensor, tile) for tensor, tile in tiles]
         ring_kernel[grid](out, *descriptors, rows, **shared)
         return
@@ -182,8 +190,8 @@ def gate_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program for some columns of one row."""
-    row = tl.program_id(1).to(tl.int64)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < WIDTH
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
