@@ -220,12 +220,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel("tokens/s")
     axes.set_title(f"by batch, temperature {temperatures[0]:g}", fontsize="medium")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="x-small")
     device = result["hardware"].get("gpu", result["hardware"]["cpu"])
-    figure.suptitle(
-        "\n".join(filter(None, (f"{result['settings']['target']} on {device}", caption(result)))),
-        fontsize="medium",
-    )
+    figure.suptitle(f"{result['settings']['target']} on {device}", fontsize="medium")
     figure.savefig(path, dpi=150)
 
 

@@ -240,6 +240,7 @@ class Decoder:
             if not self.drafter.on_device and most is not None:
                 # The largest first, so that the scratch of the cache need not grow.
                 sizes = [most, *(n for n in SIZES if n < most)]
+                tokens = min(tokens, 2)
         tokens = max(1, min(tokens, self._longest - len(prompt_ids)))
         for batch in batches:
             for self._least_nodes in sizes:
@@ -278,6 +279,8 @@ class Decoder:
             for sequence in admitted[len(taken) :]:
                 self.verifier.finish(sequence)
             admitted = admitted[: len(taken)]
+        if not admitted and not self.running:
+            raise ValueError(f"request {asked[0].request.id}: the caches have no room for it")
         self._full = len(admitted) < len(asked)
         self.running += admitted
         self._current = []  # the batch of the last step knows nothing of them
