@@ -34,7 +34,8 @@ class CacheSettings:
 
     Args:
         page_size: tokens of a page; None is 128 on a GPU, whose kernels like large ones, else 16.
-        pages: pages of each cache; None is enough for the whole batch.
+        pages: pages of each cache; None is enough for the whole batch, or what the memory of the
+            GPU holds.
         prefill_chunk: prompt tokens of a sequence that go through a model at a time.
         dtype: what the pages hold keys and values as: auto (the type of each model), fp8_e4m3 or
             int8.
