@@ -248,6 +248,10 @@ def _fail(error: Exception) -> None:
         if line.strip().startswith(("full_key:", "object_type=", "Config search path")):
             break
         lines.append(line.strip().rstrip("."))
+    group = re.search(r"Could not find '(\w+)/", text)
+    if group:  # Hydra names the options of a group, not those in its folders
+        folders = sorted((Path(CONFIGS) / group[1]).glob("*/*.yaml"))
+        lines += [f"{path.parent.name}/{path.stem}" for path in folders]
     message = "; ".join(line for line in lines if line)
     _failures.append(message)
     print(f"error: {message}", file=sys.stderr)

@@ -477,3 +477,13 @@ def test_what_has_no_room_is_refused_before_it_is_made(monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="GiB does not fit the") as refusal:
         standin(zoo_path("draft"), "llama_160m", device="cpu", dtype=torch.float32)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_wrong_name_in_a_folder_of_options_names_those_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["specdec", "target=standin/llama3_9b"])
+    with pytest.raises(SystemExit) as end:
+        command.main()
+    assert end.value.code == 2
+    assert "standin/llama3_70b; standin/llama3_8b" in capsys.readouterr().err
