@@ -79,11 +79,8 @@ def grow(
     # Of the frontier's nodes: place among the T nodes, log of the cumulative probability.
     index = torch.zeros_like(frontier.tokens)
     score = torch.zeros_like(index, dtype=torch.float64)
-    tokens, parents, scores = (
-        [frontier.tokens],
-        [frontier.parents],
-        [score],
-    )  # [B, C] of each level
+    # [B, C] of each level
+    tokens, parents, scores = [frontier.tokens], [frontier.parents], [score]
     expanded: list[tuple[Tensor, Tensor]] = []  # [B, F] of each level: index, alive
     supports: list[tuple[Tensor, Tensor]] = []  # ids and probs [B, F, K] of each level
     total = 1

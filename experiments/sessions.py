@@ -24,7 +24,7 @@ from specdec.standin import named_shape, standin
 from specdec.verifier.verifier import TreeVerifier
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-WARM_UP_TOKENS = 16  # at least three steps however much is accepted: called, captured, replayed
+WARM_UP_TOKENS = 16
 
 
 class Asked(NamedTuple):

@@ -316,13 +316,12 @@ class PagedKVCache:
         lengths = self.lengths.index_select(0, rows)
         length = torch.minimum(length.int(), self.capacity.index_select(0, rows) - lengths)
         # Without a path, rows that nobody commits need not be looked at.
-        keys = self.tree_keys if path is not None else self.tree_keys[:, :, :, :most]
-        values = self.tree_values if path is not None else self.tree_values[:, :, :, :most]
+        end = most if path is None else None
         self._kernels.commit_path(
             self.keys,
             self.values,
-            keys,
-            values,
+            self.tree_keys[:, :, :, :end],
+            self.tree_values[:, :, :, :end],
             path,
             length,
             self.page_table.index_select(0, rows),

@@ -6,9 +6,8 @@ giving rows back.
 
 from collections.abc import Sequence
 
-import torch
-
 from specdec.cache import CacheFullError, PagedKVCache
+from specdec.environment import free_memory
 from specdec.model import PagedLM
 from specdec.protocols import Capacity, Decoding
 
@@ -51,9 +50,7 @@ class CachedModel:
 
     def _affordable(self, capacity: Capacity) -> int:
         """Pages that fit into the free memory of the GPU; further requests wait for them."""
-        device = self.lm.device
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = free_memory(self.lm.device)
         shape = self.lm.kv_shape
         page = capacity.page_size * shape.bytes_per_token(capacity.kv_dtype or self.lm.dtype)
         pages, needed = int(free * MEMORY_SHARE) // page, capacity.pages_of_a_row

@@ -360,7 +360,7 @@ class Decoder:
         rows = [sequence.row for sequence in sequences] + [self._batch_size] * (size - count)
         if rows != self._current:
             self._current = rows
-            batch.rows.copy_(_upload(torch.tensor(rows), self.device))
+            _send(torch.tensor(rows), batch.rows)
             torch.lt(batch.rows, self._batch_size, out=batch.active)
             batch.roots.copy_(self._roots[batch.rows])
             batch.keys.copy_(self._keys[batch.rows])
@@ -400,7 +400,7 @@ class Decoder:
             self._host_trees[key] = padded.to(self.device)
         there = self._host_trees[key]
         for mine, theirs in zip(padded.tensors(), there.tensors(), strict=True):
-            theirs.copy_(_pinned(mine), non_blocking=True)
+            _send(mine, theirs)
         return there
 
     def _uniforms(
@@ -517,10 +517,6 @@ def _depth(parents: list[int]) -> int:
     return max(depths)
 
 
-def _pinned(tensor: Tensor) -> Tensor:
-    """In memory from which a GPU can copy while the host goes on."""
-    return tensor.pin_memory()
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor if device.type == "cpu" else _pinned(tensor).to(device, non_blocking=True)
+def _send(source: Tensor, target: Tensor) -> None:
+    """Copy from the host; if to a GPU, while the host goes on."""
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)

@@ -18,7 +18,6 @@ Function-preserving growth is known from Net2Net (Chen et al. 2016); there it be
 
 import copy
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from specdec.environment import free_memory
 
 MAX_POSITIONS = 131_072  # rotary angles are the small model's; it was trained on shorter contexts
 RANDOM_STD = 0.02
@@ -270,11 +271,7 @@ def _constant(source: Any) -> float:
 
 def _check_memory(needed: int, device: torch.device) -> None:
     """Raise ValueError if the weights have no room there: a CPU would find out too late."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory(device)
     if needed > free:
         raise ValueError(
             f"a stand-in of {needed / 2**30:.1f} GiB does not fit the {free / 2**30:.1f} GiB of "

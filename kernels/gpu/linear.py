@@ -40,29 +40,21 @@ def linear(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor
     Args:
         blocks: launch parameters, for tuning; None chooses them by the shape.
     """
-    rows, outputs = len(x), len(weight)
-    if not _streamed(x, blocks):
-        return torch.mm(x, weight.T)[None]
+    blocks = blocks or _choose(x, weight)
     if blocks is None:
-        blocks = choose_stream(
-            rows=rows, outputs=outputs, inputs=x.shape[1], dtype=x.dtype, whole=False
-        )
+        return torch.mm(x, weight.T)[None]
     chunk, splits = _chunks(x.shape[1], blocks)
-    parts = x.new_empty(splits, rows, outputs, dtype=torch.float32)
+    parts = x.new_empty(splits, len(x), len(weight), dtype=torch.float32)
     _stream(parts, x, weight, blocks, chunk)
     return parts
 
 
 def project(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor:
     """As `specdec.kernels.reference.project`; `blocks` as in `linear`, of one split."""
-    rows, outputs = len(x), len(weight)
-    if not _streamed(x, blocks):
-        return torch.mm(x, weight.T)
+    blocks = blocks or _choose(x, weight, whole=True)
     if blocks is None:
-        blocks = choose_stream(
-            rows=rows, outputs=outputs, inputs=x.shape[1], dtype=x.dtype, whole=True
-        )
-    out = x.new_empty(rows, outputs)
+        return torch.mm(x, weight.T)
+    out = x.new_empty(len(x), len(weight))
     _stream(out, x, weight, blocks, x.shape[1])
     return out
 
@@ -70,16 +62,12 @@ def project(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tenso
 def gated_linear(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor:
     """As `specdec.kernels.reference.gated_linear`; `blocks` as in `linear`, where splits leave
     the gate to a second kernel."""
-    rows, outputs = len(x), len(weight)
-    if not _streamed(x, blocks):
-        return gate(torch.mm(x, weight.T)[None])
+    blocks = blocks or _choose(x, weight, gated=True)
     if blocks is None:
-        blocks = choose_stream(
-            rows=rows, outputs=outputs, inputs=x.shape[1], dtype=x.dtype, whole=False, gated=True
-        )
+        return gate(torch.mm(x, weight.T)[None])
     if blocks.splits > 1:
         return gate(linear(x, weight, blocks=blocks), x.dtype)
-    out = x.new_empty(rows, outputs // 2)
+    out = x.new_empty(len(x), len(weight) // 2)
     _stream(out, x, weight, blocks, x.shape[1], with_gate=True)
     return out
 
@@ -105,9 +93,17 @@ def gate(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return out
 
 
-def _streamed(x: Tensor, blocks: Stream | None) -> bool:
-    """The interpreter takes minutes for the products of a model: it does those it is told to."""
-    return blocks is not None or (len(x) <= STREAM_ROWS and not triton.knobs.runtime.interpret)
+def _choose(
+    x: Tensor, weight: Tensor, *, whole: bool = False, gated: bool = False
+) -> Stream | None:
+    """How to read the weight; None leaves the product to torch, in the interpreter too, which
+    would take minutes for those of a model."""
+    if len(x) > STREAM_ROWS or triton.knobs.runtime.interpret:
+        return None
+    outputs, inputs = weight.shape
+    return choose_stream(
+        rows=len(x), outputs=outputs, inputs=inputs, dtype=x.dtype, whole=whole, gated=gated
+    )
 
 
 @lru_cache
