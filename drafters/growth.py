@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.trees.policy import overrides, takes_all
-from specdec.protocols import StepContext, TreePolicy
+from specdec.protocols import Drafter, StepContext, TreePolicy
 from specdec.sampling import DRAFT_STREAM, draw, race
-from specdec.tree import PADDING, ROOT, Children, Proposal, TokenTree
+from specdec.tree import PADDING, ROOT, Acceptance, Children, Proposal, TokenTree
 
 DEAD = float("-inf")  # score of a slot that holds no node
 
@@ -56,6 +56,44 @@ def plan(policy: TreePolicy, depth: int | None, candidates: int) -> int:
     if candidates < 1:
         raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
     return policy.levels(depth) if policy.budget else 0
+
+
+class GrowingDrafter(Drafter):
+    """A drafter that has an answer for any frontier, on the device: what it drafts is grown.
+
+    Such drafters can be composed, because they need not have proposed what they continue.
+
+    Args:
+        tree: the tree policy.
+        depth: levels of the tree; None leaves it to the policy.
+        candidates: children considered per node when they are sampled.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    on_device = True
+
+    def __init__(self, *, tree: TreePolicy, depth: int | None = None, candidates: int) -> None:
+        self.tree = tree
+        self.levels = plan(tree, depth, candidates)
+        self.candidates = candidates
+
+    def begin(self, context: StepContext) -> Expand:
+        """Get ready for the trees of this step: what answers their frontiers."""
+        raise NotImplementedError
+
+    def end(self, context: StepContext, tree: TokenTree, expanded: Tensor) -> TokenTree:
+        """The trees are grown; `expanded` as `grow` returns it."""
+        return tree
+
+    def follow(self, context: StepContext, tree: TokenTree, acceptance: Acceptance) -> None:
+        """Instead of `commit`, after a step without `begin`: others drafted these trees."""
+
+    def draft(self, context: StepContext) -> TokenTree:
+        if not self.levels:
+            return TokenTree.roots(context.roots)
+        return self.end(context, *grow(self.tree, self.levels, context, self.begin(context)))
 
 
 def grow(

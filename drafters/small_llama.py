@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from specdec.cached_model import CachedModel
-from specdec.drafters.growth import Frontier, grow, plan
+from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
+from specdec.drafters.logits import candidates_of
 from specdec.model import PagedLM
-from specdec.protocols import Capacity, Decoding, Drafter, StepContext, TreePolicy
-from specdec.sampling import probabilities
+from specdec.protocols import Capacity, Decoding, StepContext, TreePolicy
 from specdec.tree import Acceptance, TokenTree
 
 
-class SmallLlama(Drafter):
+class SmallLlama(GrowingDrafter):
     """Drafts with a causal LM, any that shares the target's vocabulary (Leviathan et al. 2023;
     SpecInfer).
 
@@ -35,7 +35,6 @@ class SmallLlama(Drafter):
     """
 
     sampled_children = True
-    on_device = True
 
     def __init__(
         self,
@@ -46,9 +45,7 @@ class SmallLlama(Drafter):
         depth: int | None = None,
         candidates: int = 64,
     ) -> None:
-        self.tree = tree
-        self.levels = plan(tree, depth, candidates)
-        self.candidates = candidates
+        super().__init__(tree=tree, depth=depth, candidates=candidates)
         self.lm = PagedLM.load(
             path,
             dtype=target.dtype,
@@ -56,58 +53,66 @@ class SmallLlama(Drafter):
             setting="drafter.path",
             kernels=target.kernels,
         )
-        check_vocabulary(self.lm, target, setting=f"drafter.path={path}")
-        self.vocab_size = min(self.lm.vocab_size, target.vocab_size)
+        self._match(target, path)
         self.model = CachedModel(self.lm)
-        self._news: Tensor  # [rows, 2] tokens of each cache row that are to be committed next
-        self._count: Tensor  # [rows] how many of the two
+        # Set by a composition: the tokens of a step are read at its end, and not when the next
+        # draft begins.
+        self.reads_ahead = False
+        self._news: Tensor  # [rows, W] tokens of each cache row that are to be committed next
+        self._count: Tensor  # [rows] how many of them
+        self._logits: Tensor  # [rows, V] after the last token read ahead
         # Of the last draft: the trees, and [B, N] the scratch row of each node, -1 for none.
         self._drafted: tuple[TokenTree, Tensor]
 
     def prepare(self, capacity: Capacity) -> None:
         self.model.prepare(capacity)
         rows, device = capacity.rows + 1, self.lm.device
-        self._news = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        width = self._spelled(max(2, self.levels + 1))
+        self._news = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self._count = torch.ones(rows, dtype=torch.int64, device=device)
+        if self.reads_ahead:
+            self._logits = torch.zeros(
+                rows, self.lm.vocab_size, dtype=self.lm.dtype, device=device
+            )
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
         started = self.model.start(sequences)
-        for sequence in started:
-            self._news[sequence.row] = sequence.tokens[-1]
-            self._count[sequence.row] = 1
+        if started:
+            rows = torch.tensor([s.row for s in started], device=self.lm.device)
+            last = torch.tensor([[s.tokens[-1]] for s in started], device=self.lm.device)
+            self._note(rows, last, torch.ones_like(rows))
         return started
 
     def finish(self, sequence: Decoding) -> None:
         self.model.finish(sequence)
 
-    def draft(self, context: StepContext) -> TokenTree:
-        if not self.levels:
-            return TokenTree.roots(context.roots)
-        sampled = self.tree.children != "top_k"
-        news, count = self._news[context.rows], self._count[context.rows]
-        if news.device.type == "cpu":  # where a look is free, and a narrower pass cheaper
-            news = news[:, : int(count.max())]
-        first_logits = self.lm.append(self.model.cache, context.rows, news, count)[:, None]
+    def begin(self, context: StepContext) -> Expand:
+        if self.reads_ahead:
+            first_logits = self._logits[context.rows]
+        else:
+            first_logits = self._read(context.rows, self._spelled(2))
         parents: list[Tensor] = []  # of the nodes that have scratch rows, level by level
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
-            logits = first_logits  # [B, 1, V], after the root
+            logits = first_logits[:, None]  # [B, 1, V], after the root
             if frontier.level:
                 parents.append(frontier.parents - 1)  # expanded node n has scratch row n - 1
                 logits = self._forward(context, frontier, parents)
-            if not sampled:
-                return self._best(context, logits, self.tree.width(frontier.level), 1.0)
-            sampling = context.sampling
-            if sampling.filters or sampling.greedy:
-                probs, ids = probabilities(logits[..., : self.vocab_size], sampling).topk(
-                    min(self.candidates, self.vocab_size)
-                )
-            else:
-                ids, probs = self._best(context, logits, self.candidates, sampling.temperature)
-            return ids, probs / probs.sum(-1, keepdim=True)
+            ids, probs = candidates_of(
+                context,
+                self._shared(logits),
+                self.tree,
+                frontier.level,
+                candidates=self.candidates,
+                vocab=self.vocab_size,
+            )
+            return self._named(ids), probs
 
-        tree, expanded = grow(self.tree, self.levels, context, expand)
-        self._drafted = tree, expanded - 1  # expanded node 0 is the root, committed already
+        return expand
+
+    def end(self, context: StepContext, tree: TokenTree, expanded: Tensor) -> TokenTree:
+        # Expanded node 0 is the root, committed already.
+        self._drafted = tree, expanded - 1
         return tree
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
@@ -118,26 +123,32 @@ class SmallLlama(Drafter):
         slots = slots.gather(1, path)[:, 1:]  # [B, depth]; the root is committed already
         accepted = (acceptance.length - 1).clamp(min=0)
         inside = torch.arange(slots.shape[1], device=slots.device) < accepted[:, None]
-        length = (inside & (slots >= 0)).long().cumprod(1).sum(1)
-        self.model.cache.append(rows, slots.clamp(min=0), length)
+        known = (inside & (slots >= 0)).long().cumprod(1).sum(1)
+        self.model.cache.append(rows, slots.clamp(min=0), known)
         # Only the last accepted node can be without keys and values: it was not expanded.
-        missing = accepted > length
-        last = tree.tokens.gather(1, path.gather(1, accepted[:, None]))[:, 0]
-        first = torch.where(missing, last, acceptance.next_token)
-        self._news[rows] = torch.stack([first, acceptance.next_token], dim=1)
-        self._count[rows] = missing + 1
-
-    def _best(
-        self, context: StepContext, logits: Tensor, count: int, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """The most probable tokens [B, F, count] and their probabilities, given logits
-        [B, F, V]."""
-        count = min(count, self.vocab_size)
-        ids, probs = context.kernels.top_tokens(
-            logits.flatten(0, 1), count, temperature=temperature, vocab=self.vocab_size
+        tokens = acceptance.new_tokens(tree)
+        place = (known[:, None] + torch.arange(2, device=known.device)).clamp(
+            max=tokens.shape[1] - 1
         )
-        shape = *logits.shape[:2], count
-        return ids.view(shape), probs.view(shape)
+        self._note(rows, tokens.gather(1, place), acceptance.length - known)
+
+    def follow(self, context: StepContext, tree: TokenTree, acceptance: Acceptance) -> None:
+        self._note(context.rows, acceptance.new_tokens(tree), acceptance.length)
+
+    def _note(self, rows: Tensor, tokens: Tensor, count: Tensor) -> None:
+        """The first `count` [B] of these tokens [B, n] are to be read next."""
+        tokens, count = self._spell(tokens, count.clamp(min=1))  # idle rows have none
+        self._news[rows, : tokens.shape[1]] = tokens
+        self._count[rows] = count
+        if self.reads_ahead:
+            self._logits[rows] = self._read(rows, tokens.shape[1])
+
+    def _read(self, rows: Tensor, width: int) -> Tensor:
+        """Commit what was noted: [B, V] logits after the last token."""
+        news, count = self._news[rows, :width], self._count[rows]
+        if news.device.type == "cpu":  # where a look is free, and a narrower pass cheaper
+            news = news[:, : int(count.max())]
+        return self.lm.append(self.model.cache, rows, news, count)
 
     def _forward(self, context: StepContext, frontier: Frontier, parents: list[Tensor]) -> Tensor:
         """[B, F, V] logits after the nodes of a level.
@@ -151,7 +162,7 @@ class SmallLlama(Drafter):
         logits = self.lm.forward(
             self.model.cache,
             context.rows,
-            frontier.tokens,
+            self._own(frontier.tokens),
             structure.depths[:, first:],
             ancestors=structure.ancestors[:, first:],
             first=first,
@@ -159,6 +170,34 @@ class SmallLlama(Drafter):
         )
         assert logits is not None
         return logits
+
+    # The same tokens as the target's; a draft of another tokenizer knows better.
+
+    def _match(self, target: PagedLM, path: str) -> None:
+        """Make sure that the two models speak of the same tokens, `vocab_size` of them."""
+        check_vocabulary(self.lm, target, setting=f"drafter.path={path}")
+        self.vocab_size = min(self.lm.vocab_size, target.vocab_size)
+
+    def _spelled(self, count: int) -> int:
+        """How many of its own tokens so many of the target's are at most."""
+        return count
+
+    def _spell(self, tokens: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """The first `count` [B] of the target's tokens [B, n], in its own: [B, m], and how many of
+        them."""
+        return tokens, count
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """Its own ids of drafted tokens."""
+        return tokens
+
+    def _shared(self, logits: Tensor) -> Tensor:
+        """The columns of the tokens it may draft, `vocab_size` of them."""
+        return logits
+
+    def _named(self, columns: Tensor) -> Tensor:
+        """The target's ids of these."""
+        return columns
 
 
 def check_vocabulary(draft: PagedLM, target: PagedLM, *, setting: str) -> None:

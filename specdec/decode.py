@@ -1,10 +1,14 @@
 """The loop: draft, verify, accept, commit, for a batch of sequences until every request is done.
 Start reading here."""
 
+import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ from specdec.protocols import (
     Capacity,
     Decoding,
     Drafter,
+    DraftError,
     Request,
     StepContext,
     Verifier,
@@ -41,6 +46,8 @@ class Step:
         tokens: [B] new tokens that count: accepted ones and the target's own, up to the stop token
             or limit.
         seconds: time of each verb.
+        sources: [B] of trees with several sources, by name: nodes drafted and nodes accepted; else
+            empty.
     """
 
     requests: list[int]
@@ -49,6 +56,7 @@ class Step:
     accepted: list[int]
     tokens: list[int]
     seconds: dict[str, float]
+    sources: list[dict[str, tuple[int, int]]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
         """As a line of steps.jsonl."""
@@ -74,7 +82,7 @@ class _Flight:
         tree: what it verified.
         context: what the drafter was given.
         results: [B, 3 + N + 2 (depth + 1)] int64 on the host: new tokens, nodes, next token;
-            parents, path, tokens.
+            parents, path, tokens; then, where there are any, [B, N] source, [B, N * K] candidates.
         arrived: None if they are there already.
     """
 
@@ -154,7 +162,8 @@ class Decoder:
         self._stopwatch = Stopwatch(device)
         self._padded = device.type == "cuda" and self._kernels is not reference
         self.graphs = Graphs(enabled=self._padded and kernels.graphs)
-        self._ahead = int(self._padded and drafter.on_device)  # steps queued before the last ends
+        # Steps queued before the last one ends: none if drafting begins with a look at its tokens.
+        self._ahead = int(self._padded and drafter.on_device and not drafter.variants)
         # Of each cache row, the idle one last: its last token, and seed, sequence and step.
         self._roots = torch.zeros(batch_size + 1, dtype=torch.int64, device=device)
         self._keys = torch.zeros(batch_size + 1, 3, dtype=torch.int64, device=device)
@@ -162,6 +171,7 @@ class Decoder:
         self._current: list[int] = []  # cache rows of the last step
         self._host_trees: dict[tuple[int, ...], TokenTree] = {}
         self._least_nodes = 1  # of trees made by the host
+        self._wanted: Hashable = None  # variant of the draft
         self._flights: deque[_Flight] = deque()
         self._finished: deque[Decoding] = deque()
         self._full = False  # a request waits for another to end
@@ -207,7 +217,7 @@ class Decoder:
             self.submit(request)
         self._stopwatch.start()
         flights = self._flights
-        landed: list[tuple[_Flight, dict[str, list[int]]]] = []
+        landed: list[tuple[_Flight, dict[str, Any]]] = []
 
         def report() -> None:
             for flight, what in landed:
@@ -232,7 +242,8 @@ class Decoder:
 
     def warm_up(self, prompt_ids: Sequence[int], tokens: int = 8) -> None:
         """Decode a few tokens at every size of batch and tree, so that no prompt pays for what
-        happens once: compiling kernels, capturing graphs, allocating memory."""
+        happens once: compiling kernels, capturing graphs, allocating memory. What the drafter has
+        learnt meanwhile is forgotten."""
         batches, sizes = [1], [1]
         if self._padded:
             batches = [n for n in SIZES if n < self._batch_size] + [self._batch_size]
@@ -242,19 +253,20 @@ class Decoder:
                 sizes = [most, *(n for n in SIZES if n < most)]
                 tokens = min(tokens, 2)
         tokens = max(1, min(tokens, self._longest - len(prompt_ids)))
-        for batch in batches:
-            for self._least_nodes in sizes:
-                # Prompts of other lengths go through other kernels.
-                count = batch + 1  # the last one waits for a row
-                prompts = [prompt_ids[: len(prompt_ids) >> i] or prompt_ids for i in range(count)]
-                requests = [
-                    Request(id=i, prompt_ids=prompt, max_new_tokens=tokens)
-                    for i, prompt in enumerate(prompts)
-                ]
-                for _ in range(1 + self.graphs.enabled):  # called, then captured
-                    for _ in self.run(requests):
-                        pass
-        self._least_nodes = 1
+        variants = self.drafter.variants or [None]
+        for batch, self._wanted, self._least_nodes in product(batches, variants, sizes):
+            # Prompts of other lengths go through other kernels.
+            count = batch + 1  # the last one waits for a row
+            prompts = [prompt_ids[: len(prompt_ids) >> i] or prompt_ids for i in range(count)]
+            requests = [
+                Request(id=i, prompt_ids=prompt, max_new_tokens=tokens)
+                for i, prompt in enumerate(prompts)
+            ]
+            for _ in range(1 + self.graphs.enabled):  # called, then captured
+                for _ in self.run(requests):
+                    pass
+        self._wanted, self._least_nodes = None, 1
+        self.drafter.forget()
 
     def _worth_a_step(self, flights: Collection[_Flight]) -> bool:
         """Whether some sequence will still be running when the steps in flight have landed,
@@ -319,16 +331,22 @@ class Decoder:
             rows=batch.rows,
             kernels=self._kernels,
             keys=batch.keys,
+            cache=self.verifier.cache,
         )
         self._stopwatch.lap("other")
-        given = context
-        if self.drafter.on_device:
-            tree = self.graphs.run("draft", len(batch.rows), lambda: self._draft(context, batch))
-        else:
-            given = self._on_host(context)
-            tree = self._to_device(self.drafter.draft(given), len(batch.rows))
+        given, variant = context, None
+        with self._blame(sequences):
+            if self.drafter.variants:
+                variant = self.drafter.look(sequences, self._wanted)
+            if self.drafter.on_device:
+                tree = self.graphs.run(
+                    "draft", (len(batch.rows), variant), lambda: self._draft(context, batch)
+                )
+            else:
+                given = self._on_host(context)
+                tree = self._to_device(self.drafter.draft(given), len(batch.rows))
         self._stopwatch.lap("draft")
-        key = len(batch.rows), tree.nodes, tree.depth, _support(tree)
+        key = len(batch.rows), tree.nodes, tree.depth, _support(tree), variant
         logits = self.graphs.run("verify", key, lambda: self.verifier.verify(context, tree))
         self._stopwatch.lap("verify")
         acceptance, results = self.graphs.run(
@@ -383,6 +401,18 @@ class Decoder:
             rows=torch.tensor([s.row for s in sequences]),
         )
 
+    @contextmanager
+    def _blame(self, sequences: Sequence[Decoding]) -> Iterator[None]:
+        """Name the drafter and what it drafted for in whatever it raises."""
+        try:
+            yield
+        except DraftError:
+            raise
+        except Exception as error:
+            requests = [sequence.request.id for sequence in sequences]
+            name = self.drafter.name or type(self.drafter).__name__
+            raise DraftError(name, requests, describe(error)) from error
+
     def _to_device(self, tree: TokenTree, batch: int) -> TokenTree:
         """Trees made on the host, padded, in the tensors of all trees of that size."""
         if self.device.type == "cpu":
@@ -420,14 +450,23 @@ class Decoder:
         self, context: StepContext, tree: TokenTree, logits: Tensor
     ) -> tuple[Acceptance, Tensor]:
         acceptance = self.rule.accept(context, tree, logits)
+        if self.drafter.observes:
+            count = min(self.drafter.observes, logits.shape[2])
+            best, _ = context.kernels.top_tokens(logits.flatten(0, 1), count)
+            acceptance = replace(acceptance, candidates=best.view(*tree.tokens.shape, -1))
         numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token], dim=1)
         lists = [tree.parents, acceptance.path, acceptance.new_tokens(tree)]
+        if tree.source is not None:
+            lists.append(tree.source)
+        if acceptance.candidates is not None and not self.drafter.on_device:
+            lists.append(acceptance.candidates.flatten(1))
         return acceptance, torch.cat([numbers, *lists], dim=1)
 
     def _commit(self, context: StepContext, batch: _Batch, acceptance: Acceptance) -> None:
         self.verifier.commit(context, acceptance)
         if self.drafter.on_device:
-            self.drafter.commit(context, acceptance)
+            with self._blame(context.sequences):
+                self.drafter.commit(context, acceptance)
         batch.roots.copy_(acceptance.next_token)
         batch.keys[:, 2] += 1
         self._roots[batch.rows] = batch.roots
@@ -444,7 +483,7 @@ class Decoder:
         arrived.record()
         return host, arrived
 
-    def _land(self, flight: _Flight) -> dict[str, list[int]]:
+    def _land(self, flight: _Flight) -> dict[str, Any]:
         """Give sequences their new tokens; those that ended in an earlier step get none.
 
         Returns:
@@ -452,31 +491,46 @@ class Decoder:
         """
         if flight.arrived is not None:
             flight.arrived.synchronize()
-        step: dict[str, list[int]] = {
-            name: [] for name in ("requests", "nodes", "depths", "accepted", "tokens")
-        }
+        names = ("requests", "nodes", "depths", "accepted", "tokens", "sources")
+        step: dict[str, list[Any]] = {name: [] for name in names}
         nodes, steps = flight.tree.nodes, flight.tree.depth + 1
+        widths = [3, nodes, steps, steps, nodes if flight.tree.source is not None else 0]
+        results = flight.results[: len(flight.sequences)]
+        numbers, parents, path, tokens, source, candidates = results.split(
+            [*widths, results.shape[1] - sum(widths)], dim=1
+        )
         if not self.drafter.on_device:
-            numbers, _, path, _ = flight.results[: len(flight.sequences)].split(
-                [3, nodes, steps, steps], dim=1
-            )
             length, _, next_token = numbers.unbind(1)
             kept = Acceptance(path=path, length=length, next_token=next_token)
-            self.drafter.commit(flight.context, kept)
-        for sequence, (length, size, _, *rest) in zip(
-            flight.sequences, flight.results.tolist(), strict=False
+            if self.drafter.observes:
+                kept = replace(kept, candidates=candidates.unflatten(1, (nodes, -1)))
+            with self._blame(flight.sequences):
+                self.drafter.commit(flight.context, kept)
+        lists = (part.tolist() for part in (numbers, parents, path, tokens, source))
+        for sequence, (length, size, _), parent, walked, new, of in zip(
+            flight.sequences, *lists, strict=True
         ):
             if sequence.finish_reason:
                 continue
-            self._append(sequence, rest[nodes + steps :][:length])
+            self._append(sequence, new[:length])
             sequence.steps += 1
             sequence.drafted += size - 1
             step["requests"].append(sequence.request.id)
             step["nodes"].append(size - 1)
-            step["depths"].append(_depth(rest[:size]))
+            step["depths"].append(_depth(parent[:size]))
             step["accepted"].append(length - 1)
             step["tokens"].append(sequence.accepted_lengths[-1])
+            step["sources"].append(
+                self._credit(of[1:size], [of[n] for n in walked[1:length]]) if of else {}
+            )
         return step
+
+    def _credit(self, drafted: list[int], accepted: list[int]) -> dict[str, tuple[int, int]]:
+        """By name of a source: its nodes, and those of them that were accepted."""
+        return {
+            name: (drafted.count(number), accepted.count(number))
+            for number, name in enumerate(self.drafter.sources)
+        }
 
     def _room(self, sequence: Decoding) -> int:
         """Tokens it may still get."""
@@ -502,6 +556,12 @@ def _size(count: int, most: int | None) -> int:
     """The next of the `SIZES`, as far as `most` allows."""
     size = next((n for n in SIZES if n >= count), count)
     return size if most is None else max(count, min(size, most))
+
+
+def describe(error: Exception) -> str:
+    """What happened, and in which line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def _support(tree: TokenTree) -> int:

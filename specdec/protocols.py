@@ -4,7 +4,7 @@ docstring.
 Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candidates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec.cache import PagedKVCache
 from specdec.kernels import reference
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
@@ -25,11 +26,13 @@ class Request:
         id: what seeds its random numbers; unique in a run.
         prompt_ids: at least one token.
         max_new_tokens: decoding ends there at the latest.
+        category: of prompts, for drafters that learn by category.
     """
 
     id: int
     prompt_ids: Sequence[int]
     max_new_tokens: int
+    category: str | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -72,6 +75,8 @@ class StepContext:
         kernels: the module that computes, from `Kernels.on`.
         keys: [B, 3] int64, what `uniforms` is a function of, for kernels that make the same
             numbers themselves: seed, sequence and step as the bits of uint64.
+        cache: the target's, whose scratch is the drafter's until the trees are verified; None
+            where the verifier has none.
     """
 
     sequences: Sequence[Decoding]
@@ -81,6 +86,20 @@ class StepContext:
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     kernels: ModuleType = reference
     keys: Tensor | None = None
+    cache: PagedKVCache | None = None
+
+
+class DraftError(RuntimeError):
+    """A drafter failed.
+
+    Args:
+        requests: ids of what it drafted for.
+        reason: what happened, and where.
+    """
+
+    def __init__(self, drafter: str, requests: Sequence[int], reason: str) -> None:
+        super().__init__(f"{drafter} failed on request {', '.join(map(str, requests))}: {reason}")
+        self.drafter, self.requests, self.reason = drafter, list(requests), reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,15 +155,31 @@ class Drafter:
     `context.sequences`; the tensors of the context and of the tree are then the host's, and a step
     begins when the tokens of the last one have arrived. True: in tensors of the device alone; then
     on a GPU neither may wait for it, they are captured in CUDA graphs, and the host prepares a
-    step while the last one runs.
+    step while the last one runs. A drafter that needs both says True and has `variants`: then
+    `look` is called before each `draft`, when the tokens of the last step have arrived; it may
+    look at them and write to tensors, and what it returns, one of the variants, is what `draft`
+    and `commit` depend on besides tensors.
 
     `most_nodes` is the size of its trees at most, the root included, if it works on the host;
     None if it cannot say.
+
+    `sources` are the names that the numbers in `TokenTree.source` stand for.
+
+    `observes` is how many of the target's most probable tokens at every node it wants to learn
+    from: `commit` then finds them in `Acceptance.candidates`.
+
+    `reset` says after what it forgets what it learns online ("prompt", "category" or "never", as
+    in `drafters/state.py`); None if it learns nothing. The summary of a run repeats it.
     """
 
     sampled_children = False
     on_device = False
+    name = ""  # what messages call it; the runner gives that of its YAML
+    variants: Sequence[Hashable] = ()
     most_nodes: int | None = None
+    sources: Sequence[str] = ()
+    observes = 0
+    reset: str | None = None
 
     def prepare(self, capacity: Capacity) -> None:
         """Once per run, before the first prompt: make room for this many sequences."""
@@ -152,6 +187,11 @@ class Drafter:
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding] | None:
         """These sequences have just joined the batch; all but the last of their tokens are
         context. Returned are those there is room for, in order, or None: all."""
+
+    def look(self, sequences: Sequence[Decoding], wanted: Hashable = None) -> Hashable:
+        """On the host, for a drafter with `variants`: which of them the next `draft` of these
+        sequences is; `wanted` (None: the drafter's own choice) while warming up."""
+        raise NotImplementedError
 
     def draft(self, context: StepContext) -> TokenTree:
         """A tree for each sequence, rooted at its last committed token; the root alone is a legal
@@ -164,6 +204,10 @@ class Drafter:
 
     def finish(self, sequence: Decoding) -> None:
         """This sequence has left the batch."""
+
+    def forget(self) -> None:
+        """Drop all that was learnt online. Called after warming up, when no sequence is
+        running."""
 
 
 class TreePolicy(Protocol):
@@ -231,6 +275,10 @@ class AcceptanceRule(Protocol):
 class Verifier(Protocol):
     """The target model: scores every node of every tree in one pass and keeps what the rule
     accepted."""
+
+    @property
+    def cache(self) -> PagedKVCache:
+        """The target's keys and values."""
 
     def prepare(self, capacity: Capacity) -> None:
         """As `Drafter.prepare`."""

@@ -72,7 +72,11 @@ class Side:
         for step in self.steps.records:
             places = [i for i, request in enumerate(step["requests"]) if request in done]
             if places:
-                lists = {k: [v[i] for i in places] for k, v in step.items() if isinstance(v, list)}
+                lists = {
+                    name: [values[i] for i in places]
+                    for name, values in step.items()
+                    if isinstance(values, list)
+                }
                 kept.append({**step, **lists})
         self.generations.rewrite(self.generations.records)
         self.steps.rewrite(kept)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from specdec.cache import PagedKVCache
 from specdec.cached_model import CachedModel
 from specdec.model import PagedLM
 from specdec.protocols import Capacity, Decoding, StepContext
@@ -23,6 +24,10 @@ class TreeVerifier:
 
     def prepare(self, capacity: Capacity) -> None:
         self.target.prepare(capacity)
+
+    @property
+    def cache(self) -> PagedKVCache:
+        return self.target.cache
 
     def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
         return self.target.start(sequences)
