@@ -73,6 +73,7 @@ class GrowingDrafter(Drafter):
     """
 
     on_device = True
+    composable = True
 
     def __init__(self, *, tree: TreePolicy, depth: int | None = None, candidates: int) -> None:
         self.tree = tree
@@ -82,6 +83,9 @@ class GrowingDrafter(Drafter):
     def begin(self, context: StepContext) -> Expand:
         """Get ready for the trees of this step: what answers their frontiers."""
         raise NotImplementedError
+
+    def join(self, levels: int) -> None:
+        """It becomes a part of a composition, whose trees have up to so many levels."""
 
     def end(self, context: StepContext, tree: TokenTree, expanded: Tensor) -> TokenTree:
         """The trees are grown; `expanded` as `grow` returns it."""
@@ -280,12 +284,8 @@ def _proposal(
 ) -> Proposal:
     """Each node's support ([B, F, K] of its level), found by its number ([B, N]) among the
     expanded nodes."""
-    most = max(ids.shape[2] for ids, _ in supports)
-    ids, probs = (
-        torch.cat([_padded(part, most) for part in parts], dim=1)
-        for parts in zip(*supports, strict=True)
-    )  # [B, E, K]
-    index = number.clamp(min=0)[..., None].expand(-1, -1, most)
+    ids, probs = padded_cat(supports)  # [B, E, K]
+    index = number.clamp(min=0)[..., None].expand(-1, -1, ids.shape[2])
     unexpanded = (number < 0)[..., None]
     return Proposal(
         ids=ids.gather(1, index),
@@ -294,6 +294,15 @@ def _proposal(
     )
 
 
-def _padded(part: Tensor, width: int) -> Tensor:
-    missing = width - part.shape[2]
-    return torch.nn.functional.pad(part, (0, missing)) if missing else part
+def padded_cat(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Pairs of tensors [B, F, k], put together: two of [B, E, K], with zeros where k was less."""
+    most = max(first.shape[2] for first, _ in pairs)
+
+    def padded(part: Tensor) -> Tensor:
+        missing = most - part.shape[2]
+        return torch.nn.functional.pad(part, (0, missing)) if missing else part
+
+    first, second = (
+        torch.cat([padded(p) for p in parts], 1) for parts in zip(*pairs, strict=True)
+    )
+    return first, second

@@ -55,42 +55,48 @@ class SmallLlama(GrowingDrafter):
         )
         self._match(target, path)
         self.model = CachedModel(self.lm)
-        # Set by a composition: the tokens of a step are read at its end, and not when the next
-        # draft begins.
-        self.reads_ahead = False
+        # In a composition the tokens of a step are read at its end, while the host is busy, not
+        # when the next draft begins; and nodes may lie deeper than this model drafts.
+        self._reads_ahead, self._deeper = False, 0
         self._news: Tensor  # [rows, W] tokens of each cache row that are to be committed next
         self._count: Tensor  # [rows] how many of them
         self._logits: Tensor  # [rows, V] after the last token read ahead
+        self._run = 0  # scratch rows of the draft
         # Of the last draft: the trees, and [B, N] the scratch row of each node, -1 for none.
         self._drafted: tuple[TokenTree, Tensor]
 
     def prepare(self, capacity: Capacity) -> None:
         self.model.prepare(capacity)
         rows, device = capacity.rows + 1, self.lm.device
-        width = self._spelled(max(2, self.levels + 1))
+        width = self._spelled(max(2, self.levels + self._deeper + 1))
         self._news = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self._count = torch.ones(rows, dtype=torch.int64, device=device)
-        if self.reads_ahead:
+        if self._reads_ahead:
             self._logits = torch.zeros(
                 rows, self.lm.vocab_size, dtype=self.lm.dtype, device=device
             )
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
-        started = self.model.start(sequences)
+        started = self.model.start([self._reread(sequence) for sequence in sequences])
         if started:
             rows = torch.tensor([s.row for s in started], device=self.lm.device)
             last = torch.tensor([[s.tokens[-1]] for s in started], device=self.lm.device)
-            self._note(rows, last, torch.ones_like(rows))
-        return started
+            self._put(rows, last, torch.ones_like(rows))
+        taken = {s.row for s in started}
+        return [sequence for sequence in sequences if sequence.row in taken]
 
     def finish(self, sequence: Decoding) -> None:
         self.model.finish(sequence)
 
+    def join(self, levels: int) -> None:
+        self._reads_ahead, self._deeper = True, levels - self.levels
+
     def begin(self, context: StepContext) -> Expand:
-        if self.reads_ahead:
+        if self._reads_ahead:
             first_logits = self._logits[context.rows]
         else:
             first_logits = self._read(context.rows, self._spelled(2))
+        self._run = 0
         parents: list[Tensor] = []  # of the nodes that have scratch rows, level by level
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
@@ -112,7 +118,10 @@ class SmallLlama(GrowingDrafter):
 
     def end(self, context: StepContext, tree: TokenTree, expanded: Tensor) -> TokenTree:
         # Expanded node 0 is the root, committed already.
-        self._drafted = tree, expanded - 1
+        slots = expanded - 1
+        if self._deeper:
+            slots = slots.masked_fill(slots >= self._run, -1)
+        self._drafted = tree, slots
         return tree
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
@@ -125,22 +134,27 @@ class SmallLlama(GrowingDrafter):
         inside = torch.arange(slots.shape[1], device=slots.device) < accepted[:, None]
         known = (inside & (slots >= 0)).long().cumprod(1).sum(1)
         self.model.cache.append(rows, slots.clamp(min=0), known)
-        # Only the last accepted node can be without keys and values: it was not expanded.
+        # Only the last accepted node can be without keys and values, because it was not expanded,
+        # and those that lie deeper than this model drafts.
         tokens = acceptance.new_tokens(tree)
-        place = (known[:, None] + torch.arange(2, device=known.device)).clamp(
-            max=tokens.shape[1] - 1
-        )
+        place = known[:, None] + torch.arange(2 + self._deeper, device=known.device)
+        place = place.clamp(max=tokens.shape[1] - 1)
         self._note(rows, tokens.gather(1, place), acceptance.length - known)
 
     def follow(self, context: StepContext, tree: TokenTree, acceptance: Acceptance) -> None:
+        if not self.levels:
+            return
         self._note(context.rows, acceptance.new_tokens(tree), acceptance.length)
 
     def _note(self, rows: Tensor, tokens: Tensor, count: Tensor) -> None:
-        """The first `count` [B] of these tokens [B, n] are to be read next."""
-        tokens, count = self._spell(tokens, count.clamp(min=1))  # idle rows have none
+        """The first `count` [B] of the target's tokens [B, n] are to be read next."""
+        self._put(rows, *self._spell(tokens, count.clamp(min=1)))  # idle rows have none
+
+    def _put(self, rows: Tensor, tokens: Tensor, count: Tensor) -> None:
+        """The same of its own tokens [B, m]."""
         self._news[rows, : tokens.shape[1]] = tokens
         self._count[rows] = count
-        if self.reads_ahead:
+        if self._reads_ahead:
             self._logits[rows] = self._read(rows, tokens.shape[1])
 
     def _read(self, rows: Tensor, width: int) -> Tensor:
@@ -159,6 +173,7 @@ class SmallLlama(GrowingDrafter):
         """
         structure = context.kernels.tree_structure(torch.cat(parents, dim=1))
         first = frontier.first - 1
+        self._run = first + frontier.tokens.shape[1]
         logits = self.lm.forward(
             self.model.cache,
             context.rows,
@@ -177,6 +192,10 @@ class SmallLlama(GrowingDrafter):
         """Make sure that the two models speak of the same tokens, `vocab_size` of them."""
         check_vocabulary(self.lm, target, setting=f"drafter.path={path}")
         self.vocab_size = min(self.lm.vocab_size, target.vocab_size)
+
+    def _reread(self, sequence: Decoding) -> Decoding:
+        """A sequence that joins, in its own tokens."""
+        return sequence
 
     def _spelled(self, count: int) -> int:
         """How many of its own tokens so many of the target's are at most."""

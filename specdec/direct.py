@@ -79,21 +79,44 @@ class DirectModel:
         Returns:
             [B, N, V], None or [B, V].
         """
-        batch, nodes = tokens.shape
+        _, normal = self.through(tokens, positions, paged, range(len(self.layers)))
+        return self.logits(normal, logits)
+
+    def through(
+        self, nodes: Tensor, positions: Tensor, paged: ForwardPass, layers: range
+    ) -> tuple[Tensor, Tensor]:
+        """Some layers, one after the other.
+
+        Args:
+            nodes: [B, N] int64 tokens, or [B, N, H] hidden states after the layers before.
+            positions: [B, N] int64.
+
+        Returns:
+            [B, N, H] hidden states, and what the final norm makes of them.
+        """
         cos, sin = self.cos[positions], self.sin[positions]  # [B, N, D]
-        hidden = nn.functional.embedding(tokens, self.embedding).flatten(0, 1)  # [B * N, H]
+        if not nodes.is_floating_point():
+            nodes = nn.functional.embedding(nodes, self.embedding)
+        hidden = nodes.flatten(0, 1)  # [B * N, H]
         parts, bias = None, None
-        for index, layer in enumerate(self.layers):
+        for index in layers:
+            layer = self.layers[index]
             hidden, parts = layer(index, hidden, parts, bias, cos, sin, paged)
             bias = layer.down_bias
-        if isinstance(logits, str) and logits == "none":
+        hidden, normal = self.kernels.add_norm(hidden, parts, self.norm, self.eps, bias)
+        return hidden.view_as(nodes), normal.view_as(nodes)
+
+    def logits(self, normal: Tensor, which: Logits | Tensor) -> Tensor | None:
+        """The output head on normalised hidden states [B, N, H], as in `__call__`."""
+        if isinstance(which, str) and which == "none":
             return None
-        _, normal = self.kernels.add_norm(hidden, parts, self.norm, self.eps, bias)
-        if isinstance(logits, Tensor):
-            first = torch.arange(0, batch * nodes, nodes, device=logits.device)
-            chosen: Tensor = self.kernels.project(normal[first + logits], self.head)
+        batch, nodes, _ = normal.shape
+        rows = normal.flatten(0, 1)
+        if isinstance(which, Tensor):
+            first = torch.arange(0, batch * nodes, nodes, device=which.device)
+            chosen: Tensor = self.kernels.project(rows[first + which], self.head)
             return chosen
-        every: Tensor = self.kernels.project(normal, self.head)
+        every: Tensor = self.kernels.project(rows, self.head)
         return every.view(batch, nodes, -1)
 
 

@@ -63,8 +63,9 @@ class ForwardPass(Protocol):
 
 def passes(
     kernels: Kernels, module: ModuleType
-) -> Callable[[PagedKVCache, TreeLayout], ForwardPass]:
-    """How a forward pass begins, for the implementation in `module` (from `kernels.on`)."""
+) -> Callable[[PagedKVCache, TreeLayout, range], ForwardPass]:
+    """How a forward pass through some layers begins, for the implementation in `module` (from
+    `kernels.on`)."""
     if module is reference:
         return GatheredPass
     return partial(
@@ -78,17 +79,20 @@ def passes(
 class GatheredPass:
     """Attention of the reference over keys and values that lie together: context, then tree."""
 
-    __slots__ = ("cache", "context", "keys", "layout", "stored", "values")
+    __slots__ = ("cache", "context", "keys", "layers", "layout", "stored", "values")
 
-    def __init__(self, cache: PagedKVCache, layout: TreeLayout) -> None:
+    def __init__(self, cache: PagedKVCache, layout: TreeLayout, layers: range) -> None:
         self.cache, self.layout, self.stored = cache, layout, cache.kv_dtype
         self.context = layout.max_context
-        # [L, B, HKV, context + M, D]
+        self.layers = slice(layers.start, layers.stop)
+        # [L, B, HKV, context + M, D] of these layers
         self.keys = self._gather(cache.keys, cache.key_scales, cache.tree_keys)
         self.values = self._gather(cache.values, cache.value_scales, cache.tree_values)
 
     def _gather(self, pages: Tensor, scales: Tensor | None, tree: Tensor) -> Tensor:
         batch, rows = self.layout.key_positions.shape
+        pages, tree = pages[self.layers], tree[self.layers]
+        scales = None if scales is None else scales[self.layers]
         layers, _, kv_heads, _, head_dim = pages.shape
         both = tree.new_empty(layers, batch, kv_heads, self.context + rows, head_dim)
         both[..., : self.context, :] = reference.gather_context(pages, self.layout, scales)
@@ -96,7 +100,7 @@ class GatheredPass:
         return both
 
     def scratch(self, layer: int) -> tuple[Tensor, Tensor, int]:
-        tree = slice(self.context, None)
+        tree, layer = slice(self.context, None), layer - self.layers.start
         return self.keys[layer, :, :, tree], self.values[layer, :, :, tree], self.layout.first
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
@@ -104,15 +108,15 @@ class GatheredPass:
         reference.write_tree(keys, values, key, value, first, self.stored)
 
     def attend(self, layer: int, query: Tensor, *, window: int | None, **options: Any) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = (both[layer - self.layers.start] for both in (self.keys, self.values))
         return reference.attention(query, keys, values, self.layout.view(window), **options)
 
     def store(self) -> None:
         batch, rows = self.layout.key_positions.shape
         own = slice(self.layout.first, rows)
         new = slice(self.context + self.layout.first, None)
-        self.cache.tree_keys[:, :batch, :, own] = self.keys[..., new, :]
-        self.cache.tree_values[:, :batch, :, own] = self.values[..., new, :]
+        self.cache.tree_keys[self.layers, :batch, :, own] = self.keys[..., new, :]
+        self.cache.tree_values[self.layers, :batch, :, own] = self.values[..., new, :]
 
 
 class PagedPass:
@@ -120,13 +124,19 @@ class PagedPass:
 
     Args:
         kernels: the module.
+        layers: all layers find their own pages and scratch.
         options: settings of its `tree_attention` that are the same for all layers.
     """
 
     __slots__ = ("cache", "kernels", "layout", "options", "stored", "tree_keys", "tree_values")
 
     def __init__(
-        self, kernels: ModuleType, cache: PagedKVCache, layout: TreeLayout, **options: Any
+        self,
+        kernels: ModuleType,
+        cache: PagedKVCache,
+        layout: TreeLayout,
+        layers: range,
+        **options: Any,
     ) -> None:
         self.kernels, self.cache, self.layout, self.options = kernels, cache, layout, options
         self.stored = cache.kv_dtype

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from specdec.cache import KVShape, PagedKVCache
-from specdec.direct import DirectModel, Logits, can_run_directly
+from specdec.direct import FAMILIES, DirectModel, Logits, can_run_directly
 from specdec.forward import ForwardPass, passes
 from specdec.kernels import reference
 from specdec.kernels.choose import AUTO, Kernels
@@ -164,7 +164,16 @@ class PagedLM:
             raise ValueError(
                 f"{name}: {architecture} cannot run over the paged cache: {reason}"
             ) from None
+        self.layers: int = self.config.num_hidden_layers
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+
+    def check_in_part(self, setting: str) -> None:
+        """Raise ValueError, naming the setting that needs it, unless `forward_layers` can run."""
+        if self._direct is None:
+            raise ValueError(
+                f"{setting}: layers of {type(self.model).__name__} cannot be run in part; choose "
+                f"a target of {', '.join(FAMILIES)} with plain linear layers, or another drafter"
+            )
 
     @classmethod
     def load(
@@ -275,28 +284,13 @@ class PagedLM:
             [B, N, V], None or [B, V].
         """
         rows = torch.as_tensor(rows, device=self.device)
-        lengths = cache.lengths.index_select(0, rows)
-        # The kernels need a bound; the reference gathers that much, and is better off with less.
-        longest = int(lengths.max()) if self._kernels is reference else cache.max_tokens
-        # Draft nodes past the end of the context are never kept; they must not reach positions the
-        # model does not have.
-        positions = (lengths[:, None] + offsets).clamp(max=self.max_context - 1)
-        cache.scratch(len(rows), first + tokens.shape[1])
-        layout = TreeLayout(
-            page_table=cache.page_table.index_select(0, rows),
-            context_lens=lengths,
-            max_context=longest,
-            positions=positions,
-            key_positions=positions if key_offsets is None else lengths[:, None] + key_offsets,
-            first=first,
-            ancestors=ancestors,
-        )
-        paged = self._begin(cache, layout)
+        layout = self._layout(cache, rows, offsets, ancestors, first, key_offsets)
+        paged = self._begin(cache, layout, range(self.layers))
         out: Tensor | None = None
         if self._direct is not None:
-            out = self._direct(tokens, positions, paged, logits)
+            out = self._direct(tokens, layout.positions, paged, logits)
         else:
-            inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
+            inputs = {"input_ids": tokens, "position_ids": layout.positions, "use_cache": False}
             if isinstance(logits, str) and logits == "none":
                 self.model.base_model(**inputs, paged=paged)
             else:
@@ -306,6 +300,66 @@ class PagedLM:
                     out = every[torch.arange(len(rows), device=self.device), logits]
         paged.store()
         return out
+
+    @torch.inference_mode()
+    def forward_layers(
+        self,
+        cache: PagedKVCache,
+        rows: Tensor,
+        nodes: Tensor,
+        offsets: Tensor,
+        layers: range,
+        *,
+        ancestors: Tensor | None = None,
+        first: int = 0,
+        key_offsets: Tensor | None = None,
+        logits: Logits = "all",
+    ) -> tuple[Tensor | None, Tensor]:
+        """As `forward`, through some layers alone, whose keys and values go to the scratch.
+
+        Args:
+            nodes: [B, N] int64 tokens, or [B, N, H] hidden states after the layers before.
+
+        Returns:
+            (what norm and output head make of the hidden states; [B, N, H] hidden states.)
+
+        Raises:
+            ValueError: the model can only be run as a whole.
+        """
+        self.check_in_part(self.name)
+        assert self._direct is not None
+        layout = self._layout(cache, rows, offsets, ancestors, first, key_offsets)
+        paged = self._begin(cache, layout, layers)
+        hidden, normal = self._direct.through(nodes, layout.positions, paged, layers)
+        paged.store()
+        return self._direct.logits(normal, logits), hidden
+
+    def _layout(
+        self,
+        cache: PagedKVCache,
+        rows: Tensor,
+        offsets: Tensor,
+        ancestors: Tensor | None,
+        first: int,
+        key_offsets: Tensor | None,
+    ) -> TreeLayout:
+        """Who sees whom, for new nodes at these offsets; there is room for them in the scratch."""
+        lengths = cache.lengths.index_select(0, rows)
+        # The kernels need a bound; the reference gathers that much, and is better off with less.
+        longest = int(lengths.max()) if self._kernels is reference else cache.max_tokens
+        # Draft nodes past the end of the context are never kept; they must not reach positions the
+        # model does not have.
+        positions = (lengths[:, None] + offsets).clamp(max=self.max_context - 1)
+        cache.scratch(len(rows), first + offsets.shape[1])
+        return TreeLayout(
+            page_table=cache.page_table.index_select(0, rows),
+            context_lens=lengths,
+            max_context=longest,
+            positions=positions,
+            key_positions=positions if key_offsets is None else lengths[:, None] + key_offsets,
+            first=first,
+            ancestors=ancestors,
+        )
 
     def append(self, cache: PagedKVCache, rows: Tensor, tokens: Tensor, length: Tensor) -> Tensor:
         """Commit the first `length` tokens of each sequence: [B, V] logits after the last of them.

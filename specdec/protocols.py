@@ -7,7 +7,7 @@ Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candida
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -188,7 +188,7 @@ class Drafter:
         """These sequences have just joined the batch; all but the last of their tokens are
         context. Returned are those there is room for, in order, or None: all."""
 
-    def look(self, sequences: Sequence[Decoding], wanted: Hashable = None) -> Hashable:
+    def look(self, sequences: Sequence[Decoding], wanted: Any = None) -> Hashable:
         """On the host, for a drafter with `variants`: which of them the next `draft` of these
         sequences is; `wanted` (None: the drafter's own choice) while warming up."""
         raise NotImplementedError

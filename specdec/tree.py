@@ -35,6 +35,20 @@ class Proposal:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Begun:
+    """Nodes that have gone through the first layers of the target already.
+
+    Args:
+        layers: how many; the keys and values of these are in the scratch of the target's cache,
+            in the order of the nodes.
+        hidden: [B, N, H], the hidden states after them.
+    """
+
+    layers: int
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TokenTree:
     """One tree of candidate tokens for each sequence of a batch.
 
@@ -48,6 +62,7 @@ class TokenTree:
         depth: no path has more edges than this (known on the host without a look at the tensors).
         proposal: the draft distributions, None if the drafter has none.
         source: [B, N] int8, which of several drafters proposed a node; None if there is only one.
+        begun: where verification may go on; None to begin at the first layer.
     """
 
     tokens: Tensor
@@ -56,6 +71,7 @@ class TokenTree:
     depth: int
     proposal: Proposal | None = None
     source: Tensor | None = None
+    begun: Begun | None = None
 
     @classmethod
     def roots(cls, tokens: Tensor) -> "TokenTree":

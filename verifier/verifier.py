@@ -36,13 +36,17 @@ class TreeVerifier:
         """[B, N, V] logits of the target at every node (SpecInfer, Miao et al. 2024, section 4:
         tree attention)."""
         structure = context.kernels.tree_structure(tree.parents)
-        logits = self.target.lm.forward(
-            self.target.cache,
-            context.rows,
-            tree.tokens,
-            structure.depths,
-            ancestors=structure.ancestors,
-        )
+        lm, begun = self.target.lm, tree.begun
+        where = (self.cache, context.rows)
+        if begun is None:
+            logits = lm.forward(
+                *where, tree.tokens, structure.depths, ancestors=structure.ancestors
+            )
+        else:
+            rest = range(begun.layers, lm.layers)
+            logits, _ = lm.forward_layers(
+                *where, begun.hidden, structure.depths, rest, ancestors=structure.ancestors
+            )
         assert logits is not None
         return logits
 

@@ -1,0 +1,271 @@
+"""drafter=compose: several drafters, one tree."""
+
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.bandit import Bandit
+from specdec.drafters.growth import Expand, Frontier, GrowingDrafter, grow, plan
+from specdec.drafters.host import HostDrafter
+from specdec.drafters.mixture import mix, sources_of
+from specdec.drafters.state import Memory, check_reset
+from specdec.drafters.tries import TrieTable
+from specdec.model import PagedLM
+from specdec.protocols import Capacity, Decoding, Drafter, StepContext, TreePolicy
+from specdec.tree import Acceptance, TokenTree
+
+MODES = ("union", "cascade", "bandit")
+LENGTHS = (1, 2, 4, 8, 16)  # where classes of match lengths begin that a bandit tells apart
+NODES = 2  # of a trie, for each node of the budget
+LONGEST_FIRST = ("never", "category", "prompt")
+
+
+class Compose(Drafter):
+    """Trees from the mixture of several draft distributions.
+
+    At every node the candidates of the parts are merged, each token with the weighted sum of its
+    probabilities, and the tree policy chooses among them: one budget, and no prefix twice. The
+    mixture is what sampled children are drawn from, so the rules stay lossless.
+
+    Modes:
+        union: every part at every step, with `weights`.
+        cascade: for each sequence the first part that is sure of itself: one that searches for
+            matches, if it has found one of `min_match` tokens; a model, always. As in
+            SAM-Decoding (Hu et al. 2024), where a suffix automaton goes before a model.
+        bandit: the part that pays best, in tokens for its time, given how long its match is; it
+            learns that from the steps.
+
+    A part that is a model reads the tokens of a step as soon as they are accepted, while the host
+    searches for matches.
+
+    Args:
+        target: the target model.
+        tree: the tree policy, also of the parts; a part draws no deeper than its own depth.
+        parts: drafters by name, the most trusted first: those that search the text, and those
+            that grow trees.
+        mode: see above.
+        weights: of the parts in a union; None weighs all alike.
+        min_match: tokens, in a cascade.
+        costs: time of a step with each part alone, in any unit, for the bandit; None measures it,
+            and then the same seed need not give the same trees.
+        reset: after what the bandit forgets.
+        depth: levels of the tree; None leaves it to the policy.
+        candidates: children considered per node when they are sampled.
+
+    Raises:
+        ValueError: a setting out of range, or a part that cannot be composed.
+    """
+
+    on_device = True
+
+    def __init__(
+        self,
+        *,
+        target: PagedLM,
+        tree: TreePolicy,
+        parts: dict[str, Drafter],
+        mode: str = "cascade",
+        weights: list[float] | None = None,
+        min_match: int = 4,
+        costs: list[float] | None = None,
+        reset: str = "never",
+        depth: int | None = None,
+        candidates: int = 64,
+    ) -> None:
+        self.tree = tree
+        self.levels = plan(tree, depth, candidates)
+        self.candidates = candidates
+        if mode not in MODES:
+            raise ValueError(f"drafter.mode={mode}: must be one of {', '.join(MODES)}")
+        if len(parts) < 2:
+            raise ValueError(f"drafter.parts={list(parts)}: name at least two")
+        for name, values in {"weights": weights, "costs": costs}.items():
+            if values is not None and (len(values) != len(parts) or min(values) <= 0):
+                raise ValueError(
+                    f"drafter.{name}={values}: must be a positive number for each of "
+                    f"{', '.join(parts)}"
+                )
+        if min_match < 1:
+            raise ValueError(f"drafter.min_match={min_match}: must be at least 1")
+        check_reset(reset)
+        self.mode, self.min_match, self.costs = mode, min_match, costs
+        self.device = target.device
+        self.sources = tuple(parts)
+        self.parts: list[HostDrafter | GrowingDrafter] = []
+        for name, part in parts.items():
+            if not isinstance(part, HostDrafter | GrowingDrafter) or not part.composable:
+                raise ValueError(
+                    f"drafter.parts.{name}: {type(part).__name__} makes whole trees of its own "
+                    f"and cannot be composed; choose another drafter"
+                )
+            self.parts.append(part)
+            if part.levels:
+                part.levels = min(self.levels, part.levels)
+            if isinstance(part, GrowingDrafter):
+                part.join(self.levels)
+        self.sampled_children = all(part.sampled_children for part in self.parts)
+        self.observes = max(part.observes for part in self.parts)
+        count = len(self.parts)
+        self.weights = [1.0 / count] * count if weights is None else weights
+        every = tuple(range(count))
+        self.variants: list[tuple[int, ...]] = (
+            [every] if mode == "union" else [*((i,) for i in every), every]
+        )
+        learning = [part.reset for part in self.parts] + [reset if mode == "bandit" else None]
+        self.reset = next((kept for kept in LONGEST_FIRST if kept in learning), None)
+        self._tables: dict[int, TrieTable] = {}  # of parts that search
+        self._weights: Tensor  # [rows, P]
+        self._bandits = Memory(reset, Bandit)  # type: ignore[arg-type]
+        self._pulled: list[tuple[Decoding, int, tuple[int, int]]] = []  # of the last look
+        self._looked = 0.0
+        self._tree: TokenTree  # of the last draft
+        self._used: tuple[int, ...]
+
+    def prepare(self, capacity: Capacity) -> None:
+        rows, device = capacity.rows + 1, self.device
+        self._weights = torch.zeros(rows, len(self.parts), dtype=torch.float64, device=device)
+        width = max((self.tree.width(level) for level in range(self.levels)), default=1)
+        if self.tree.children != "top_k":
+            width = self.candidates
+        for number, part in enumerate(self.parts):
+            part.prepare(capacity)
+            if isinstance(part, HostDrafter):
+                self._tables[number] = TrieTable(
+                    rows=rows, nodes=NODES * self.tree.budget + 1, width=width, device=device
+                )
+
+    def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
+        taken = sequences
+        for number, part in enumerate(self.parts):
+            fitting = part.start(taken)
+            if fitting is not None and len(fitting) < len(taken):
+                for sequence in taken[len(fitting) :]:
+                    for before in self.parts[:number]:
+                        before.finish(sequence)
+                taken = fitting
+        return taken
+
+    def finish(self, sequence: Decoding) -> None:
+        for part in self.parts:
+            part.finish(sequence)
+        self._bandits.finish(sequence)
+
+    def forget(self) -> None:
+        self._bandits.clear()
+        self._pulled = []
+        for part in self.parts:
+            part.forget()
+
+    # On the host, before a step
+
+    def look(
+        self, sequences: Sequence[Decoding], wanted: tuple[int, ...] | None = None
+    ) -> tuple[int, ...]:
+        self._reward(sequences)
+        if not self.levels:
+            return self.variants[-1]
+        self._pulled = []
+        shares = torch.zeros(self._weights.shape, dtype=torch.float64)
+        for sequence in sequences:
+            used = self._choose(sequence, wanted)
+            for part in used:
+                shares[sequence.row, part] = self.weights[part]
+        for table in self._tables.values():
+            table.send()
+        self._weights.copy_(shares.pin_memory() if self._weights.is_cuda else shares)
+        chosen = tuple((shares > 0).any(0).nonzero()[:, 0].tolist())
+        self._used = chosen if len(chosen) == 1 else self.variants[-1]
+        self._looked = time.perf_counter()
+        return self._used
+
+    def _choose(self, sequence: Decoding, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Which parts are to draft for a sequence; what they have found is in their tables."""
+        if self.mode == "cascade" and wanted is None:
+            for number in range(len(self.parts)):
+                if self._search(number, sequence) >= self.min_match:
+                    return (number,)
+            return (len(self.parts) - 1,)
+        matches = [self._search(number, sequence) for number in range(len(self.parts))]
+        if wanted is not None or self.mode == "union":
+            return self.variants[-1] if wanted is None else wanted
+        longest = max((matches[number] for number in self._tables), default=0)
+        kind = bisect_right(LENGTHS, longest)
+        arms = [(number, kind) for number, match in enumerate(matches) if match]
+        arm = arms[self._bandits.of(sequence).choose(arms)] if arms else (len(matches) - 1, kind)
+        self._pulled.append((sequence, sequence.steps, arm))
+        return (arm[0],)
+
+    def _search(self, number: int, sequence: Decoding) -> float:
+        """How long a match a part has found; a model needs none."""
+        part = self.parts[number]
+        if not isinstance(part, HostDrafter):
+            return math.inf
+        trie = part.trie(sequence)
+        self._tables[number].write(sequence.row, trie)
+        return part.match_length(sequence) if trie.children else 0
+
+    def _reward(self, sequences: Sequence[Decoding]) -> None:
+        """Tell the bandit what the last choices have yielded."""
+        passed = time.perf_counter() - self._looked
+        same = [pulled[0] for pulled in self._pulled] == list(sequences)  # no prefill in between
+        for sequence, steps, arm in self._pulled:
+            if sequence.steps == steps + 1 and (same or self.costs):
+                cost = self.costs[arm[0]] if self.costs else passed
+                self._bandits.of(sequence).learn(arm, sequence.accepted_lengths[-1], cost)
+
+    # On the device
+
+    def draft(self, context: StepContext) -> TokenTree:
+        if not self.levels:
+            return TokenTree.roots(context.roots)
+        used = {number: self.parts[number] for number in self._used}
+        weights = self._weights[context.rows]  # [B, P]
+        answers = {number: self._begin(number, context) for number in used}
+        offered: list[tuple[Tensor, Tensor]] = []  # ids and sources [B, F, K] of each frontier
+
+        def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
+            asked = [number for number, part in used.items() if frontier.level < part.levels]
+            found = [answers[number](frontier) for number in asked]
+            if len(used) == 1:
+                return found[0]
+            width = sum(ids.shape[2] for ids, _ in found)
+            if self.tree.children == "top_k":
+                width = self.tree.width(frontier.level)
+            ids, probs, source = mix(found, weights[:, asked], width)
+            offered.append((ids, torch.tensor(asked, device=ids.device)[source]))
+            return ids, probs
+
+        levels = max(part.levels for part in used.values())
+        tree, expanded = grow(self.tree, levels, context, expand)
+        if len(used) == 1:
+            source = torch.full_like(tree.parents, self._used[0], dtype=torch.int8)
+        else:
+            source = sources_of(tree, expanded, offered)
+        tree = replace(tree, source=source)
+        for part in used.values():
+            if isinstance(part, GrowingDrafter):
+                tree = part.end(context, tree, expanded)
+        self._tree = tree
+        return tree
+
+    def _begin(self, number: int, context: StepContext) -> Expand:
+        part = self.parts[number]
+        if isinstance(part, GrowingDrafter):
+            return part.begin(context)
+        return self._tables[number].expand(context)
+
+    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+        if not self.levels:
+            return
+        for number, part in enumerate(self.parts):
+            if not isinstance(part, GrowingDrafter):
+                continue
+            if number in self._used:
+                part.commit(context, acceptance)
+            else:
+                part.follow(context, self._tree, acceptance)

@@ -1,0 +1,56 @@
+"""Mixing the answers of several drafters to one frontier.
+
+Legend: B sequences, F nodes of a frontier, P drafters, K candidates of all of them together.
+"""
+
+import torch
+from torch import Tensor
+
+from specdec.drafters.growth import padded_cat
+from specdec.tree import TokenTree
+
+Answer = tuple[Tensor, Tensor]  # ids [B, F, k] and probabilities [B, F, k], as of `growth.Expand`
+
+
+def mix(answers: list[Answer], weights: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixture of distributions, tokens that several name merged.
+
+    Args:
+        answers: of P drafters.
+        weights: [B, P], not negative; they are shared out among those who have an answer.
+        width: how many candidates are kept, the most probable ones.
+
+    Returns:
+        (ids, probabilities in descending order, and which answer gave a candidate most of its
+            probability; each [B, F, min(width, K)].)
+    """
+    parts = [probs.double() * weights[:, i, None, None] for i, (_, probs) in enumerate(answers)]
+    ids = torch.cat([ids for ids, _ in answers], dim=2)  # [B, F, K]
+    mass = torch.cat(parts, dim=2)
+    answering = torch.stack([(part > 0).any(-1) for part in parts], dim=-1)  # [B, F, P]
+    total = (answering * weights[:, None]).sum(-1, keepdim=True)
+    mass = mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
+    owner = torch.cat([torch.full_like(ids[0, 0, : p.shape[2]], i) for i, p in enumerate(parts)])
+    same = (ids[..., None] == ids[..., None, :]) * mass[..., None, :]  # [B, F, K, K]
+    first = ~(same > 0).tril(-1).any(-1)
+    merged = same.sum(-1).masked_fill(~first | (mass <= 0), 0.0)
+    best, order = merged.sort(dim=-1, descending=True, stable=True)
+    order = order[..., :width]
+    source = owner[same.argmax(-1)].gather(2, order)
+    return ids.gather(2, order), best[..., :width], source
+
+
+def sources_of(tree: TokenTree, expanded: Tensor, offered: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """[B, N] int8: which drafter each node is from; 0 for the root and padding.
+
+    Args:
+        expanded: [B, N] as `growth.grow` returns it.
+        offered: ids and sources [B, F, K] of the candidates of each frontier.
+    """
+    ids, sources = padded_cat(offered)  # [B, E, K]
+    parent = expanded.gather(1, tree.parents.long().clamp(min=0)).clamp(min=0)  # [B, N]
+    index = parent[..., None].expand(-1, -1, ids.shape[2])
+    same = ids.gather(1, index) == tree.tokens[..., None]
+    # Of a token that is listed twice the first place counts: the other has no probability.
+    found = sources.gather(1, index).gather(2, same.byte().argmax(-1, keepdim=True))[..., 0]
+    return found.masked_fill(tree.parents < 0, 0).to(torch.int8)
