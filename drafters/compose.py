@@ -22,6 +22,7 @@ from specdec.tree import Acceptance, TokenTree
 MODES = ("union", "cascade", "bandit")
 LENGTHS = (1, 2, 4, 8, 16)  # where classes of match lengths begin that a bandit tells apart
 NODES = 2  # of a trie, for each node of the budget
+TRUSTED_HALF = 8  # a match of so many tokens counts half of its weight in a union
 LONGEST_FIRST = ("never", "category", "prompt")
 
 
@@ -33,7 +34,8 @@ class Compose(Drafter):
     mixture is what sampled children are drawn from, so the rules stay lossless.
 
     Modes:
-        union: every part at every step, with `weights`.
+        union: every part at every step, with `weights`; the shorter its match, the less a part
+            that searches for matches counts.
         cascade: for each sequence the first part that is sure of itself: one that searches for
             matches, if it has found one of `min_match` tokens; a model, always. As in
             SAM-Decoding (Hu et al. 2024), where a suffix automaton goes before a model.
@@ -143,11 +145,13 @@ class Compose(Drafter):
         taken = sequences
         for number, part in enumerate(self.parts):
             fitting = part.start(taken)
-            if fitting is not None and len(fitting) < len(taken):
-                for sequence in taken[len(fitting) :]:
+            if fitting is None:
+                continue
+            for sequence in taken:
+                if sequence not in fitting:
                     for before in self.parts[:number]:
                         before.finish(sequence)
-                taken = fitting
+            taken = fitting
         return taken
 
     def finish(self, sequence: Decoding) -> None:
@@ -172,14 +176,15 @@ class Compose(Drafter):
         self._pulled = []
         shares = torch.zeros(self._weights.shape, dtype=torch.float64)
         for sequence in sequences:
-            used = self._choose(sequence, wanted)
-            for part in used:
-                shares[sequence.row, part] = self.weights[part]
+            for part in self._choose(sequence, wanted):
+                shares[sequence.row, part] = self.weights[part] * self._trust(part, sequence)
         for table in self._tables.values():
             table.send()
-        self._weights.copy_(shares.pin_memory() if self._weights.is_cuda else shares)
+        if self._weights.is_cuda:
+            shares = shares.pin_memory()
+        self._weights.copy_(shares, non_blocking=True)
         chosen = tuple((shares > 0).any(0).nonzero()[:, 0].tolist())
-        self._used = chosen if len(chosen) == 1 else self.variants[-1]
+        self._used = chosen if chosen in self.variants else self.variants[-1]
         self._looked = time.perf_counter()
         return self._used
 
@@ -199,6 +204,13 @@ class Compose(Drafter):
         arm = arms[self._bandits.of(sequence).choose(arms)] if arms else (len(matches) - 1, kind)
         self._pulled.append((sequence, sequence.steps, arm))
         return (arm[0],)
+
+    def _trust(self, number: int, sequence: Decoding) -> float:
+        part = self.parts[number]
+        if self.mode != "union" or not isinstance(part, HostDrafter):
+            return 1.0
+        match = part.match_length(sequence)
+        return match / (match + TRUSTED_HALF)
 
     def _search(self, number: int, sequence: Decoding) -> float:
         """How long a match a part has found; a model needs none."""
@@ -229,15 +241,18 @@ class Compose(Drafter):
         offered: list[tuple[Tensor, Tensor]] = []  # ids and sources [B, F, K] of each frontier
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
-            asked = [number for number, part in used.items() if frontier.level < part.levels]
-            found = [answers[number](frontier) for number in asked]
+            found = {
+                number: answers[number](frontier)
+                for number, part in used.items()
+                if frontier.level < part.levels
+            }
             if len(used) == 1:
-                return found[0]
-            width = sum(ids.shape[2] for ids, _ in found)
+                return found[self._used[0]]
+            width = sum(ids.shape[2] for ids, _ in found.values())
             if self.tree.children == "top_k":
                 width = self.tree.width(frontier.level)
-            ids, probs, source = mix(found, weights[:, asked], width)
-            offered.append((ids, torch.tensor(asked, device=ids.device)[source]))
+            ids, probs, source = mix(found, weights, width)
+            offered.append((ids, source))
             return ids, probs
 
         levels = max(part.levels for part in used.values())

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specdec.decode import describe
 from specdec.drafters.growth import DEAD, Frontier, grow, plan
 from specdec.drafters.trees.policy import takes_all
 from specdec.kernels import reference
-from specdec.protocols import Decoding, Drafter, StepContext, TreePolicy
+from specdec.protocols import Decoding, Drafter, DraftError, StepContext, TreePolicy
 from specdec.tree import PADDING, ROOT, Proposal, TokenTree
 
 
@@ -55,6 +56,8 @@ class HostDrafter(Drafter):
         ValueError: a setting out of range.
     """
 
+    composable = True  # False if trees hold more than what was proposed
+
     def __init__(
         self, *, tree: TreePolicy, depth: int | None = None, candidates: int = 16
     ) -> None:
@@ -68,25 +71,18 @@ class HostDrafter(Drafter):
         weight."""
         raise NotImplementedError
 
+    def match_length(self, sequence: Decoding) -> int:
+        """Tokens of context on which the last `propose` for this sequence rested; 0 where it found
+        nothing."""
+        return 0
+
     def draft(self, context: StepContext) -> TokenTree:
-        tries = []
-        for sequence in context.sequences if self.levels else ():
-            trie = Trie()
-            for path, weight in self.propose(sequence, self.levels):
-                trie.add(path, weight)
-            tries.append(trie)
+        tries = [self.trie(sequence) for sequence in context.sequences if self.levels]
         if not any(trie.children for trie in tries):
             return TokenTree.roots(context.roots)
         if self.tree.children == "top_k":
-            roots = [sequence.tokens[-1] for sequence in context.sequences]
-            trees = [_HostTree(root) for root in roots]
-            if takes_all(self.tree):
-                for tree, trie in zip(trees, tries, strict=True):
-                    self._grow_all(tree, trie)
-            else:
-                self._grow(trees, tries)
-            most = max(self.tree.width(level) for level in range(self.levels))
-            return _on_device(trees, self.levels, most, context.roots.device)
+            trees = self.grown(context.sequences, tries)
+            return tensors_of(trees, self.levels, self.widest(), context.roots.device)
         expanded: list[list[Trie]] = [
             [trie] for trie in tries
         ]  # per sequence, by number of expanded node
@@ -110,7 +106,34 @@ class HostDrafter(Drafter):
 
         return grow(self.tree, self.levels, context, expand)[0]
 
-    def _grow_all(self, tree: "_HostTree", trie: Trie) -> None:
+    def trie(self, sequence: Decoding) -> Trie:
+        """What is proposed for this sequence, which alone is to blame if that fails."""
+        trie = Trie()
+        try:
+            for path, weight in self.propose(sequence, self.levels):
+                trie.add(path, weight)
+        except DraftError:
+            raise
+        except Exception as error:
+            name = self.name or type(self).__name__
+            raise DraftError(name, [sequence.request.id], describe(error)) from error
+        return trie
+
+    def widest(self) -> int:
+        """Children the policy gives a node at most."""
+        return max(self.tree.width(level) for level in range(self.levels))
+
+    def grown(self, sequences: Sequence[Decoding], tries: list[Trie]) -> list["HostTree"]:
+        """The trees of most probable children that the policy makes of these tries."""
+        trees = [HostTree(sequence.tokens[-1]) for sequence in sequences]
+        if takes_all(self.tree):
+            for tree, trie in zip(trees, tries, strict=True):
+                self._grow_all(tree, trie)
+        else:
+            self._grow(trees, tries)
+        return trees
+
+    def _grow_all(self, tree: "HostTree", trie: Trie) -> None:
         """The tree of a policy that takes all it is offered: no need to ask it anything else."""
         frontier = [(0, trie)]
         for level in range(self.levels):
@@ -125,7 +148,7 @@ class HostDrafter(Drafter):
                         tree.parents.append(node)
             frontier = grown
 
-    def _grow(self, trees: list["_HostTree"], tries: list[Trie]) -> None:
+    def _grow(self, trees: list["HostTree"], tries: list[Trie]) -> None:
         """The trees that `grow` makes of the same tries. Only scores are tensors, because policies
         judge those; levels at which no sequence has a node are left out.
 
@@ -186,7 +209,7 @@ class HostDrafter(Drafter):
 
 
 @dataclass(slots=True)
-class _HostTree:
+class HostTree:
     """A tree in lists, the root first."""
 
     root: int
@@ -209,8 +232,9 @@ class _HostTree:
         self.supports = {place[node]: found[node] for node in order if node in found}
 
 
-def _on_device(trees: list[_HostTree], levels: int, most: int, device: torch.device) -> TokenTree:
-    """[B, N] trees, with K = `most` places for the support of each node."""
+def tensors_of(trees: list[HostTree], depth: int, most: int, device: torch.device) -> TokenTree:
+    """[B, N] trees with paths of up to `depth` edges, and K = `most` places for the support of
+    each node."""
     sizes = [len(tree.tokens) for tree in trees]
     nodes = max(sizes)
     tokens, parents, ids, probs = [], [], [], []  # flat, which is faster to make tensors of
@@ -231,7 +255,7 @@ def _on_device(trees: list[_HostTree], levels: int, most: int, device: torch.dev
         tokens=torch.tensor(tokens).view(shape).to(device),
         parents=torch.tensor(parents, dtype=torch.int32).view(shape).to(device),
         size=torch.tensor(sizes, dtype=torch.int32).to(device),
-        depth=min(levels, nodes - 1),
+        depth=min(depth, nodes - 1),
         proposal=Proposal(
             ids=torch.tensor(ids).view(*shape, most).to(device),
             # Rounded like those that scores are computed from.

@@ -12,28 +12,30 @@ from specdec.tree import TokenTree
 Answer = tuple[Tensor, Tensor]  # ids [B, F, k] and probabilities [B, F, k], as of `growth.Expand`
 
 
-def mix(answers: list[Answer], weights: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def mix(answers: dict[int, Answer], weights: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The mixture of distributions, tokens that several name merged.
 
     Args:
-        answers: of P drafters.
-        weights: [B, P], not negative; they are shared out among those who have an answer.
+        answers: by number of a drafter.
+        weights: [B, P] of all drafters, not negative; they are shared out among those who have an
+            answer.
         width: how many candidates are kept, the most probable ones.
 
     Returns:
-        (ids, probabilities in descending order, and which answer gave a candidate most of its
-            probability; each [B, F, min(width, K)].)
+        (ids, probabilities in descending order, and the number of the drafter that gave a
+            candidate most of its probability; each [B, F, min(width, K)].)
     """
-    parts = [probs.double() * weights[:, i, None, None] for i, (_, probs) in enumerate(answers)]
-    ids = torch.cat([ids for ids, _ in answers], dim=2)  # [B, F, K]
-    mass = torch.cat(parts, dim=2)
-    answering = torch.stack([(part > 0).any(-1) for part in parts], dim=-1)  # [B, F, P]
-    total = (answering * weights[:, None]).sum(-1, keepdim=True)
-    mass = mass / total.clamp(min=torch.finfo(mass.dtype).tiny)
-    owner = torch.cat([torch.full_like(ids[0, 0, : p.shape[2]], i) for i, p in enumerate(parts)])
+    ids = torch.cat([ids for ids, _ in answers.values()], dim=2)  # [B, F, K]
+    owner = torch.cat([torch.full_like(ids[0, 0], n) for n, (ids, _) in answers.items()])  # [K]
+    weight = weights[:, None, owner]  # [B, 1, K]
+    mass = torch.cat([probs.double() for _, probs in answers.values()], dim=2) * weight
+    answering = torch.stack(
+        [(probs > 0).any(-1) * weights[:, n, None] for n, (_, probs) in answers.items()]
+    )
+    mass = mass / answering.sum(0).clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
     same = (ids[..., None] == ids[..., None, :]) * mass[..., None, :]  # [B, F, K, K]
-    first = ~(same > 0).tril(-1).any(-1)
-    merged = same.sum(-1).masked_fill(~first | (mass <= 0), 0.0)
+    again = (same > 0).tril(-1).any(-1)  # named before
+    merged = same.sum(-1).masked_fill(again | (mass <= 0), 0.0)
     best, order = merged.sort(dim=-1, descending=True, stable=True)
     order = order[..., :width]
     source = owner[same.argmax(-1)].gather(2, order)

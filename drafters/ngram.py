@@ -70,9 +70,13 @@ class NGram(HostDrafter):
         tokens = sequence.tokens
         ends = self._index[sequence.row].find(tokens)[-self.SCANNED :]
         found = [(self._match_length(tokens, end), end) for end in ends]
+        self._index[sequence.row].matched = max(found, default=(0, 0))[0]
         for length, end in sorted(found, reverse=True)[: self.matches]:
             reach = min(levels, int(self.max_spec_factor * length))
             yield tokens[end : end + reach], 2.0**length
+
+    def match_length(self, sequence: Decoding) -> int:
+        return self._index[sequence.row].matched
 
     def _match_length(self, tokens: Sequence[int], end: int) -> int:
         """How many tokens before `end` equal the last ones, up to `max_match`."""
@@ -91,6 +95,7 @@ class _Index:
         self.n = n
         self.ends: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
         self.indexed = n - 1  # n-grams that end up to here are in `ends`
+        self.matched = 0  # the longest match of the last look-up
 
     def find(self, tokens: Sequence[int]) -> list[int]:
         """Ends of the earlier places of the last n tokens, ascending; the text may have grown

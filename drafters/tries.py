@@ -37,17 +37,18 @@ class TrieTable:
         links, probs = (part[row].numpy() for part in self._host)
         links[:], probs[:] = 0, 0.0
         nodes, width = probs.shape
-        order, free = count(), ROOT + 1
-        heap = [(-1.0, next(order), ROOT, trie)]  # the most probable first
-        while heap:
-            mass, _, place, node = heapq.heappop(heap)
+        order = count()
+        heap = [(-1.0, next(order), trie, DEAD, 0)]  # the most probable first
+        for place in range(ROOT, nodes):
+            if not heap:
+                break
+            mass, _, node, parent, slot = heapq.heappop(heap)
+            links[parent, slot, 1] = place
             for slot, (token, prob) in enumerate(node.best(width)):
                 links[place, slot, 0], probs[place, slot] = token, prob
                 child = node.children[token]
-                if child.children and free < nodes:
-                    links[place, slot, 1] = free
-                    heapq.heappush(heap, (mass * prob, next(order), free, child))
-                    free += 1
+                if child.children:
+                    heapq.heappush(heap, (mass * prob, next(order), child, place, slot))
 
     def send(self) -> None:
         """What was written, to the device."""

@@ -155,6 +155,7 @@ class Decoder:
         )
         verifier.prepare(capacity)
         drafter.prepare(capacity)
+        drafter.forget()
         self.waiting: deque[Request] = deque()
         self.running: list[Decoding] = []
         self._free_rows = list(range(batch_size))
@@ -288,9 +289,10 @@ class Decoder:
         admitted = self.verifier.start(asked)
         taken = self.drafter.start(admitted)
         if taken is not None:
-            for sequence in admitted[len(taken) :]:
-                self.verifier.finish(sequence)
-            admitted = admitted[: len(taken)]
+            for sequence in admitted:
+                if sequence not in taken:
+                    self.verifier.finish(sequence)
+            admitted = list(taken)
         if not admitted and not self.running:
             raise ValueError(f"request {asked[0].request.id}: the caches have no room for it")
         self._full = len(admitted) < len(asked)

@@ -17,7 +17,15 @@ from specdec.graphs import Graphs
 from specdec.metrics import summarise
 from specdec.model import PagedLM
 from specdec.prompts import Prompt, encode
-from specdec.protocols import AcceptanceRule, Capacity, Decoding, Drafter, Request, Verifier
+from specdec.protocols import (
+    AcceptanceRule,
+    Capacity,
+    Decoding,
+    Drafter,
+    DraftError,
+    Request,
+    Verifier,
+)
 from specdec.records import Record, RunFolder, Side
 from specdec.report import Live
 from specdec.sampling import SamplingParams
@@ -69,6 +77,11 @@ class Method:
     drafter: Drafter
     rule: AcceptanceRule
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the rule makes outputs that are not the target's, and says so."""
+        return bool(getattr(self.rule, "synthetic", False))
+
 
 @dataclass(slots=True, kw_only=True)
 class Experiment:
@@ -101,6 +114,7 @@ class Experiment:
     labels: dict[str, str] = field(default_factory=dict)
     capacity: Capacity = field(init=False)
     _graphs: Graphs | None = field(init=False, default=None)  # of the side decoded last
+    _resumed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -137,8 +151,19 @@ class Experiment:
 
         Returns:
             The summary.
+
+        Raises:
+            ValueError: the drafter failed; what is finished is written.
         """
         folder.begin()
+        self._resumed = any(side.generations.records for side in folder.sides)
+        reset, finished = self.method.drafter.reset, len(folder.main.generations.records)
+        if finished and reset not in (None, "prompt"):
+            live.console.print(
+                f"resumed: what the {finished} finished texts taught the drafter "
+                f"(drafter.reset={reset}) is missing",
+                soft_wrap=True,
+            )
         try:
             if self.baseline is not None and folder.baseline is not None:
                 self._decode(self.baseline, folder.baseline, live, "baseline", lambda step: None)
@@ -146,6 +171,13 @@ class Experiment:
         except KeyboardInterrupt:
             self._finish(folder, tracker, interrupted=True)
             raise
+        except DraftError as error:
+            path = folder.write_error(error)
+            self._finish(folder, tracker, interrupted=True)
+            raise ValueError(
+                f"{self._blame(error)}; the traceback is in {path}, and "
+                f"resume=true out={folder.path} continues"
+            ) from error
         finally:
             folder.close()
         return self._finish(folder, tracker, interrupted=False)
@@ -156,11 +188,19 @@ class Experiment:
         tracker.finish(summary, folder.main.generations.records)
         return summary
 
+    def _blame(self, error: DraftError) -> str:
+        """Which drafter failed on which prompts, and why, in one line."""
+        ids = {prompt.index: prompt.id for prompt in self.prompts}
+        failed = dict.fromkeys(ids[request // MAX_TURNS] for request in error.requests)
+        which = "prompt" if len(failed) == 1 else "one of prompts"
+        reason = " ".join(error.reason.split())
+        return f"drafter={error.drafter} failed on {which} {', '.join(failed)}: {reason}"
+
     def _decode(
         self, method: Method, side: Side, live: Live, title: str, on_step: Callable[[Step], None]
     ) -> None:
         """Decode what one side of the comparison has not decoded yet."""
-        queue = _Conversations(self, side.generations.records)
+        queue = _Conversations(self, side.generations.records, synthetic=method.synthetic)
         if not queue.open:
             return
         decoder = Decoder(
@@ -203,7 +243,12 @@ class Experiment:
         """A few tokens that are not recorded, so that the first prompt does not pay for lazy
         set-up."""
         ids = encode(self.target.tokenizer, self.prompts[0], chat=self.chat)
-        decoder.warm_up(ids, min(WARM_UP_TOKENS, self.max_new_tokens))
+        try:
+            decoder.warm_up(ids, min(WARM_UP_TOKENS, self.max_new_tokens))
+        except DraftError as error:
+            first = self.prompts[0].index * MAX_TURNS
+            reason = f"{error.reason}, while warming up"
+            raise DraftError(error.drafter, [first], reason) from error
 
     def _summarise(self, folder: RunFolder, *, interrupted: bool) -> Record:
         main = folder.main
@@ -213,6 +258,9 @@ class Experiment:
             "seed": self.sampling.seed,
             "batch_size": self.batch_size,
             **summarise(main.generations.records, main.steps.records),
+            "synthetic": self.method.synthetic,
+            "state": {"reset": self.method.drafter.reset},
+            "resumed": self._resumed,
             "interrupted": interrupted,
         }
         if self._graphs is not None:
@@ -223,7 +271,7 @@ class Experiment:
             summary["baseline"] = summarise(baseline.generations.records, baseline.steps.records)
             theirs = summary["baseline"]["tokens_per_second"]
             summary["speedup"] = summary["tokens_per_second"] / theirs if theirs else None
-            if self.sampling.greedy:
+            if self.sampling.greedy and not self.method.synthetic:
                 mine = main.generations.records
                 lossless = compare(
                     mine,
@@ -231,6 +279,8 @@ class Experiment:
                     self.target,
                     kv_dtype=self.cache.kv_dtype,
                 )
+        if self.method.synthetic:
+            lossless = {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
         summary["lossless"] = lossless
         return {**summary, **describe_environment(self.target.device)}
 
@@ -242,10 +292,18 @@ class _Conversation:
 
 
 class _Conversations:
-    """Which turns are still to be decoded; a turn sees the answers to the turns before it."""
+    """Which turns are still to be decoded; a turn sees the answers to the turns before it.
 
-    def __init__(self, experiment: Experiment, finished: Sequence[Record]) -> None:
+    Args:
+        finished: records of the turns that are not.
+        synthetic: mark every record as such.
+    """
+
+    def __init__(
+        self, experiment: Experiment, finished: Sequence[Record], *, synthetic: bool = False
+    ) -> None:
         self.experiment = experiment
+        self._marks: Record = {"synthetic": True} if synthetic else {}
         self.tokenizer: Any = experiment.target.tokenizer
         answers: dict[int, list[str]] = {}
         for generation in sorted(finished, key=lambda g: int(g["turn"])):
@@ -273,6 +331,7 @@ class _Conversations:
                 id=prompt.index * MAX_TURNS + turn,
                 prompt_ids=ids,
                 max_new_tokens=experiment.max_new_tokens,
+                category=prompt.category,
             )
             limit = experiment.capacity.max_tokens
             if len(ids) < limit and (request.max_tokens <= limit or limit == decoder.max_context):
@@ -318,6 +377,7 @@ class _Conversations:
             "steps": steps,
             "drafted": drafted,
             "accepted_length": len(output) / steps if steps else 0.0,
+            **self._marks,
         }
 
 

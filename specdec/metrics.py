@@ -39,6 +39,18 @@ def acceptance_by_depth(steps: Iterable[Record]) -> list[float]:
     return [a / r for a, r in zip(accepted, reached, strict=True)]
 
 
+def by_source(steps: Iterable[Record]) -> dict[str, dict[str, int]]:
+    """Nodes drafted and accepted of each source of trees that have several; {} of others."""
+    totals: dict[str, dict[str, int]] = {}
+    for step in steps:
+        for row in step.get("sources", ()):
+            for name, (drafted, accepted) in row.items():
+                total = totals.setdefault(name, {"drafted": 0, "accepted": 0})
+                total["drafted"] += drafted
+                total["accepted"] += accepted
+    return totals
+
+
 def summarise(generations: Sequence[Record], steps: Sequence[Record]) -> dict[str, Any]:
     """The figures of one side of a run.
 
@@ -46,12 +58,14 @@ def summarise(generations: Sequence[Record], steps: Sequence[Record]) -> dict[st
         prompts, tokens, steps (of the target: one pass over the batch), seconds (all of `time`),
         tokens_per_second, decode_tokens_per_second (prefill left out), mean_accepted_length,
         acceptance_by_depth, drafted_per_step (nodes for each sequence and step),
-        tokens_per_target_pass, time (seconds by verb), finish_reasons.
+        tokens_per_target_pass, time (seconds by verb), finish_reasons; sources, if trees have
+        several.
     """
     time = {verb: sum(step["seconds"].get(verb, 0.0) for step in steps) for verb in VERBS}
     seconds = sum(time.values())
     tokens = _total(generations, "tokens")
     reasons = [g["finish_reason"] for g in generations]
+    sources = by_source(steps)
     return {
         "prompts": len({g["prompt"] for g in generations}),
         "tokens": tokens,
@@ -65,6 +79,7 @@ def summarise(generations: Sequence[Record], steps: Sequence[Record]) -> dict[st
         "tokens_per_target_pass": _rate(tokens, len(steps)),
         "time": time,
         "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        **({"sources": sources} if sources else {}),
     }
 
 

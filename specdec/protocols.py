@@ -206,8 +206,7 @@ class Drafter:
         """This sequence has left the batch."""
 
     def forget(self) -> None:
-        """Drop all that was learnt online. Called after warming up, when no sequence is
-        running."""
+        """Drop all that was learnt online. Called when a run begins, no sequence is running."""
 
 
 class TreePolicy(Protocol):

@@ -6,9 +6,11 @@ steps.jsonl         one line for each step
 baseline/           the same two files for plain decoding
 config.yaml         every setting, resolved
 summary.json        the figures
+error.txt           the traceback, if the drafter failed
 """
 
 import json
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,17 +67,19 @@ class Side:
         start.
 
         A step it shares with finished prompts keeps its whole time: it was spent on those as well.
+        Its lists are by request.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         done = {generation["request"] for generation in self.generations.records}
         kept = []
         for step in self.steps.records:
-            places = [i for i, request in enumerate(step["requests"]) if request in done]
+            requests = step["requests"]
+            places = [i for i, request in enumerate(requests) if request in done]
             if places:
                 lists = {
                     name: [values[i] for i in places]
                     for name, values in step.items()
-                    if isinstance(values, list)
+                    if isinstance(values, list) and len(values) == len(requests)
                 }
                 kept.append({**step, **lists})
         self.generations.rewrite(self.generations.records)
@@ -132,8 +136,15 @@ class RunFolder:
         """Write the settings, and forget what an interrupted run left half done."""
         self.path.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+        (self.path / "error.txt").unlink(missing_ok=True)
         for side in self.sides:
             side.begin()
+
+    def write_error(self, error: Exception) -> Path:
+        """The file that holds its traceback from now on."""
+        path = self.path / "error.txt"
+        _replace(path, "".join(traceback.format_exception(error)))
+        return path
 
     def write_summary(self, summary: Record) -> None:
         _replace(

@@ -72,6 +72,8 @@ def show_summary(summary: Summary, console: Console) -> None:
         f"{summary['drafter']} · tree {summary['tree']} · acceptance {summary['acceptance']} · "
         f"T={summary['temperature']:g} · batch {summary['batch_size']}"
     )
+    if summary["synthetic"]:
+        title = f"SYNTHETIC · {title}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("speculative", justify="right")
@@ -96,6 +98,9 @@ def show_summary(summary: Summary, console: Console) -> None:
     )
     row("tokens per target pass", [f"{s['tokens_per_target_pass']:.2f}" for s in sides])
     row("nodes drafted per step", [f"{s['drafted_per_step']:.1f}" for s in sides])
+    for name, count in summary.get("sources", {}).items():
+        values = [f"{count['accepted']:,} of {count['drafted']:,}", ""]
+        row(f"accepted nodes of {name}", values[: len(sides)])
     for verb in VERBS:
         row(f"time: {verb}", [_share(s["time"][verb], s["seconds"]) for s in sides])
     console.print(table)
@@ -117,9 +122,12 @@ def show_sweep(runs: Sequence[tuple[list[str], Summary]], console: Console) -> N
         table.add_column(column, justify="right")
     for overrides, summary in runs:
         lossless = summary["lossless"]
-        checked = (
-            f"{lossless['identical']} of {lossless['checked']}" if lossless["checked"] else "-"
-        )
+        if summary["synthetic"]:
+            checked = "SYNTHETIC"
+        elif lossless["checked"]:
+            checked = f"{lossless['identical']} of {lossless['checked']}"
+        else:
+            checked = "-"
         speedup = summary.get("speedup")
         table.add_row(
             " ".join(override for override in overrides if override not in common),
@@ -138,6 +146,8 @@ def _share(part: float, whole: float) -> str:
 
 def _lossless_line(summary: Summary) -> str:
     lossless = summary["lossless"]
+    if "refused" in lossless:
+        return f"lossless: not checked; {lossless['refused']}"
     if summary["temperature"] > 0:
         return (
             "lossless: at temperature above 0 it is a matter of distributions; see ARCHITECTURE.md"

@@ -4,7 +4,9 @@ A config becomes an `Experiment`. Whatever is wrong with it ends in one line on 
 code 2, before any model is loaded where that is possible.
 """
 
+import inspect
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Mapping
@@ -33,7 +35,7 @@ from specdec.experiment import (
 from specdec.kernels.choose import Kernels
 from specdec.model import PagedLM
 from specdec.prompts import load_prompts
-from specdec.protocols import AcceptanceRule
+from specdec.protocols import AcceptanceRule, Drafter
 from specdec.records import RunFolder
 from specdec.report import Live, show_summary, show_sweep
 from specdec.sampling import SamplingParams
@@ -52,6 +54,8 @@ SCALARS: dict[str, Any] = {
     "out": str,
 }
 RULES = "specdec.verifier"
+PARTS = dict[str, Drafter]  # settings of this type are drafters in their turn
+USER_FUNCTION = "specdec.drafters.user.UserFunction"  # what makes a drafter of a function
 # What the jobs of this process came to: one, or all of a sweep.
 _finished: list[tuple[list[str], dict[str, Any]]] = []
 _failures: list[str] = []
@@ -63,6 +67,9 @@ def main() -> None:
     _finished.clear()
     _failures.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to the handler below
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does, for drafters of the user's own
     try:
         _hydra_main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -95,8 +102,7 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     scalars = {name: _typed(name, settings[name], kind) for name, kind in SCALARS.items()}
     sampling = _build(SamplingParams, "sampling", settings["sampling"], seed=scalars["seed"])
     cache = _build(CacheSettings, "cache", settings["cache"])
-    drafter_class = get_class(settings["drafter"]["_target_"])
-    rule, children = _pair(settings, drafter_class, sampling)
+    rule, children = _pair(settings, sampling)
     shape = {**settings["tree"], "children": children}
     tree = _build(get_class(shape["_target_"]), "tree", shape)
     tracker = _build(get_class(settings["tracker"]["_target_"]), "tracker", settings["tracker"])
@@ -117,8 +123,8 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
         tree_verifier = get_class(f"{RULES}.verifier.TreeVerifier")
         return tree_verifier(target, prefill_chunk=cache.prefill_chunk)
 
-    def method(group: Mapping[str, Any], rule: AcceptanceRule) -> Method:
-        drafter = _build(get_class(group["_target_"]), "drafter", group, target=target, tree=tree)
+    def method(name: str, group: Mapping[str, Any], rule: AcceptanceRule) -> Method:
+        drafter = build_drafter(name, "drafter", group, target=target, tree=tree)
         return Method(drafter=drafter, rule=rule)
 
     choices = hydra_config.runtime.choices
@@ -127,8 +133,8 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     experiment = Experiment(
         target=target,
         verifier=verifier,
-        method=method(settings["drafter"], rule),
-        baseline=method(plain, baseline_rule) if scalars["baseline"] else None,
+        method=method(choices["drafter"], settings["drafter"], rule),
+        baseline=method("none", plain, baseline_rule) if scalars["baseline"] else None,
         prompts=prompts,
         sampling=sampling,
         cache=cache,
@@ -149,11 +155,13 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     overrides = [str(override) for override in hydra_config.overrides.task]
     if sweep:
         console.rule(f"{hydra_config.job.num}: {' '.join(overrides)}", align="left")
+    synthetic = experiment.method.synthetic
+    name = " ".join(overrides) or str(choices["drafter"])
     tracker.start(
-        config=settings,
+        config={**settings, "synthetic": True} if synthetic else settings,
         folder=out,
         group="-".join(out.parent.parts[-2:]) if sweep else None,
-        name=" ".join(overrides) or str(choices["drafter"]),
+        name=f"SYNTHETIC {name}" if synthetic else name,
     )
     try:
         summary = experiment.run(folder, tracker, Live(console))
@@ -169,14 +177,12 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     return summary
 
 
-def _pair(
-    settings: Mapping[str, Any], drafter: type, sampling: SamplingParams
-) -> tuple[AcceptanceRule, str]:
+def _pair(settings: Mapping[str, Any], sampling: SamplingParams) -> tuple[AcceptanceRule, str]:
     """The acceptance rule and how children are chosen, where the settings leave them open.
 
     Raises:
         ValueError: the pairing would change the distribution of outputs, and that was not asked
-            for.
+            for, or the drafter works with another rule only.
     """
     acceptance, children = settings["acceptance"], settings["tree"]["children"]
     rule = (
@@ -184,8 +190,17 @@ def _pair(
         if acceptance["_target_"]
         else None
     )
+    drafter = settings["drafter"]
+    only = getattr(_located("drafter", drafter)[0], "acceptance", None)
+    if only is not None:
+        if rule is not None and rule.name != only:
+            raise ValueError(
+                f"acceptance={rule.name}: {drafter['_target_']} works with acceptance={only} "
+                f"alone; use acceptance=auto"
+            )
+        return _rule(only), "top_k" if children == "auto" else children
     if children == "auto":
-        wanted = rule.needs_proposal if rule else getattr(drafter, "sampled_children", False)
+        wanted = rule.needs_proposal if rule else _samples("drafter", drafter)
         children = "sample" if wanted and not sampling.greedy else "top_k"
     if rule is None:
         sampled = children != "top_k"
@@ -198,6 +213,69 @@ def _pair(
             f"acceptance.allow_lossy=true to run it all the same"
         )
     return rule, children
+
+
+def build_drafter(name: str | None, setting: str, settings: Any, **given: Any) -> Drafter:
+    """A drafter, a function of the user's, or a composition with all its parts, which are called
+    by the files of their classes."""
+    kind, function = _located(setting, settings)
+    target = settings["_target_"]
+    try:
+        drafter: Drafter = _build(kind, setting, settings, **given, **function)
+    except ValueError as error:
+        # A class knows its settings by their names outside of any composition.
+        text = re.sub(r"\bdrafter\.(?!parts\b)", f"{setting}.", str(error))
+        raise ValueError(text) from error
+    drafter.name = name or target.split(".")[-2]
+    if function:
+        drafter.name += f" ({target})"
+    return drafter
+
+
+def _located(setting: str, settings: Any) -> tuple[type[Drafter], dict[str, Any]]:
+    """The class of a drafter, and what it is given if `_target_` names a mere function.
+
+    Raises:
+        ValueError: it names nothing that drafts.
+    """
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("_target_"), str):
+        raise ValueError(f"{setting}={settings}: must be the settings of a drafter with _target_")
+    target = settings["_target_"]
+    try:
+        found = pkgutil.resolve_name(target)
+    except Exception as error:  # whatever importing a module of the user's raises
+        raise ValueError(
+            f"{setting}._target_={target}: cannot be imported, {type(error).__name__}: {error}; "
+            f"it must be module.name, of an installed package or of a file in {Path.cwd()}"
+        ) from error
+    if isinstance(found, type) and issubclass(found, Drafter):
+        return found, {}
+    if isinstance(found, type) or not callable(found):
+        raise ValueError(
+            f"{setting}._target_={target}: must be a function, or a class derived from Drafter"
+        )
+    user: type[Drafter] = get_class(USER_FUNCTION)
+    return user, {"function": found}
+
+
+def _samples(setting: str, settings: Any) -> bool:
+    """Whether children are best drawn from its probabilities: from those of all parts of a
+    composition."""
+    kind, _ = _located(setting, settings)
+    hints = get_type_hints(kind.__init__)
+    parts = {
+        f"{setting}.{name}.{part}": value
+        for name in settings
+        if hints.get(name) == PARTS
+        for part, value in _named(f"{setting}.{name}", settings[name]).items()
+    }
+    return all(_samples(*part) for part in parts.items()) if parts else kind.sampled_children
+
+
+def _named(setting: str, parts: Any) -> Mapping[str, Any]:
+    if not isinstance(parts, Mapping) or not parts:
+        raise ValueError(f"{setting}={parts}: must be settings of drafters, by name")
+    return parts
 
 
 def _rule(name: str) -> AcceptanceRule:
@@ -214,9 +292,22 @@ def _build(kind: type, group: str, settings: Mapping[str, Any], **given: Any) ->
     for name, value in settings.items():
         if name == "_target_":
             continue
-        if name not in hints:
-            raise ValueError(f"{group}.{name}={value}: {kind.__name__} has no such setting")
-        checked[name] = _typed(f"{group}.{name}", value, hints[name])
+        setting = f"{group}.{name}"
+        if name not in hints or name in given:
+            raise ValueError(f"{setting}={value}: {kind.__name__} has no such setting")
+        if hints[name] == PARTS:
+            checked[name] = {
+                part: build_drafter(None, f"{setting}.{part}", own, **given)
+                for part, own in _named(setting, value).items()
+            }
+        else:
+            checked[name] = _typed(setting, value, hints[name])
+    try:
+        inspect.signature(kind).bind(**given, **checked)
+    except TypeError as error:
+        raise ValueError(
+            f"{group}: cannot build {kind.__name__} of these settings, {error}"
+        ) from None
     return kind(**given, **checked)
 
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from specdec.compare import compare
 from specdec.decode import Decoder, Step
+from specdec.drafters.compose import Compose
+from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
@@ -51,9 +53,10 @@ TREES = {
     "static": Static(widths=[3, 2, 1]),
     "dynamic": Dynamic(budget=12),
 }
+GROWN = ("small_llama", "early_exit", "compose union", "compose cascade")  # on the device
 PLANS = [
     ("none", "chain"),
-    *((kind, tree) for kind in ("small_llama", "ngram") for tree in TREES),
+    *((kind, tree) for kind in (*GROWN, "ngram") for tree in TREES),
 ]
 
 
@@ -88,7 +91,14 @@ def build(kind: str, tree: str, target: PagedLM) -> Drafter:
         return NoDrafter()
     if kind == "ngram":
         return NGram(tree=TREES[tree])
-    return SmallLlama(target=target, tree=TREES[tree], path="zoo:draft")
+    if kind == "early_exit":
+        return EarlyExit(target=target, tree=TREES[tree])
+    small = SmallLlama(target=target, tree=TREES[tree], path="zoo:draft")
+    if kind == "small_llama":
+        return small
+    parts = {"ngram": NGram(tree=TREES[tree]), "small_llama": small}
+    mode = kind.removeprefix("compose ")
+    return Compose(target=target, tree=TREES[tree], parts=parts, mode=mode, min_match=2)
 
 
 def new_decoder(
@@ -223,7 +233,7 @@ def eager() -> PagedLM:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("kind", ["none", "small_llama", "ngram"])
+@pytest.mark.parametrize("kind", ["none", *GROWN, "ngram"])
 def test_graphs_change_nothing(
     exact: PagedLM, eager: PagedLM, kind: str, batch_size: int, temperature: float
 ) -> None:
@@ -244,7 +254,7 @@ def test_graphs_change_nothing(
     assert outputs_of(outputs[0][0]) == outputs_of(outputs[1][0])
 
 
-@pytest.mark.parametrize("kind", ["none", "small_llama", "ngram"])
+@pytest.mark.parametrize("kind", ["none", *GROWN, "ngram"])
 def test_after_warming_up_everything_is_replayed(exact: PagedLM, kind: str) -> None:
     """At every size of batch, that of the last sequences included."""
     if exact.kernels.impl != "triton":

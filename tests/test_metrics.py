@@ -1,5 +1,7 @@
 """Figures against hand-made records, and losslessness reports against known divergences."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -7,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdec.compare import compare
 from specdec.metrics import acceptance_by_depth, summarise
 from specdec.model import PagedLM
+from specdec.records import RunFolder
 
 
 def generation(prompt: int, output: list[int], steps: int, turn: int = 0) -> dict:
@@ -59,6 +62,38 @@ def test_an_empty_run_has_figures_too():
     summary = summarise([], [])
     assert summary["tokens_per_second"] == 0
     assert summary["mean_accepted_length"] == {"pooled": 0, "per_request": 0}
+
+
+def test_sources_are_summed_where_trees_have_several():
+    steps = [
+        {**step([0, 1], [2, 1], [1, 0], [2, 1]), "sources": [{"a": (2, 1), "b": (1, 0)}, {}]},
+        {**step([0], [1], [1], [2]), "sources": [{"b": [3, 2]}]},  # as read from a file
+        step([1], [0], [0], [1]),
+    ]
+    expected = {"a": {"drafted": 2, "accepted": 1}, "b": {"drafted": 4, "accepted": 2}}
+    assert summarise([], steps)["sources"] == expected
+    assert "sources" not in summarise([], steps[2:])
+    assert "sources" not in summarise([], [{**steps[2], "sources": [{}]}])
+
+
+def test_sources_of_finished_prompts_survive_a_resume(tmp_path: Path):
+    folder = RunFolder(tmp_path, config={}, resume=False)
+    folder.begin()
+    shared = {**step([7, 8], [1, 1], [1, 0], [2, 1]), "sources": [{"a": [1, 1]}, {"a": [1, 0]}]}
+    bare = {**step([8], [1], [0], [1]), "sources": []}
+    for record in (shared, bare):
+        folder.main.steps.append(record)
+    folder.main.generations.append({**generation(0, [5], 1), "request": 8})
+    folder.close()
+
+    folder = RunFolder(tmp_path, config={}, resume=True)
+    folder.write_error(ValueError("of the run before"))
+    folder.begin()
+    kept, other = folder.main.steps.records
+    assert (kept["requests"], kept["sources"]) == ([8], [{"a": [1, 0]}])
+    assert other == bare
+    assert not (tmp_path / "error.txt").exists()
+    folder.close()
 
 
 @pytest.fixture(scope="module")

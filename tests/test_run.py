@@ -2,15 +2,21 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from specdec import run as command
-from specdec.model import PagedLM
+from specdec.drafters.ngram import NGram
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.trees.chain import Chain
+from specdec.model import PagedLM, zoo_path
+from specdec.protocols import Drafter
 from specdec.tracking import NoTracker
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +26,32 @@ QUICK = ("tracker=none", "prompts.limit=3", "max_new_tokens=10", "dtype=float32"
 
 def options(group: str) -> list[str]:
     return sorted(p.stem for p in (ROOT / "configs" / group).glob("*.yaml") if p.stem[0] != "_")
+
+
+def twice(tokens: list[int]) -> list[Sequence[int]]:
+    """A drafter of the user's."""
+    return [tokens[-2:], tokens[-1:]]
+
+
+@pytest.fixture(scope="session")
+def needed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """What a drafter cannot do without."""
+
+    def settings(drafter: str) -> list[str]:
+        if drafter == "user":
+            return [f"drafter._target_={__name__}.twice"]
+        if drafter != "rest":
+            return []
+        pytest.importorskip("pydivsufsort")
+        from experiments.build_datastore import build
+
+        folder = tmp_path_factory.mktemp("store")
+        tokenizer = AutoTokenizer.from_pretrained(zoo_path("target", "target"))
+        texts = [(ROOT / "specdec/decode.py").read_text()]
+        build(texts, folder, tokenizer=tokenizer, name="zoo:target")
+        return [f"drafter.datastore={folder}"]
+
+    return settings
 
 
 @pytest.fixture
@@ -49,12 +81,13 @@ def outputs(folder: Path) -> dict[tuple[int, int], list[int]]:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("tree", options("tree"))
-@pytest.mark.parametrize("drafter", options("drafter"))
+@pytest.mark.parametrize("drafter", [name for name in options("drafter") if name != "synthetic"])
 def test_every_drafter_on_every_tree_equals_the_baseline(
-    specdec, tmp_path, drafter, tree, batch_size
+    specdec, tmp_path, needed, drafter, tree, batch_size
 ):
     code, _, _ = specdec(
         f"drafter={drafter}",
+        *needed(drafter),
         f"tree={tree}",
         f"batch_size={batch_size}",
         f"out={tmp_path}/o",
@@ -68,8 +101,13 @@ def test_every_drafter_on_every_tree_equals_the_baseline(
 
 @pytest.mark.parametrize("rule", options("acceptance"))
 @pytest.mark.parametrize("drafter", options("drafter"))
-def test_every_rule_samples_reproducibly(specdec, tmp_path, drafter, rule):
-    lossy = ["acceptance.allow_lossy=true"] if rule == "greedy" else []
+def test_every_rule_samples_reproducibly(specdec, tmp_path, needed, drafter, rule):
+    if drafter == "synthetic" and rule not in ("auto", "synthetic"):
+        pytest.skip("works with a rule of its own; see tests/test_synthetic.py")
+    if drafter == "lookahead" and rule in ("recursive_rejection", "synthetic"):
+        pytest.skip("draws no children")
+    lossy = ["acceptance.allow_lossy=true"] if rule in ("greedy", "synthetic") else []
+    lossy += needed(drafter)
     found = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         arguments = (f"drafter={drafter}", f"acceptance={rule}", "sampling=sample", f"seed={seed}")
@@ -237,6 +275,180 @@ def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(specdec, tmp_path
     assert "drafter=ngram" in printed
 
 
+class Pair(Drafter):
+    """A composition, as far as the runner is concerned."""
+
+    def __init__(self, *, target: Any, tree: Any, parts: dict[str, Drafter]) -> None:
+        self.parts = parts
+
+
+NGRAM = {"_target_": "specdec.drafters.ngram.NGram", "min_match": 2}
+MODEL = {"_target_": "specdec.drafters.small_llama.SmallLlama", "path": "zoo:draft"}
+
+
+def test_a_composition_gets_its_parts_built():
+    settings = {
+        "_target_": f"{__name__}.Pair",
+        "parts": {"first": NGRAM, "second": {"_target_": f"{__name__}.twice", "depth": 2}},
+    }
+    target, tree = SimpleNamespace(vocab_size=10), Chain(budget=4)
+    built = command._drafter("pair", "drafter", settings, target=target, tree=tree)
+    assert built.name == "pair"
+    first, second = built.parts.values()
+    assert list(built.parts) == ["first", "second"]
+    assert isinstance(first, NGram)
+    assert (first.name, first.min_match, first.tree) == ("ngram", 2, tree)
+    assert (second.name, second.levels) == (f"test_run ({__name__}.twice)", 2)
+
+    for wrong, expected in {
+        "soon": "drafter.parts=soon: must be settings of drafters, by name",
+        ("first", 3): "drafter.parts.first=3: must be the settings of a drafter",
+        ("first", "min_match", "few"): "drafter.parts.first.min_match=few: must be a valid int",
+        ("first", "min_match", 99): "drafter.parts.first.min_match=99, drafter.parts.first.max",
+        ("first", "nonsense", 1): "drafter.parts.first.nonsense=1: NGram has no such setting",
+        ("first", "_target_", "a.b"): "drafter.parts.first._target_=a.b: cannot be imported",
+    }.items():
+        parts: Any = wrong
+        if isinstance(wrong, tuple):
+            name, *setting, value = wrong
+            parts = {name: {**NGRAM, setting[0]: value} if setting else value}
+        with pytest.raises(ValueError, match=f"^{expected}".replace("[", r"\[")):
+            command._drafter(
+                "pair", "drafter", {**settings, "parts": parts}, target=target, tree=tree
+            )
+
+
+def test_children_are_sampled_if_all_parts_are_good_at_it():
+    def samples(*parts: dict[str, Any]) -> bool:
+        named = {str(number): part for number, part in enumerate(parts)}
+        return command._samples("drafter", {"_target_": f"{__name__}.Pair", "parts": named})
+
+    assert samples(MODEL, MODEL)
+    assert not samples(MODEL, NGRAM)
+    assert command._samples("drafter", MODEL)
+    assert not command._samples("drafter", NGRAM)
+
+
+class Learner(NoDrafter):
+    reset = "category"
+    seen: ClassVar[set[str | None]] = set()
+
+    def start(self, sequences: Sequence[Any]) -> None:
+        self.seen |= {sequence.request.category for sequence in sequences}
+
+
+def test_a_resumed_run_says_what_its_drafter_no_longer_knows(specdec, tmp_path, monkeypatch):
+    arguments = ("drafter=none", f"drafter._target_={__name__}.Learner", f"out={tmp_path}/o")
+
+    def interrupt(self: NoTracker, step: Any) -> None:
+        if step.requests[0] >= 1000:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NoTracker, "step", interrupt)
+        assert specdec(*arguments, *QUICK, "baseline=false")[0] == 130
+    summary = json.loads((tmp_path / "o/summary.json").read_text())
+    assert (summary["state"], summary["resumed"]) == ({"reset": "category"}, False)
+    code, printed, _ = specdec(*arguments, *QUICK, "baseline=false", "resume=true")
+    assert code == 0
+    assert "resumed: what the 1 finished texts taught the drafter" in printed
+    assert json.loads((tmp_path / "o/summary.json").read_text())["resumed"]
+    categories = {g["category"] for g in lines(tmp_path / "o/generations.jsonl")}
+    assert categories <= Learner.seen
+    assert None not in categories
+
+
+def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkeypatch):
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(NoTracker, "start", lambda self, **kwargs: started.update(kwargs))
+    code, printed, _ = specdec("drafter=synthetic", "ignore_eos=true", f"out={tmp_path}/o", *QUICK)
+    summary = json.loads((tmp_path / "o/summary.json").read_text())
+    assert code == 0
+    assert (summary["synthetic"], summary["acceptance"]) == (True, "synthetic")
+    assert summary["lossless"] == {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
+    assert all(g["synthetic"] for g in lines(tmp_path / "o/generations.jsonl"))
+    assert not any("synthetic" in g for g in lines(tmp_path / "o/baseline/generations.jsonl"))
+    assert printed.count("SYNTHETIC") == 2  # the title, and instead of the lossless check
+    assert started["config"]["synthetic"]
+    assert started["name"].startswith("SYNTHETIC ")
+
+    code, printed, _ = specdec(
+        "-m", "drafter=ngram,synthetic", "baseline=false", f"out={tmp_path}/s", *QUICK
+    )
+    assert code == 0
+    (row,) = (line for line in printed.splitlines() if "drafter=synthetic" in line and "│" in line)
+    assert "SYNTHETIC" in row
+    (row,) = (line for line in printed.splitlines() if "drafter=ngram" in line and "│" in line)
+    assert "SYNTHETIC" not in row
+    assert not json.loads((tmp_path / "s/0/summary.json").read_text())["synthetic"]
+
+
+def test_the_probabilities_of_another_drafter_are_taken_for_rates_on_demand(specdec, tmp_path):
+    arguments = ("drafter=small_llama", "acceptance=synthetic", "acceptance.allow_lossy=true")
+    assert specdec(*arguments, "baseline=false", f"out={tmp_path}/o", *QUICK)[0] == 0
+    assert json.loads((tmp_path / "o/summary.json").read_text())["synthetic"]
+
+
+FAILING = """
+def repeat(tokens):
+    return [tokens[-4:]]
+
+def fail(tokens):
+    if len(tokens) > {limit}:
+        return [[tokens[len(tokens)]]]
+    return repeat(tokens)
+"""
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which the search path does not hold yet."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, own_folder):
+    own_folder.joinpath("failing_drafter.py").write_text(FAILING.format(limit=50))
+    texts = {"a/1": "def f(x):", "a/2": "It was a dark night. " * 12, "a/3": "The end"}
+    records = [json.dumps({"id": name, "text": text}) for name, text in texts.items()]
+    own_folder.joinpath("prompts.jsonl").write_text("\n".join(records))
+    # A warm-up sees the first prompt alone.
+    arguments = (
+        *("drafter=user", "prompts.path=prompts.jsonl", "max_new_tokens=8", "tracker=none"),
+        *("batch_size=3", "baseline=false", "dtype=float32"),
+    )
+    code, printed, error = specdec(
+        *arguments, "drafter._target_=failing_drafter.fail", "batch_size=1", "out=o"
+    )
+    assert code == 2
+    assert error == (
+        "error: drafter=user (failing_drafter.fail) failed on prompt a/2: IndexError: list index "
+        f"out of range (failing_drafter.py:7); the traceback is in {own_folder}/o/error.txt, and "
+        f"resume=true out={own_folder}/o continues\n"
+    )
+    assert "Traceback" not in printed
+    written = (own_folder / "o/error.txt").read_text()
+    assert "return [[tokens[len(tokens)]]]" in written
+    assert [g["id"] for g in lines(own_folder / "o/generations.jsonl")] == ["a/1"]
+    assert json.loads((own_folder / "o/summary.json").read_text())["interrupted"]
+
+    code, printed, error = specdec(
+        "-m", *arguments, "drafter._target_=failing_drafter.fail,failing_drafter.repeat", "out=s"
+    )
+    assert code == 2
+    assert error.count("failed on prompt a/2: IndexError") == 1
+    assert error.count("\n") == 1
+    assert not json.loads((own_folder / "s/1/summary.json").read_text())["interrupted"]
+    assert len(lines(own_folder / "s/1/generations.jsonl")) == 3
+
+    own_folder.joinpath("failing_at_once.py").write_text(FAILING.format(limit=0))
+    code, _, error = specdec(*arguments, "drafter._target_=failing_at_once.fail", "out=w")
+    assert code == 2
+    assert "failed on prompt a/1: " in error
+    assert ", while warming up; " in error
+
+
 def test_experiments_compose(specdec, tmp_path):
     code, _, _ = specdec("experiment=sampled", f"out={tmp_path}/o", *QUICK)
     summary = json.loads((tmp_path / "o/summary.json").read_text())
@@ -279,7 +491,7 @@ MISTAKES = {
     "nonsense=1": "nonsense: no such setting",
     "drafter.nonsense=1": "drafter.nonsense: no such setting",
     "+drafter.nonsense=1": "drafter.nonsense=1: SmallLlama has no such setting",
-    "drafter=nonsense": "none; small_llama",
+    "drafter=nonsense": "; none; ",
     "tree=nonsense": "chain; dynamic; static",
     "batch_size=many": "batch_size=many: must be a valid integer",
     "batch_size=0": "batch_size=0: must be at least 1",
@@ -306,6 +518,19 @@ MISTAKES = {
     "tree=static tree.widths=wide": "tree.widths=wide",
     "tree=static tree.widths=[2,2] drafter.depth=1": "drafter.depth=1: tree.widths=[2, 2] has 2",
     "drafter=ngram drafter.min_match=9": "drafter.min_match=9, drafter.max_match=8",
+    "drafter=user": "drafter._target_: must be given",
+    "drafter=user drafter._target_=no_such.thing": "drafter._target_=no_such.thing: cannot be",
+    "drafter=user drafter._target_=json.nothing": "json.nothing: cannot be imported, Attribute",
+    "drafter=user drafter._target_=json.JSONDecoder": "must be a function, or a class derived",
+    "drafter=user drafter._target_=json": "drafter._target_=json: must be a function",
+    "drafter=user drafter._target_=json.loads +drafter.function=1": "has no such setting",
+    "~drafter.path": "drafter: cannot build SmallLlama of these settings, missing a required arg",
+    "drafter=synthetic drafter.rates=1.5": "drafter.rates=1.5: depth 1 has [1.5]; each must be",
+    "drafter=synthetic drafter.rates=[0.5,[0.6,0.5]]": "depth 2 has [0.6, 0.5]; siblings exclude",
+    "drafter=synthetic drafter.rates=often": "drafter.rates=often: must be a valid number",
+    "drafter=synthetic tree.children=sample": "tree.children=sample: drafter.rates are chances",
+    "drafter=synthetic acceptance=greedy": "works with acceptance=synthetic alone",
+    "acceptance=synthetic": "acceptance=synthetic: not lossless",
     "acceptance=greedy sampling=sample": "acceptance=greedy: not lossless",
     "acceptance=recursive_rejection tree.children=top_k sampling=sample": "not lossless",
     "cache.pages=2": "cache.pages=2: ",
