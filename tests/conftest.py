@@ -7,8 +7,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
+
+
+@pytest.fixture(scope="module")
+def load_once() -> Iterator[None]:
+    """Model folders are read once; reading them anew for each case would take most of the
+    time."""
+    from specdec.model import PagedLM
+
+    load = PagedLM.load
+    known: dict[tuple[str, torch.dtype], PagedLM] = {}
+
+    def cached(path: str, **options: Any) -> PagedLM:
+        key = path, options["dtype"]
+        if key not in known:
+            known[key] = load(path, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PagedLM, "load", cached)
+        yield

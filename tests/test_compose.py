@@ -31,6 +31,8 @@ from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.verifier import TreeVerifier
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 REPEATING = "".join(f"def add_{i}(a, b):\n    return a + b\n\n\n" for i in range(6))
 TEXTS = (REPEATING + "def add_", "It was a dark night, and the old captain stood at the")
 NEW = 32

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from specdec.verifier.synthetic import Synthetic
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.verifier import TreeVerifier
 from tests.test_rules_exact import DrawnTree, emitted_law, ordered_draws, token_trees
+
+pytestmark = pytest.mark.usefixtures("load_once")
 
 NAMES = sorted(path.stem for path in Path(CONFIGS, "drafter").glob("*.yaml"))
 DRAFTING = [name for name in NAMES if name != "none"]
@@ -91,19 +94,28 @@ class Recording:
         return [(tree.tokens.tolist(), tree.parents.tolist()) for tree in self.trees]
 
 
-def build(
-    name: str, target: PagedLM, tree: TreePolicy, datastore: Path, **settings: Any
-) -> Drafter:
-    """As the command line does."""
+@cache
+def settings_of(name: str) -> dict[str, Any]:
+    """What the command line makes of `drafter=name`."""
     overrides = [f"drafter={name}"]
     if name == "rest":
-        overrides.append(f"drafter.datastore={datastore}")
+        overrides.append("drafter.datastore=datastore")
     if name == "user":
         overrides.append(f"drafter._target_={__name__}.echo")
     with initialize_config_dir(CONFIGS, version_base="1.3"):
         config = compose("run", overrides)
-    chosen: Any = OmegaConf.to_container(config.drafter, resolve=True, throw_on_missing=True)
-    return build_drafter(name, "drafter", {**chosen, **settings}, target=target, tree=tree)
+    found: Any = OmegaConf.to_container(config.drafter, resolve=True, throw_on_missing=True)
+    return dict(found)
+
+
+def build(
+    name: str, target: PagedLM, tree: TreePolicy, datastore: Path, **settings: Any
+) -> Drafter:
+    """As the command line does."""
+    chosen = settings_of(name) | settings
+    if name == "rest":
+        chosen["datastore"] = str(datastore)
+    return build_drafter(name, "drafter", chosen, target=target, tree=tree)
 
 
 def decode(
@@ -215,8 +227,10 @@ def test_the_law_of_what_comes_out_of_sampled_trees_is_the_target_s(
     policy = Static(widths=[width], children="sample")
     if sampled_policy(name, "static", target, datastore) is None:
         return
-    settings = {} if name == "synthetic" else {"candidates": 4}
+    settings = {"successors" if name == "token_recycling" else "candidates": 4}
     drafter = build(name, target, policy, datastore, **settings)
+    for part in getattr(drafter, "parts", ()):
+        part.candidates = 4
     recording = Recording(drafter, policy)
     decode(target, drafter, batch_size=2, temperature=1.0, rule=RecursiveRejection())
     checked = 0

@@ -7,7 +7,7 @@ one prompt at a time. All of it runs on the GPU where there is one, and so throu
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.verifier import TreeVerifier
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 
@@ -68,23 +70,6 @@ class Outcome:
     @property
     def outputs(self) -> list[list[int]]:
         return [sequence.output_ids for sequence in self.sequences]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def load_once() -> Iterator[None]:
-    """Model folders are read once; reading them anew for each case would take most of
-    the time."""
-    load = PagedLM.load
-    known: dict[str, PagedLM] = {}
-
-    def cached(path: str, **options: Any) -> PagedLM:
-        if path not in known:
-            known[path] = load(path, **options)
-        return known[path]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PagedLM, "load", cached)
-        yield
 
 
 def build(name: str, tree: str, target: PagedLM, draft: Path, children: Children) -> Drafter:
