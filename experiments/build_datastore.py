@@ -4,7 +4,7 @@
     python -m experiments.build_datastore --tokenizer Qwen/Qwen3-8B --out stores/chat \
         HuggingFaceH4/ultrachat_200k --split train_sft --field prompt --limit 100000
 
-A source is a file, a folder of files or the id of a data set that the `datasets` library can
+A source is a file, a folder (its texts, code and records, by suffix) or the id of a data set that the `datasets` library can
 load. In `.jsonl` and `.parquet` files and in data sets every record's `--field` is a document;
 any other file is one document. `.xz` and `.gz` are unpacked.
 
@@ -55,9 +55,9 @@ def documents(
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+        files = sorted(p for p in path.rglob("*") if p.suffix in FILES and p.name[0] != ".")
         if not files:
-            raise ValueError(f"{source}: a folder without files")
+            raise ValueError(f"{source}: a folder without files of {', '.join(FILES)}")
         for file in files:
             yield from documents(str(file), field=field)
     elif not path.is_file():

@@ -8,7 +8,8 @@ Prompts are the first ones of each set (of each category of Spec-Bench); the sto
 ignored, so that all outputs have the same length. `budgets` gives every drafter trees of the same
 number of nodes. `speed` gives each the trees that suit it; its methods take turns prompt by
 prompt, and the figure is that of decoding: the time of all steps, prefill left out, by device
-events on a GPU. Online state is that of the drafter's YAML: prompts come in the order of the file
+events on a GPU. `early_exit anew` is an ablation: the same trees, verified from the first layer.
+Online state is that of the drafter's YAML: prompts come in the order of the file
 and drafters that never forget learn from those before. At temperature 0 outputs are compared with
 those of plain decoding, and divergences explained as in `agreement.py`.
 """
@@ -19,6 +20,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +46,8 @@ from specdec.drafters.translated import Translated
 from specdec.environment import describe_environment
 from specdec.model import PagedLM
 from specdec.prompts import encode, load_prompts
-from specdec.protocols import AcceptanceRule, Drafter, TreePolicy
+from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
+from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
@@ -75,26 +78,25 @@ FAST: dict[str, tuple[tuple[Shape, ...], tuple[Shape, ...]]] = {
         (("static", (4, 2, 2, 1)), ("static", (3, 2, 1))),
     ),
     "early_exit": (
-        (("dynamic", (12, 4, 2)), ("dynamic", (24, 6, 3)), ("dynamic", (48, 8, 4))),
+        (("dynamic", (24, 6, 3)), ("dynamic", (48, 8, 4))),
         (("static", (6, 3)), ("static", (4, 2, 1))),
     ),
-    "translated": (
-        (("dynamic", (63, 8, 8)), ("dynamic", (32, 8, 6))),
-        (("static", (4, 2, 2, 1)), ("static", (3, 2, 1))),
-    ),
+    "early_exit anew": ((("dynamic", (24, 6, 3)), ("dynamic", (48, 8, 4))), ()),
+    "translated": ((("dynamic", (63, 8, 8)),), (("static", (4, 2, 2, 1)),)),
     "token_recycling": (
         (("dynamic", (48, 6, 5)), ("dynamic", (63, 8, 6))),
         (("dynamic", (24, 6, 3)),),
     ),
-    "lookahead": ((("dynamic", (32, 4, 4)), ("dynamic", (63, 8, 4))), (("dynamic", (16, 4, 3)),)),
-    "ngram": ((("chain", (8,)), ("chain", (16,))), (("chain", (4,)),)),
-    "pld": ((("chain", (8,)), ("chain", (16,))), (("chain", (4,)),)),
-    "rest": ((("dynamic", (32, 4, 6)), ("chain", (8,))), (("dynamic", (16, 4, 3)),)),
+    "lookahead": ((("dynamic", (63, 8, 4)),), (("dynamic", (16, 4, 3)),)),
+    "ngram": ((("chain", (16,)),), (("chain", (4,)),)),
+    "pld": ((("chain", (16,)),), (("chain", (4,)),)),
+    "rest": ((("dynamic", (32, 4, 6)),), (("dynamic", (16, 4, 3)),)),
     "suffix_decoding": ((("chain", (16,)), ("dynamic", (32, 4, 12))), (("chain", (4,)),)),
     "compose cascade": ((("dynamic", (63, 8, 8)), ("dynamic", (63, 8, 16))), ()),
     "compose bandit": ((("dynamic", (63, 8, 8)), ("dynamic", (63, 8, 16))), ()),
     "compose union": ((("dynamic", (63, 8, 8)),), ()),
 }
+TIMED = ("early_exit anew", "compose bandit")  # say something about time alone
 MODEL_DEPTH = 8  # of the model in a composition
 
 
@@ -120,11 +122,18 @@ def methods(grid: str, temperature: float, drafters: list[str]) -> Iterator[tupl
             for tree in FAST[drafter][bool(temperature)]:
                 yield 0, Method(drafter, tree, sampled)
             continue
-        for budget, dynamic in DYNAMIC.items():
+        for budget, dynamic in DYNAMIC.items() if drafter not in TIMED else ():
             for tree in SAMPLED[budget] if sampled == "sample" else (dynamic,):
                 yield budget, Method(drafter, tree, sampled)
             if drafter in SEARCHING:
                 yield budget, Method(drafter, ("chain", (min(budget, 16),)), sampled)
+
+
+class Anew(EarlyExit):
+    """What resuming is worth: the same trees, verified from the first layer on."""
+
+    def end(self, context: StepContext, tree: TokenTree, expanded: torch.Tensor) -> TokenTree:
+        return replace(super().end(context, tree, expanded), begun=None)
 
 
 class Makers:
@@ -142,12 +151,16 @@ class Makers:
             return self._model(SmallLlama, self.options.draft, tree)
         if name == "translated":
             return self._model(Translated, self.options.other_draft, tree)
-        if name == "early_exit":
-            return EarlyExit(**given, exit_layer=self.options.exit_layer)
+        if name.startswith("early_exit"):
+            kind = EarlyExit if name == "early_exit" else Anew
+            return kind(**given, exit_layer=self.options.exit_layer)
         if name.startswith("compose"):
             small = self._model(SmallLlama, self.options.draft, tree)
             small.levels = min(small.levels, MODEL_DEPTH)
-            parts: dict[str, Drafter] = {"ngram": NGram(**given), "small_llama": small}
+            parts: dict[str, Drafter] = {
+                "retriever": Retriever(**given, **yaml_settings("retriever")),
+                "small_llama": small,
+            }
             return Compose(**given, parts=parts, mode=name.removeprefix("compose "))
         kinds: dict[str, Callable[..., Drafter]] = {
             "ngram": NGram,
