@@ -4,7 +4,7 @@
     python -m experiments.build_datastore --tokenizer Qwen/Qwen3-8B --out stores/chat \
         HuggingFaceH4/ultrachat_200k --split train_sft --field prompt --limit 100000
 
-A source is a file, a folder (its texts, code and records, by suffix) or the id of a data set that the `datasets` library can
+A source is a file, a folder of files or the id of a data set that the `datasets` library can
 load. In `.jsonl` and `.parquet` files and in data sets every record's `--field` is a document;
 any other file is one document. `.xz` and `.gz` are unpacked.
 
