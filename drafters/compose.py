@@ -19,10 +19,12 @@ from specdec.model import PagedLM
 from specdec.protocols import Capacity, Decoding, Drafter, StepContext, TreePolicy
 from specdec.tree import Acceptance, TokenTree
 
+Variant = tuple[tuple[int, ...], int]
 MODES = ("union", "cascade", "bandit")
 LENGTHS = (1, 2, 4, 8, 16)  # where classes of match lengths begin that a bandit tells apart
 NODES = 2  # of a trie, for each node of the budget
 TRUSTED_HALF = 8  # a match of so many tokens counts half of its weight in a union
+SIZES = (8, 16, 32)  # nodes of trees that only hold what was found
 LONGEST_FIRST = ("never", "category", "prompt")
 
 
@@ -115,9 +117,14 @@ class Compose(Drafter):
         count = len(self.parts)
         self.weights = [1.0 / count] * count if weights is None else weights
         every = tuple(range(count))
-        self.variants: list[tuple[int, ...]] = (
-            [every] if mode == "union" else [*((i,) for i in every), every]
-        )
+        # Children drawn with replacement may make more nodes than were found.
+        self._sizes = [n for n in SIZES if n <= tree.budget and tree.children == "top_k"]
+        # Which parts draft, and nodes that suffice for what they have found (0: no limit known).
+        self.variants: list[Variant] = [(every, 0)]
+        if mode != "union":
+            for number, part in enumerate(self.parts):
+                sizes = self._sizes if isinstance(part, HostDrafter) else []
+                self.variants += [((number,), size) for size in (0, *sizes)]
         learning = [part.reset for part in self.parts] + [reset if mode == "bandit" else None]
         self.reset = next((kept for kept in LONGEST_FIRST if kept in learning), None)
         self._tables: dict[int, TrieTable] = {}  # of parts that search
@@ -126,7 +133,8 @@ class Compose(Drafter):
         self._pulled: list[tuple[Decoding, int, tuple[int, int]]] = []  # of the last look
         self._looked = 0.0
         self._tree: TokenTree  # of the last draft
-        self._used: tuple[int, ...]
+        self._used, self._most = self.variants[0]
+        self._found: dict[tuple[int, int], int] = {}  # nodes, by part and cache row
 
     def prepare(self, capacity: Capacity) -> None:
         rows, device = capacity.rows + 1, self.device
@@ -167,16 +175,17 @@ class Compose(Drafter):
 
     # On the host, before a step
 
-    def look(
-        self, sequences: Sequence[Decoding], wanted: tuple[int, ...] | None = None
-    ) -> tuple[int, ...]:
+    def look(self, sequences: Sequence[Decoding], wanted: Variant | None = None) -> Variant:
         self._reward(sequences)
         if not self.levels:
-            return self.variants[-1]
+            return self.variants[0]
         self._pulled = []
+        if wanted:  # while warming up
+            for table in self._tables.values():
+                table.clear()
         shares = torch.zeros(self._weights.shape, dtype=torch.float64)
         for sequence in sequences:
-            for part in self._choose(sequence, wanted):
+            for part in wanted[0] if wanted else self._choose(sequence):
                 shares[sequence.row, part] = self.weights[part] * self._trust(part, sequence)
         for table in self._tables.values():
             table.send()
@@ -184,20 +193,25 @@ class Compose(Drafter):
             shares = shares.pin_memory()
         self._weights.copy_(shares, non_blocking=True)
         chosen = tuple((shares > 0).any(0).nonzero()[:, 0].tolist())
-        self._used = chosen if chosen in self.variants else self.variants[-1]
+        size = 0
+        if not wanted and len(chosen) == 1 and chosen[0] in self._tables:
+            largest = max(self._found[chosen[0], sequence.row] for sequence in sequences)
+            size = next((n for n in self._sizes if n >= largest), 0)
+        variant = wanted or (chosen, size)
+        self._used, self._most = variant if variant in self.variants else self.variants[0]
         self._looked = time.perf_counter()
-        return self._used
+        return self._used, self._most
 
-    def _choose(self, sequence: Decoding, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    def _choose(self, sequence: Decoding) -> tuple[int, ...]:
         """Which parts are to draft for a sequence; what they have found is in their tables."""
-        if self.mode == "cascade" and wanted is None:
+        if self.mode == "cascade":
             for number in range(len(self.parts)):
                 if self._search(number, sequence) >= self.min_match:
                     return (number,)
             return (len(self.parts) - 1,)
         matches = [self._search(number, sequence) for number in range(len(self.parts))]
-        if wanted is not None or self.mode == "union":
-            return self.variants[-1] if wanted is None else wanted
+        if self.mode == "union":
+            return self.variants[0][0]
         longest = max((matches[number] for number in self._tables), default=0)
         kind = bisect_right(LENGTHS, longest)
         arms = [(number, kind) for number, match in enumerate(matches) if match]
@@ -218,7 +232,7 @@ class Compose(Drafter):
         if not isinstance(part, HostDrafter):
             return math.inf
         trie = part.trie(sequence)
-        self._tables[number].write(sequence.row, trie)
+        self._found[number, sequence.row] = self._tables[number].write(sequence.row, trie)
         return part.match_length(sequence) if trie.children else 0
 
     def _reward(self, sequences: Sequence[Decoding]) -> None:
@@ -255,8 +269,10 @@ class Compose(Drafter):
             offered.append((ids, source))
             return ids, probs
 
-        levels = max(part.levels for part in used.values())
-        tree, expanded = grow(self.tree, levels, context, expand)
+        levels, most = max(part.levels for part in used.values()), self._most or None
+        if most:
+            levels = min(levels, most - 1)
+        tree, expanded = grow(self.tree, levels, context, expand, most=most)
         if len(used) == 1:
             source = torch.full_like(tree.parents, self._used[0], dtype=torch.int8)
         else:

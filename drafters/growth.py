@@ -101,19 +101,27 @@ class GrowingDrafter(Drafter):
 
 
 def grow(
-    policy: TreePolicy, levels: int, context: StepContext, expand: Expand
+    policy: TreePolicy,
+    levels: int,
+    context: StepContext,
+    expand: Expand,
+    *,
+    most: int | None = None,
 ) -> tuple[TokenTree, Tensor]:
     """Grow one tree per sequence.
 
     On a GPU nothing waits for the device and no shape depends on what is drafted, so that all of
     it may be captured in a CUDA graph.
 
+    Args:
+        most: no tree will have more nodes, the root included; None if only the budget is known.
+
     Returns:
         (the trees; expanded [B, N] int64: each node's number among the expanded nodes, -1 if it
             was not.)
     """
     if policy.children == "top_k" and takes_all(policy):
-        return _grow_all(policy, levels, context, expand)
+        return _grow_all(policy, levels, context, expand, most)
     sampled = policy.children != "top_k"
     selects = overrides(policy, "select")
     kernels = context.kernels
@@ -172,7 +180,7 @@ def grow(
         best = policy.keep(every[:, 1:])  # the root is not theirs to judge
         if best is not None:
             kept[:, 1:] &= best
-    tree, order = _compact(context, policy, levels, tokens, parents, kept)
+    tree, order = _compact(context, policy.budget + 1, most, levels, tokens, parents, kept)
     places, alive = (torch.cat(parts, dim=1) for parts in zip(*expanded, strict=True))
     number = _numbers(places.masked_fill(~alive, -1), every.shape[1]).gather(1, order)  # [B, N]
     number = number.masked_fill(tree.parents == PADDING, -1)
@@ -180,7 +188,7 @@ def grow(
 
 
 def _grow_all(
-    policy: TreePolicy, levels: int, context: StepContext, expand: Expand
+    policy: TreePolicy, levels: int, context: StepContext, expand: Expand, most: int | None
 ) -> tuple[TokenTree, Tensor]:
     """`grow` for a policy that takes the most probable tokens however probable they are: every
     node is expanded, so its place among the T nodes is its number too, and no score is needed."""
@@ -202,7 +210,7 @@ def _grow_all(
         total += tokens[-1].shape[1]
 
     kept = torch.cat(alive, dim=1)
-    tree, order = _compact(context, policy, levels, tokens, parents, kept)
+    tree, order = _compact(context, policy.budget + 1, most, levels, tokens, parents, kept)
     leaf = order >= frontier.first
     number = order.masked_fill(leaf | (tree.parents == PADDING), -1)
     return replace(tree, proposal=_proposal(supports, number, policy.children)), number
@@ -243,7 +251,8 @@ def _draw_children(
 
 def _compact(
     context: StepContext,
-    policy: TreePolicy,
+    budget: int,
+    most: int | None,
     levels: int,
     tokens: list[Tensor],
     parents: list[Tensor],
@@ -252,6 +261,7 @@ def _compact(
     """Drop what is not kept: (trees, order [B, N]: where each node stood).
 
     Args:
+        budget, most: nodes of a tree at most, the root included.
         tokens, parents: [B, C] of each level.
         kept: [B, T].
     """
@@ -259,7 +269,7 @@ def _compact(
     if kept.device.type == "cpu":
         nodes = int(kept.sum(-1).max())
     else:
-        nodes = min(policy.budget + 1, kept.shape[1])
+        nodes = min(budget if most is None else most, budget, kept.shape[1])
     new_tokens, new_parents, size, order = context.kernels.compact(
         torch.cat(tokens, dim=1), torch.cat(parents, dim=1), kept, nodes
     )

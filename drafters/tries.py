@@ -32,8 +32,9 @@ class TrieTable:
         # [rows, M, K, 2] token and place of each child, [rows, M, K] its probability
         self._links, self._probs = (part.to(device, copy=True) for part in self._host)
 
-    def write(self, row: int, trie: Trie) -> None:
-        """On the host; `send` brings it to the device."""
+    def write(self, row: int, trie: Trie) -> int:
+        """On the host; `send` brings it to the device. How many nodes it has there, the root
+        included."""
         links, probs = (part[row].numpy() for part in self._host)
         links[:], probs[:] = 0, 0.0
         nodes, width = probs.shape
@@ -49,6 +50,12 @@ class TrieTable:
                 child = node.children[token]
                 if child.children:
                     heapq.heappush(heap, (mass * prob, next(order), child, place, slot))
+        return 1 + int((probs > 0).sum())
+
+    def clear(self) -> None:
+        """No row has any trie; on the host."""
+        for part in self._host:
+            part.zero_()
 
     def send(self) -> None:
         """What was written, to the device."""

@@ -55,7 +55,7 @@ from specdec.verifier.target_only import TargetOnly
 ROOT = Path(__file__).parents[1]
 SETS = ("humaneval", "gsm8k", "mt_bench", "spec_bench")
 MODELS = ("small_llama", "early_exit", "translated")  # their children may be sampled
-SEARCHING = ("ngram", "pld", "rest", "suffix_decoding")
+SEARCHING = ("ngram", "pld", "rest", "retriever", "suffix_decoding")
 Shape = tuple[str, tuple[int, ...]]
 
 # The trees of a budget, for all drafters; and for models above temperature 0.
@@ -90,6 +90,7 @@ FAST: dict[str, tuple[tuple[Shape, ...], tuple[Shape, ...]]] = {
     "lookahead": ((("dynamic", (63, 8, 4)),), (("dynamic", (16, 4, 3)),)),
     "ngram": ((("chain", (16,)),), (("chain", (4,)),)),
     "pld": ((("chain", (16,)),), (("chain", (4,)),)),
+    "retriever": ((("chain", (16,)), ("dynamic", (32, 4, 12))), (("chain", (4,)),)),
     "rest": ((("dynamic", (32, 4, 6)),), (("dynamic", (16, 4, 3)),)),
     "suffix_decoding": ((("chain", (16,)), ("dynamic", (32, 4, 12))), (("chain", (4,)),)),
     "compose cascade": ((("dynamic", (63, 8, 8)), ("dynamic", (63, 8, 16))), ()),

@@ -276,8 +276,8 @@ class Verifier(Protocol):
     accepted."""
 
     @property
-    def cache(self) -> PagedKVCache:
-        """The target's keys and values."""
+    def cache(self) -> PagedKVCache | None:
+        """The target's keys and values, None if it has none."""
 
     def prepare(self, capacity: Capacity) -> None:
         """As `Drafter.prepare`."""

@@ -214,9 +214,10 @@ def test_a_cascade_asks_the_model_where_no_match_is_long_enough(target: PagedLM)
     chosen = []
     look = drafter.look
 
-    def noted(*arguments: Any) -> tuple[int, ...]:
-        chosen.append(look(*arguments))
-        return chosen[-1]
+    def noted(*arguments: Any) -> Any:
+        variant = look(*arguments)
+        chosen.append(variant[0])
+        return variant
 
     drafter.look = noted  # type: ignore[method-assign]
     _, steps = decode(target, drafter)

@@ -20,6 +20,7 @@ from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
+from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
@@ -53,7 +54,13 @@ TREES = {
     "static": Static(widths=[3, 2, 1]),
     "dynamic": Dynamic(budget=12),
 }
-GROWN = ("small_llama", "early_exit", "compose union", "compose cascade")  # on the device
+GROWN = (  # on the device
+    "small_llama",
+    "early_exit",
+    "token_recycling",
+    "compose union",
+    "compose cascade",
+)
 PLANS = [
     ("none", "chain"),
     *((kind, tree) for kind in (*GROWN, "ngram") for tree in TREES),
@@ -93,6 +100,8 @@ def build(kind: str, tree: str, target: PagedLM) -> Drafter:
         return NGram(tree=TREES[tree])
     if kind == "early_exit":
         return EarlyExit(target=target, tree=TREES[tree])
+    if kind == "token_recycling":
+        return TokenRecycling(target=target, tree=TREES[tree])
     small = SmallLlama(target=target, tree=TREES[tree], path="zoo:draft")
     if kind == "small_llama":
         return small

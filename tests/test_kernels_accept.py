@@ -582,6 +582,8 @@ def test_a_rule_keeps_the_same_with_and_without_kernels(
 class Bigrams:
     """A target whose next token depends on the last one alone; it has no cache to keep."""
 
+    cache = None
+
     def __init__(self, vocab: int) -> None:
         generator = torch.Generator().manual_seed(2)
         self.table = 2.0 * torch.randn(vocab, vocab, generator=generator).to(DEVICE)

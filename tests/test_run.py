@@ -1,5 +1,6 @@
 """The command line as a user types it: results on disk, sweeps, resuming, mistakes."""
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -79,10 +80,15 @@ def outputs(folder: Path) -> dict[tuple[int, int], list[int]]:
     return {(g["prompt"], g["turn"]): g["output_ids"] for g in lines(folder / "generations.jsonl")}
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("tree", options("tree"))
-@pytest.mark.parametrize("drafter", [name for name in options("drafter") if name != "synthetic"])
-def test_every_drafter_on_every_tree_equals_the_baseline(
+# Each drafter once, each tree with the default one; tests/test_drafter_contract.py has all pairs.
+LOSSLESS = [name for name in options("drafter") if name != "synthetic"]
+PAIRS = [(name, tree) for name, tree in zip(LOSSLESS, itertools.cycle(options("tree")))]
+PAIRS += [("small_llama", tree) for tree in options("tree")]
+
+
+@pytest.mark.parametrize("batch_size", [4])
+@pytest.mark.parametrize(("drafter", "tree"), dict.fromkeys(PAIRS))
+def test_drafters_and_trees_equal_the_baseline(
     specdec, tmp_path, needed, drafter, tree, batch_size
 ):
     code, _, _ = specdec(
@@ -99,13 +105,12 @@ def test_every_drafter_on_every_tree_equals_the_baseline(
     assert outputs(tmp_path / "o") == outputs(tmp_path / "o/baseline")
 
 
-@pytest.mark.parametrize("rule", options("acceptance"))
-@pytest.mark.parametrize("drafter", options("drafter"))
+RULED = [(name, "auto") for name in options("drafter")]
+RULED += [("small_llama", rule) for rule in options("acceptance")]
+
+
+@pytest.mark.parametrize(("drafter", "rule"), dict.fromkeys(RULED))
 def test_every_rule_samples_reproducibly(specdec, tmp_path, needed, drafter, rule):
-    if drafter == "synthetic" and rule not in ("auto", "synthetic"):
-        pytest.skip("works with a rule of its own; see tests/test_synthetic.py")
-    if drafter == "lookahead" and rule in ("recursive_rejection", "synthetic"):
-        pytest.skip("draws no children")
     lossy = ["acceptance.allow_lossy=true"] if rule in ("greedy", "synthetic") else []
     lossy += needed(drafter)
     found = []
@@ -292,7 +297,7 @@ def test_a_composition_gets_its_parts_built():
         "parts": {"first": NGRAM, "second": {"_target_": f"{__name__}.twice", "depth": 2}},
     }
     target, tree = SimpleNamespace(vocab_size=10), Chain(budget=4)
-    built = command._drafter("pair", "drafter", settings, target=target, tree=tree)
+    built = command.build_drafter("pair", "drafter", settings, target=target, tree=tree)
     assert built.name == "pair"
     first, second = built.parts.values()
     assert list(built.parts) == ["first", "second"]
@@ -313,7 +318,7 @@ def test_a_composition_gets_its_parts_built():
             name, *setting, value = wrong
             parts = {name: {**NGRAM, setting[0]: value} if setting else value}
         with pytest.raises(ValueError, match=f"^{expected}".replace("[", r"\[")):
-            command._drafter(
+            command.build_drafter(
                 "pair", "drafter", {**settings, "parts": parts}, target=target, tree=tree
             )
 
