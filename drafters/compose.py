@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.drafters.bandit import Bandit
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter, grow, plan
-from specdec.drafters.host import HostDrafter
+from specdec.drafters.host import HostDrafter, Trie
 from specdec.drafters.mixture import mix, sources_of
 from specdec.drafters.state import Memory, check_reset
 from specdec.drafters.tries import TrieTable
@@ -128,17 +128,21 @@ class Compose(Drafter):
         learning = [part.reset for part in self.parts] + [reset if mode == "bandit" else None]
         self.reset = next((kept for kept in LONGEST_FIRST if kept in learning), None)
         self._tables: dict[int, TrieTable] = {}  # of parts that search
-        self._weights: Tensor  # [rows, P]
+        self._weights: Tensor  # [rows, P] of the parts, and the same on the host
+        self._shares: Tensor
         self._bandits = Memory(reset, Bandit)  # type: ignore[arg-type]
         self._pulled: list[tuple[Decoding, int, tuple[int, int]]] = []  # of the last look
         self._looked = 0.0
         self._tree: TokenTree  # of the last draft
         self._used, self._most = self.variants[0]
-        self._found: dict[tuple[int, int], int] = {}  # nodes, by part and cache row
+        self._nodes: dict[int, int] = {}  # of the largest trie that a part has found
 
     def prepare(self, capacity: Capacity) -> None:
         rows, device = capacity.rows + 1, self.device
-        self._weights = torch.zeros(rows, len(self.parts), dtype=torch.float64, device=device)
+        self._shares = torch.zeros(
+            rows, len(self.parts), dtype=torch.float64, pin_memory=device.type == "cuda"
+        )
+        self._weights = self._shares.to(device, copy=True)
         width = max((self.tree.width(level) for level in range(self.levels)), default=1)
         if self.tree.children != "top_k":
             width = self.candidates
@@ -177,63 +181,62 @@ class Compose(Drafter):
 
     def look(self, sequences: Sequence[Decoding], wanted: Variant | None = None) -> Variant:
         self._reward(sequences)
-        if not self.levels:
-            return self.variants[0]
-        self._pulled = []
-        if wanted:  # while warming up
-            for table in self._tables.values():
-                table.clear()
-        shares = torch.zeros(self._weights.shape, dtype=torch.float64)
-        for sequence in sequences:
-            for part in wanted[0] if wanted else self._choose(sequence):
-                shares[sequence.row, part] = self.weights[part] * self._trust(part, sequence)
-        for table in self._tables.values():
-            table.send()
-        if self._weights.is_cuda:
-            shares = shares.pin_memory()
-        self._weights.copy_(shares, non_blocking=True)
-        chosen = tuple((shares > 0).any(0).nonzero()[:, 0].tolist())
-        size = 0
-        if not wanted and len(chosen) == 1 and chosen[0] in self._tables:
-            largest = max(self._found[chosen[0], sequence.row] for sequence in sequences)
-            size = next((n for n in self._sizes if n >= largest), 0)
-        variant = wanted or (chosen, size)
+        self._pulled, self._nodes = [], {}
+        self._shares.zero_()
+        used: set[int] = set()
+        for sequence in sequences if self.levels else ():
+            chosen = dict.fromkeys(wanted[0], 1.0) if wanted else self._choose(sequence)
+            for part, weight in chosen.items():
+                self._shares[sequence.row, part] = weight
+            used.update(chosen)
+        self._weights.copy_(self._shares, non_blocking=True)
+        for number in self._nodes:
+            self._tables[number].send()
+        variant = wanted or (tuple(sorted(used)), 0)
+        if not wanted and len(used) == 1 and self._nodes:
+            (nodes,) = self._nodes.values()
+            variant = variant[0], next((n for n in self._sizes if n >= nodes), 0)
         self._used, self._most = variant if variant in self.variants else self.variants[0]
         self._looked = time.perf_counter()
         return self._used, self._most
 
-    def _choose(self, sequence: Decoding) -> tuple[int, ...]:
-        """Which parts are to draft for a sequence; what they have found is in their tables."""
-        if self.mode == "cascade":
-            for number in range(len(self.parts)):
-                if self._search(number, sequence) >= self.min_match:
-                    return (number,)
-            return (len(self.parts) - 1,)
-        matches = [self._search(number, sequence) for number in range(len(self.parts))]
+    def _choose(self, sequence: Decoding) -> dict[int, float]:
+        """Which parts are to draft for a sequence, and their weights; what they have found is in
+        their tables."""
+        found: dict[int, tuple[Trie | None, float]] = {}
+        for number in range(len(self.parts)):
+            found[number] = self._search(number, sequence)
+            if self.mode == "cascade" and found[number][1] >= self.min_match:
+                break
+        last = len(self.parts) - 1
+        chosen = {number if self.mode == "cascade" else last: 1.0}
         if self.mode == "union":
-            return self.variants[0][0]
-        longest = max((matches[number] for number in self._tables), default=0)
-        kind = bisect_right(LENGTHS, longest)
-        arms = [(number, kind) for number, match in enumerate(matches) if match]
-        arm = arms[self._bandits.of(sequence).choose(arms)] if arms else (len(matches) - 1, kind)
-        self._pulled.append((sequence, sequence.steps, arm))
-        return (arm[0],)
+            chosen = {
+                number: weight * (match / (match + TRUSTED_HALF) if match < math.inf else 1.0)
+                for (number, (_, match)), weight in zip(found.items(), self.weights, strict=True)
+            }
+        elif self.mode == "bandit":
+            longest = max((found[number][1] for number in self._tables), default=0)
+            kind = bisect_right(LENGTHS, longest)
+            arms = [(number, kind) for number, (_, match) in found.items() if match]
+            if arms:
+                arm = arms[self._bandits.of(sequence).choose(arms)]
+                self._pulled.append((sequence, sequence.steps, arm))
+                chosen = {arm[0]: 1.0}
+        for number in chosen:
+            trie = found[number][0]
+            if trie is not None:
+                nodes = self._tables[number].write(sequence.row, trie)
+                self._nodes[number] = max(nodes, self._nodes.get(number, 0))
+        return chosen
 
-    def _trust(self, number: int, sequence: Decoding) -> float:
-        part = self.parts[number]
-        if self.mode != "union" or not isinstance(part, HostDrafter):
-            return 1.0
-        match = part.match_length(sequence)
-        return match / (match + TRUSTED_HALF)
-
-    def _search(self, number: int, sequence: Decoding) -> float:
-        """How long a match a part has found; a model needs none."""
+    def _search(self, number: int, sequence: Decoding) -> tuple[Trie | None, float]:
+        """What a part has found, and how long its match is; a model needs none."""
         part = self.parts[number]
         if not isinstance(part, HostDrafter):
-            return math.inf
+            return None, math.inf
         trie = part.trie(sequence)
-        self._found[number, sequence.row] = self._tables[number].write(sequence.row, trie)
-        return part.match_length(sequence) if trie.children else 0
+        return trie, part.match_length(sequence) if trie.children else 0
 
     def _reward(self, sequences: Sequence[Decoding]) -> None:
         """Tell the bandit what the last choices have yielded."""

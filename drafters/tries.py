@@ -52,11 +52,6 @@ class TrieTable:
                     heapq.heappush(heap, (mass * prob, next(order), child, place, slot))
         return 1 + int((probs > 0).sum())
 
-    def clear(self) -> None:
-        """No row has any trie; on the host."""
-        for part in self._host:
-            part.zero_()
-
     def send(self) -> None:
         """What was written, to the device."""
         for mine, theirs in zip(self._host, (self._links, self._probs), strict=True):

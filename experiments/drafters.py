@@ -15,7 +15,7 @@ those of plain decoding, and divergences explained as in `agreement.py`.
 """
 
 import argparse
-import copy
+import json
 import shlex
 import sys
 from collections import defaultdict
@@ -35,6 +35,7 @@ from experiments.files import write
 from experiments.methods import make_tree
 from experiments.sessions import DTYPES, Asked, Ours, with_tree
 from specdec.drafters.compose import Compose
+from specdec.drafters.datastore import METADATA
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.lookahead import Lookahead
 from specdec.drafters.ngram import NGram
@@ -56,6 +57,7 @@ ROOT = Path(__file__).parents[1]
 SETS = ("humaneval", "gsm8k", "mt_bench", "spec_bench")
 MODELS = ("small_llama", "early_exit", "translated")  # their children may be sampled
 SEARCHING = ("ngram", "pld", "rest", "retriever", "suffix_decoding")
+LONGEST_CHAIN = 16
 Shape = tuple[str, tuple[int, ...]]
 
 # The trees of a budget, for all drafters; and for models above temperature 0.
@@ -126,8 +128,8 @@ def methods(grid: str, temperature: float, drafters: list[str]) -> Iterator[tupl
         for budget, dynamic in DYNAMIC.items() if drafter not in TIMED else ():
             for tree in SAMPLED[budget] if sampled == "sample" else (dynamic,):
                 yield budget, Method(drafter, tree, sampled)
-            if drafter in SEARCHING:
-                yield budget, Method(drafter, ("chain", (min(budget, 16),)), sampled)
+            if drafter in SEARCHING and budget <= LONGEST_CHAIN:
+                yield budget, Method(drafter, ("chain", (budget,)), sampled)
 
 
 class Anew(EarlyExit):
@@ -304,9 +306,9 @@ def run(options: argparse.Namespace, result: dict[str, Any], save: Callable[[], 
                         theirs = [reference[one.name] for one in batch]
                         for key, value in agreement(batch, mine, theirs, target).items():
                             part[name]["agreement"][key] += value
-            for name, session in sessions.items():
-                part[name]["obstacle"] = session.decoder.graphs.obstacle
-            save()
+                for name, session in sessions.items():
+                    part[name]["obstacle"] = session.decoder.graphs.obstacle
+                save()  # whatever happens later, this much is known
 
 
 def summary(entry: dict[str, Any], plain: dict[str, Any], names: list[str]) -> dict[str, float]:
@@ -369,6 +371,13 @@ def show(result: dict[str, Any], grid: str) -> Table:
     return table
 
 
+def contents(datastore: Path) -> dict[str, Any]:
+    """What a datastore was made of."""
+    known = json.loads((datastore / METADATA).read_text())
+    sources = [Path(source).name for source in known["sources"]]
+    return {"tokens": known["tokens"], "documents": known["documents"], "sources": sources}
+
+
 def settings_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -409,7 +418,9 @@ def main(arguments: list[str] | None = None) -> int:
         "parts": {},
         **describe_environment(torch.device(options.device)),
     }
-    run(options, result, lambda: write(options.out, copy.deepcopy(result)))
+    if options.datastore is not None:
+        result["datastore"] = contents(Path(options.datastore))
+    run(options, result, lambda: write(options.out, result))
     Console(width=160).print(show(result, options.grid))
     return 0
 

@@ -1,6 +1,6 @@
 """Write the measured tables of the README from the JSON files they come from.
 
-python experiments/readme.py
+python -m experiments.readme
 """
 
 import json
@@ -8,6 +8,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from experiments import drafters as drafter_study
+from experiments.end_to_end_plot import bootstrap
+from specdec.standin import SHAPES
 
 ROOT = Path(__file__).parents[1]
 
@@ -232,6 +236,156 @@ def step_anatomy(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def drafter_lengths(result: dict[str, Any]) -> str:
+    """The tables of `drafters.py --grid budgets`: accepted lengths by budget, and by prompts."""
+    settings, parts = result["settings"], result["parts"]
+    budgets = sorted({entry["budget"] for part in parts.values() for entry in part.values()} - {0})
+    drafters = list(
+        dict.fromkeys(entry["drafter"] for part in parts.values() for entry in part.values())
+    )
+    drafters.remove("none")
+    groups = drafter_study.groups_of(result)
+    count = sum(map(len, groups.values()))
+    lines = [
+        f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}: {count} "
+        f"prompts, {settings['tokens']} new tokens each; at every budget of nodes the better "
+        f"of the trees of the grid, tokens over steps of all prompts (`{result['command']}`, "
+        f"[JSON](experiments/results/drafter_lengths.json)). `translated` is the draft model with "
+        f"another tokenizer (`experiments/retokenize.py --keep 6000`); the datastore of `rest`: "
+        f"{result['datastore']['tokens'] / 1e6:.1f} M tokens of {result['datastore']['sources']}. "
+        f"State is kept for a prompt, a category or the run (never reset):",
+        "",
+        "| drafter | state | "
+        + " | ".join(f"{name}, {budget}" for name in parts for budget in budgets)
+        + " |",
+        "|---|---|" + "---|" * len(parts) * len(budgets),
+    ]
+    middle = 32 if 32 in budgets else budgets[-1]
+    by_group = [
+        "",
+        f"The same by prompts, with {middle} nodes:",
+        "",
+        f"| drafter | T | {' | '.join(groups)} |",
+        "|---|---|" + "---|" * len(groups),
+    ]
+    for drafter in drafters:
+        cells, state = [], None
+        for name, part in parts.items():
+            plain = next(entry for entry in part.values() if entry["drafter"] == "none")
+            for budget in budgets:
+                found = drafter_study.best(part, "accepted_length", drafter=drafter, budget=budget)
+                if found is None:
+                    cells.append("")
+                    continue
+                entry, state = found[1], found[1]["state"]
+                every = drafter_study.summary(entry, plain, list(plain["prompts"]))
+                cells.append(f"{every['accepted_length']:.2f}")
+                if budget == middle:
+                    own = (drafter_study.summary(entry, plain, of) for of in groups.values())
+                    lengths = (f"{one['accepted_length']:.2f}" for one in own)
+                    by_group.append(
+                        f"| `{drafter}` | {name.removeprefix('T=')} | {' | '.join(lengths)} |"
+                    )
+        lines.append(f"| `{drafter}` | {state or 'none'} | {' | '.join(cells)} |")
+    return "\n".join(lines + by_group)
+
+
+def drafter_speed(result: dict[str, Any]) -> str:
+    """The table of `drafters.py --grid speed`: the fastest tree of each drafter."""
+    settings, groups = result["settings"], drafter_study.groups_of(result)
+    lines = [
+        f"`{settings['target']}` in {settings['dtype']} on one {_device(result)}, batch "
+        f"{settings['batch']}, {settings['tokens']} new tokens for each of "
+        f"{sum(map(len, groups.values()))} prompts; models of `{settings['draft']}`, but that "
+        f"`translated` drafts with a built-in model of 2.4 M parameters and another tokenizer. "
+        f"Of each drafter the fastest tree of its grid; by device time of all steps, over `none` "
+        f"in the same turns, with 95 % paired bootstrap intervals over prompts, and by prompts "
+        f"(`{result['command']}`, [JSON](experiments/results/drafter_speed.json)). Identical: "
+        f"outputs equal to those of `none`; every other one parts at a gap of logits within the "
+        f'rounding bound of `experiments/agreement.py` where "explained" says so:',
+        "",
+        f"| T | drafter | tokens/s | accepted length | over `none` | {' | '.join(groups)} "
+        f"| identical | explained |",
+        "|---|---|---|---|---|" + "---|" * len(groups) + "---|---|",
+    ]
+    for name, part in result["parts"].items():
+        plain = next(entry for entry in part.values() if entry["drafter"] == "none")
+        every = list(plain["prompts"])
+        for drafter in dict.fromkeys(entry["drafter"] for entry in part.values()):
+            found = drafter_study.best(part, "speedup", drafter=drafter)
+            assert found is not None
+            title, entry = found
+            total = drafter_study.summary(entry, plain, every)
+            seconds = [
+                [side["prompts"][one]["seconds"] for one in every] for side in (plain, entry)
+            ]
+            low, high = bootstrap(*seconds)
+            own = [drafter_study.summary(entry, plain, of)["speedup"] for of in groups.values()]
+            checked = entry["agreement"]
+            explained = sum(one["explained"] for one in checked["divergences"])
+            cells = [
+                name.removeprefix("T="),
+                f"`{title.replace(':', '`:')}" if drafter != "none" else "`none`",
+                f"{total['tokens_per_second']:.0f}",
+                f"{total['accepted_length']:.2f}",
+                f"{total['speedup']:.2f} ({low:.2f} to {high:.2f})" if drafter != "none" else "",
+                *(f"{speedup:.2f}" if drafter != "none" else "" for speedup in own),
+                f"{checked['identical']} of {checked['checked']}" if checked["checked"] else "",
+                f"{explained} of {len(checked['divergences'])}" if checked["divergences"] else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *_resumed(result)])
+
+
+def _resumed(result: dict[str, Any]) -> list[str]:
+    """What verification saves by going on where a draft has stopped, beside the weights it
+    leaves out."""
+    settings, found = result["settings"], []
+    shape = SHAPES.get(settings["target"].removeprefix("standin:"))
+    part = result["parts"].get("T=0", {})
+    for name, entry in part.items():
+        other = part.get(name.replace("early_exit:", "early_exit anew:"))
+        if entry["drafter"] != "early_exit" or other is None:
+            continue
+        mine, theirs = (
+            1e3 * one["verbs"]["verify"] / sum(p["steps"] for p in one["prompts"].values())
+            for one in (entry, other)
+        )
+        tree = name.removeprefix("early_exit: ")
+        found.append(f"{theirs:.2f} to {mine:.2f} ms ({1 - mine / theirs:.1%}; {tree})")
+    if shape is None or not found:
+        return []
+    heads = 2 * (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    layer = shape.hidden_size * (heads + 3 * shape.intermediate_size)
+    whole = layer * shape.num_hidden_layers + shape.hidden_size * shape.vocab_size
+    return [
+        "",
+        f"Verification that goes on after {settings['exit_layer']} of {shape.num_hidden_layers} "
+        f"layers takes less by {' and '.join(found)}; these layers hold "
+        f"{settings['exit_layer'] * layer / whole:.1%} of the weights that a pass reads.",
+    ]
+
+
+def lookup_speed(result: dict[str, Any]) -> str:
+    """The table of `lookup_speed.py`."""
+    stored = result["datastore"]
+    lines = [
+        f"A look-up of `drafter=retriever`, one thread of an {result['hardware']['cpu']}, files "
+        f"in the page cache; the datastore has {stored['tokens'] / 1e6:.0f} M tokens of "
+        f"{stored['documents']:,} documents and opens in {stored['open_seconds']:.3f} s "
+        f"(`{result['command']}`, [JSON](experiments/results/lookup_speed.json)):",
+        "",
+        "| where | microseconds: median | p90 | p99 | median without a match |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in result["lookup_us"].items():
+        match, missed = entry["match"], entry["no_match"]
+        cells = [name, *(f"{match[key]:.0f}" for key in ("median", "p90", "p99"))]
+        cells.append(f"{missed['median']:.0f}" if missed["steps"] else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _device(result: dict[str, Any]) -> str:
     hardware = result["hardware"]
     device: str = hardware.get("gpu", hardware["cpu"])
@@ -257,6 +411,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "end_to_end": ("end_to_end.json", end_to_end),
     "step_anatomy": ("step_anatomy.json", step_anatomy),
     "calibrate": ("calibrate.json", calibrate),
+    "drafter_lengths": ("drafter_lengths.json", drafter_lengths),
+    "drafter_speed": ("drafter_speed.json", drafter_speed),
+    "lookup_speed": ("lookup_speed.json", lookup_speed),
     "kernels": ("kernel_attention.json", kernels),
     "kernel_steps": ("kernel_steps.json", kernel_steps),
     "kernel_elementwise": ("kernel_elementwise.json", kernel_elementwise),

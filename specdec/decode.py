@@ -287,7 +287,8 @@ class Decoder:
             return
         self._stopwatch.lap("other")
         admitted = self.verifier.start(asked)
-        taken = self.drafter.start(admitted)
+        with self._blame(admitted):
+            taken = self.drafter.start(admitted)
         if taken is not None:
             for sequence in admitted:
                 if sequence not in taken:

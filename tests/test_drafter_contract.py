@@ -227,7 +227,7 @@ def test_the_law_of_what_comes_out_of_sampled_trees_is_the_target_s(
     policy = Static(widths=[width], children="sample")
     if sampled_policy(name, "static", target, datastore) is None:
         return
-    settings = {"successors" if name == "token_recycling" else "candidates": 4}
+    settings = {key: 4 for key in ("candidates", "successors") if key in settings_of(name)}
     drafter = build(name, target, policy, datastore, **settings)
     for part in getattr(drafter, "parts", ()):
         part.candidates = 4
