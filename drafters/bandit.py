@@ -15,9 +15,10 @@ class Arm:
 
 @dataclass(slots=True)
 class Bandit:
-    """Upper confidence bounds on a ratio of rewards to costs, forgetting exponentially (discounted
-    UCB, Garivier and Moulines 2011, section 2.1; the ratio as in budgeted bandits, Xia et al.
-    2015).
+    """Upper confidence bounds on a ratio of rewards to costs, forgetting exponentially: after
+    discounted UCB (Garivier and Moulines 2011, section 2.1) and budgeted bandits (Xia et al.
+    2015), with a bonus that multiplies the ratio. An arm is (choice, class of situations); each
+    class is a bandit of its own.
 
     Args:
         exploration: how much an arm that was tried rarely is favoured.
@@ -44,10 +45,11 @@ class Bandit:
 
     def learn(self, choice: tuple[int, int], tokens: float, cost: float) -> None:
         """Pulling this arm took `cost` and yielded `tokens`."""
-        for arm in self.arms.values():
-            arm.steps *= self.discount
-            arm.tokens *= self.discount
-            arm.cost *= self.discount
+        for (_, kind), arm in self.arms.items():
+            if kind == choice[1]:
+                arm.steps *= self.discount
+                arm.tokens *= self.discount
+                arm.cost *= self.discount
         arm = self.arms.setdefault(choice, Arm())
         arm.steps += 1.0
         arm.tokens += tokens

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec.drafters.bandit import Bandit
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter, grow, plan
@@ -39,10 +40,11 @@ class Compose(Drafter):
         union: every part at every step, with `weights`; the shorter its match, the less a part
             that searches for matches counts.
         cascade: for each sequence the first part that is sure of itself: one that searches for
-            matches, if it has found one of `min_match` tokens; a model, always. As in
+            matches, if it has found one of `min_match` tokens; a model, always, and so the last
+            part, whatever it has found. As in
             SAM-Decoding (Hu et al. 2024), where a suffix automaton goes before a model.
-        bandit: the part that pays best, in tokens for its time, given how long its match is; it
-            learns that from the steps.
+        bandit: the part that pays best, in tokens for the time of its steps, given how long the
+            match is; it learns that from steps in which one part drafted for all sequences.
 
     A part that is a model reads the tokens of a step as soon as they are accepted, while the host
     searches for matches.
@@ -59,10 +61,9 @@ class Compose(Drafter):
             and then the same seed need not give the same trees.
         reset: after what the bandit forgets.
         depth: levels of the tree; None leaves it to the policy.
-        candidates: children considered per node when they are sampled.
 
     Raises:
-        ValueError: a setting out of range, or a part that cannot be composed.
+        ValueError: a setting out of range, or parts that cannot be composed.
     """
 
     on_device = True
@@ -79,11 +80,9 @@ class Compose(Drafter):
         costs: list[float] | None = None,
         reset: str = "never",
         depth: int | None = None,
-        candidates: int = 64,
     ) -> None:
         self.tree = tree
-        self.levels = plan(tree, depth, candidates)
-        self.candidates = candidates
+        self.levels = plan(tree, depth, 1)
         if mode not in MODES:
             raise ValueError(f"drafter.mode={mode}: must be one of {', '.join(MODES)}")
         if len(parts) < 2:
@@ -99,19 +98,31 @@ class Compose(Drafter):
         check_reset(reset)
         self.mode, self.min_match, self.costs = mode, min_match, costs
         self.device = target.device
-        self.sources = tuple(parts)
+        names = [part.name or name for name, part in parts.items()]
+        self.sources = tuple(names if len(set(names)) == len(names) else parts)
         self.parts: list[HostDrafter | GrowingDrafter] = []
         for name, part in parts.items():
-            if not isinstance(part, HostDrafter | GrowingDrafter) or not part.composable:
+            if not isinstance(part, HostDrafter | GrowingDrafter) or not _answers(part):
                 raise ValueError(
-                    f"drafter.parts.{name}: {type(part).__name__} makes whole trees of its own "
-                    f"and cannot be composed; choose another drafter"
+                    f"drafter.parts.{name}: {type(part).__name__} needs trees of its own and "
+                    f"cannot be composed; choose another drafter"
+                )
+            last = len(self.parts) == len(parts) - 1
+            if mode == "cascade" and isinstance(part, GrowingDrafter) and not last:
+                raise ValueError(
+                    f"drafter.parts.{name}: a model is always sure, so in a cascade nothing after "
+                    f"it is ever asked; put it last, or use drafter.mode=union"
                 )
             self.parts.append(part)
-            if part.levels:
-                part.levels = min(self.levels, part.levels)
+            if self.levels:
+                part.levels = min(self.levels, part.depth or self.levels)
             if isinstance(part, GrowingDrafter):
                 part.join(self.levels)
+        if sum(isinstance(p, GrowingDrafter) and p.fills_scratch for p in self.parts) > 1:
+            raise ValueError(
+                f"drafter.parts={list(parts)}: two early exits need the same scratch of the "
+                f"target's cache; leave one out"
+            )
         self.sampled_children = all(part.sampled_children for part in self.parts)
         self.observes = max(part.observes for part in self.parts)
         count = len(self.parts)
@@ -121,6 +132,8 @@ class Compose(Drafter):
         self._sizes = [n for n in SIZES if n <= tree.budget and tree.children == "top_k"]
         # Which parts draft, and nodes that suffice for what they have found (0: no limit known).
         self.variants: list[Variant] = [(every, 0)]
+        if mode == "union" and not any(isinstance(part, HostDrafter) for part in self.parts):
+            self.variants = []  # nothing to look at
         if mode != "union":
             for number, part in enumerate(self.parts):
                 sizes = self._sizes if isinstance(part, HostDrafter) else []
@@ -134,7 +147,7 @@ class Compose(Drafter):
         self._pulled: list[tuple[Decoding, int, tuple[int, int]]] = []  # of the last look
         self._looked = 0.0
         self._tree: TokenTree  # of the last draft
-        self._used, self._most = self.variants[0]
+        self._used, self._most = every, 0
         self._nodes: dict[int, int] = {}  # of the largest trie that a part has found
 
     def prepare(self, capacity: Capacity) -> None:
@@ -142,15 +155,17 @@ class Compose(Drafter):
         self._shares = torch.zeros(
             rows, len(self.parts), dtype=torch.float64, pin_memory=device.type == "cuda"
         )
+        self._shares[:] = torch.tensor(self.weights)
         self._weights = self._shares.to(device, copy=True)
         width = max((self.tree.width(level) for level in range(self.levels)), default=1)
-        if self.tree.children != "top_k":
-            width = self.candidates
         for number, part in enumerate(self.parts):
             part.prepare(capacity)
             if isinstance(part, HostDrafter):
                 self._tables[number] = TrieTable(
-                    rows=rows, nodes=NODES * self.tree.budget + 1, width=width, device=device
+                    rows=rows,
+                    nodes=NODES * self.tree.budget + 1,
+                    width=width if self.tree.children == "top_k" else part.candidates,
+                    device=device,
                 )
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
@@ -241,9 +256,11 @@ class Compose(Drafter):
     def _reward(self, sequences: Sequence[Decoding]) -> None:
         """Tell the bandit what the last choices have yielded."""
         passed = time.perf_counter() - self._looked
-        same = [pulled[0] for pulled in self._pulled] == list(sequences)  # no prefill in between
+        # The time is that of one part alone, and no prompt was taken in meanwhile.
+        alone = [pulled[0] for pulled in self._pulled] == list(sequences) and len(self._used) == 1
         for sequence, steps, arm in self._pulled:
-            if sequence.steps == steps + 1 and (same or self.costs):
+            stepped = sequence.steps == steps + 1 and not sequence.finish_reason
+            if stepped and (alone or self.costs):
                 cost = self.costs[arm[0]] if self.costs else passed
                 self._bandits.of(sequence).learn(arm, sequence.accepted_lengths[-1], cost)
 
@@ -255,6 +272,8 @@ class Compose(Drafter):
         used = {number: self.parts[number] for number in self._used}
         weights = self._weights[context.rows]  # [B, P]
         answers = {number: self._begin(number, context) for number in used}
+        # Draws depend on how many candidates there are, and must not on who else is in the batch.
+        support = sum(part.candidates for part in self.parts)
         offered: list[tuple[Tensor, Tensor]] = []  # ids and sources [B, F, K] of each frontier
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
@@ -263,14 +282,14 @@ class Compose(Drafter):
                 for number, part in used.items()
                 if frontier.level < part.levels
             }
+            width = self.tree.width(frontier.level) if self.tree.children == "top_k" else support
             if len(used) == 1:
-                return found[self._used[0]]
-            width = sum(ids.shape[2] for ids, _ in found.values())
-            if self.tree.children == "top_k":
-                width = self.tree.width(frontier.level)
-            ids, probs, source = mix(found, weights, width)
-            offered.append((ids, source))
-            return ids, probs
+                ids, probs = found[self._used[0]]
+            else:
+                ids, probs, source = mix(found, weights, width)
+                offered.append((ids, source))
+            missing = (0, max(0, width - ids.shape[2]))
+            return pad(ids, missing), pad(probs, missing)
 
         levels, most = max(part.levels for part in used.values()), self._most or None
         if most:
@@ -303,3 +322,12 @@ class Compose(Drafter):
                 part.commit(context, acceptance)
             else:
                 part.follow(context, self._tree, acceptance)
+
+
+def _answers(part: HostDrafter | GrowingDrafter) -> bool:
+    """Whether what it does for a tree of its own it can do for one of several drafters."""
+    kind = type(part)
+    commits = kind.commit is not Drafter.commit
+    if isinstance(part, HostDrafter):
+        return part.composable and not commits and kind.draft is HostDrafter.draft
+    return part.composable and commits == (type(part).follow is not GrowingDrafter.follow)

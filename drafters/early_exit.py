@@ -36,6 +36,7 @@ class EarlyExit(GrowingDrafter):
     """
 
     sampled_children = True
+    fills_scratch = True
 
     def __init__(
         self,

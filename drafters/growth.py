@@ -73,12 +73,12 @@ class GrowingDrafter(Drafter):
     """
 
     on_device = True
-    composable = True
+    composable = True  # False if its answers are no guess of what comes next
+    fills_scratch = False  # True if its draft lies in the scratch of the target's cache
 
     def __init__(self, *, tree: TreePolicy, depth: int | None = None, candidates: int) -> None:
-        self.tree = tree
+        self.tree, self.depth, self.candidates = tree, depth, candidates
         self.levels = plan(tree, depth, candidates)
-        self.candidates = candidates
 
     def begin(self, context: StepContext) -> Expand:
         """Get ready for the trees of this step: what answers their frontiers."""

@@ -61,9 +61,8 @@ class HostDrafter(Drafter):
     def __init__(
         self, *, tree: TreePolicy, depth: int | None = None, candidates: int = 16
     ) -> None:
-        self.tree = tree
+        self.tree, self.depth, self.candidates = tree, depth, candidates
         self.levels = plan(tree, depth, candidates)
-        self.candidates = candidates
         self.most_nodes = tree.budget + 1 if self.levels else 1
 
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
@@ -73,8 +72,8 @@ class HostDrafter(Drafter):
 
     def match_length(self, sequence: Decoding) -> int:
         """Tokens of context on which the last `propose` for this sequence rested; 0 where it found
-        nothing."""
-        return 0
+        nothing. All of them, unless a drafter knows better."""
+        return len(sequence.tokens)
 
     def draft(self, context: StepContext) -> TokenTree:
         tries = [self.trie(sequence) for sequence in context.sequences if self.levels]

@@ -7,6 +7,8 @@ from typing import Any
 from specdec.drafters.host import HostDrafter
 from specdec.protocols import Decoding, TreePolicy
 
+DOUBLINGS = 1000  # of the weight of a match: floats end at 2 to the power of 1024
+
 
 class NGram(HostDrafter):
     """Longest suffix match over prompt and output, several matches merged into one tree.
@@ -73,7 +75,7 @@ class NGram(HostDrafter):
         self._index[sequence.row].matched = max(found, default=(0, 0))[0]
         for length, end in sorted(found, reverse=True)[: self.matches]:
             reach = min(levels, int(self.max_spec_factor * length))
-            yield tokens[end : end + reach], 2.0**length
+            yield tokens[end : end + reach], 2.0 ** min(length, DOUBLINGS)
 
     def match_length(self, sequence: Decoding) -> int:
         return self._index[sequence.row].matched

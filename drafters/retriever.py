@@ -10,6 +10,7 @@ from specdec.drafters.host import HostDrafter
 from specdec.drafters.state import Memory, Reset, check_reset
 from specdec.protocols import Decoding, TreePolicy
 
+DOUBLINGS = 500  # of the weight of a match: floats end at 2 to the power of 1024
 Found = list[tuple[Sequence[int], int]]
 """Continuations, and how often each was met."""
 
@@ -18,10 +19,10 @@ class Retriever(HostDrafter):
     """Looks for the longest suffix of the text in up to three sources and drafts what followed
     there.
 
-    Settings make it the published methods:
+    Settings make it the published methods, as far as what is looked for goes:
 
-    - Prompt Lookup Decoding (Saxena 2023), `drafter=pld`: prompt and output, the latest
-      continuation of the longest match.
+    - Prompt Lookup Decoding (Saxena 2023), `drafter=pld`: prompt and output, one continuation of
+      the longest match. The latest one; public code takes the first in the text.
     - REST (He et al., NAACL 2024), `drafter=rest`: a datastore, continuations by frequency.
     - SuffixDecoding (Oliaro et al. 2025), `drafter=suffix_decoding`: prompt and output, and the
       outputs of earlier requests; by frequency, and further the longer the match.
@@ -101,7 +102,7 @@ class Retriever(HostDrafter):
     def finish(self, sequence: Decoding) -> None:
         del self._own[sequence.row]
         self._matched.pop(sequence.row, None)
-        if self.reset != "prompt":
+        if self.reset != "prompt" and sequence.output_ids:
             self._history.of(sequence).extend([*sequence.output_ids, END])
 
     def forget(self) -> None:
@@ -113,7 +114,7 @@ class Retriever(HostDrafter):
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
         self._matched[sequence.row] = 0
         for length, found in self._found(sequence, levels):
-            share = 2.0**length / max(1, sum(count for _, count in found))
+            share = 2.0 ** min(length, DOUBLINGS) / max(1, sum(count for _, count in found))
             for path, count in found:
                 self._matched[sequence.row] = max(self._matched[sequence.row], length)
                 yield path, share * count
@@ -141,7 +142,7 @@ class Retriever(HostDrafter):
             own = self._own[sequence.row]
             own.extend(sequence.tokens[len(own.text) :])
             yield own
-        if self.reset != "prompt":
+        if self.reset != "prompt" and sequence.output_ids:
             yield self._history.of(sequence)
 
     def _reach(self, length: int, levels: int) -> int:

@@ -33,6 +33,7 @@ class Synthetic(GrowingDrafter):
         ValueError: rates that are none, or children that are to be sampled.
     """
 
+    composable = False
     acceptance = "synthetic"  # the rule that makes its rates come true
 
     def __init__(

@@ -59,8 +59,9 @@ class Step:
     sources: list[dict[str, tuple[int, int]]] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """As a line of steps.jsonl."""
-        return asdict(self)
+        """As a line of steps.jsonl; without sources, if there are none to tell apart."""
+        record = asdict(self)
+        return record if any(self.sources) else {k: v for k, v in record.items() if k != "sources"}
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -213,6 +214,7 @@ class Decoder:
 
         Raises:
             ValueError: as `submit`, or a request that the whole page pool cannot hold.
+            DraftError: the drafter raised something.
         """
         for request in requests:
             self.submit(request)

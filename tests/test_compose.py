@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from specdec.decode import Decoder, Step
 from specdec.drafters.bandit import Bandit
 from specdec.drafters.compose import TRUSTED_HALF, Compose
+from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.growth import Frontier
 from specdec.drafters.host import HostDrafter, Trie
 from specdec.drafters.lookahead import Lookahead
 from specdec.drafters.mixture import mix, sources_of
 from specdec.drafters.ngram import NGram
+from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
+from specdec.drafters.synthetic import Synthetic
+from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
@@ -386,5 +390,74 @@ def test_parts_that_cannot_be_composed_are_refused(target: PagedLM) -> None:
     with pytest.raises(ValueError, match=r"drafter\.parts=\['one'\]: name at least two"):
         Compose(target=target, tree=tree, parts={"one": NGram(tree=tree)})
     parts = {"one": NGram(tree=tree), "two": Lookahead(tree=tree)}
-    with pytest.raises(ValueError, match=r"drafter\.parts\.two: Lookahead makes whole trees"):
+    with pytest.raises(ValueError, match=r"drafter\.parts\.two: Lookahead needs trees of its own"):
         Compose(target=target, tree=tree, parts=parts)
+
+
+class Told(NGram):
+    """Wants to know what became of its own trees."""
+
+    def commit(self, context: StepContext, acceptance: Any) -> None: ...
+
+
+def test_parts_that_would_be_told_nothing_or_never_be_asked_are_refused(target: PagedLM) -> None:
+    tree = Chain(budget=2)
+    text, model = NGram(tree=tree), SmallLlama(target=target, tree=tree, path="zoo:draft")
+    rates = Synthetic(target=target, tree=tree)
+    for part in (Told(tree=tree), rates):
+        with pytest.raises(ValueError, match=r"drafter\.parts\.two: .* needs trees of its own"):
+            Compose(target=target, tree=tree, parts={"one": text, "two": part})
+    with pytest.raises(ValueError, match=r"drafter\.parts\.one: a model is always sure"):
+        Compose(target=target, tree=tree, parts={"one": model, "two": text})
+    exits = {f"exit {n}": EarlyExit(target=target, tree=tree, exit_layer=n) for n in (1, 2)}
+    with pytest.raises(ValueError, match=r"two early exits need the same scratch"):
+        Compose(target=target, tree=tree, parts=exits, mode="union")
+
+
+class Plain(HostDrafter):
+    """As in CONTRIBUTING: it knows of no matches."""
+
+    def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
+        yield sequence.tokens[-4:][:levels], 1.0
+
+
+@pytest.mark.parametrize("mode", ["union", "cascade", "bandit"])
+def test_a_drafter_that_knows_of_no_matches_is_asked(target: PagedLM, mode: str) -> None:
+    tree = Static(widths=[2, 1])
+    parts: Any = {
+        "plain": Plain(tree=tree),
+        "small_llama": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+    }
+    drafter = Compose(target=target, tree=tree, parts=parts, mode=mode, costs=[1.0, 1.0])
+    _, steps = decode(target, drafter)
+    assert sum(step.sources[0]["plain"][0] for step in steps) > 0
+
+
+def test_a_part_goes_as_deep_as_it_may(target: PagedLM) -> None:
+    tree = Dynamic(budget=16, depth=4)
+    text = NGram(tree=tree, depth=2)
+    model = SmallLlama(target=target, tree=tree, path="zoo:draft")
+    drafter = Compose(target=target, tree=tree, parts={"a": text, "b": model}, depth=8)
+    assert (drafter.levels, text.levels, model.levels) == (8, 2, 8)
+    _, steps = decode(target, drafter)
+    assert max(depth for step in steps for depth in step.depths) == 8
+
+
+@pytest.mark.parametrize("parts", [("small_llama", "early_exit"), ("token_recycling", "ngram")])
+def test_any_drafters_make_a_union(target: PagedLM, parts: tuple[str, str]) -> None:
+    tree = Dynamic(budget=8)
+    kinds: Any = {
+        "small_llama": lambda: SmallLlama(target=target, tree=tree, path="zoo:draft"),
+        "early_exit": lambda: EarlyExit(target=target, tree=tree),
+        "token_recycling": lambda: TokenRecycling(target=target, tree=tree),
+        "ngram": lambda: NGram(tree=tree),
+    }
+    drafter = Compose(
+        target=target, tree=tree, parts={name: kinds[name]() for name in parts}, mode="union"
+    )
+    assert bool(drafter.variants) == ("ngram" in parts)  # else nothing to look at
+    outputs, steps = decode(target, drafter, batch_size=2)
+    plain, _ = decode(target, NoDrafter())
+    assert outputs == plain
+    credit = {name: sum(s[name][1] for step in steps for s in step.sources) for name in parts}
+    assert all(credit.values())

@@ -287,7 +287,7 @@ def test_after_warming_up_everything_is_replayed(exact: PagedLM, kind: str) -> N
         assert counts["replayed"] - before[verb]["replayed"] == len(steps)
 
 
-@pytest.mark.parametrize("kind", ["none", "small_llama", "ngram"])
+@pytest.mark.parametrize("kind", ["none", *GROWN, "ngram"])
 def test_texts_end_exactly_where_they_should(
     exact: PagedLM, generated: list[list[int]], kind: str
 ) -> None:

@@ -509,7 +509,8 @@ def test_it_can_read_ahead(
     lengths = []
     for ahead in (False, True):
         drafter = Translated(target=target, tree=TREES["chain"], path=drafts[KEPT])
-        drafter.reads_ahead = ahead
+        if ahead:
+            drafter.join(drafter.levels)
         done = decode(target, drafter, prompts[1:3], batch_size=2)
         assert outputs(done) == plain[1:3]
         lengths.append([s.accepted_lengths for s in done])
