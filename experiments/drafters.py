@@ -5,13 +5,14 @@
         --draft standin:llama_160m --exit-layer 10 --out experiments/results/drafter_speed.json
 
 Prompts are the first ones of each set (of each category of Spec-Bench); the stop token is
-ignored, so that all outputs have the same length. `budgets` gives every drafter trees of the same
-number of nodes. `speed` gives each the trees that suit it; its methods take turns prompt by
-prompt, and the figure is that of decoding: the time of all steps, prefill left out, by device
+ignored, so that all outputs have the same length. `budgets` gives every drafter trees of at most
+the same number of nodes. `speed` gives each the trees that suit it; its methods take turns prompt
+by prompt, and the figure is that of decoding: the time of all steps, prefill left out, by device
 events on a GPU. `early_exit anew` is an ablation: the same trees, verified from the first layer.
-Online state is that of the drafter's YAML: prompts come in the order of the file
-and drafters that never forget learn from those before. At temperature 0 outputs are compared with
-those of plain decoding, and divergences explained as in `agreement.py`.
+Online state is that of the drafter's YAML: prompts come in the order of the file, and drafters
+that never forget learn from those before. At temperature 0 outputs are compared with those of
+plain decoding, and divergences explained as in `agreement.py`. The file is written anew after
+every prompt.
 """
 
 import argparse
@@ -374,7 +375,7 @@ def show(result: dict[str, Any], grid: str) -> Table:
 def contents(datastore: Path) -> dict[str, Any]:
     """What a datastore was made of."""
     known = json.loads((datastore / METADATA).read_text())
-    sources = [Path(source).name for source in known["sources"]]
+    sources = ["/".join(Path(source).parts[-2:]) for source in known["sources"]]
     return {"tokens": known["tokens"], "documents": known["documents"], "sources": sources}
 
 

@@ -245,14 +245,14 @@ def drafter_lengths(result: dict[str, Any]) -> str:
     )
     drafters.remove("none")
     groups = drafter_study.groups_of(result)
-    count = sum(map(len, groups.values()))
+    count, stored = sum(map(len, groups.values())), result["datastore"]
     lines = [
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}: {count} "
         f"prompts, {settings['tokens']} new tokens each; at every budget of nodes the better "
         f"of the trees of the grid, tokens over steps of all prompts (`{result['command']}`, "
         f"[JSON](experiments/results/drafter_lengths.json)). `translated` is the draft model with "
         f"another tokenizer (`experiments/retokenize.py --keep 6000`); the datastore of `rest`: "
-        f"{result['datastore']['tokens'] / 1e6:.1f} M tokens of {result['datastore']['sources']}. "
+        f"{stored['tokens'] / 1e6:.1f} M tokens of {', '.join(stored['sources'])}. "
         f"State is kept for a prompt, a category or the run (never reset):",
         "",
         "| drafter | state | "
