@@ -142,7 +142,7 @@ class Retriever(HostDrafter):
             own = self._own[sequence.row]
             own.extend(sequence.tokens[len(own.text) :])
             yield own
-        if self.reset != "prompt" and sequence.output_ids:
+        if self.reset != "prompt":
             yield self._history.of(sequence)
 
     def _reach(self, length: int, levels: int) -> int:
