@@ -14,7 +14,7 @@ from specdec.drafters.bandit import Bandit
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter, grow, plan
 from specdec.drafters.host import HostDrafter, Trie
 from specdec.drafters.mixture import mix, sources_of
-from specdec.drafters.state import Memory, check_reset
+from specdec.drafters.state import Memory, Reset, check_reset
 from specdec.drafters.tries import TrieTable
 from specdec.model import PagedLM
 from specdec.protocols import Capacity, Decoding, Drafter, StepContext, TreePolicy
@@ -78,7 +78,7 @@ class Compose(Drafter):
         weights: list[float] | None = None,
         min_match: int = 4,
         costs: list[float] | None = None,
-        reset: str = "never",
+        reset: Reset = "never",
         depth: int | None = None,
     ) -> None:
         self.tree = tree
@@ -123,7 +123,6 @@ class Compose(Drafter):
                 f"drafter.parts={list(parts)}: two early exits need the same scratch of the "
                 f"target's cache; leave one out"
             )
-        self.sampled_children = all(part.sampled_children for part in self.parts)
         self.observes = max(part.observes for part in self.parts)
         count = len(self.parts)
         self.weights = [1.0 / count] * count if weights is None else weights
@@ -143,7 +142,7 @@ class Compose(Drafter):
         self._tables: dict[int, TrieTable] = {}  # of parts that search
         self._weights: Tensor  # [rows, P] of the parts, and the same on the host
         self._shares: Tensor
-        self._bandits = Memory(reset, Bandit)  # type: ignore[arg-type]
+        self._bandits = Memory(reset, Bandit)
         self._pulled: list[tuple[Decoding, int, tuple[int, int]]] = []  # of the last look
         self._looked = 0.0
         self._tree: TokenTree  # of the last draft

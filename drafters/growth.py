@@ -58,10 +58,8 @@ def plan(policy: TreePolicy, depth: int | None, candidates: int) -> int:
     return policy.levels(depth) if policy.budget else 0
 
 
-class GrowingDrafter(Drafter):
-    """A drafter that has an answer for any frontier, on the device: what it drafts is grown.
-
-    Such drafters can be composed, because they need not have proposed what they continue.
+class ShapedDrafter(Drafter):
+    """A drafter whose trees a policy shapes.
 
     Args:
         tree: the tree policy.
@@ -72,13 +70,21 @@ class GrowingDrafter(Drafter):
         ValueError: a setting out of range.
     """
 
-    on_device = True
-    composable = True  # False if its answers are no guess of what comes next
-    fills_scratch = False  # True if its draft lies in the scratch of the target's cache
+    composable = True  # False if it cannot guess for trees that others have a part in
 
     def __init__(self, *, tree: TreePolicy, depth: int | None = None, candidates: int) -> None:
         self.tree, self.depth, self.candidates = tree, depth, candidates
         self.levels = plan(tree, depth, candidates)
+
+
+class GrowingDrafter(ShapedDrafter):
+    """A drafter that has an answer for any frontier, on the device: what it drafts is grown.
+
+    Such drafters can be composed, because they need not have proposed what they continue.
+    """
+
+    on_device = True
+    fills_scratch = False  # True if its draft lies in the scratch of the target's cache
 
     def begin(self, context: StepContext) -> Expand:
         """Get ready for the trees of this step: what answers their frontiers."""

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.decode import describe
-from specdec.drafters.growth import DEAD, Frontier, grow, plan
+from specdec.drafters.growth import DEAD, Frontier, ShapedDrafter, grow
 from specdec.drafters.trees.policy import takes_all
 from specdec.kernels import reference
-from specdec.protocols import Decoding, Drafter, DraftError, StepContext, TreePolicy
+from specdec.protocols import Decoding, DraftError, StepContext, TreePolicy
 from specdec.tree import PADDING, ROOT, Proposal, TokenTree
 
 
@@ -44,7 +43,7 @@ class Trie:
         return [(token, child.weight / total) for token, child in heaviest]
 
 
-class HostDrafter(Drafter):
+class HostDrafter(ShapedDrafter):
     """Asks `propose` for weighted continuations of each sequence and grows trees from them.
 
     Args:
@@ -56,13 +55,10 @@ class HostDrafter(Drafter):
         ValueError: a setting out of range.
     """
 
-    composable = True  # False if trees hold more than what was proposed
-
     def __init__(
         self, *, tree: TreePolicy, depth: int | None = None, candidates: int = 16
     ) -> None:
-        self.tree, self.depth, self.candidates = tree, depth, candidates
-        self.levels = plan(tree, depth, candidates)
+        super().__init__(tree=tree, depth=depth, candidates=candidates)
         self.most_nodes = tree.budget + 1 if self.levels else 1
 
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
@@ -114,8 +110,7 @@ class HostDrafter(Drafter):
         except DraftError:
             raise
         except Exception as error:
-            name = self.name or type(self).__name__
-            raise DraftError(name, [sequence.request.id], describe(error)) from error
+            raise DraftError.caused_by(error, self, [sequence]) from error
         return trie
 
     def widest(self) -> int:

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from specdec.drafters.host import HostDrafter
+from specdec.drafters.matches import check_matches, reach, weight
 from specdec.protocols import Decoding, TreePolicy
-
-DOUBLINGS = 1000  # of the weight of a match: floats end at 2 to the power of 1024
 
 
 class NGram(HostDrafter):
@@ -48,15 +47,9 @@ class NGram(HostDrafter):
         candidates: int = 16,
     ) -> None:
         super().__init__(tree=tree, depth=depth, candidates=candidates)
-        if not 1 <= min_match <= max_match:
-            raise ValueError(
-                f"drafter.min_match={min_match}, drafter.max_match={max_match}: "
-                f"need 1 <= min_match <= max_match"
-            )
+        check_matches(min_match, max_match, max_spec_factor)
         if matches < 1:
             raise ValueError(f"drafter.matches={matches}: must be at least 1")
-        if max_spec_factor < 1:
-            raise ValueError(f"drafter.max_spec_factor={max_spec_factor}: must be at least 1")
         self.min_match, self.max_match, self.matches = min_match, max_match, matches
         self.max_spec_factor = max_spec_factor
         self._index: dict[int, _Index] = {}  # by row
@@ -74,8 +67,8 @@ class NGram(HostDrafter):
         found = [(self._match_length(tokens, end), end) for end in ends]
         self._index[sequence.row].matched = max(found, default=(0, 0))[0]
         for length, end in sorted(found, reverse=True)[: self.matches]:
-            reach = min(levels, int(self.max_spec_factor * length))
-            yield tokens[end : end + reach], 2.0 ** min(length, DOUBLINGS)
+            path = tokens[end : end + reach(length, levels, self.max_spec_factor)]
+            yield path, weight(length)
 
     def match_length(self, sequence: Decoding) -> int:
         return self._index[sequence.row].matched

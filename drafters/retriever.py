@@ -7,10 +7,10 @@ from typing import Any, Literal
 from specdec.drafters.automaton import END, Automaton
 from specdec.drafters.datastore import Datastore
 from specdec.drafters.host import HostDrafter
+from specdec.drafters.matches import check_matches, reach, weight
 from specdec.drafters.state import Memory, Reset, check_reset
 from specdec.protocols import Decoding, TreePolicy
 
-DOUBLINGS = 500  # of the weight of a match: floats end at 2 to the power of 1024
 Found = list[tuple[Sequence[int], int]]
 """Continuations, and how often each was met."""
 
@@ -68,18 +68,12 @@ class Retriever(HostDrafter):
         candidates: int = 16,
     ) -> None:
         super().__init__(tree=tree, depth=depth, candidates=candidates)
-        if not 1 <= min_match <= max_match:
-            raise ValueError(
-                f"drafter.min_match={min_match}, drafter.max_match={max_match}: "
-                f"need 1 <= min_match <= max_match"
-            )
+        check_matches(min_match, max_match, max_spec_factor)
         check_reset(reset)
         if order not in ("frequency", "recent"):
             raise ValueError(f"drafter.order={order}: must be frequency or recent")
         if samples < 1:
             raise ValueError(f"drafter.samples={samples}: must be at least 1")
-        if max_spec_factor is not None and max_spec_factor < 1:
-            raise ValueError(f"drafter.max_spec_factor={max_spec_factor}: must be at least 1")
         if not own_text and datastore is None and reset == "prompt":
             raise ValueError(
                 "drafter.own_text=false: nowhere to look; give drafter.datastore or "
@@ -114,7 +108,7 @@ class Retriever(HostDrafter):
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
         self._matched[sequence.row] = 0
         for length, found in self._found(sequence, levels):
-            share = 2.0 ** min(length, DOUBLINGS) / max(1, sum(count for _, count in found))
+            share = weight(length) / max(1, sum(count for _, count in found))
             for path, count in found:
                 self._matched[sequence.row] = max(self._matched[sequence.row], length)
                 yield path, share * count
@@ -125,16 +119,16 @@ class Retriever(HostDrafter):
         for text in self._texts(sequence):
             state, length = text.match(context, self.max_match)
             if length >= self.min_match:
-                reach = self._reach(length, levels)
+                most = reach(length, levels, self.max_spec_factor)
                 if self.order == "recent":
-                    yield length, [(text.recent(state, reach), 1)]
+                    yield length, [(text.recent(state, most), 1)]
                 else:
-                    yield length, list(text.followed(state, reach, self.samples))
+                    yield length, list(text.followed(state, most, self.samples))
         if self.datastore is not None:
             match = self.datastore.find(context, self.min_match, self.max_match)
             if match is not None:
-                reach = self._reach(match.length, levels)
-                paths = self.datastore.continuations(match, reach, self.samples)
+                most = reach(match.length, levels, self.max_spec_factor)
+                paths = self.datastore.continuations(match, most, self.samples)
                 yield match.length, [(path, 1) for path in paths if path]
 
     def _texts(self, sequence: Decoding) -> Iterator[Automaton]:
@@ -144,8 +138,3 @@ class Retriever(HostDrafter):
             yield own
         if self.reset != "prompt":
             yield self._history.of(sequence)
-
-    def _reach(self, length: int, levels: int) -> int:
-        if self.max_spec_factor is None:
-            return levels
-        return min(levels, int(self.max_spec_factor * length))

@@ -142,8 +142,6 @@ class SmallLlama(GrowingDrafter):
         self._note(rows, tokens.gather(1, place), acceptance.length - known)
 
     def follow(self, context: StepContext, tree: TokenTree, acceptance: Acceptance) -> None:
-        if not self.levels:
-            return
         self._note(context.rows, acceptance.new_tokens(tree), acceptance.length)
 
     def _note(self, rows: Tensor, tokens: Tensor, count: Tensor) -> None:

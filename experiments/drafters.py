@@ -46,6 +46,7 @@ from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.translated import Translated
 from specdec.environment import describe_environment
+from specdec.metrics import by_source
 from specdec.model import PagedLM
 from specdec.prompts import encode, load_prompts
 from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
@@ -224,13 +225,6 @@ def measure(session: Ours, batch: list[Asked], new: int, into: dict[str, Any]) -
     """Decode a batch; what each prompt took goes to `into`."""
     done = session.decode(batch, new)
     spent = sum(s for step in done.steps for verb, s in step.seconds.items() if verb != "prefill")
-    credit: dict[str, list[int]] = {}
-    for step in done.steps:
-        for sources in step.sources:
-            for name, (drafted, accepted) in sources.items():
-                total = credit.setdefault(name, [0, 0])
-                total[0] += drafted
-                total[1] += accepted
     for verb, seconds in done.verbs.items():
         into["verbs"][verb] = into["verbs"].get(verb, 0.0) + seconds
     passes: dict[int, int] = defaultdict(int)
@@ -243,9 +237,9 @@ def measure(session: Ours, batch: list[Asked], new: int, into: dict[str, Any]) -
             "steps": passes[asked.id],
             "seconds": spent / len(batch),
         }
-    for name, total in credit.items():
-        before = into["sources"].setdefault(name, [0, 0])
-        into["sources"][name] = [a + b for a, b in zip(before, total, strict=True)]
+    for name, total in by_source(step.record() for step in done.steps).items():
+        before = into["sources"].get(name, (0, 0))
+        into["sources"][name] = [before[0] + total["drafted"], before[1] + total["accepted"]]
     return done.outputs
 
 

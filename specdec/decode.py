@@ -1,14 +1,12 @@
 """The loop: draft, verify, accept, commit, for a batch of sequences until every request is done.
 Start reading here."""
 
-import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -414,9 +412,7 @@ class Decoder:
         except DraftError:
             raise
         except Exception as error:
-            requests = [sequence.request.id for sequence in sequences]
-            name = self.drafter.name or type(self.drafter).__name__
-            raise DraftError(name, requests, describe(error)) from error
+            raise DraftError.caused_by(error, self.drafter, sequences) from error
 
     def _to_device(self, tree: TokenTree, batch: int) -> TokenTree:
         """Trees made on the host, padded, in the tensors of all trees of that size."""
@@ -561,12 +557,6 @@ def _size(count: int, most: int | None) -> int:
     """The next of the `SIZES`, as far as `most` allows."""
     size = next((n for n in SIZES if n >= count), count)
     return size if most is None else max(count, min(size, most))
-
-
-def describe(error: Exception) -> str:
-    """What happened, and in which line."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def _support(tree: TokenTree) -> int:

@@ -4,8 +4,10 @@ docstring.
 Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candidates.
 """
 
+import traceback
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -100,6 +102,19 @@ class DraftError(RuntimeError):
     def __init__(self, drafter: str, requests: Sequence[int], reason: str) -> None:
         super().__init__(f"{drafter} failed on request {', '.join(map(str, requests))}: {reason}")
         self.drafter, self.requests, self.reason = drafter, list(requests), reason
+
+    @classmethod
+    def caused_by(
+        cls, error: Exception, drafter: "Drafter", sequences: Sequence[Decoding]
+    ) -> "DraftError":
+        """What `drafter` raised while it drafted for these, with the line it happened in."""
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        return cls(
+            drafter.name or type(drafter).__name__,
+            [sequence.request.id for sequence in sequences],
+            f"{type(error).__name__}: {error} ({where})",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -410,3 +410,14 @@ def test_decoding_with_all_sources_equals_plain_decoding(
     found, steps = outputs(target, drafter, batch_size)
     assert found == plain[0]
     assert steps < 0.8 * plain[1]
+
+
+def test_the_longest_matches_still_have_a_weight() -> None:
+    """Floats end at 2 to the power of 1024."""
+    request = Request(id=0, prompt_ids=[5] * 2500, max_new_tokens=8)
+    sequence = Decoding(request, 0, list(request.prompt_ids))
+    for kind in (Retriever, NGram):
+        drafter = kind(tree=Chain(budget=4), max_match=2000)
+        drafter.start([sequence])
+        assert [sum(w for _, w in drafter.propose(sequence, 4))] > [1e300]
+        assert drafter.trie(sequence).best(4) == [(5, 1.0)]

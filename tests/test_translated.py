@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
@@ -37,6 +36,7 @@ from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.verifier import TreeVerifier
+from tests.test_rules_exact import tiny_llama
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 KEPT = 6000
@@ -577,25 +577,6 @@ def test_it_proposes_the_drafts_distribution_over_shared_tokens(
     assert respelled
 
 
-def tiny_llama(seed: int) -> transformers.LlamaForCausalLM:
-    """Random, with distributions far from uniform."""
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=8,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.45,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).float().eval()
-
-
 TINY = byte_level([*"abcdef", "ab", "cd"])
 TINY_DRAFT = byte_level([*"cagbh", "ab", "bc", "d"])  # no e, f and cd
 PROMPT = [3, 1, 6, 1, 5]
@@ -612,8 +593,8 @@ PROMPT = [3, 1, 6, 1, 5]
 )
 def test_sampled_outputs_follow_the_target(tree: TreePolicy, tmp_path: Path) -> None:
     """All outputs of two tokens, their law worked out from passes of the untouched model."""
-    model, count = tiny_llama(4), 1600
-    tiny_llama(1).save_pretrained(tmp_path)
+    model, count = tiny_llama(4, layers=2), 1600
+    tiny_llama(1, layers=2).save_pretrained(tmp_path)
     TINY_DRAFT.save_pretrained(tmp_path)
     lm = PagedLM(copy.deepcopy(model), TINY)
     drafter = Translated(target=lm, tree=tree, path=str(tmp_path))
@@ -728,8 +709,8 @@ def test_stories_have_too_few_tokens_in_common(
 
 
 def test_no_token_in_common_is_refused(tmp_path: Path) -> None:
-    tiny_llama(1).save_pretrained(tmp_path)
+    tiny_llama(1, layers=2).save_pretrained(tmp_path)
     byte_level([*"ABCDEFGH"]).save_pretrained(tmp_path)
-    lm = PagedLM(tiny_llama(0), TINY)
+    lm = PagedLM(tiny_llama(0, layers=2), TINY)
     with pytest.raises(ValueError, match=r"include 0 \(0.0%\) of the target's 8"):
         Translated(target=lm, tree=Chain(budget=2), path=str(tmp_path), min_overlap=0.0)

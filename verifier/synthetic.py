@@ -6,7 +6,7 @@ from torch import Tensor
 from specdec.protocols import StepContext
 from specdec.sampling import ACCEPT_STREAM, TOKEN_STREAM, SamplingParams, draw, probabilities
 from specdec.tree import Acceptance, Children, TokenTree
-from specdec.verifier.walk import elder_siblings, walk
+from specdec.verifier.walk import one_of_siblings, walk
 
 
 class Synthetic:
@@ -53,9 +53,4 @@ def chances(tree: TokenTree) -> Tensor:
     parent = tree.parents.long().clamp(min=0)[..., None].expand(-1, -1, proposal.ids.shape[2])
     own = proposal.ids.gather(1, parent) == tree.tokens[..., None]  # [B, N, K]
     mass = (proposal.probs.gather(1, parent).double() * own).sum(-1)  # [B, N]
-    elder = elder_siblings(tree)
-    # The same token twice among siblings is one event.
-    again = (elder & (tree.tokens[:, :, None] == tree.tokens[:, None, :])).any(-1)
-    mass = mass.masked_fill(again, 0.0)
-    left = 1.0 - (elder.double() @ mass[..., None])[..., 0]
-    return torch.where(mass > 0, mass / left.clamp(min=torch.finfo(mass.dtype).tiny), 0.0)
+    return one_of_siblings(tree, mass)

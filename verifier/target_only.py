@@ -6,7 +6,7 @@ from torch import Tensor
 from specdec.sampling import SamplingParams
 from specdec.tree import Children, TokenTree
 from specdec.verifier.coins import CoinRule
-from specdec.verifier.walk import elder_siblings, walk
+from specdec.verifier.walk import one_of_siblings, walk
 
 
 class TargetOnly(CoinRule):
@@ -40,14 +40,7 @@ def child_probabilities(tree: TokenTree, target: Tensor) -> Tensor:
     mass = target[
         torch.arange(len(parent), device=parent.device)[:, None], parent, tree.tokens
     ]  # [B, N]
-    elder = elder_siblings(tree)
-    # The same token twice among siblings: the second can only be met after the first was turned
-    # down.
-    mass = mass.masked_fill(
-        (elder & (tree.tokens[:, :, None] == tree.tokens[:, None, :])).any(-1), 0.0
-    )
-    left = 1.0 - (elder.to(mass.dtype) @ mass[..., None])[..., 0]
-    return torch.where(mass > 0, mass / left.clamp(min=torch.finfo(mass.dtype).tiny), 0.0)
+    return one_of_siblings(tree, mass)
 
 
 def residual(tree: TokenTree, target: Tensor, node: Tensor) -> Tensor:

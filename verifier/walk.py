@@ -36,6 +36,21 @@ def walk(tree: TokenTree, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(path, dim=1), length, node
 
 
+def one_of_siblings(tree: TokenTree, mass: Tensor) -> Tensor:
+    """[B, N] chance to accept each node once its parent is accepted and its elder siblings are
+    not, where siblings are events that exclude each other.
+
+    Args:
+        mass: [B, N] chance of each once its parent is accepted. The same token twice among
+            siblings is one event, and the second can only be met after the first was turned down.
+    """
+    elder = elder_siblings(tree)
+    again = elder & (tree.tokens[:, :, None] == tree.tokens[:, None, :])
+    mass = mass.masked_fill(again.any(-1), 0.0)
+    left = 1.0 - (elder.to(mass.dtype) @ mass[..., None])[..., 0]
+    return torch.where(mass > 0, mass / left.clamp(min=torch.finfo(mass.dtype).tiny), 0.0)
+
+
 def elder_siblings(tree: TokenTree) -> Tensor:
     """[B, N, N] bool: entry (i, j) is True if j is an elder sibling of i (same parent, tried
     before it)."""
