@@ -4,13 +4,14 @@ against the other.
 `experiments/calibrate.py` measures such a table and documents its file.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from specdec.tables import load_table
 
 
 class CostTable:
@@ -39,15 +40,19 @@ class CostTable:
         self._draft = _Grid("draft", draft_grid, draft_seconds)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, setting: str | None = None) -> "CostTable":
         """Read a file of `experiments/calibrate.py`. A combination it could not measure counts as
         the same one with the longest context that it could.
 
+        Args:
+            path: the file, or the name of one in `specdec/data/costs`.
+            setting: the option that gave `path`, for error messages.
+
         Raises:
-            ValueError: no such file, or one that is no such table; one line that names it.
+            ValueError: no such file or name, or one that is no such table; one line that names it.
         """
-        try:
-            data = json.loads(Path(path).read_text())
+
+        def parse(data: Any) -> CostTable:
             verify, draft = data["verify"], data["draft"]
             if "todo" in str((verify["seconds"], draft["seconds"])):
                 raise ValueError("unfinished; experiments/calibrate.py --resume goes on with it")
@@ -57,21 +62,24 @@ class CostTable:
                 draft_grid=[draft[name] for name in ("batch", "width")],
                 draft_seconds=draft["seconds"],
             )
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; experiments/calibrate.py makes one") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: is not JSON ({error})") from None
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except KeyError as error:
-            raise ValueError(f"{path}: has no {error}; is it of calibrate.py?") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+
+        mend = "experiments/calibrate.py makes one"
+        return load_table(path, parse, mend=mend, packaged="costs", setting=setting)
 
     @property
     def verify_batches(self) -> list[int]:
         """Batches at which verification was measured."""
         return [int(batch) for batch in self._verify.axes[0]]
+
+    @property
+    def most_nodes(self) -> int:
+        """The largest trees whose verification was measured, root included."""
+        return int(self._verify.axes[1][-1])
+
+    @property
+    def most_width(self) -> int:
+        """The widest level whose drafting was measured."""
+        return int(self._draft.axes[1][-1])
 
     def verify(self, batch: float, nodes: float, context: float) -> float:
         """Seconds of a pass of the target over trees of that many nodes, root included, each

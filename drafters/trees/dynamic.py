@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from specdec.drafters.trees.policy import BasePolicy, kernels_on
+from specdec.drafters.trees.policy import BasePolicy, check_positive, kernels_on
 
 
 class Dynamic(BasePolicy):
@@ -28,10 +28,7 @@ class Dynamic(BasePolicy):
         self, *, budget: int, width: int = 3, depth: int = 4, children: str = "top_k"
     ) -> None:
         super().__init__(budget=budget, children=children)
-        if width < 1:
-            raise ValueError(f"tree.width={width}: must be at least 1")
-        if depth < 1:
-            raise ValueError(f"tree.depth={depth}: must be at least 1")
+        check_positive(width=width, depth=depth)
         self.candidates = width
         self.depth = depth
 

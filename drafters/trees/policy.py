@@ -26,11 +26,7 @@ class BasePolicy:
     """
 
     def __init__(self, *, budget: int, children: str = "top_k") -> None:
-        if budget < 0:
-            raise ValueError(f"tree.budget={budget}: must be 0 (no drafting) or positive")
-        if children not in get_args(Children):
-            known = ", ".join(get_args(Children))
-            raise ValueError(f"tree.children={children}: must be one of {known}")
+        check_basics(budget, children)
         self.budget = budget
         self.children = cast(Children, children)
 
@@ -48,6 +44,22 @@ class BasePolicy:
 
     def keep(self, scores: Tensor) -> Tensor | None:
         return None
+
+
+def check_basics(budget: int, children: str) -> None:
+    """Raise ValueError, naming the setting, unless any policy could have these."""
+    if budget < 0:
+        raise ValueError(f"tree.budget={budget}: must be 0 (no drafting) or positive")
+    if children not in get_args(Children):
+        known = ", ".join(get_args(Children))
+        raise ValueError(f"tree.children={children}: must be one of {known}")
+
+
+def check_positive(**settings: int | None) -> None:
+    """Raise ValueError, naming the setting, if one of these is below 1; None is none."""
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"tree.{name}={value}: must be at least 1")
 
 
 def overrides(policy: TreePolicy, method: str) -> bool:

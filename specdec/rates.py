@@ -1,0 +1,109 @@
+"""AcceptanceRates: how often a drafted node is accepted, for tree policies that choose shapes by
+it.
+
+`experiments/measure_acceptance.py` measures such rates.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specdec.tables import load_table
+
+MEASURE = "python -m experiments.measure_acceptance measures them"
+
+
+class AcceptanceRates:
+    """Chances of drafted nodes by depth and rank: the positional acceptance of Sequoia (Chen et
+    al. 2024, section 3.1), though by depth as well, or the accuracies of Medusa's heads (Cai et
+    al. 2024, section 2.3.3).
+
+    Args:
+        values: [D, R]; values[d, r] is the probability that, given a node at depth d (the root has
+            depth 0) was accepted, its child tried as number r is the one accepted next: that of
+            rank r among top-k children, the r-th draw among sampled ones.
+
+    Raises:
+        ValueError: no rectangle of numbers from 0 to 1, or a row that sums to more than 1.
+    """
+
+    def __init__(self, *, values: Any) -> None:
+        self.values: NDArray[np.float64] = _rectangle(values)
+        for depth, row in enumerate(self.values):
+            if not ((row >= 0.0) & (row <= 1.0)).all():
+                raise ValueError(f"rates at depth {depth}: each must be from 0 to 1")
+            if row.sum() > 1.0 + 1e-6:
+                raise ValueError(
+                    f"rates at depth {depth}: siblings exclude each other and must sum to 1 at "
+                    f"most, not {row.sum():g}"
+                )
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, children: str, temperature: float, setting: str | None = None
+    ) -> "AcceptanceRates":
+        """Read a file of `experiments/measure_acceptance.py`.
+
+        Its cases are measurements for children chosen one way, at one temperature. That of the
+        nearest temperature counts, though never one at temperature 0 for one above or the reverse;
+        of several the first without top-p, or else the first.
+
+        Args:
+            path: the file, or the name of one in `specdec/data/acceptance`.
+            children: as in `Proposal.children`.
+            temperature: of the target.
+            setting: the option that gave `path`, for error messages.
+
+        Raises:
+            ValueError: no such file or name, one that holds no such rates, or none for such
+                children and temperature; one line that names it.
+        """
+
+        def parse(data: Any) -> AcceptanceRates:
+            return cls(values=_case(data["cases"], children, temperature)["rates"])
+
+        return load_table(path, parse, mend=MEASURE, packaged="acceptance", setting=setting)
+
+    def row(self, depth: int) -> NDArray[np.float64]:
+        """[R] chances of the children of a node at this depth; of the last one that was measured
+        if it lies deeper."""
+        row: NDArray[np.float64] = self.values[min(depth, len(self.values) - 1)]
+        return row
+
+    def at(self, depth: int, rank: int) -> float:
+        """The same of one child; 0 for ranks beyond those that were measured."""
+        row = self.row(depth)
+        return float(row[rank]) if rank < row.size else 0.0
+
+
+def _case(cases: Any, children: str, temperature: float) -> Mapping[str, Any]:
+    """The case that comes nearest."""
+
+    def fits(case: Mapping[str, Any]) -> bool:
+        same_kind = (case["temperature"] == 0) == (temperature == 0)
+        return same_kind and bool(case["children"] == children)
+
+    def distance(case: Mapping[str, Any]) -> tuple[float, bool]:
+        return abs(case["temperature"] - temperature), case.get("top_p") is not None
+
+    fitting: list[Mapping[str, Any]] = [case for case in cases if fits(case)]
+    if not fitting:
+        held = ", ".join(f"{case['children']} at {case['temperature']:g}" for case in cases)
+        raise ValueError(
+            f"holds no rates of children={children} at temperature {temperature:g} "
+            f"({held or 'nothing'}); {MEASURE}"
+        )
+    return min(fitting, key=distance)
+
+
+def _rectangle(values: Any) -> NDArray[np.float64]:
+    try:
+        found = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        found = np.empty(0)
+    if found.ndim != 2 or not found.size or found.dtype.kind not in "iuf":
+        raise ValueError("rates must be lists of numbers, all equally long, in a list")
+    return found.astype(np.float64)
