@@ -169,6 +169,23 @@ class DraftedTrees(NamedTuple):
     repeats: bool = False
 
 
+class TargetLaw(NamedTuple):
+    """What turns logits of B trees of N nodes into probabilities: those of a node are
+    exp((logits - top) / temperature) / total.
+
+    Attributes:
+        top: [B, N] float, the largest logit of each node.
+        total: [B, N] float.
+        temperature: what the logits are divided by.
+        entropy: [B, N] float, in nats; None unless asked for.
+    """
+
+    top: Tensor
+    total: Tensor
+    temperature: float
+    entropy: Tensor | None = None
+
+
 def words(rows: int) -> int:
     """32-bit words that hold one bit for each of `rows` scratch rows."""
     return max(1, (rows + 31) // 32)

@@ -273,10 +273,12 @@ class AcceptanceRule(Protocol):
     Attributes:
         name: what records and messages call it.
         needs_proposal: True if it reads the draft probabilities (`TokenTree.proposal`).
+        chains: True if above temperature 0 it judges chains alone.
     """
 
     name: str
-    needs_proposal: bool
+    needs_proposal: bool = False
+    chains: bool = False
 
     def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
         """Why outputs would not follow the target's distribution with such children; None: they

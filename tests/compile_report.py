@@ -223,6 +223,52 @@ def accept(rule: str, dtype: torch.dtype, repeats: bool = False) -> list[Tensor]
     return list(gpu.RULES[rule](tree, logits, temperature=0.8, keys=keys, streams=(0, 1)))
 
 
+def judge(
+    support: int,
+    dtype: torch.dtype,
+    repeats: bool = False,
+    kernels: ModuleType = gpu,
+    device: torch.device = DEVICE,
+) -> list[Tensor]:
+    """What rules compute that are not one kernel, once each, of a tree of 16 nodes with three
+    children each; and of an idle row."""
+    batch, nodes, vocab = 2, 16, 32_000
+    generator = torch.Generator().manual_seed(support)
+    node = torch.arange(nodes)
+    parents = (node - 1) // 3
+    first = torch.randint(vocab, (batch, nodes, 1), generator=generator)
+    ids = (first + 997 * torch.arange(support)) % vocab
+    tokens = ids[:, parents.clamp(min=0), (node - 1) % min(3, support)].to(device)
+    draft = torch.rand(ids.shape, generator=generator)
+    draft = (draft / draft.sum(-1, keepdim=True)).to(device)
+    logits = torch.randn(batch, nodes, vocab, generator=generator)
+    logits.scatter_add_(2, ids, torch.full(ids.shape, 5.0))
+    logits, ids = logits.to(device, dtype), ids.to(device)
+    parents = parents.int().repeat(batch, 1).to(device)
+    size = torch.tensor([nodes, 0], dtype=torch.int32, device=device)
+    coins = torch.rand(batch, nodes, generator=generator, dtype=torch.float64) ** 0.1
+    law = kernels.target_law(logits, size, temperature=0.8, entropy=True)
+    target = kernels.masses(logits, law, ids)
+    last, left, chance = kernels.traverse(
+        tokens, parents, size, ids, draft, target, coins.to(device), repeats=repeats
+    )
+    token = kernels.draw_rest(
+        logits,
+        law,
+        torch.tensor([4, 0], device=device),
+        size.long(),
+        ids=ids[:, 4],
+        taken=target[:, 4] / 2,
+        keys=torch.zeros(batch, 3, dtype=torch.int64, device=device),
+        stream=1,
+    )
+    count = torch.tensor([3, 7], device=device)[:, None].expand(batch, nodes)
+    divisor = kernels.divisor(draft, target, count)
+    laws = [law.top, law.total, law.entropy]
+    found = [tensor[:1] for tensor in (*laws, left, chance, divisor)]
+    return [last, token, *found]
+
+
 def draft(count: int, dtype: torch.dtype) -> list[Tensor]:
     """What a drafter computes at a level, and once a tree, after logits of 3 nodes."""
     logits = torch.zeros(3, 128_256, dtype=dtype, device=DEVICE)
@@ -313,6 +359,9 @@ def calls() -> dict[str, Callable[[], object]]:
         found[f"accept: {rule}"] = partial(accept, rule, torch.bfloat16)
     found["accept: float32"] = partial(accept, "recursive_rejection", torch.float32)
     found["accept: repeats"] = partial(accept, "recursive_rejection", torch.bfloat16, repeats=True)
+    for support in (5, 64, 1024):
+        found[f"rules: {support} candidates"] = partial(judge, support, torch.bfloat16)
+    found["rules: float32, repeats"] = partial(judge, 64, torch.float32, True)
     for count in (1, 8, 64):
         found[f"draft: {count} tokens"] = partial(draft, count, torch.bfloat16)
     found["draft: float32"] = partial(draft, 8, torch.float32)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.kernels import gpu, reference
 from tests.attention_cases import DEVICE, bits, error_and_bound, random_case
-from tests.compile_report import accept, move, structure
+from tests.compile_report import accept, judge, move, structure
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
@@ -78,6 +78,16 @@ def acceptance_is_right(rule: str, dtype: torch.dtype) -> bool:
     return path[0] == list(range(16)) and length == [16, 0] and token == [16, 0]
 
 
+def judgement_is_right(support: int, dtype: torch.dtype, repeats: bool) -> bool:
+    """To a few more bits than rounding takes; no coin is so near."""
+    found = judge(support, dtype, repeats)
+    expected = judge(support, dtype, repeats, reference, CPU)
+    return all_equal(found[:2], expected[:2]) and all(
+        torch.allclose(a.cpu(), b, rtol=1e-4, atol=1e-5, equal_nan=True)
+        for a, b in zip(found[2:], expected[2:], strict=True)
+    )
+
+
 def main() -> None:
     if DEVICE.type != "cuda":
         sys.exit("tests.sanitize: needs an NVIDIA GPU")
@@ -93,6 +103,10 @@ def main() -> None:
     for rule in gpu.RULES:
         for dtype in (torch.bfloat16, torch.float32):
             right[f"{rule} {dtype}"] = acceptance_is_right(rule, dtype)
+    for support in (5, 64, 1024):
+        for dtype, repeats in ((torch.bfloat16, False), (torch.float32, True)):
+            name = f"judgement of {support} candidates, {dtype}"
+            right[name] = judgement_is_right(support, dtype, repeats)
     torch.cuda.synchronize()
     wrong = [name for name, good in right.items() if not good]
     print(f"{len(right)} calls, {len(wrong)} wrong", *wrong, sep="\n")

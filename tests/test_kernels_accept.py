@@ -575,7 +575,8 @@ def test_a_rule_keeps_the_same_with_and_without_kernels(
         found = rule.accept(context_for(params, 4, step, gpu), tree, case.logits)
         busy = tree.size > 0
         assert torch.equal(found.length, plain.length)
-        assert torch.equal(found.path[busy], plain.path[busy])
+        past = torch.arange(plain.path.shape[1], device=DEVICE) >= plain.length[:, None]
+        assert ((found.path == plain.path) | past)[busy].all()
         assert torch.equal(found.next_token[busy], plain.next_token[busy])
 
 

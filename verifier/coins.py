@@ -1,25 +1,39 @@
 """What rules that toss a coin for every node share: the target's distribution, the coins, the last
 draw; and how a rule is handed to a kernel."""
 
+import torch
 from torch import Tensor
 
 from specdec.kernels.layout import DraftedTrees
-from specdec.protocols import StepContext
-from specdec.sampling import ACCEPT_STREAM, TOKEN_STREAM, draw, filtered, probabilities
+from specdec.protocols import AcceptanceRule, StepContext
+from specdec.sampling import (
+    ACCEPT_STREAM,
+    TOKEN_STREAM,
+    SamplingParams,
+    draw,
+    filtered,
+    probabilities,
+)
 from specdec.tree import Acceptance, TokenTree
+from specdec.verifier.walk import walk
 
 
-class CoinRule:
+class CoinRule(AcceptanceRule):
     """Accepts by `judge`, which a rule defines, and draws the next token from the law it leaves;
-    or by the kernel of that name, where there is one."""
+    or by a kernel, where there is one. At temperature 0 the target is certain, and every such rule
+    accepts what the target would choose.
 
-    name: str
+    `kernel` is the name of the kernel, if it is not the rule's own.
+    """
+
+    kernel = ""
 
     def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
-        if self.name in context.kernels.RULES:
-            # At temperature 0 the target is certain, and every rule accepts what it would choose.
-            name = "greedy" if context.sampling.greedy else self.name
-            return accept_by_kernel(name, context, tree, logits)
+        if context.sampling.greedy:
+            return accept_greedily(context, tree, logits)
+        kernel = self.kernel or self.name
+        if kernel in context.kernels.RULES:
+            return accept_by_kernel(kernel, context, tree, logits)
         target = probabilities(logits, context.sampling)  # [B, N, V]
         coins = context.uniforms(ACCEPT_STREAM, tree.nodes)
         path, length, rest = self.judge(tree, target, coins)
@@ -41,14 +55,33 @@ class CoinRule:
         raise NotImplementedError
 
 
+def accept_greedily(context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
+    """Keep what the target would have chosen itself, and its choice after that."""
+    if "greedy" in context.kernels.RULES:
+        return accept_by_kernel("greedy", context, tree, logits)
+    choice = logits.argmax(dim=-1)  # [B, N]
+    parent = tree.parents.long().clamp(min=0)
+    path, length, last = walk(tree, tree.tokens == choice.gather(1, parent))
+    return Acceptance(path=path, length=length, next_token=choice.gather(1, last[:, None])[:, 0])
+
+
+def choose_after(context: StepContext, logits: Tensor, node: Tensor) -> Tensor:
+    """[B] int64: the target's own token after `node` ([B]) of each tree, drawn from [B, N, V]
+    logits; the most probable one at temperature 0."""
+    after = logits[torch.arange(len(node), device=node.device), node]
+    if context.sampling.greedy:
+        return after.argmax(-1)
+    law = probabilities(after, context.sampling)
+    return draw(law, context.uniforms(TOKEN_STREAM, law.shape[-1]))
+
+
 def accept_by_kernel(
     name: str, context: StepContext, tree: TokenTree, logits: Tensor
 ) -> Acceptance:
     """What the kernel of the rule `name` keeps."""
-    sampling, proposal = context.sampling, tree.proposal
-    temperature = sampling.temperature
-    if sampling.filters and name != "greedy":  # the largest logit passes all of them
-        logits, temperature = filtered(logits, sampling), 1.0
+    proposal, temperature = tree.proposal, 1.0
+    if name != "greedy":  # the largest logit passes all filters
+        logits, temperature = scores_of(logits, context.sampling)
     drafted = DraftedTrees(
         tokens=tree.tokens,
         parents=tree.parents,
@@ -66,3 +99,10 @@ def accept_by_kernel(
         streams=(ACCEPT_STREAM, TOKEN_STREAM),
     )
     return Acceptance(path=path, length=length, next_token=next_token)
+
+
+def scores_of(logits: Tensor, sampling: SamplingParams) -> tuple[Tensor, float]:
+    """Logits, and the temperature at which their softmax is what tokens are drawn from."""
+    if sampling.filters:
+        return filtered(logits, sampling), 1.0
+    return logits, sampling.temperature

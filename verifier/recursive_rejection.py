@@ -1,16 +1,18 @@
 """Recursive rejection: a coin per child, weighed by target over draft, the rejected mass removed
 each time."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from specdec.sampling import SamplingParams
-from specdec.tree import Children, Proposal, TokenTree
-from specdec.verifier.coins import CoinRule
-from specdec.verifier.walk import elder_siblings, walk
+from specdec.kernels import reference
+from specdec.tree import Proposal, TokenTree
+from specdec.verifier.support import SupportRule, proposal_of
+from specdec.verifier.walk import Path, elder_siblings, walk
 
 
-class RecursiveRejection(CoinRule):
+class RecursiveRejection(SupportRule):
     """Multi-candidate speculative sampling with the real draft probabilities.
 
     Child x of a node is accepted with probability min(1, p(x) / q(x)); after a rejection p becomes
@@ -24,40 +26,51 @@ class RecursiveRejection(CoinRule):
     """
 
     name = "recursive_rejection"
-    needs_proposal = True
 
-    def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
-        if children == "top_k" and not sampling.greedy:
-            return "recursive rejection takes top-k children for draws from the draft distribution"
-        return None
-
-    def judge(
-        self, tree: TokenTree, target: Tensor, coins: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        chance, inside, scale = child_probabilities(tree, target)
-        path, length, last = walk(tree, coins < chance)
-        return path, length, residual(tree, target, last, inside, scale)
+    def verdict(
+        self,
+        tree: TokenTree,
+        proposal: Proposal,
+        target: Tensor,
+        coins: Tensor,
+        kernels: ModuleType = reference,
+    ) -> tuple[Path, Tensor]:
+        chance, inside, scale = try_children(tree, proposal, target)
+        path = walk(tree, coins < chance, kernels)
+        rows, last = torch.arange(len(scale), device=scale.device), path[2]
+        return path, inside[rows, last] / scale[rows, last][:, None]
 
 
 def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`try_children`, given the target's whole distributions [B, N, V].
+
+    Raises:
+        ValueError: a tree with children carries no proposal.
+    """
+    proposal = proposal_of(tree, RecursiveRejection.name, target.dtype)
+    inside = target.gather(2, proposal.ids).masked_fill(proposal.probs <= 0, 0.0)
+    return try_children(tree, proposal, inside)
+
+
+def try_children(
+    tree: TokenTree, proposal: Proposal, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The chance to accept each node, and what rejecting all children of a node leaves of the
     target.
 
     Only the K tokens of a proposal's support are touched: outside it the draft has no mass, so
     every step merely rescales the target there.
 
+    Args:
+        target: [B, N, K], the target's mass on the support of every node.
+
     Returns:
         (chance [B, N], as in `target_only`;
         inside [B, N, K]: what is left of the target on the support of each node's proposal;
         scale [B, N]: the factor of the target outside the support.)
-
-    Raises:
-        ValueError: a tree with children carries no proposal.
     """
-    proposal = _proposal_of(tree)
     children = _children(tree)  # [B, N, R], -1 where there are fewer
-    draft = proposal.probs.to(target.dtype)  # [B, N, K]
-    inside = target.gather(2, proposal.ids).masked_fill(draft <= 0, 0.0)
+    draft, inside = proposal.probs, target  # [B, N, K] each
     outside = (1.0 - inside.sum(-1)).clamp(min=0.0)  # [B, N]
     scale = torch.ones_like(outside)
     chance = torch.zeros_like(outside)
@@ -85,24 +98,6 @@ def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor
     return chance, inside, scale
 
 
-def residual(
-    tree: TokenTree, target: Tensor, node: Tensor, inside: Tensor, scale: Tensor
-) -> Tensor:
-    """[B, V] unnormalised law of the next token after `node` ([B]), given that none of its
-    children was taken.
-
-    `inside` and `scale` are those of `child_probabilities`.
-    """
-    rows = torch.arange(len(node), device=node.device)
-    whole = target[rows, node]
-    proposal = _proposal_of(tree)
-    ids, support = proposal.ids[rows, node], proposal.probs[rows, node] > 0  # [B, K]
-    rest = whole * scale[rows, node][:, None]
-    change = torch.where(support, inside[rows, node] - rest.gather(1, ids), 0.0)
-    rest = rest.scatter_add(1, ids, change).clamp(min=0.0)
-    return torch.where(rest.sum(-1, keepdim=True) > 0, rest, whole)
-
-
 def _children(tree: TokenTree) -> Tensor:
     """[B, N, R] int64: the children of every node in the order they are tried, -1 where there are
     fewer than R."""
@@ -116,12 +111,3 @@ def _children(tree: TokenTree) -> Tensor:
     if most:
         table.scatter_(1, parent * most + rank, index)
     return table.view(batch, nodes + 1, most)[:, :nodes]
-
-
-def _proposal_of(tree: TokenTree) -> Proposal:
-    if tree.proposal is not None:
-        return tree.proposal
-    if tree.depth:
-        raise ValueError("acceptance=recursive_rejection: the tree has no draft probabilities")
-    nothing = tree.tokens.new_zeros(*tree.tokens.shape, 1)  # roots have no children to judge
-    return Proposal(ids=nothing, probs=nothing.float(), children="sample")

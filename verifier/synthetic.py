@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from specdec.protocols import StepContext
-from specdec.sampling import ACCEPT_STREAM, TOKEN_STREAM, SamplingParams, draw, probabilities
+from specdec.protocols import AcceptanceRule, StepContext
+from specdec.sampling import ACCEPT_STREAM, SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
+from specdec.verifier.coins import choose_after
 from specdec.verifier.walk import one_of_siblings, walk
 
 
-class Synthetic:
+class Synthetic(AcceptanceRule):
     """Accept child x of a node with the drafter's own probability of x, whatever the target says.
 
     For studies of speed: accepted lengths follow the numbers a drafter names
@@ -28,14 +29,8 @@ class Synthetic:
 
     def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
         coins = context.uniforms(ACCEPT_STREAM, tree.nodes)
-        path, length, last = walk(tree, coins < chances(tree))
-        after = logits[torch.arange(len(last), device=last.device), last]  # [B, V]
-        if context.sampling.greedy:
-            next_token = after.argmax(-1)
-        else:
-            law = probabilities(after, context.sampling)
-            next_token = draw(law, context.uniforms(TOKEN_STREAM, law.shape[-1]))
-        return Acceptance(path=path, length=length, next_token=next_token)
+        path, length, last = walk(tree, coins < chances(tree), context.kernels)
+        return Acceptance(path=path, length=length, next_token=choose_after(context, logits, last))
 
 
 def chances(tree: TokenTree) -> Tensor:

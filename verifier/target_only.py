@@ -21,7 +21,6 @@ class TargetOnly(CoinRule):
     """
 
     name = "target_only"
-    needs_proposal = False
 
     def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
         return None

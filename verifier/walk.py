@@ -1,39 +1,47 @@
-"""The walk all sibling-by-sibling rules share: from the root, enter the first child that is taken,
-until none is."""
+"""Ways down a tree: which nodes are kept, once a rule knows what it takes or where it ends."""
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from specdec.tree import TokenTree
+from specdec.kernels import reference
+from specdec.kernels.layout import unpack_bits
+from specdec.tree import ROOT, TokenTree
+
+Path = tuple[Tensor, Tensor, Tensor]
+"""(path [B, depth + 1] int64, length [B] int64, last [B] int64: the final node of each path). An
+idle row has length 0 and path 0."""
 
 
-def walk(tree: TokenTree, taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Follow taken nodes down from the root.
+def walk(tree: TokenTree, taken: Tensor, kernels: ModuleType = reference) -> Path:
+    """From the root enter the first child that is taken, until none is.
 
     Args:
         taken: [B, N] bool, whether a node is accepted once its parent is and its elder siblings
-            are not.
-
-    Returns:
-        (path [B, depth + 1] int64, length [B] int64, last [B] int64: the final node of each path).
-            An idle row
-        has length 0.
+            are not. Where siblings have the same token the eldest of them is entered: it is the
+            one that has children.
     """
-    parents = tree.parents
-    node = torch.zeros_like(tree.size, dtype=torch.int64)  # [B]
-    alive = tree.size > 0
-    path, length = [node], alive.long()
-    for _ in range(tree.depth):
-        hits = (
-            parents == node[:, None]
-        ) & taken  # [B, N]; never true for padding, whose parent is -2
-        alive = alive & hits.any(dim=1)
-        node = torch.where(
-            alive, hits.int().argmax(dim=1), node
-        )  # argmax is the first, eldest child
-        path.append(node)
-        length = length + alive
-    return torch.stack(path, dim=1), length, node
+    elder = elder_siblings(tree)
+    first = taken & ~(elder & taken[:, None]).any(-1)
+    twins = elder.mT & (tree.tokens[:, :, None] == tree.tokens[:, None, :])  # younger ones
+    eldest = ~twins.any(1)
+    entered = eldest & (first | (twins & first[:, None]).any(-1)) | (tree.parents == ROOT)
+    return _line(tree, ~(_ancestors(tree, kernels) & ~entered[:, None]).any(-1))
+
+
+def descend_to(tree: TokenTree, last: Tensor, kernels: ModuleType = reference) -> Path:
+    """From the root to the node `last` ([B])."""
+    rows = torch.arange(len(last), device=last.device)
+    return _line(tree, _ancestors(tree, kernels)[rows, last])
+
+
+def deepest(tree: TokenTree, taken: Tensor, kernels: ModuleType = reference) -> Tensor:
+    """[B] int64: the end of the longest path of taken nodes ([B, N] bool), of equals the first."""
+    ancestors = _ancestors(tree, kernels)
+    barred = ~(taken | (tree.parents == ROOT))
+    reached = ~(ancestors & barred[:, None]).any(-1) & _real(tree)
+    return (ancestors.sum(-1) * reached).argmax(1)
 
 
 def one_of_siblings(tree: TokenTree, mass: Tensor) -> Tensor:
@@ -57,3 +65,28 @@ def elder_siblings(tree: TokenTree) -> Tensor:
     parents = tree.parents
     same = (parents[:, :, None] == parents[:, None, :]) & (parents >= 0)[:, :, None]
     return same.tril(-1)
+
+
+def _ancestors(tree: TokenTree, kernels: ModuleType) -> Tensor:
+    """[B, N, N] bool: entry (i, j) is True if j is an ancestor of i or i itself."""
+    structure = kernels.tree_structure(tree.parents)
+    return unpack_bits(structure.ancestors, tree.nodes)
+
+
+def _real(tree: TokenTree) -> Tensor:
+    """[B, N] bool, False for padding and idle rows."""
+    return torch.arange(tree.nodes, device=tree.size.device) < tree.size[:, None]
+
+
+def _line(tree: TokenTree, kept: Tensor) -> Path:
+    """The kept nodes ([B, N] bool), which lie on one path, in order."""
+    kept = kept & _real(tree)
+    length = kept.sum(1)
+    # Parents come before their children, so the order of the nodes is that of the path; the others
+    # all go to an extra last place.
+    place = torch.where(kept, kept.cumsum(1) - 1, tree.depth + 1)
+    index = torch.arange(tree.nodes, device=kept.device).expand_as(place)
+    path = torch.zeros(len(kept), tree.depth + 2, dtype=torch.int64, device=kept.device)
+    path = path.scatter(1, place, index)[:, :-1]
+    last = path.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0]
+    return path, length, last

@@ -4,7 +4,7 @@ No function waits for the device, and every one may be captured in a CUDA graph:
 from device tensors when it runs.
 """
 
-from specdec.kernels.gpu.accept import RULES
+from specdec.kernels.gpu.accept import RULES, draw_rest, target_law
 from specdec.kernels.gpu.attend import tree_attention
 from specdec.kernels.gpu.cache import commit_path, compact_path, write_tree
 from specdec.kernels.gpu.draft import top_tokens, uniforms
@@ -12,7 +12,9 @@ from specdec.kernels.gpu.growth import best, compact, extend, places
 from specdec.kernels.gpu.layer import add_norm, rotate_and_write
 from specdec.kernels.gpu.linear import gated_linear, linear, project
 from specdec.kernels.gpu.rounding import quantise
+from specdec.kernels.gpu.traverse import divisor, traverse
 from specdec.kernels.gpu.trees import tree_structure
+from specdec.kernels.reference.accept import masses
 
 __all__ = [
     "RULES",
@@ -21,14 +23,19 @@ __all__ = [
     "commit_path",
     "compact",
     "compact_path",
+    "divisor",
+    "draw_rest",
     "extend",
     "gated_linear",
     "linear",
+    "masses",
     "places",
     "project",
     "quantise",
     "rotate_and_write",
+    "target_law",
     "top_tokens",
+    "traverse",
     "tree_attention",
     "tree_structure",
     "uniforms",

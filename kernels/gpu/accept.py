@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.coins import NOTHING, judge_kernel, race_kernel, weight
-from specdec.kernels.layout import DraftedTrees
+from specdec.kernels.gpu.coins import NOTHING, joined, judge_kernel, weight
+from specdec.kernels.gpu.race import race_kernel, rest_kernel
+from specdec.kernels.layout import DraftedTrees, TargetLaw
 
 SCAN_BYTES = 16384  # logits of a program of the pass over all of them
 RACE_CHUNK = 1024  # tokens of a program of the race, which computes more for each
@@ -38,7 +39,7 @@ def greedy_accept(
     """
     tree, logits = _dense(tree, logits)
     batch, nodes, _ = logits.shape
-    tops, choices = _scan(tree, logits, 1.0, torch.int32)
+    tops, choices, _ = _scan(logits, tree.size, 1.0, torch.int32)
     path, length, next_token = _results(tree, logits)
     _greedy_kernel[(batch,)](
         path,
@@ -125,7 +126,7 @@ def _coin_accept(
     tree, logits = _dense(tree, logits)
     batch, nodes, vocab = logits.shape
     device = logits.device
-    tops, totals = _scan(tree, logits, 1.0 / temperature, torch.float32)
+    tops, totals, _ = _scan(logits, tree.size, 1.0 / temperature, torch.float32)
     debt, top, total = (
         torch.empty(batch, nodes, dtype=torch.float32, device=device) for _ in range(3)
     )
@@ -166,11 +167,9 @@ def _coin_accept(
         K_BLOCK=k_block,
         num_warps=1,
     )
-    chunk = min(RACE_CHUNK, max(triton.next_power_of_2(vocab), 16))
-    chunks = triton.cdiv(vocab, chunk)
+    chunk, taken, ranks = _track(logits)
+    chunks = ranks.shape[1]
     path, length, next_token = _results(tree, logits)
-    taken = torch.empty(batch, vocab, dtype=torch.float32, device=device)
-    ranks = torch.empty(batch, chunks, dtype=torch.int64, device=device)
     race_kernel[(chunks, batch)](
         path,
         length,
@@ -207,21 +206,101 @@ def _coin_accept(
     return path, length, next_token
 
 
+def target_law(
+    logits: Tensor, size: Tensor, *, temperature: float, entropy: bool = False
+) -> TargetLaw:
+    """As `specdec.kernels.reference.target_law`; finite for nodes that are not real."""
+    logits, size = _in_rows(logits), size.contiguous()
+    batch, nodes, _ = logits.shape
+    tops, totals, logs = _scan(logits, size, 1.0 / temperature, torch.float32, entropy=entropy)
+    top = torch.empty(batch, nodes, dtype=torch.float32, device=logits.device)
+    total = torch.empty_like(top)
+    law = TargetLaw(top, total, temperature, torch.empty_like(top) if entropy else None)
+    _law_kernel[(nodes, batch)](
+        top,
+        total,
+        law.entropy,
+        tops,
+        totals,
+        logs,
+        size,
+        tops.shape[2],
+        1.0 / temperature,
+        C_BLOCK=triton.next_power_of_2(tops.shape[2]),
+        num_warps=1,
+    )
+    return law
+
+
+def draw_rest(
+    logits: Tensor,
+    law: TargetLaw,
+    node: Tensor,
+    length: Tensor,
+    *,
+    ids: Tensor,
+    taken: Tensor,
+    keys: Tensor,
+    stream: int,
+) -> Tensor:
+    """As `specdec.kernels.reference.draw_rest`."""
+    logits = _in_rows(logits)
+    batch, nodes, vocab = logits.shape
+    support = ids.shape[1]
+    chunk, scratch, ranks = _track(logits)
+    next_token = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    arrived = torch.zeros(batch, dtype=torch.int32, device=logits.device)
+    rest_kernel[(ranks.shape[1], batch)](
+        next_token,
+        scratch,
+        ranks,
+        arrived,
+        logits,
+        law.top.contiguous(),
+        law.total.contiguous(),
+        node.contiguous(),
+        length.contiguous(),
+        ids.contiguous(),
+        taken.contiguous(),
+        keys,
+        nodes,
+        vocab,
+        support,
+        1.0 / law.temperature,
+        logits.stride(0),
+        logits.stride(1),
+        STREAM=stream,
+        K_BLOCK=min(triton.next_power_of_2(support), SUPPORT_BLOCK),
+        C_BLOCK=triton.next_power_of_2(ranks.shape[1]),
+        CHUNK=chunk,
+        num_warps=4,
+    )
+    return next_token
+
+
 def _scan(
-    tree: DraftedTrees, logits: Tensor, inverse_temperature: float, second: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor,
+    size: Tensor,
+    inverse_temperature: float,
+    second: torch.dtype,
+    *,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """[B, N, C] of each chunk: the largest logit; and its lowest index (second=int32), or the sum
-    of exp((logit - largest) / temperature) (float32)."""
+    of the weights exp((logit - largest) / temperature) (float32); and, for the entropy, the sum of
+    the weights times their logarithms."""
     batch, nodes, vocab = logits.shape
     chunk = min(SCAN_BYTES // logits.element_size(), max(triton.next_power_of_2(vocab), 16))
     chunks = triton.cdiv(vocab, chunk)
     tops = torch.empty(batch, nodes, chunks, dtype=torch.float32, device=logits.device)
     seconds = torch.empty(batch, nodes, chunks, dtype=second, device=logits.device)
+    logs = torch.empty_like(tops) if entropy else None
     _scan_kernel[(chunks, nodes, batch)](
         tops,
         seconds,
+        logs,
         logits,
-        tree.size,
+        size,
         vocab,
         inverse_temperature,
         logits.stride(0),
@@ -230,7 +309,16 @@ def _scan(
         CHUNK=chunk,
         num_warps=8,
     )
-    return tops, seconds
+    return tops, seconds, logs
+
+
+def _track(logits: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Tokens of a program of the race, and its scratch: [B, V] float32, [B, C] int64."""
+    batch, _, vocab = logits.shape
+    chunk = min(RACE_CHUNK, max(triton.next_power_of_2(vocab), 16))
+    taken = torch.empty(batch, vocab, dtype=torch.float32, device=logits.device)
+    ranks = torch.empty(batch, triton.cdiv(vocab, chunk), dtype=torch.int64, device=logits.device)
+    return chunk, taken, ranks
 
 
 def _results(tree: DraftedTrees, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,13 +336,18 @@ def _dense(tree: DraftedTrees, logits: Tensor) -> tuple[DraftedTrees, Tensor]:
         parents=tree.parents.contiguous(),
         size=tree.size.contiguous(),
     )
-    return tree, logits if logits.stride(2) == 1 else logits.contiguous()
+    return tree, _in_rows(logits)
+
+
+def _in_rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(2) == 1 else logits.contiguous()
 
 
 @triton.jit
 def _scan_kernel(
     tops_ptr,  # [B, N, C]
     seconds_ptr,  # [B, N, C]
+    logs_ptr,  # [B, N, C] or None
     logits_ptr,
     size_ptr,
     vocab,
@@ -274,10 +367,51 @@ def _scan_kernel(
     if INDEX:
         second = tl.min(tl.where(logits == largest, offs, vocab - 1))
     else:
-        second = tl.sum(weight(logits, largest, inverse_temperature))
+        weights = weight(logits, largest, inverse_temperature)
+        second = tl.sum(weights)
     out = (row.to(tl.int64) * tl.num_programs(1) + node) * tl.num_programs(0) + chunk
     tl.store(tops_ptr + out, largest)
     tl.store(seconds_ptr + out, second)
+    if logs_ptr is not None:
+        below = tl.where(weights > 0.0, (logits - largest) * inverse_temperature, 0.0)
+        tl.store(logs_ptr + out, tl.sum(weights * below))
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _law_kernel(
+    top_ptr,  # [B, N]
+    total_ptr,  # [B, N]
+    entropy_ptr,  # [B, N] or None
+    tops_ptr,  # [B, N, C]
+    totals_ptr,  # [B, N, C]
+    logs_ptr,  # [B, N, C] or None
+    size_ptr,
+    chunks,
+    inverse_temperature,
+    C_BLOCK: tl.constexpr,
+):
+    """Join the chunks of one node."""
+    node, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    here = row * tl.num_programs(0) + node
+    if node >= tl.load(size_ptr + row):
+        tl.store(top_ptr + here, 0.0)
+        tl.store(total_ptr + here, 1.0)
+        if entropy_ptr is not None:
+            tl.store(entropy_ptr + here, 0.0)
+        return
+    top, total = joined(tops_ptr, totals_ptr, here, chunks, inverse_temperature, C_BLOCK)
+    tl.store(top_ptr + here, top)
+    tl.store(total_ptr + here, total)
+    if entropy_ptr is not None:
+        offs_c = here * chunks + tl.arange(0, C_BLOCK)
+        inside = tl.arange(0, C_BLOCK) < chunks
+        tops = tl.load(tops_ptr + offs_c, mask=inside, other=NOTHING)
+        totals = tl.load(totals_ptr + offs_c, mask=inside, other=0.0)
+        logs = tl.load(logs_ptr + offs_c, mask=inside, other=0.0)
+        scale = weight(tops, top, inverse_temperature)
+        below = tl.where(scale > 0.0, (tops - top) * inverse_temperature, 0.0)
+        logs = tl.sum(scale * (logs + totals * below))
+        tl.store(entropy_ptr + here, tl.log(total) - logs / total)
 
 
 @triton.jit(do_not_specialize=["nodes", "chunks", "edges"])

@@ -1,27 +1,43 @@
-"""The kernels of rules that toss coins: every node judges its children, then the path is walked
-and the next token drawn.
+"""Coins of rules that judge every node by itself: what becomes of its children, should it be
+reached.
 
-Coins and draws are the numbers of `specdec.sampling.uniforms`. Legend: B sequences, N nodes,
-V vocabulary, K draft candidates, C chunks of the vocabulary; p is the target's distribution at a
-node, q the draft distribution its children were drawn from.
+Coins are the numbers of `specdec.sampling.uniforms`. Legend: B sequences, N nodes, V vocabulary,
+K draft candidates, C chunks of the vocabulary; p is the target's distribution at a node, q the
+draft distribution its children were drawn from.
 """
 
 import triton
 import triton.language as tl
 
-from specdec.kernels.gpu.philox import arrivals, uniform_at
+from specdec.kernels.gpu.philox import uniform_at
 
 NOTHING = tl.constexpr(float("-inf"))
 LOWEST = tl.constexpr(-3e38)
 TINY = tl.constexpr(1e-37)  # a divisor that is not zero
-INDICES = tl.constexpr(2**31)  # a rank is a time and, below it, an index smaller than this
-NO_RANK = tl.constexpr(2**63 - 1)
 
 
 @triton.jit
 def weight(logits, top, inverse_temperature):
     """exp((logit - top) / temperature), 0 where both are -inf."""
     return tl.exp((logits - tl.maximum(top, LOWEST)) * inverse_temperature)
+
+
+@triton.jit
+def key_of(keys_ptr, row):
+    """(seed, sequence, step) of a row."""
+    keys_ptr += row * 3
+    return tl.load(keys_ptr), tl.load(keys_ptr + 1), tl.load(keys_ptr + 2)
+
+
+@triton.jit
+def joined(tops_ptr, totals_ptr, here, chunks, inverse_temperature, C_BLOCK: tl.constexpr):
+    """(largest logit; sum of exp((logit - largest) / temperature)) of a node, from those of its
+    chunks."""
+    offs_c = tl.arange(0, C_BLOCK)
+    tops = tl.load(tops_ptr + here * chunks + offs_c, mask=offs_c < chunks, other=NOTHING)
+    totals = tl.load(totals_ptr + here * chunks + offs_c, mask=offs_c < chunks, other=0.0)
+    top = tl.max(tops)
+    return top, tl.sum(totals * weight(tops, top, inverse_temperature))
 
 
 @triton.jit(do_not_specialize=["nodes", "chunks"])
@@ -69,14 +85,10 @@ def judge_kernel(
     if node >= tl.load(size_ptr + row):
         return
     here = row * nodes + node
-    offs_c = tl.arange(0, C_BLOCK)
     offs_n = tl.arange(0, N_BLOCK)
     parents = tl.load(parents_ptr + row * nodes + offs_n, mask=offs_n < nodes, other=-2)
     tokens = tl.load(tokens_ptr + row * nodes + offs_n, mask=offs_n < nodes, other=0)
-    tops = tl.load(tops_ptr + here * chunks + offs_c, mask=offs_c < chunks, other=NOTHING)
-    totals = tl.load(totals_ptr + here * chunks + offs_c, mask=offs_c < chunks, other=0.0)
-    top = tl.max(tops)
-    total = tl.sum(totals * weight(tops, top, inverse_temperature))
+    top, total = joined(tops_ptr, totals_ptr, here, chunks, inverse_temperature, C_BLOCK)
     tl.store(top_ptr + here, top)
     tl.store(total_ptr + here, total)
 
@@ -89,7 +101,7 @@ def judge_kernel(
     logits_ptr += row * stride_logits_b + node.to(tl.int64) * stride_logits_n
     logits = tl.load(logits_ptr + tokens, mask=waiting, other=NOTHING).to(tl.float32)
     masses = weight(logits, top, inverse_temperature) / total  # [N]
-    seed, sequence, step = _key(keys_ptr, row)
+    seed, sequence, step = key_of(keys_ptr, row)
     coins = uniform_at(seed, sequence, step, STREAM, offs_n)
     ids_ptr += here * support
     probs_ptr += here * support
@@ -184,116 +196,3 @@ def _over_support(
         draft_sum += tl.sum(q.to(tl.float64))
         draft += tl.sum(tl.where(ids == token, q.to(tl.float64), 0.0))
     return inside, draft, draft_sum
-
-
-@triton.jit
-def _key(keys_ptr, row):
-    keys_ptr += row * 3
-    return tl.load(keys_ptr), tl.load(keys_ptr + 1), tl.load(keys_ptr + 2)
-
-
-@triton.jit(do_not_specialize=["nodes", "edges"])
-def race_kernel(
-    path_ptr,  # [B, edges + 1]
-    length_ptr,
-    next_token_ptr,
-    taken_ptr,  # [B, V], scratch: what the rejected children have taken off p
-    ranks_ptr,  # [B, C], scratch
-    arrived_ptr,  # [B], zeros
-    logits_ptr,
-    enter_ptr,  # [B, N]
-    debt_ptr,  # [B, N]
-    top_ptr,  # [B, N]
-    total_ptr,  # [B, N]
-    ids_ptr,  # [B, N, K]
-    probs_ptr,  # [B, N, K]
-    tokens_ptr,
-    parents_ptr,
-    size_ptr,
-    keys_ptr,
-    nodes,
-    vocab,
-    support,
-    edges,
-    inverse_temperature,
-    stride_logits_b,
-    stride_logits_n,
-    STREAM: tl.constexpr,
-    DRAFTED: tl.constexpr,
-    N_BLOCK: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    C_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Draw the next token. Every program walks the path, which is cheaper than to wait for one."""
-    chunk = tl.program_id(0)
-    chunks = tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
-    busy = tl.load(size_ptr + row) > 0
-    node = tl.zeros([], tl.int32)
-    length = busy.to(tl.int64)
-    path_ptr += row * (edges + 1)
-    if chunk == 0:
-        tl.store(path_ptr, 0)
-    for i in range(edges):
-        child = tl.load(enter_ptr + row * nodes + node, mask=busy, other=-1)
-        node = tl.where(child >= 0, child, node)
-        length += (child >= 0).to(tl.int64)
-        if chunk == 0:
-            tl.store(path_ptr + i + 1, node)
-    if chunk == 0:
-        tl.store(length_ptr + row, length)
-        tl.store(next_token_ptr + row, 0, mask=length == 0)
-    if length == 0:
-        return
-
-    here = row * nodes + node
-    first = chunk * CHUNK
-    offs = first + tl.arange(0, CHUNK)
-    logits_ptr += row * stride_logits_b + node.to(tl.int64) * stride_logits_n
-    logits = tl.load(logits_ptr + offs, mask=offs < vocab, other=NOTHING).to(tl.float32)
-    top, total = tl.load(top_ptr + here), tl.load(total_ptr + here)
-    p = weight(logits, top, inverse_temperature) / total
-
-    taken_ptr += row * vocab  # a program writes to its own chunk only
-    tl.store(taken_ptr + offs, tl.zeros([CHUNK], tl.float32), mask=offs < vocab)
-    tl.debug_barrier()
-    if DRAFTED:
-        debt = tl.load(debt_ptr + here)
-        for start in range(0, support, K_BLOCK):
-            offs_k = here * support + start + tl.arange(0, K_BLOCK)
-            given = start + tl.arange(0, K_BLOCK) < support
-            ids = tl.load(ids_ptr + offs_k, mask=given, other=0)
-            q = tl.load(probs_ptr + offs_k, mask=given, other=0.0).to(tl.float32)
-            mine = (q > 0.0) & (ids >= first) & (ids < first + CHUNK)
-            tl.store(taken_ptr + ids, debt * q, mask=mine)
-    else:
-        offs_n = tl.arange(0, N_BLOCK)
-        inside = offs_n < nodes
-        parents = tl.load(parents_ptr + row * nodes + offs_n, mask=inside, other=-2)
-        tokens = tl.load(tokens_ptr + row * nodes + offs_n, mask=inside, other=0)
-        mine = (parents == node) & (tokens >= first) & (tokens < first + CHUNK)
-        tl.store(taken_ptr + tokens, tl.full([N_BLOCK], 2.0, tl.float32), mask=mine)  # all
-    tl.debug_barrier()
-    weights = p - tl.load(taken_ptr + offs, mask=offs < vocab, other=0.0)
-
-    # Rounding can leave nothing of any token; the target itself is then the answer. So tokens of
-    # which nothing is left race as well, but come in after all others.
-    seed, sequence, step = _key(keys_ptr, row)
-    time = arrivals(seed, sequence, step, STREAM, chunk * (CHUNK // 4), CHUNK // 4)
-    rate = tl.maximum(tl.where(weights > 0.0, weights, p), TINY)
-    time = tl.where(p > 0.0, time / rate, float("inf"))
-    rank = time.to(tl.int32, bitcast=True).to(tl.int64)  # in the order of the times, none negative
-    rank = tl.where(weights > 0.0, rank, rank + INDICES)
-    rank = tl.where(offs < vocab, rank * INDICES + offs, NO_RANK)
-    tl.store(ranks_ptr + row * chunks + chunk, tl.min(rank))
-    tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr + row, 1) == chunks - 1:  # the last program sees all ranks
-        offs_c = tl.arange(0, C_BLOCK)
-        ranks = tl.load(
-            ranks_ptr + row * chunks + offs_c,
-            mask=offs_c < chunks,
-            other=NO_RANK,
-            cache_modifier=".cg",
-        )
-        tl.store(next_token_ptr + row, tl.min(ranks) & (INDICES - 1))

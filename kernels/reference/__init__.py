@@ -7,6 +7,7 @@ key-value heads, D head size, S tokens of a page, A accepted nodes.
 
 from typing import Any
 
+from specdec.kernels.reference.accept import draw_rest, masses, target_law
 from specdec.kernels.reference.attend import attention, gather_context, tree_attention
 from specdec.kernels.reference.cache import (
     as_stored,
@@ -24,6 +25,7 @@ from specdec.kernels.reference.layer import (
     project,
     rotate_and_write,
 )
+from specdec.kernels.reference.traverse import divisor, traverse
 from specdec.kernels.reference.trees import tree_structure
 
 RULES: dict[str, Any] = {}
@@ -38,15 +40,20 @@ __all__ = [
     "commit_path",
     "compact",
     "compact_path",
+    "divisor",
+    "draw_rest",
     "extend",
     "gated_linear",
     "gather_context",
     "linear",
+    "masses",
     "places",
     "project",
     "quantise",
     "rotate_and_write",
+    "target_law",
     "top_tokens",
+    "traverse",
     "tree_attention",
     "tree_structure",
     "uniforms",

@@ -1,0 +1,85 @@
+"""Multi-path block verification: the most promising path of a tree is judged as a block."""
+
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from specdec.kernels import reference
+from specdec.tree import PADDING, Proposal, TokenTree
+from specdec.verifier.block import Block
+from specdec.verifier.support import of_parents
+from specdec.verifier.walk import Path, elder_siblings, walk
+
+
+class MultiPath(Block):
+    """Of the children of every node, drawn independently, the one with the greatest p(x) / q(x) is
+    picked, from the root to a leaf, and the path is judged by block verification (after greedy
+    multi-path block verification, Thomas and Pal 2026, here for the children of every node).
+
+    What block verification needs is the law of what it judges: of k draws the token x is picked
+    with probability (1 - c)^k - (1 - c - q(x))^k, where c is the mass of q on the tokens of
+    greater ratio. That law is a function of p, q and k alone, so the path is a chain drawn from
+    it, and as lossless as any. It is nearer to p than q is.
+
+    Lossless for children drawn with replacement.
+    """
+
+    name = "multi_path"
+    draws = ("sample_with_replacement",)
+    chains = False
+
+    def verdict(
+        self,
+        tree: TokenTree,
+        proposal: Proposal,
+        target: Tensor,
+        coins: Tensor,
+        kernels: ModuleType = reference,
+    ) -> tuple[Path, Tensor]:
+        (path, length, _), law = pick(tree, proposal, target, kernels)
+        rows = torch.arange(len(path), device=path.device)[:, None]
+        steps = torch.arange(path.shape[1], device=path.device)
+        above = torch.where(steps < length[:, None], steps - 1, PADDING)
+        chain = TokenTree(
+            tokens=tree.tokens[rows, path],
+            parents=above.to(tree.parents.dtype),
+            size=length,
+            depth=tree.depth,
+        )
+        offered = replace(proposal, ids=proposal.ids[rows, path], probs=law[rows, path])
+        (kept, length, last), left = super().verdict(
+            chain, offered, target[rows, path], coins.gather(1, path), kernels
+        )
+        return (path.gather(1, kept), length, path.gather(1, last[:, None])[:, 0]), left
+
+
+def pick(
+    tree: TokenTree, proposal: Proposal, target: Tensor, kernels: ModuleType = reference
+) -> tuple[Path, Tensor]:
+    """(the path of picked children; [B, N, K], the law that the picked child of each node has.)
+
+    Args:
+        target: [B, N, K], the target's mass on the support of every node.
+    """
+    draft = proposal.probs
+    parents = tree.parents.long()
+    count = torch.zeros_like(parents).scatter_add(1, parents.clamp(min=0), (parents >= 0).long())
+    ratio = torch.where(draft > 0, target / draft, -1.0)  # void entries come last
+    ordered = ratio.argsort(dim=-1, descending=True, stable=True)
+    before = draft.gather(2, ordered).cumsum(-1)
+    # [B, N, K] mass of the tokens that come after, with a token itself and without it
+    after = (1.0 - before).clamp(min=0.0)
+    least = torch.nn.functional.pad(after, (1, 0), value=1.0)
+    best = (least ** count[..., None]).diff(dim=-1).neg()
+    law = torch.zeros_like(draft).scatter(2, ordered, best).masked_fill(draft <= 0, 0.0)
+
+    place = torch.zeros_like(ordered).scatter(
+        2, ordered, torch.arange(draft.shape[2], device=draft.device).expand_as(ordered)
+    )
+    (own,) = of_parents(tree, proposal, place)  # [B, N] a node's place among its parent's tokens
+    siblings = elder_siblings(tree)
+    siblings = siblings | siblings.mT
+    beaten = (siblings & (own[:, None] < own[..., None])).any(-1)
+    return walk(tree, ~beaten, kernels), law
