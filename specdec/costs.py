@@ -22,6 +22,8 @@ class CostTable:
         verify_seconds: one for each combination.
         draft_grid: batches and widths, ascending.
         draft_seconds: one for each combination.
+        loop_batches, loop_level, loop_step: batches, ascending, and for each the seconds that the
+            decoding loop adds to a drafted level and to a step.
 
     Raises:
         ValueError: a grid that is empty or not ascending, or seconds that do not fit it or are not
@@ -35,9 +37,13 @@ class CostTable:
         verify_seconds: Any,
         draft_grid: Sequence[Sequence[float]],
         draft_seconds: Any,
+        loop_batches: Sequence[float] = (1.0,),
+        loop_level: Sequence[float] = (0.0,),
+        loop_step: Sequence[float] = (0.0,),
     ) -> None:
         self._verify = _Grid("verify", verify_grid, verify_seconds)
         self._draft = _Grid("draft", draft_grid, draft_seconds)
+        self._loop = [np.asarray(line) for line in (loop_batches, loop_level, loop_step)]
 
     @classmethod
     def load(cls, path: str | Path, *, setting: str | None = None) -> "CostTable":
@@ -54,13 +60,16 @@ class CostTable:
 
         def parse(data: Any) -> CostTable:
             verify, draft = data["verify"], data["draft"]
-            if "todo" in str((verify["seconds"], draft["seconds"])):
+            names = {"batch": "loop_batches", "level": "loop_level", "step": "loop_step"}
+            loop = {names[name]: line for name, line in data.get("loop", {}).items()}
+            if "todo" in str((verify["seconds"], draft["seconds"], loop)):
                 raise ValueError("unfinished; experiments/calibrate.py --resume goes on with it")
             return cls(
                 verify_grid=[verify[name] for name in ("batch", "nodes", "context")],
                 verify_seconds=_filled(verify["seconds"]),
                 draft_grid=[draft[name] for name in ("batch", "width")],
                 draft_seconds=draft["seconds"],
+                **loop,
             )
 
         mend = "experiments/calibrate.py makes one"
@@ -89,6 +98,14 @@ class CostTable:
     def draft(self, batch: float, width: float) -> float:
         """Seconds of a pass of the draft over a level of that many nodes for each sequence."""
         return self._draft.at(batch, width)
+
+    def level(self, batch: float) -> float:
+        """Seconds that the loop adds to such a pass."""
+        return float(np.interp(batch, self._loop[0], self._loop[1]))
+
+    def step(self, batch: float) -> float:
+        """Seconds of a step beyond the passes of the target and the draft."""
+        return float(np.interp(batch, self._loop[0], self._loop[2]))
 
 
 class _Grid:

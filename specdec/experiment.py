@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specdec.compare import compare
+from specdec.compare import compare, follow
 from specdec.decode import Decoder, Step
 from specdec.environment import describe_environment
 from specdec.graphs import Graphs
@@ -252,12 +252,13 @@ class Experiment:
 
     def _summarise(self, folder: RunFolder, *, interrupted: bool) -> Record:
         main = folder.main
+        mine = main.generations.records
         summary: Record = {
             **self.labels,
             "temperature": self.sampling.temperature,
             "seed": self.sampling.seed,
             "batch_size": self.batch_size,
-            **summarise(main.generations.records, main.steps.records),
+            **summarise(mine, main.steps.records),
             "synthetic": self.method.synthetic,
             "state": {"reset": self.method.drafter.reset},
             "resumed": self._resumed,
@@ -271,8 +272,7 @@ class Experiment:
             summary["baseline"] = summarise(baseline.generations.records, baseline.steps.records)
             theirs = summary["baseline"]["tokens_per_second"]
             summary["speedup"] = summary["tokens_per_second"] / theirs if theirs else None
-            if self.sampling.greedy and not self.method.synthetic:
-                mine = main.generations.records
+            if self.sampling.greedy:
                 lossless = compare(
                     mine,
                     baseline.generations.records,
@@ -281,6 +281,8 @@ class Experiment:
                 )
         if self.method.synthetic:
             lossless = {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
+        elif not self.sampling.greedy:
+            lossless = follow(mine, self.target, self.sampling, kv_dtype=self.cache.kv_dtype)
         summary["lossless"] = lossless
         return {**summary, **describe_environment(self.target.device)}
 

@@ -112,31 +112,44 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(_lossless_line(summary))
 
 
-def show_sweep(runs: Sequence[tuple[list[str], Summary]], console: Console) -> None:
-    """Print the runs of a sweep beneath each other, named by the overrides that differ."""
-    common = set.intersection(*(set(overrides) for overrides, _ in runs))
+def show_sweep(
+    runs: Sequence[tuple[list[str], Summary]],
+    refused: Sequence[tuple[list[str], str]],
+    console: Console,
+) -> None:
+    """Print the runs of a sweep beneath each other, named by the overrides that differ, then what
+    was refused and why."""
+    common = set.intersection(*(set(overrides) for overrides, _ in [*runs, *refused]))
+
+    def name(overrides: list[str]) -> str:
+        return " ".join(override for override in overrides if override not in common)
+
     table = Table(title="sweep", title_justify="left", title_style="bold")
     table.add_column("run")
-    columns = ("tok/s", "speedup", "accepted", "nodes", "identical")
+    columns = ("tok/s", "speedup", "accepted", "nodes", "lossless")
     for column in columns:
         table.add_column(column, justify="right")
     for overrides, summary in runs:
-        lossless = summary["lossless"]
-        if summary["synthetic"]:
-            checked = "SYNTHETIC"
-        elif lossless["checked"]:
-            checked = f"{lossless['identical']} of {lossless['checked']}"
-        else:
-            checked = "-"
         speedup = summary.get("speedup")
         table.add_row(
-            " ".join(override for override in overrides if override not in common),
+            name(overrides),
             f"{summary['tokens_per_second']:.1f}",
             f"{speedup:.2f}x" if speedup else "-",
             f"{summary['mean_accepted_length']['pooled']:.2f}",
             f"{summary['drafted_per_step']:.1f}",
-            checked,
+            _lossless_cell(summary),
         )
+    console.print(table)
+    if not refused:
+        return
+    runs_of: dict[str, list[str]] = {}
+    for overrides, reason in refused:
+        runs_of.setdefault(reason, []).append(name(overrides))
+    table = Table(title="refused", title_justify="left", title_style="bold", show_lines=True)
+    table.add_column("reason", ratio=2)
+    table.add_column("runs", ratio=3)
+    for reason, names in runs_of.items():
+        table.add_row(reason, "\n".join(names))
     console.print(table)
 
 
@@ -144,14 +157,31 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
+def _lossless_cell(summary: Summary) -> str:
+    lossless = summary["lossless"]
+    if summary["synthetic"]:
+        return "SYNTHETIC"
+    if summary["temperature"] > 0:
+        return f"p={lossless['p_value']:.2g}" if lossless["tokens"] else "-"
+    if lossless["checked"]:
+        return f"{lossless['identical']} of {lossless['checked']}"
+    return "-"
+
+
 def _lossless_line(summary: Summary) -> str:
     lossless = summary["lossless"]
     if "refused" in lossless:
         return f"lossless: not checked; {lossless['refused']}"
     if summary["temperature"] > 0:
-        return (
-            "lossless: at temperature above 0 it is a matter of distributions; see ARCHITECTURE.md"
+        if not lossless["tokens"]:
+            return "lossless: not checked, there is no output"
+        line = (
+            f"lossless: {lossless['tokens']:,} tokens against the target's distributions, "
+            f"p = {lossless['p_value']:.2g}"
         )
+        if lossless["impossible"]:
+            line += f"; {lossless['impossible']} of them are excluded by the sampling settings"
+        return line
     if not lossless["checked"]:
         return "lossless: not checked (baseline=false)"
     line = (

@@ -9,7 +9,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -39,6 +39,7 @@ from specdec.protocols import AcceptanceRule, Drafter
 from specdec.records import RunFolder
 from specdec.report import Live, show_summary, show_sweep
 from specdec.sampling import SamplingParams
+from specdec.tree import Children
 
 CONFIGS = str(Path(__file__).parent / "configs")
 VOLATILE = frozenset({"resume", "tracker", "out"})  # may differ when a run is resumed
@@ -58,14 +59,14 @@ PARTS = dict[str, Drafter]  # settings of this type are drafters in their turn
 USER_FUNCTION = "specdec.drafters.user.UserFunction"  # what makes a drafter of a function
 # What the jobs of this process came to: one, or all of a sweep.
 _finished: list[tuple[list[str], dict[str, Any]]] = []
-_failures: list[str] = []
+_refused: list[tuple[list[str], str]] = []
 
 
 def main() -> None:
     """Console entry point."""
     transformers.utils.logging.set_verbosity_error()
     _finished.clear()
-    _failures.clear()
+    _refused.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to the handler below
     here = str(Path.cwd())
     if here not in sys.path:
@@ -77,8 +78,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     if len(_finished) > 1:
-        show_sweep(_finished, Console())
-    sys.exit(2 if _failures else 0)
+        show_sweep(_finished, _refused, Console())
+    sys.exit(2 if _refused else 0)
 
 
 @hydra.main(config_path=CONFIGS, config_name="run", version_base="1.3")
@@ -88,7 +89,7 @@ def _hydra_main(config: DictConfig) -> float | None:
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         summary = run(settings, Console())
     except (ValueError, OmegaConfBaseException) as error:
-        _fail(error)  # a sweep goes on with its other jobs
+        _fail(error, _overrides())  # a sweep goes on with its other jobs
         return None
     return summary.get("speedup") or summary["tokens_per_second"]
 
@@ -102,9 +103,17 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     scalars = {name: _typed(name, settings[name], kind) for name, kind in SCALARS.items()}
     sampling = _build(SamplingParams, "sampling", settings["sampling"], seed=scalars["seed"])
     cache = _build(CacheSettings, "cache", settings["cache"])
+    hydra_config = HydraConfig.get()
+    choices = hydra_config.runtime.choices
     rule, children = _pair(settings, sampling)
     shape = {**settings["tree"], "children": children}
     tree = _build(get_class(shape["_target_"]), "tree", shape)
+    wide = any(tree.width(level) > 1 for level in range(tree.levels(None) if tree.budget else 0))
+    if rule.chains and wide and not sampling.greedy:
+        raise ValueError(
+            f"acceptance={rule.name}: judges chains alone, and a node of tree={choices['tree']} "
+            f"may have several children; use tree=chain, or acceptance=traversal"
+        )
     tracker = _build(get_class(settings["tracker"]["_target_"]), "tracker", settings["tracker"])
     device = choose_device(scalars["device"])
     dtype = choose_dtype(scalars["dtype"], device)
@@ -112,7 +121,6 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     source = dict(settings["prompts"])
     chat = source.pop("chat")
     prompts = load_prompts(**source)
-    hydra_config = HydraConfig.get()
     out = Path(hydra_config.runtime.output_dir)
     folder = RunFolder(out, config=settings, resume=scalars["resume"], volatile=VOLATILE)
 
@@ -127,7 +135,6 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
         drafter = build_drafter(name, "drafter", group, target=target, tree=tree)
         return Method(drafter=drafter, rule=rule)
 
-    choices = hydra_config.runtime.choices
     baseline_rule = _rule("greedy" if sampling.greedy else "target_only")
     plain = {"_target_": f"{__package__}.drafters.none.NoDrafter"}
     experiment = Experiment(
@@ -152,7 +159,7 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
         },
     )
     sweep = hydra_config.mode == RunMode.MULTIRUN
-    overrides = [str(override) for override in hydra_config.overrides.task]
+    overrides = _overrides()
     if sweep:
         console.rule(f"{hydra_config.job.num}: {' '.join(overrides)}", align="left")
     synthetic = experiment.method.synthetic
@@ -185,11 +192,10 @@ def _pair(settings: Mapping[str, Any], sampling: SamplingParams) -> tuple[Accept
             for, or the drafter works with another rule only.
     """
     acceptance, children = settings["acceptance"], settings["tree"]["children"]
-    rule = (
-        _build(get_class(acceptance["_target_"]), "acceptance", {})
-        if acceptance["_target_"]
-        else None
-    )
+    rule: AcceptanceRule | None = None
+    if acceptance["_target_"]:
+        options = {name: value for name, value in acceptance.items() if name != "allow_lossy"}
+        rule = _build(get_class(acceptance["_target_"]), "acceptance", options)
     drafter = settings["drafter"]
     only = getattr(_located("drafter", drafter)[0], "acceptance", None)
     if only is not None:
@@ -201,7 +207,11 @@ def _pair(settings: Mapping[str, Any], sampling: SamplingParams) -> tuple[Accept
         return _rule(only), "top_k" if children == "auto" else children
     if children == "auto":
         wanted = rule.needs_proposal if rule else _samples("drafter", drafter)
-        children = "sample" if wanted and not sampling.greedy else "top_k"
+        kinds: list[Children] = ["sample", "sample_with_replacement"]
+        if not wanted or sampling.greedy:
+            kinds = ["top_k"]
+        fitting = [kind for kind in kinds if not (rule and rule.lossy(kind, sampling))]
+        children = (fitting or kinds)[0]
     if rule is None:
         sampled = children != "top_k"
         name = "greedy" if sampling.greedy else "recursive_rejection" if sampled else "target_only"
@@ -326,7 +336,12 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         raise ValueError(f"{name}={value}: {expected}") from None
 
 
-def _fail(error: Exception) -> None:
+def _overrides() -> list[str]:
+    """What was asked for on the command line, of this job."""
+    return [str(override) for override in HydraConfig.get().overrides.task]
+
+
+def _fail(error: Exception, overrides: Sequence[str] = ()) -> None:
     """Print what is wrong in one line."""
     text = str(error)
     if isinstance(error, MissingMandatoryValue):
@@ -344,7 +359,7 @@ def _fail(error: Exception) -> None:
         folders = sorted((Path(CONFIGS) / group[1]).glob("*/*.yaml"))
         lines += [f"{path.parent.name}/{path.stem}" for path in folders]
     message = "; ".join(line for line in lines if line)
-    _failures.append(message)
+    _refused.append((list(overrides), message))
     print(f"error: {message}", file=sys.stderr)
 
 

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdec.compare import compare
+from specdec import compare as comparison
+from specdec.compare import compare, follow, next_logits
 from specdec.metrics import acceptance_by_depth, summarise
 from specdec.model import PagedLM
 from specdec.records import RunFolder
+from specdec.sampling import SamplingParams, probabilities
 
 
 def generation(prompt: int, output: list[int], steps: int, turn: int = 0) -> dict:
@@ -142,3 +145,37 @@ def test_the_gap_is_that_of_the_cache_that_was_decoded_over(target):
 def test_turns_with_another_history_are_not_compared(target):
     other = {**generation(0, [4], 1, turn=1), "prompt_ids": [1, 3]}
     assert compare([generation(0, [3], 1, turn=1)], [other], target)["checked"] == 0
+
+
+# Above temperature 0
+
+
+def drawn(target: PagedLM, sampling: SamplingParams, *, sharper: float = 1.0) -> list[dict]:
+    """Texts drawn token by token from the model's own distributions; `sharper` raises those to a
+    power."""
+    generator = np.random.default_rng(5)
+    found = []
+    for number in range(6):
+        prompt = generator.integers(16, size=4 + number).tolist()
+        output: list[int] = []
+        for _ in range(40):
+            law = probabilities(next_logits(target, prompt + output).double(), sampling).numpy()
+            law = law**sharper
+            output.append(int(generator.choice(len(law), p=law / law.sum())))
+        found.append({"request": number, "prompt_ids": prompt, "output_ids": output})
+    return [*found, {"request": 9, "prompt_ids": [1], "output_ids": []}]
+
+
+@pytest.mark.parametrize("top_p", [None, 0.8])
+def test_draws_from_the_target_follow_it_and_sharper_ones_do_not(target, monkeypatch, top_p):
+    sampling = SamplingParams(temperature=0.9, top_p=top_p)
+    texts = drawn(target, sampling)
+    found = follow(texts, target, sampling)
+    assert (found["tokens"], found["impossible"]) == (240, 0)
+    assert found["p_value"] > 0.01
+    monkeypatch.setattr(comparison, "CHUNK", 7)
+    assert follow(texts, target, sampling)["p_value"] == pytest.approx(found["p_value"], rel=1e-3)
+    assert follow(drawn(target, sampling, sharper=1.8), target, sampling)["p_value"] < 1e-3
+    narrow = SamplingParams(temperature=0.9, top_p=0.3)
+    assert follow(texts, target, narrow)["impossible"] > 0
+    assert follow([], target, sampling) == {"tokens": 0, "impossible": 0, "p_value": None}

@@ -105,13 +105,14 @@ def test_drafters_and_trees_equal_the_baseline(
     assert outputs(tmp_path / "o") == outputs(tmp_path / "o/baseline")
 
 
+LOSSY = ("greedy", "synthetic", "typical", "relaxed")
 RULED = [(name, "auto") for name in options("drafter")]
 RULED += [("small_llama", rule) for rule in options("acceptance")]
 
 
 @pytest.mark.parametrize(("drafter", "rule"), dict.fromkeys(RULED))
 def test_every_rule_samples_reproducibly(specdec, tmp_path, needed, drafter, rule):
-    lossy = ["acceptance.allow_lossy=true"] if rule in ("greedy", "synthetic") else []
+    lossy = ["acceptance.allow_lossy=true"] if rule in LOSSY else []
     lossy += needed(drafter)
     found = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -140,6 +141,52 @@ def test_automatic_pairing(specdec, tmp_path):
         "recursive_rejection",
         "sample",
     )
+    assert chosen("acceptance=k_seq", "sampling=sample", "tree=static") == (
+        "k_seq",
+        "sample_with_replacement",
+    )
+    assert chosen("acceptance=k_seq") == ("k_seq", "top_k")
+
+
+def test_the_grid_has_all_policies_and_rules():
+    grid = yaml.safe_load((ROOT / "configs/experiment/grid.yaml").read_text())
+    params = grid["hydra"]["sweeper"]["params"]
+    assert set(params["tree"].split(",")) == set(options("tree"))
+    assert set(params["acceptance"].split(",")) == set(options("acceptance")) - {
+        "auto",
+        "synthetic",
+    }
+
+
+def test_a_grid_verifies_what_is_lossless_and_refuses_the_rest(specdec, tmp_path):
+    """Three rules on two trees at two temperatures, with a budget of tokens that shows a bias."""
+    code, printed, error = specdec(
+        *("-m", "experiment=grid", "tree=chain,static", "acceptance=block,traversal,typical"),
+        *("sampling=sample,greedy", "tracker=none", "prompts.limit=2", "max_new_tokens=24"),
+        f"out={tmp_path}/g",
+    )
+    folders = [tmp_path / "g" / str(number) for number in range(12)]
+    found = [json.loads(p.read_text()) for f in folders if (p := f / "summary.json").exists()]
+    warm = [one for one in found if one["temperature"] > 0]
+    assert code == 2
+    assert [(one["tree"], one["acceptance"]) for one in warm] == [
+        ("chain", "block"),
+        ("chain", "traversal"),
+        ("static", "traversal"),
+    ]
+    for one in warm:
+        assert one["lossless"]["p_value"] > 1e-4
+        assert (one["lossless"]["tokens"], one["lossless"]["impossible"]) == (one["tokens"], 0)
+    cold = [one for one in found if one["temperature"] == 0]
+    assert len(cold) == 6  # at temperature 0 chains of rules and lossy ones are greedy
+    assert all(one["lossless"]["identical"] == 2 for one in cold)
+    assert error.count("\n") == 3
+    assert error.count("not lossless, typical acceptance prefers") == 2
+    assert "acceptance=block: judges chains alone, and a node of tree=static may have" in error
+    sweep, _, refused = printed.partition("refused")
+    assert sweep.count("p=0.") == 3
+    assert "acceptance=block" in refused
+    assert refused.count("acceptance=typical") >= 3  # a reason, and the runs it is the reason for
 
 
 def test_what_a_run_leaves(specdec, tmp_path):
@@ -497,7 +544,7 @@ MISTAKES = {
     "drafter.nonsense=1": "drafter.nonsense: no such setting",
     "+drafter.nonsense=1": "drafter.nonsense=1: SmallLlama has no such setting",
     "drafter=nonsense": "; none; ",
-    "tree=nonsense": "chain; dynamic; static",
+    "tree=nonsense": "chain; cost_aware; dynamic; optimal; paths; static; threshold",
     "batch_size=many": "batch_size=many: must be a valid integer",
     "batch_size=0": "batch_size=0: must be at least 1",
     "max_new_tokens=0": "max_new_tokens=0: must be at least 1",
@@ -538,6 +585,13 @@ MISTAKES = {
     "acceptance=synthetic": "acceptance=synthetic: not lossless",
     "acceptance=greedy sampling=sample": "acceptance=greedy: not lossless",
     "acceptance=recursive_rejection tree.children=top_k sampling=sample": "not lossless",
+    "acceptance=k_seq tree.children=sample sampling=sample": "takes distinct children for indep",
+    "acceptance=traversal tree.children=top_k sampling=sample": "takes top-k children for draws",
+    "acceptance=block tree=dynamic sampling=sample": "judges chains alone, and a node of tree=dyn",
+    "acceptance=typical acceptance.epsilon=2": "acceptance.epsilon=2.0: must be between 0 and 1",
+    "acceptance=relaxed acceptance.top_n=0": "acceptance.top_n=0: must be at least 1",
+    "acceptance=relaxed": "acceptance=relaxed: not lossless",
+    "acceptance=block +acceptance.epsilon=1": "acceptance.epsilon=1: Block has no such setting",
     "cache.pages=2": "cache.pages=2: ",
     "cache.page_size=0": "cache.page_size=0",
     "cache.dtype=fp4": "cache.dtype=fp4: must be auto, fp8_e4m3, int8",
