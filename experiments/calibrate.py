@@ -6,7 +6,8 @@ Times passes of a target over random trees and passes of a draft over levels of 
 as CUDA graphs (medians of replays, between device events), on a CPU by the clock. Keys, values and
 tokens are random. A pass of the target includes finding out who sees whom (`tree_structure`);
 one of the draft is that of a second level, with the first in the scratch, and includes finding
-the most probable tokens.
+the most probable tokens. What the decoding loop adds to that, at temperature 1 with sampled
+children, is measured in the loop itself, with chains of two lengths.
 
 The file, which `specdec.costs.CostTable` reads and tree policies may:
 
@@ -15,6 +16,9 @@ The file, which `specdec.costs.CostTable` reads and tree policies may:
     draft.batch, .width                 the grid; nodes of a level for each sequence
     draft.context                       tokens before the tree
     draft.seconds[batch][width]
+    loop.batch
+    loop.level[batch]                   seconds of a drafted level beyond its pass
+    loop.step[batch]                    of a step beyond verification and the drafted levels
     settings, hardware, versions, git, command      of what it is true
 
 It is written anew after every cell; `--resume` measures what is missing.
@@ -38,13 +42,19 @@ from torch import Tensor
 
 from experiments.files import resume, write
 from experiments.kernel_cases import random_parents
-from experiments.sessions import DTYPES
+from experiments.sessions import DTYPES, Asked, Ours, with_tree
 from specdec.cache import PagedKVCache
+from specdec.drafters.small_llama import SmallLlama
+from specdec.drafters.trees.chain import Chain
 from specdec.environment import describe_environment
 from specdec.model import PagedLM
+from specdec.verifier.recursive_rejection import RecursiveRejection
 
 RESULTS = Path(__file__).parent / "results"
 MEMORY_SHARE = 0.8  # of the free memory that a cell may take
+PARTS = ("draft", "verify", "loop")  # the shortest one first
+CHAINS = (2, 6)  # levels whose drafts are compared
+LOOP_PROMPT, LOOP_TOKENS = 64, 48
 CHOICES = 4  # most probable tokens asked of a draft, for each node
 WARM_UP = 3
 
@@ -201,6 +211,47 @@ def calibrate_draft(options: argparse.Namespace, seconds: Any, save: Callable[[]
                 save()
 
 
+def calibrate_loop(
+    options: argparse.Namespace, result: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Fill in what the loop adds."""
+    loop = result["loop"]
+    if "todo" not in str(loop):
+        return
+    target = PagedLM.load(options.target, dtype=DTYPES[options.dtype], device=options.device)
+    drafter = SmallLlama(target=target, tree=Chain(budget=1), path=options.draft)
+    for b, batch in enumerate(options.batch):
+        asked = [
+            Asked(i, str(i), random_tokens(target, LOOP_PROMPT).tolist()) for i in range(batch)
+        ]
+        draft, rest = zip(
+            *(_loop_seconds(target, drafter, asked, levels) for levels in CHAINS), strict=True
+        )
+        level = (draft[1] - draft[0]) / (CHAINS[1] - CHAINS[0])
+        loop["level"][b] = max(0.0, level - result["draft"]["seconds"][b][0])
+        loop["step"][b] = statistics.mean(rest) + max(0.0, draft[0] - CHAINS[0] * level)
+        save()
+
+
+def _loop_seconds(
+    target: PagedLM, drafter: SmallLlama, asked: Sequence[Asked], levels: int
+) -> tuple[float, float]:
+    """Median seconds of drafting a chain, and of all of a step but drafting and verifying."""
+    tree = Chain(budget=levels, children="sample")
+    session = Ours(
+        target,
+        with_tree(drafter, tree),
+        RecursiveRejection(),
+        temperature=1.0,
+        batch=len(asked),
+        longest=LOOP_PROMPT + LOOP_TOKENS,
+    )
+    session.warm_up(asked[0].tokens)
+    steps = [step.seconds for step in session.decode(asked, LOOP_TOKENS).steps[1:]]
+    rest = [sum(step.get(verb, 0.0) for verb in ("accept", "commit", "other")) for step in steps]
+    return statistics.median(step["draft"] for step in steps), statistics.median(rest)
+
+
 def table(result: dict[str, Any]) -> Group:
     """Milliseconds: a line for each batch and context, a column for each size."""
     verify, draft = result["verify"], result["draft"]
@@ -214,7 +265,11 @@ def table(result: dict[str, Any]) -> Group:
     two.title = f"ms of a level of {result['settings']['draft']}, context {draft['context']}"
     for batch, line in zip(draft["batch"], draft["seconds"], strict=True):
         two.add_row(str(batch), *map(_ms, line))
-    return Group(one, two)
+    three = Table("batch", "of a drafted level", "of a step")
+    three.title = "ms that the loop adds"
+    for row in zip(*(result["loop"][name] for name in ("batch", "level", "step")), strict=True):
+        three.add_row(str(row[0]), *map(_ms, row[1:]))
+    return Group(one, two, three)
 
 
 def _ms(seconds: float | str | None) -> str:
@@ -239,7 +294,7 @@ def settings_of(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, nargs="+", default=values)
     parser.add_argument("--draft-context", type=int, default=1024)
     parser.add_argument("--replays", type=int, default=15)
-    parser.add_argument("--only", choices=("verify", "draft"), nargs="+")
+    parser.add_argument("--only", choices=PARTS, nargs="+")
     parser.add_argument("--out", type=Path, default=RESULTS / "calibrate.json")
     parser.add_argument("--resume", action="store_true", help="what the file has stays")
     options = parser.parse_args(arguments)
@@ -278,16 +333,20 @@ def main(arguments: list[str] | None = None) -> None:
                 "seconds": [["todo"] * len(options.width) for _ in options.batch],
             },
         }
+    todo = ["todo"] * len(options.batch)
+    result.setdefault("loop", {"batch": options.batch, "level": todo, "step": [*todo]})
     result |= describe_environment(torch.device(options.device))
 
     def save() -> None:
         write(options.out, result)
 
-    parts = options.only or ("verify", "draft")
-    if "draft" in parts:  # the shorter one first
+    parts = options.only or PARTS
+    if "draft" in parts:
         calibrate_draft(options, result["draft"]["seconds"], save)
     if "verify" in parts:
         calibrate_verify(options, result["verify"]["seconds"], save)
+    if "loop" in parts:
+        calibrate_loop(options, result, save)
     Console(width=130).print(table(result))
 
 

@@ -1,4 +1,4 @@
-"""Write the measured tables of the README from the JSON files they come from.
+"""Write the measured tables of the pages from the JSON files they come from.
 
 python -m experiments.readme
 """
@@ -11,9 +11,11 @@ from typing import Any
 
 from experiments import drafters as drafter_study
 from experiments.end_to_end_plot import bootstrap
+from experiments.trees_and_rules_plot import tree_lengths, tree_speed
 from specdec.standin import SHAPES
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/acceptance.md")
 
 
 def cpu_speed(result: dict[str, Any]) -> str:
@@ -414,6 +416,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "drafter_lengths": ("drafter_lengths.json", drafter_lengths),
     "drafter_speed": ("drafter_speed.json", drafter_speed),
     "lookup_speed": ("lookup_speed.json", lookup_speed),
+    "tree_lengths": ("tree_lengths.json", tree_lengths),
+    "tree_speed": ("tree_speed.json", tree_speed),
     "kernels": ("kernel_attention.json", kernels),
     "kernel_steps": ("kernel_steps.json", kernel_steps),
     "kernel_elementwise": ("kernel_elementwise.json", kernel_elementwise),
@@ -421,16 +425,16 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def main() -> None:
-    page = ROOT / "README.md"
-    text = page.read_text()
-    for marker, (file, describe) in TABLES.items():
-        path = ROOT / "experiments/results" / file
-        if not path.exists():
-            continue
-        table = describe(json.loads(path.read_text()))
-        pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
-        text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
-    page.write_text(text)
+    for page in (ROOT / name for name in PAGES):
+        text = page.read_text()
+        for marker, (file, describe) in TABLES.items():
+            path = ROOT / "experiments/results" / file
+            if not path.exists() or f"<!-- {marker} -->" not in text:
+                continue
+            table = describe(json.loads(path.read_text()))
+            pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
+            text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
+        page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -112,10 +112,12 @@ def predictions(
         budget: nodes of a tree at most, the root not counted.
         depth: levels at most.
     """
-    yield Choice(shape=frozenset(), tokens=1.0, seconds=costs.verify(batch, 1, context))
+    step = costs.step(batch)
+    yield Choice(shape=frozenset(), tokens=1.0, seconds=costs.verify(batch, 1, context) + step)
     budget = min(budget, costs.most_nodes - 1)
-    verify = [costs.verify(batch, nodes + 1, context) for nodes in range(budget + 1)]
-    draft = [costs.draft(batch, width) for width in range(costs.most_width + 1)]
+    verify = [costs.verify(batch, nodes + 1, context) + step for nodes in range(budget + 1)]
+    level = costs.level(batch)
+    draft = [costs.draft(batch, width) + level for width in range(costs.most_width + 1)]
     listed: set[Shape] = {frozenset()}
     for levels in range(1, min(depth, budget) + 1):
         shapes = OptimalShapes(rates, budget, levels)
