@@ -100,6 +100,19 @@ def kernel_steps(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_operations(records, "batch", "batch")])
 
 
+def rule_steps(result: dict[str, Any]) -> str:
+    """The table of `rule_steps.py`."""
+    settings = result["settings"]
+    lines = [
+        f"Acceptance of trees of {settings['nodes']} nodes with {settings['candidates']} draft "
+        f"candidates each, a vocabulary of {settings['vocabulary']:,}, {settings['dtype']} "
+        f"logits, temperature {settings['temperature']:g}, on one {_device(result)}: microseconds "
+        f"in a CUDA graph, and of the torch definition by the clock (`{result['command']}`, "
+        f"[JSON](../experiments/results/rule_steps.json)):",
+    ]
+    return "\n".join([*lines, "", *_operations(result["batches"], "batch", "batch")])
+
+
 def kernel_elementwise(result: dict[str, Any]) -> str:
     """The table of `kernel_bench.py --elementwise`."""
     floor = ", ".join(f"{us:.1f} ({name})" for name, us in result["floor"].items())
@@ -418,6 +431,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lookup_speed": ("lookup_speed.json", lookup_speed),
     "tree_lengths": ("tree_lengths.json", tree_lengths),
     "tree_speed": ("tree_speed.json", tree_speed),
+    "tree_speed_batch8": ("tree_speed_batch8.json", tree_speed),
+    "rule_steps": ("rule_steps.json", rule_steps),
     "kernels": ("kernel_attention.json", kernels),
     "kernel_steps": ("kernel_steps.json", kernel_steps),
     "kernel_elementwise": ("kernel_elementwise.json", kernel_elementwise),

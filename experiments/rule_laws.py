@@ -30,6 +30,7 @@ ROOT_TOKEN = 1
 BELOW_ONE = math.nextafter(1.0, 0.0)
 CONCENTRATION = 0.7  # of the Dirichlet distribution that random tables are drawn from
 ROWS = 1 << 16  # judged at once
+SKIPPING = ("traversal", "multi_path")  # rules that do not look at every coin
 NEVER = 1e-24  # outcomes below are what rounding leaves of impossible ones
 
 Tokens = tuple[int, ...]
@@ -322,7 +323,8 @@ def _outcomes(
             chance = fixed[row]
         chance = chance.double()[:, 1:]
         skipped, pattern = chance.isnan(), pattern[:, 1:]
-        _require(bool((skipped | (chance >= 0)).all()), f"{rule.name}: a chance below 0")
+        proper = (skipped & (rule.name in SKIPPING)) | (chance >= 0)
+        _require(bool(proper.all()), f"{rule.name}: a chance that is none")
         chance = chance.clamp(max=1.0)  # what rounding makes of certainty
         weight = torch.where(pattern, chance, 1.0 - chance)
         # A coin that nobody looks at is taken for high, so that the outcome counts once.

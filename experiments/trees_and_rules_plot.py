@@ -9,6 +9,7 @@ token-wise sampling.
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,21 @@ def chain_of(result: Entry, budget: int) -> Entry:
 
 def compared(entry: Entry, other: Entry, key: str = "steps") -> tuple[float, float, float]:
     """How many times fewer steps (or seconds) than another for the same tokens, with its 95 %
-    paired bootstrap interval over prompts."""
+    paired bootstrap interval over prompts, or over batches, whose prompts share their seconds."""
     names = [name for name in other["prompts"] if name in entry["prompts"]]
-    mine, theirs = ([one["prompts"][name][key] for name in names] for one in (entry, other))
+    sums: dict[str, list[float]] = {"mine": [], "theirs": []}
+    for _, group in groupby(names, lambda name: (key == "steps" and name, _seconds(other, name))):
+        together = list(group)
+        for side, one in (("mine", entry), ("theirs", other)):
+            sums[side].append(sum(one["prompts"][name][key] for name in together))
+    mine, theirs = sums.values()
     low, high = bootstrap(theirs, mine)
     return sum(theirs) / sum(mine), low, high
+
+
+def _seconds(entry: Entry, name: str) -> float:
+    seconds: float = entry["prompts"][name]["seconds"]
+    return seconds
 
 
 def interval(entry: Entry) -> tuple[float, float]:
@@ -95,8 +106,9 @@ def tree_lengths(result: Entry) -> str:
         f"{count} prompts of HumanEval and MT-Bench, {settings['tokens']} new tokens each, tokens "
         f"over steps of all prompts with 95 % bootstrap intervals over prompts; at every budget "
         f"of nodes the best setting of each policy (`{result['command']}`, "
-        f"[JSON](experiments/results/tree_lengths.json)). Policies with sampled children and "
-        f"recursive rejection, chains with token-wise sampling:",
+        f"[JSON](experiments/results/tree_lengths.json)). {worth(result)} Policies with sampled "
+        f"children and recursive rejection, chains with token-wise sampling; `cost_aware` is "
+        f"after speed, here that of a CPU, where nodes are dear:",
         "",
         *lengths(result, "policy"),
         "",
@@ -105,6 +117,24 @@ def tree_lengths(result: Entry) -> str:
         *lengths(result, "rule"),
     ]
     return "\n".join(lines)
+
+
+def worth(result: Entry) -> str:
+    """What the best tree and the best rule gain over the tuned chain, in a sentence."""
+    budget = budgets_of(result)[-1]
+    said = []
+    for axis in TITLES:
+        found = best(result, axis, budget)
+        name = max(found, key=lambda one: pooled(found[one])["accepted_length"])
+        ratio, low, high = compared(found[name], chain_of(result, budget))
+        said.append(
+            f"the best {'tree' if axis == 'policy' else axis}, `{name}`, {ratio:.2f} "
+            f"({low:.2f} to {high:.2f})"
+        )
+    return (
+        f"With up to {budget} nodes the accepted length of the tuned chain with token-wise "
+        f"sampling is multiplied by: {'; '.join(said)}."
+    )
 
 
 def tree_speed(result: Entry) -> str:
@@ -118,14 +148,17 @@ def tree_speed(result: Entry) -> str:
     aware = next(
         one for one in methods.values() if (one["policy"], one["axis"]) == ("cost_aware", "policy")
     )
-    against = "{:.3f} ({:.3f} to {:.3f})".format(*compared(aware, top, "seconds"))
+    against = "{:.2f} ({:.2f} to {:.2f})".format(*compared(aware, top, "seconds"))
+    units = "prompts" if settings["batch"] == 1 else "batches"
+    file = f"tree_speed{'' if settings['batch'] == 1 else '_batch' + str(settings['batch'])}.json"
     device = result["hardware"].get("gpu", result["hardware"]["cpu"])
     lines = [
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, one {device}, "
         f"temperature 1, batch {settings['batch']}: {len(plain['prompts'])} prompts, "
         f"{settings['tokens']} new tokens each, all methods in turns, by device time of all "
-        f"steps, with 95 % paired bootstrap intervals over prompts (`{result['command']}`, "
-        f"[JSON](experiments/results/tree_speed.json)). `cost_aware` chose its tree beforehand, "
+        f"steps, with 95 % paired bootstrap intervals over {units} "
+        f"(`{result['command']}`, "
+        f"[JSON](experiments/results/{file})). `cost_aware` chose its tree beforehand, "
         f"from measured acceptance and measured costs; its speed over that of the fastest fixed "
         f"tree of the grid ({_named(top)}, chosen afterwards) is {against}:",
         "",
@@ -133,14 +166,16 @@ def tree_speed(result: Entry) -> str:
         "| over the tuned chain |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    shown = [plain, *sorted((m for m in methods.values() if m is not plain), key=_speed)]
+    others = (entry for entry in methods.values() if entry is not plain)
+    shown = [*sorted(others, key=_speed, reverse=True), plain]
     for entry in shown:
         found = pooled(entry)
-        others = [] if entry is plain else [plain, chain]
         over = [
             "{:.2f} ({:.2f} to {:.2f})".format(*compared(entry, other, "seconds"))
-            for other in others
-        ] or ["", ""]
+            if entry is not plain
+            else ""
+            for other in (plain, chain)
+        ]
         cells = [
             _named(entry),
             f"`{entry['rule']}`",

@@ -1,6 +1,8 @@
 """experiments/trees_and_rules.py with the zoo pair on a CPU: grids, records, tables, plots."""
 
+import itertools
 import json
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import pytest
 from experiments import trees_and_rules as study
 from experiments import trees_and_rules_plot as shown
 from specdec.drafters.trees.chain import Chain
+from specdec.drafters.trees.shapes import expected_accepted, shape_of
+from specdec.rates import AcceptanceRates
 from specdec.sampling import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -100,6 +104,31 @@ def test_speed_takes_turns_and_compares_with_fixed_trees(
     text = shown.tree_speed(result)
     assert "| `cost_aware` | `recursive_rejection` | sampled |" in text
     assert "| `none` | `target_only` |" in text
+
+
+def test_measured_lengths_of_fixed_trees_are_those_predicted_from_measured_rates() -> None:
+    """Chains and static trees timed on a GPU, where at least 10,000 tokens of each were decoded,
+    against rates measured elsewhere, on a few of the prompts."""
+    rates = AcceptanceRates.load("zoo", children="sample", temperature=study.TEMPERATURE)
+    counts: dict[tuple[int, ...], Counter[str]] = defaultdict(Counter)
+    for name in ("tree_speed", "tree_speed_batch8"):
+        path = Path(__file__).parents[1] / f"experiments/results/{name}.json"
+        for entry in json.loads(path.read_text())["methods"].values():
+            if entry["rule"] not in ("tokenwise", "recursive_rejection"):
+                continue
+            widths = (1,) * entry["nodes"]
+            if entry["policy"] == "static":
+                widths = tuple(map(int, entry["setting"].split(",")))
+            if entry["policy"] in ("static", "chain"):
+                for prompt in entry["prompts"].values():
+                    counts[widths].update(tokens=prompt["tokens"], steps=prompt["steps"])
+    decoded = {widths: count for widths, count in counts.items() if count["tokens"] > 10_000}
+    assert len(decoded) >= 8
+    for widths, count in decoded.items():
+        levels = [range(width) for width in widths]
+        paths = [p for d in range(1, len(levels) + 1) for p in itertools.product(*levels[:d])]
+        predicted = 1 + expected_accepted(shape_of(paths), rates)
+        assert predicted == pytest.approx(count["tokens"] / count["steps"], rel=0.05), widths
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ class MultiPath(Block):
     What block verification needs is the law of what it judges: of k draws the token x is picked
     with probability (1 - c)^k - (1 - c - q(x))^k, where c is the mass of q on the tokens of
     greater ratio. That law is a function of p, q and k alone, so the path is a chain drawn from
-    it, and as lossless as any. It is nearer to p than q is.
+    it, and as lossless as any. Picking makes up for what a draft lacks; where the draft is right
+    already it spoils it.
 
     Lossless for children drawn with replacement.
     """
