@@ -1,6 +1,5 @@
 """experiments/trees_and_rules.py with the zoo pair on a CPU: grids, records, tables, plots."""
 
-import itertools
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -10,8 +9,9 @@ import pytest
 
 from experiments import trees_and_rules as study
 from experiments import trees_and_rules_plot as shown
+from experiments.measure_acceptance import static_shape
 from specdec.drafters.trees.chain import Chain
-from specdec.drafters.trees.shapes import expected_accepted, shape_of
+from specdec.drafters.trees.shapes import expected_accepted
 from specdec.rates import AcceptanceRates
 from specdec.sampling import SamplingParams
 
@@ -125,10 +125,23 @@ def test_measured_lengths_of_fixed_trees_are_those_predicted_from_measured_rates
     decoded = {widths: count for widths, count in counts.items() if count["tokens"] > 10_000}
     assert len(decoded) >= 8
     for widths, count in decoded.items():
-        levels = [range(width) for width in widths]
-        paths = [p for d in range(1, len(levels) + 1) for p in itertools.product(*levels[:d])]
-        predicted = 1 + expected_accepted(shape_of(paths), rates)
+        predicted = 1 + expected_accepted(static_shape(widths), rates)
         assert predicted == pytest.approx(count["tokens"] / count["steps"], rel=0.05), widths
+
+
+@pytest.mark.parametrize("name", ["tree_speed", "tree_speed_batch8"])
+def test_the_cost_aware_tree_is_as_fast_as_the_best_of_the_measured_grid(name: str) -> None:
+    path = Path(__file__).parents[1] / f"experiments/results/{name}.json"
+    methods = json.loads(path.read_text())["methods"].values()
+    speeds = {
+        policy: max(
+            shown.pooled(entry)["tokens_per_second"]
+            for entry in methods
+            if entry["policy"] == policy and entry["rule"] in ("tokenwise", "recursive_rejection")
+        )
+        for policy in ("chain", "static", "cost_aware")
+    }
+    assert speeds["cost_aware"] > 0.98 * max(speeds.values())
 
 
 @pytest.mark.parametrize(
