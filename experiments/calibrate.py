@@ -63,6 +63,8 @@ def replay_seconds(call: Callable[[], Any], device: torch.device, replays: int) 
     """Median seconds of a call that may be captured in a CUDA graph."""
     call()  # compiles, allocates
     if device.type != "cuda":
+        for _ in range(WARM_UP):
+            call()
         found = []
         for _ in range(replays):
             begun = time.perf_counter()
