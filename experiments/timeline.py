@@ -17,7 +17,8 @@ GROUPS = {
     "weights": r"^(stream|ring)_kernel|gemm|gemv|nvjet|cutlass|cublas|splitk",
     "attention": r"^(attention|merge|_plan|_share)_kernel",
     "layers": r"^(add_norm|rotate|gate|write_tree|quantise)_kernel",
-    "rules, top tokens": r"^(_scan|_greedy|judge|race|_merge|_uniforms)_kernel",
+    "rules, top tokens": r"^(_scan|_law|_greedy|judge|race|rest|_prepare|_traverse|_divisor"
+    r"|_merge|_uniforms)_kernel",
     "trees": r"^(tree_structure|_extend|_best|_compact)_kernel",
     "cache": r"^(commit_path|compact_path)_kernel",
     "copies": r"^mem(cpy|set)",

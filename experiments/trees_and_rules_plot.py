@@ -108,7 +108,8 @@ def tree_lengths(result: Entry) -> str:
         f"of nodes the best setting of each policy (`{result['command']}`, "
         f"[JSON](experiments/results/tree_lengths.json)). {worth(result)} Policies with sampled "
         f"children and recursive rejection, chains with token-wise sampling; `cost_aware` is "
-        f"after speed, here that of a CPU, where nodes are dear:",
+        f"after speed, here that of a CPU, where nodes are dear. Settings were chosen on these "
+        f"prompts; some of them are among those that `rates=zoo` was measured on:",
         "",
         *lengths(result, "policy"),
         "",
@@ -159,8 +160,8 @@ def tree_speed(result: Entry) -> str:
         f"steps, with 95 % paired bootstrap intervals over {units} "
         f"(`{result['command']}`, "
         f"[JSON](experiments/results/{file})). `cost_aware` chose its tree beforehand, "
-        f"from measured acceptance and measured costs; its speed over that of the fastest fixed "
-        f"tree of the grid ({_named(top)}, chosen afterwards) is {against}:",
+        f"from acceptance (measured on a few of these prompts) and costs; its speed over that of "
+        f"the fastest fixed tree of the grid ({_named(top)}, chosen afterwards) is {against}:",
         "",
         "| tree | rule | children | nodes | tokens/s | accepted length | over `none` "
         "| over the tuned chain |",

@@ -13,7 +13,7 @@ from specdec.model import PagedLM
 from specdec.sampling import SamplingParams, probabilities
 
 Record = Mapping[str, Any]
-CHUNK = 256  # tokens whose logits are looked at together
+CHUNK = 64  # tokens whose logits are looked at together
 
 
 def compare(

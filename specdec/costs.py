@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from specdec.tables import load_table
 
+LOOP = {"loop_batches": "batch", "loop_level": "level", "loop_step": "step"}
+
 
 class CostTable:
     """Seconds by linear interpolation inside a measured grid; outside, those of its edge.
@@ -43,7 +45,9 @@ class CostTable:
     ) -> None:
         self._verify = _Grid("verify", verify_grid, verify_seconds)
         self._draft = _Grid("draft", draft_grid, draft_seconds)
-        self._loop = [np.asarray(line) for line in (loop_batches, loop_level, loop_step)]
+        self._loop = np.asarray([loop_batches, loop_level, loop_step], dtype=np.float64)
+        if not (np.isfinite(self._loop) & (self._loop >= 0)).all():
+            raise ValueError("loop: seconds that are missing or negative")
 
     @classmethod
     def load(cls, path: str | Path, *, setting: str | None = None) -> "CostTable":
@@ -60,8 +64,7 @@ class CostTable:
 
         def parse(data: Any) -> CostTable:
             verify, draft = data["verify"], data["draft"]
-            names = {"batch": "loop_batches", "level": "loop_level", "step": "loop_step"}
-            loop = {names[name]: line for name, line in data.get("loop", {}).items()}
+            loop = data.get("loop", {})
             if "todo" in str((verify["seconds"], draft["seconds"], loop)):
                 raise ValueError("unfinished; experiments/calibrate.py --resume goes on with it")
             return cls(
@@ -69,7 +72,7 @@ class CostTable:
                 verify_seconds=_filled(verify["seconds"]),
                 draft_grid=[draft[name] for name in ("batch", "width")],
                 draft_seconds=draft["seconds"],
-                **loop,
+                **{name: loop[key] for name, key in LOOP.items() if loop},
             )
 
         mend = "experiments/calibrate.py makes one"

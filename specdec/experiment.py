@@ -184,6 +184,8 @@ class Experiment:
 
     def _finish(self, folder: RunFolder, tracker: Tracker, *, interrupted: bool) -> Record:
         summary = self._summarise(folder, interrupted=interrupted)
+        folder.write_summary(summary)  # whatever becomes of the check, which takes passes
+        summary["lossless"] = self._check(folder, interrupted=interrupted)
         folder.write_summary(summary)
         tracker.finish(summary, folder.main.generations.records)
         return summary
@@ -267,24 +269,28 @@ class Experiment:
         if self._graphs is not None:
             summary["graphs"] = {"counts": self._graphs.counts, "obstacle": self._graphs.obstacle}
         baseline = folder.baseline
-        lossless: Record = {"checked": 0, "identical": 0, "divergences": []}
         if baseline is not None:
             summary["baseline"] = summarise(baseline.generations.records, baseline.steps.records)
             theirs = summary["baseline"]["tokens_per_second"]
             summary["speedup"] = summary["tokens_per_second"] / theirs if theirs else None
-            if self.sampling.greedy:
-                lossless = compare(
-                    mine,
-                    baseline.generations.records,
-                    self.target,
-                    kv_dtype=self.cache.kv_dtype,
-                )
-        if self.method.synthetic:
-            lossless = {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
-        elif not self.sampling.greedy:
-            lossless = follow(mine, self.target, self.sampling, kv_dtype=self.cache.kv_dtype)
-        summary["lossless"] = lossless
+        summary["lossless"] = {"refused": "the check was interrupted"}
         return {**summary, **describe_environment(self.target.device)}
+
+    def _check(self, folder: RunFolder, *, interrupted: bool) -> Record:
+        """What becomes of losslessness: texts against the baseline's, or the target's
+        distributions."""
+        if self.method.synthetic:
+            return {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
+        mine, kv_dtype = folder.main.generations.records, self.cache.kv_dtype
+        if self.sampling.greedy:
+            theirs = folder.baseline.generations.records if folder.baseline is not None else []
+            return compare(mine, theirs, self.target, kv_dtype=kv_dtype)
+        if interrupted:
+            return {"refused": "the run was interrupted"}
+        try:
+            return follow(mine, self.target, self.sampling, kv_dtype=kv_dtype)
+        except torch.OutOfMemoryError:
+            return {"refused": "no memory is left for passes over the texts"}
 
 
 @dataclass(slots=True, kw_only=True)

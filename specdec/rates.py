@@ -43,18 +43,24 @@ class AcceptanceRates:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, children: str, temperature: float, setting: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        children: str,
+        temperature: float,
+        top_p: float | None = None,
+        setting: str | None = None,
     ) -> "AcceptanceRates":
         """Read a file of `experiments/measure_acceptance.py`.
 
         Its cases are measurements for children chosen one way, at one temperature. That of the
         nearest temperature counts, though never one at temperature 0 for one above or the reverse;
-        of several the first without top-p, or else the first.
+        of several that of the nearest top-p.
 
         Args:
             path: the file, or the name of one in `specdec/data/acceptance`.
             children: as in `Proposal.children`.
-            temperature: of the target.
+            temperature, top_p: of the target.
             setting: the option that gave `path`, for error messages.
 
         Raises:
@@ -63,7 +69,7 @@ class AcceptanceRates:
         """
 
         def parse(data: Any) -> AcceptanceRates:
-            return cls(values=_case(data["cases"], children, temperature)["rates"])
+            return cls(values=_case(data["cases"], children, temperature, top_p)["rates"])
 
         return load_table(path, parse, mend=MEASURE, packaged="acceptance", setting=setting)
 
@@ -79,22 +85,23 @@ class AcceptanceRates:
         return float(row[rank]) if rank < row.size else 0.0
 
 
-def _case(cases: Any, children: str, temperature: float) -> Mapping[str, Any]:
+def _case(cases: Any, children: str, temperature: float, top_p: float | None) -> Mapping[str, Any]:
     """The case that comes nearest."""
 
     def fits(case: Mapping[str, Any]) -> bool:
         same_kind = (case["temperature"] == 0) == (temperature == 0)
         return same_kind and bool(case["children"] == children)
 
-    def distance(case: Mapping[str, Any]) -> tuple[float, bool]:
-        return abs(case["temperature"] - temperature), case.get("top_p") is not None
+    def distance(case: Mapping[str, Any]) -> tuple[float, float]:
+        share = 1.0 if top_p is None else top_p
+        return abs(case["temperature"] - temperature), abs((case.get("top_p") or 1.0) - share)
 
     fitting: list[Mapping[str, Any]] = [case for case in cases if fits(case)]
     if not fitting:
-        held = ", ".join(f"{case['children']} at {case['temperature']:g}" for case in cases)
+        held = dict.fromkeys(f"{case['children']} at {case['temperature']:g}" for case in cases)
         raise ValueError(
             f"holds no rates of children={children} at temperature {temperature:g} "
-            f"({held or 'nothing'}); {MEASURE}"
+            f"({', '.join(held) or 'nothing'}); choose other children, or {MEASURE}"
         )
     return min(fitting, key=distance)
 

@@ -161,9 +161,9 @@ def _lossless_cell(summary: Summary) -> str:
     lossless = summary["lossless"]
     if summary["synthetic"]:
         return "SYNTHETIC"
-    if summary["temperature"] > 0:
-        return f"p={lossless['p_value']:.2g}" if lossless["tokens"] else "-"
-    if lossless["checked"]:
+    if lossless.get("tokens"):
+        return f"p={lossless['p_value']:.2g}"
+    if lossless.get("checked"):
         return f"{lossless['identical']} of {lossless['checked']}"
     return "-"
 
@@ -176,8 +176,8 @@ def _lossless_line(summary: Summary) -> str:
         if not lossless["tokens"]:
             return "lossless: not checked, there is no output"
         line = (
-            f"lossless: {lossless['tokens']:,} tokens against the target's distributions, "
-            f"p = {lossless['p_value']:.2g}"
+            f"lossless: {lossless['tokens']:,} tokens tested for being draws from the target's "
+            f"distributions, p = {lossless['p_value']:.2g} (tiny if they are not)"
         )
         if lossless["impossible"]:
             line += f"; {lossless['impossible']} of them are excluded by the sampling settings"

@@ -77,7 +77,7 @@ def main() -> None:
         _fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    if len(_finished) > 1:
+    if len(_finished) + len(_refused) > 1:
         show_sweep(_finished, _refused, Console())
     sys.exit(2 if _refused else 0)
 
@@ -108,6 +108,8 @@ def run(settings: Mapping[str, Any], console: Console) -> dict[str, Any]:
     rule, children = _pair(settings, sampling)
     shape = {**settings["tree"], "children": children}
     tree = _build(get_class(shape["_target_"]), "tree", shape)
+    # Refuses a depth that contradicts the tree, before a model is loaded.
+    tree.levels(_typed("drafter.depth", settings["drafter"].get("depth"), int | None))
     wide = any(tree.width(level) > 1 for level in range(tree.levels(None) if tree.budget else 0))
     if rule.chains and wide and not sampling.greedy:
         raise ValueError(

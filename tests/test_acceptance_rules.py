@@ -382,6 +382,21 @@ def test_likely_rules_keep_the_longest_path_that_their_formula_allows(
         assert torch.equal(accepted.next_token, expected)
 
 
+def test_relaxed_acceptance_keeps_to_the_filters() -> None:
+    """Of four tokens near enough to the first a filter leaves two."""
+    probs = np.log([0.4, 0.3, 0.2, 0.1])
+    tree = TokenTree(
+        tokens=torch.tensor([[0, token] for token in range(4)]),
+        parents=torch.tensor([[-1, 0]] * 4, dtype=torch.int32),
+        size=torch.tensor([2] * 4, dtype=torch.int32),
+        depth=1,
+    )
+    logits = torch.tensor(np.broadcast_to(probs, (4, 2, 4)).copy())
+    context = context_for(SamplingParams(temperature=1.0, top_k=2), 4)
+    accepted = Relaxed(top_n=10, delta=0.6).accept(context, tree, logits)
+    assert accepted.length.tolist() == [2, 2, 1, 1]
+
+
 def test_typical_and_strict_relaxed_acceptance_are_greedy_at_temperature_zero() -> None:
     logits, draft = logits_table(85, 4), dirichlet_table(86, 4)
     assert Typical().lossy("top_k", COLD) is None

@@ -665,8 +665,15 @@ def test_a_model_reads_what_quantised_pages_stand_for(lm: PagedLM, name: str) ->
         assert not torch.equal(found, other)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("kv_dtype", QUANTISED, ids=str)
+@pytest.mark.parametrize(
+    ("kv_dtype", "impl"),
+    [
+        *((kv_dtype, "reference") for kv_dtype in QUANTISED),
+        (torch.float8_e4m3fn, "triton"),
+        pytest.param(torch.int8, "triton", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_model_sees_a_node_as_it_will_be_once_committed(
     impl: Literal["reference", "triton"], kv_dtype: torch.dtype
 ) -> None:

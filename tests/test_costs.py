@@ -108,3 +108,23 @@ def test_errors_name_the_file(tmp_path: Path, found: Any, message: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none.json: no such file; experiments/calibrate.py"):
         CostTable.load(tmp_path / "none.json")
+
+
+def test_the_packaged_table_of_the_h200_is_the_one_of_the_readme() -> None:
+    root = Path(__file__).parents[1]
+    packaged = root / "specdec/data/costs/h200.json"
+    assert packaged.read_text() == (root / "experiments/results/calibrate.json").read_text()
+
+
+@pytest.mark.parametrize("level", [[0.001], [0.001, float("nan")], [0.001, -1.0]])
+def test_what_the_loop_adds_is_checked(tmp_path: Path, level: list[float]) -> None:
+    data = json.loads((Path(__file__).parents[1] / "specdec/data/costs/h200.json").read_text())
+    data["loop"] = {"batch": [1, 8], "level": level, "step": [0.001, 0.002]}
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"{path}: "):
+        CostTable.load(path)
+    data["loop"]["level"] = [0.001, 0.003]
+    path.write_text(json.dumps(data))
+    table = CostTable.load(path)
+    assert (table.level(1), table.step(8), table.level(99)) == (0.001, 0.002, 0.003)

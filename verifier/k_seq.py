@@ -17,7 +17,8 @@ class KSeq(SupportRule):
     Child x is accepted with probability min(1, p(x) / (r * q(x))), whatever became of its elder
     siblings; r is the least divisor for which the mass so accepted stays below p everywhere
     (`kernels.divisor`). After the last child the next token is drawn from what p has more than
-    that. At least 1 - 1/e times as many tokens are accepted as by optimal transport.
+    that. Of a single level it accepts at least
+    1 - 1/e times as many tokens as optimal transport.
 
     Lossless for children drawn with replacement. A token drawn twice is tried twice; what is
     entered is the eldest of its nodes, which is the one that has children.

@@ -43,7 +43,7 @@ class Relaxed(LikelyRule):
         best, probs = context.kernels.top_tokens(
             scores.flatten(0, 1), count, temperature=temperature
         )  # [B * N, count] each
-        near = probs >= probs[:, :1] - self.delta
+        near = (probs >= probs[:, :1] - self.delta) & (probs > 0)  # a filter leaves some none
         shape = *tree.tokens.shape, count
         allowed = at_parents(tree, best.masked_fill(~near, -1).view(shape))
         return (allowed == tree.tokens[..., None]).any(-1)

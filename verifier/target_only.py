@@ -14,10 +14,9 @@ class TargetOnly(CoinRule):
     the token.
 
     The same as drawing one token from the target and entering the child that carries it, so it is
-    lossless
-    however the children were chosen, and optimal for deterministic ones: the chance to accept is
-    the target's mass on them. (SGLang's `tree_speculative_sampling_target_only`; EAGLE with q =
-    1.)
+    lossless however the children were chosen, and optimal for deterministic ones: the chance to
+    accept is the target's mass on them. (SGLang's `tree_speculative_sampling_target_only`; EAGLE
+    with q = 1.)
     """
 
     name = "target_only"

@@ -30,10 +30,16 @@ class Accuracy(FixedShape):
         budget: int,
         depth: int | None = None,
         temperature: float = 0.0,
+        top_p: float | None = None,
         children: str = "top_k",
     ) -> None:
         found = measured_rates(
-            rates, budget=budget, depth=depth, children=children, temperature=temperature
+            rates,
+            budget=budget,
+            depth=depth,
+            children=children,
+            temperature=temperature,
+            top_p=top_p,
         )
         shape = greedy(found, budget, depth, in_order=children != "top_k")
         super().__init__(shape=shape, children=children)

@@ -49,7 +49,7 @@ class CostAware(FixedShape):
         rates: as in `Optimal`.
         costs: file of a `CostTable`, or the name of one in `specdec/data/costs`; auto is h200
             where there is a GPU and cpu elsewhere. They should be of the same models and machine.
-        batch: sequences decoded at a time.
+        batch: sequences decoded at a time; no more than were measured.
         context: tokens of a sequence before the tree.
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
         depth: levels at most.
@@ -73,15 +73,27 @@ class CostAware(FixedShape):
         context: int = 512,
         depth: int = 16,
         temperature: float = 0.0,
+        top_p: float | None = None,
         children: str = "top_k",
     ) -> None:
         check_positive(batch=batch, context=context)
         found = measured_rates(
-            rates, budget=budget, depth=depth, children=children, temperature=temperature
+            rates,
+            budget=budget,
+            depth=depth,
+            children=children,
+            temperature=temperature,
+            top_p=top_p,
         )
         if costs == "auto":
             costs = "h200" if torch.cuda.is_available() else "cpu"
         table = CostTable.load(costs, setting="tree.costs")
+        if batch > max(table.verify_batches):
+            raise ValueError(
+                f"tree.batch={batch}: tree.costs={costs} was measured up to a batch of "
+                f"{max(table.verify_batches)}; lower batch_size or measure more with "
+                f"experiments/calibrate.py"
+            )
         self.choice = choose(
             found, table, batch=batch, context=context, budget=budget, depth=depth
         )

@@ -15,6 +15,8 @@ from specdec.drafters.trees.shapes import (
 )
 from specdec.rates import AcceptanceRates
 
+MOST_NODES = 512  # of a shape that is searched for, which takes time and memory
+
 
 class FixedShape(BasePolicy):
     """One shape for all trees: a node of it becomes a node of the tree wherever the draft has that
@@ -106,7 +108,13 @@ class FixedShape(BasePolicy):
 
 
 def measured_rates(
-    rates: str, *, budget: int, depth: int | None, children: str, temperature: float
+    rates: str,
+    *,
+    budget: int,
+    depth: int | None,
+    children: str,
+    temperature: float,
+    top_p: float | None,
 ) -> AcceptanceRates:
     """What a policy with these settings chooses its shape by.
 
@@ -115,6 +123,8 @@ def measured_rates(
     """
     check_basics(budget, children)
     check_positive(depth=depth)
+    if budget > MOST_NODES:
+        raise ValueError(f"tree.budget={budget}: must be at most {MOST_NODES} to be searched for")
     return AcceptanceRates.load(
-        rates, children=children, temperature=temperature, setting="tree.rates"
+        rates, children=children, temperature=temperature, top_p=top_p, setting="tree.rates"
     )

@@ -27,9 +27,15 @@ class Optimal(FixedShape):
         budget: int,
         depth: int | None = None,
         temperature: float = 0.0,
+        top_p: float | None = None,
         children: str = "top_k",
     ) -> None:
         found = measured_rates(
-            rates, budget=budget, depth=depth, children=children, temperature=temperature
+            rates,
+            budget=budget,
+            depth=depth,
+            children=children,
+            temperature=temperature,
+            top_p=top_p,
         )
         super().__init__(shape=optimal(found, budget, depth), children=children)

@@ -23,18 +23,21 @@ class Paths(FixedShape):
             than the budget, or ranks skipped among sampled children.
     """
 
-    def __init__(
-        self, *, paths: str | list[list[int]], budget: int | None = None, children: str = "top_k"
-    ) -> None:
+    def __init__(self, *, paths: Any, budget: int | None = None, children: str = "top_k") -> None:
         if isinstance(paths, str):
             mend = f"it must hold {EXAMPLE}"
-            paths = load_table(paths, _listed, mend=mend, setting="tree.paths")
-        super().__init__(shape=paths, budget=budget, children=children)
+            shape = load_table(paths, _listed, mend=mend, setting="tree.paths")
+        else:
+            try:
+                shape = _listed(paths)
+            except ValueError as error:
+                raise ValueError(f"tree.paths={paths}: {error}, or be a file of one") from None
+        super().__init__(shape=shape, budget=budget, children=children)
 
 
 def _listed(data: Any) -> list[list[int]]:
     if not isinstance(data, list) or not all(_is_path(path) for path in data):
-        raise ValueError(f"must hold {EXAMPLE}")
+        raise ValueError(f"must be {EXAMPLE}")
     return data
 
 
