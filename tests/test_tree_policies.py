@@ -594,7 +594,7 @@ def test_beyond_what_was_measured() -> None:
         ('{"cases": 3}', "not iterable"),
         (
             '{"cases": []}',
-            r"holds no rates of children=top_k at temperature 0 \(nothing\); python",
+            r"holds no rates of children=top_k at temperature 0 \(nothing\); choose other",
         ),
         (
             json.dumps({"cases": [case("sample", 0.0, 0.1), case("top_k", 1.0, 0.1)]}),
@@ -892,7 +892,7 @@ def test_settings_out_of_range_are_named(build: Callable[[], object], message: s
 def test_a_file_that_lists_no_paths(tmp_path: Path, content: str) -> None:
     path = tmp_path / "choices.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=f"tree.paths={path}: must hold a list of paths like"):
+    with pytest.raises(ValueError, match=f"tree.paths={path}: must be a list of paths like"):
         Paths(paths=str(path))
 
 
