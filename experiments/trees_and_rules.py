@@ -168,16 +168,20 @@ def lengths(budget: int, options: argparse.Namespace) -> Iterator[Method]:
         )
     for rule in ("tokenwise", "block"):
         for length in chains:
-            chain = Method(
-                budget,
-                "chain",
-                f"{length}",
-                rule,
-                "sample",
-                "rule",
-                lambda n=length: Chain(budget=n, children="sample"),
-            )
-            yield chain
+            yield on_chain(budget, length, rule)
+
+
+def on_chain(budget: int, length: int, rule: str) -> Method:
+    """A rule for chains."""
+    return Method(
+        budget,
+        "chain",
+        f"{length}",
+        rule,
+        "sample",
+        "rule",
+        lambda: Chain(budget=length, children="sample"),
+    )
 
 
 def speed(options: argparse.Namespace) -> Iterator[Method]:
@@ -193,15 +197,7 @@ def speed(options: argparse.Namespace) -> Iterator[Method]:
     large = options.batch >= LARGE
     for rule in ("tokenwise",) if large else ("tokenwise", "block"):
         for length in TIMED:
-            yield Method(
-                length,
-                "chain",
-                f"{length}",
-                rule,
-                "sample",
-                "rule",
-                lambda n=length: Chain(budget=n, children="sample"),
-            )
+            yield on_chain(length, length, rule)
     for widths in FIXED if large else (*FIXED, *FIXED_DEEP):
         name = ",".join(map(str, widths))
         yield Method(

@@ -53,7 +53,7 @@ class CostAware(FixedShape):
         context: tokens of a sequence before the tree.
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
         depth: levels at most.
-        temperature: as in `Optimal`.
+        temperature, top_p: as in `Optimal`.
         children: how children are chosen.
 
     Attributes:

@@ -1,7 +1,8 @@
 """tree=optimal: the tree that measured acceptance makes the most of."""
 
 from specdec.drafters.trees.fixed import FixedShape, measured_rates
-from specdec.drafters.trees.shapes import optimal
+from specdec.drafters.trees.shapes import Shape, optimal
+from specdec.rates import AcceptanceRates
 
 
 class Optimal(FixedShape):
@@ -13,7 +14,7 @@ class Optimal(FixedShape):
             should be of the same models and the same kind of text.
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
         depth: levels at most; None for no limit.
-        temperature: of the target; the rates of the nearest one count.
+        temperature, top_p: of the target; the rates of the nearest ones count.
         children: how children are chosen.
 
     Raises:
@@ -38,4 +39,9 @@ class Optimal(FixedShape):
             temperature=temperature,
             top_p=top_p,
         )
-        super().__init__(shape=optimal(found, budget, depth), children=children)
+        super().__init__(shape=self.search(found, budget, depth, children), children=children)
+
+    @staticmethod
+    def search(rates: AcceptanceRates, budget: int, depth: int | None, children: str) -> Shape:
+        """The shape that these rates make the most of."""
+        return optimal(rates, budget, depth)
