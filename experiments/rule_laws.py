@@ -231,7 +231,7 @@ def coin_chances(
     if rule.name == "target_only":
         return target_only.child_probabilities(tree, target)
     proposal = support.proposal_of(tree, rule.name, target.dtype)
-    inside = target.gather(2, proposal.ids).masked_fill(proposal.probs <= 0, 0.0)
+    inside = support.on_support(target, proposal)
     match rule.name:
         case "recursive_rejection" | "tokenwise":
             return recursive_rejection.try_children(tree, proposal, inside)[0]

@@ -8,7 +8,7 @@ from torch import Tensor
 from specdec.kernels import reference
 from specdec.tree import Proposal, TokenTree
 from specdec.verifier.support import SupportRule, of_parents
-from specdec.verifier.walk import Path, walk
+from specdec.verifier.walk import Path, child_counts, walk
 
 
 class KSeq(SupportRule):
@@ -59,10 +59,9 @@ def chances(
         divisor [B, N] of the children of every node;
         count [B, N]: how many children it has.)
     """
-    parents = tree.parents.long()
-    count = torch.zeros_like(parents).scatter_add(1, parents.clamp(min=0), (parents >= 0).long())
+    count = child_counts(tree)
     divisor = kernels.divisor(proposal.probs, target, count)
     p, q = of_parents(tree, proposal, target, proposal.probs)
-    above = divisor.gather(1, parents.clamp(min=0)) * q
+    above = divisor.gather(1, tree.parents.long().clamp(min=0)) * q
     chance = torch.where(p > 0, p / above.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
     return chance.clamp(max=1.0), divisor, count

@@ -10,7 +10,7 @@ from specdec.kernels import reference
 from specdec.tree import PADDING, Proposal, TokenTree
 from specdec.verifier.block import Block
 from specdec.verifier.support import of_parents
-from specdec.verifier.walk import Path, elder_siblings, walk
+from specdec.verifier.walk import Path, child_counts, elder_siblings, walk
 
 
 class MultiPath(Block):
@@ -65,8 +65,7 @@ def pick(
         target: [B, N, K], the target's mass on the support of every node.
     """
     draft = proposal.probs
-    parents = tree.parents.long()
-    count = torch.zeros_like(parents).scatter_add(1, parents.clamp(min=0), (parents >= 0).long())
+    count = child_counts(tree)
     ratio = torch.where(draft > 0, target / draft, -1.0)  # void entries come last
     ordered = ratio.argsort(dim=-1, descending=True, stable=True)
     before = draft.gather(2, ordered).cumsum(-1)

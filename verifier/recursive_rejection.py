@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.tree import Proposal, TokenTree
-from specdec.verifier.support import SupportRule, proposal_of
+from specdec.verifier.support import SupportRule, on_support, proposal_of
 from specdec.verifier.walk import Path, elder_siblings, walk
 
 
@@ -48,8 +48,7 @@ def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor
         ValueError: a tree with children carries no proposal.
     """
     proposal = proposal_of(tree, RecursiveRejection.name, target.dtype)
-    inside = target.gather(2, proposal.ids).masked_fill(proposal.probs <= 0, 0.0)
-    return try_children(tree, proposal, inside)
+    return try_children(tree, proposal, on_support(target, proposal))
 
 
 def try_children(

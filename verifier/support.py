@@ -64,7 +64,7 @@ class SupportRule(CoinRule):
         self, tree: TokenTree, target: Tensor, coins: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         proposal = proposal_of(tree, self.name, target.dtype)
-        inside = target.gather(2, proposal.ids).masked_fill(proposal.probs <= 0, 0.0)
+        inside = on_support(target, proposal)
         (path, length, last), left = self.verdict(tree, proposal, inside, coins)
         rows = torch.arange(len(path), device=path.device)
         whole = target[rows, last]
@@ -113,6 +113,12 @@ def proposal_of(tree: TokenTree, rule: str, dtype: torch.dtype) -> Proposal:
         raise ValueError(f"acceptance={rule}: the tree has no draft probabilities")
     nothing = tree.tokens.new_zeros(*tree.tokens.shape, 1)  # roots have no children to judge
     return Proposal(ids=nothing, probs=nothing.to(dtype), children="sample")
+
+
+def on_support(target: Tensor, proposal: Proposal) -> Tensor:
+    """[B, N, K]: what the target ([B, N, V]) gives to the tokens of every node's proposal, 0 for
+    void entries."""
+    return target.gather(2, proposal.ids).masked_fill(proposal.probs <= 0, 0.0)
 
 
 def of_parents(tree: TokenTree, proposal: Proposal, *values: Tensor) -> list[Tensor]:

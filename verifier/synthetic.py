@@ -7,6 +7,7 @@ from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import ACCEPT_STREAM, SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.coins import choose_after
+from specdec.verifier.support import of_parents, proposal_of
 from specdec.verifier.walk import one_of_siblings, walk
 
 
@@ -40,12 +41,5 @@ def chances(tree: TokenTree) -> Tensor:
     Raises:
         ValueError: a tree with children carries no proposal.
     """
-    proposal = tree.proposal
-    if proposal is None:
-        if tree.depth:
-            raise ValueError("acceptance=synthetic: the tree has no draft probabilities")
-        return torch.zeros_like(tree.tokens, dtype=torch.float64)
-    parent = tree.parents.long().clamp(min=0)[..., None].expand(-1, -1, proposal.ids.shape[2])
-    own = proposal.ids.gather(1, parent) == tree.tokens[..., None]  # [B, N, K]
-    mass = (proposal.probs.gather(1, parent).double() * own).sum(-1)  # [B, N]
-    return one_of_siblings(tree, mass)
+    proposal = proposal_of(tree, Synthetic.name, torch.float64)
+    return one_of_siblings(tree, *of_parents(tree, proposal, proposal.probs))

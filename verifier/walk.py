@@ -22,12 +22,35 @@ def walk(tree: TokenTree, taken: Tensor, kernels: ModuleType = reference) -> Pat
             are not. Where siblings have the same token the eldest of them is entered: it is the
             one that has children.
     """
+    if kernels is reference:  # where launches cost little, and trees are small
+        return _step_by_step(tree, taken)
     elder = elder_siblings(tree)
     first = taken & ~(elder & taken[:, None]).any(-1)
     twins = elder.mT & (tree.tokens[:, :, None] == tree.tokens[:, None, :])  # younger ones
     eldest = ~twins.any(1)
     entered = eldest & (first | (twins & first[:, None]).any(-1)) | (tree.parents == ROOT)
     return _line(tree, ~(_ancestors(tree, kernels) & ~entered[:, None]).any(-1))
+
+
+def _step_by_step(tree: TokenTree, taken: Tensor) -> Path:
+    """As `walk`, level by level."""
+    parents = tree.parents
+    repeats = tree.proposal is not None and tree.proposal.children == "sample_with_replacement"
+    node = torch.zeros_like(tree.size, dtype=torch.int64)  # [B]
+    alive = tree.size > 0
+    path, length = [node], alive.long()
+    for _ in range(tree.depth):
+        children = parents == node[:, None]  # [B, N]; never true for padding, whose parent is -2
+        hits = children & taken
+        alive = alive & hits.any(dim=1)
+        first = hits.int().argmax(dim=1)  # argmax is the first
+        if repeats:
+            twins = children & (tree.tokens == tree.tokens.gather(1, first[:, None]))
+            first = twins.int().argmax(dim=1)
+        node = torch.where(alive, first, node)
+        path.append(node)
+        length = length + alive
+    return torch.stack(path, dim=1), length, node
 
 
 def descend_to(tree: TokenTree, last: Tensor, kernels: ModuleType = reference) -> Path:
@@ -57,6 +80,12 @@ def one_of_siblings(tree: TokenTree, mass: Tensor) -> Tensor:
     mass = mass.masked_fill(again.any(-1), 0.0)
     left = 1.0 - (elder.to(mass.dtype) @ mass[..., None])[..., 0]
     return torch.where(mass > 0, mass / left.clamp(min=torch.finfo(mass.dtype).tiny), 0.0)
+
+
+def child_counts(tree: TokenTree) -> Tensor:
+    """[B, N] int64: how many children each node has."""
+    parents = tree.parents.long()
+    return torch.zeros_like(parents).scatter_add(1, parents.clamp(min=0), (parents >= 0).long())
 
 
 def elder_siblings(tree: TokenTree) -> Tensor:

@@ -31,6 +31,7 @@ class Dynamic(BasePolicy):
         check_positive(width=width, depth=depth)
         self.candidates = width
         self.depth = depth
+        self.expanded = width  # nodes of a level that may have children
 
     def levels(self, depth: int | None) -> int:
         return min(self.depth if depth is None else depth, self.budget)
@@ -47,10 +48,10 @@ class Dynamic(BasePolicy):
         return possible & best.view_as(scores)
 
     def expand(self, level: int, scores: Tensor) -> Tensor | None:
-        if scores.shape[1] <= self.candidates:
+        if scores.shape[1] <= self.expanded:
             return None
         kernels = kernels_on(scores.device)
-        return kernels.places(kernels.best(scores, self.candidates), self.candidates)
+        return kernels.places(kernels.best(scores, self.expanded), self.expanded)
 
     def keep(self, scores: Tensor) -> Tensor | None:
         return kernels_on(scores.device).best(scores, self.budget)

@@ -4,10 +4,10 @@ import math
 
 from torch import Tensor
 
-from specdec.drafters.trees.policy import BasePolicy, check_positive, kernels_on
+from specdec.drafters.trees.dynamic import Dynamic
 
 
-class Threshold(BasePolicy):
+class Threshold(Dynamic):
     """A candidate becomes a node if the cumulative draft probability of its path is at least
     `threshold`; if there are more than `budget`, the best stay.
 
@@ -40,34 +40,14 @@ class Threshold(BasePolicy):
         depth: int = 6,
         children: str = "top_k",
     ) -> None:
-        super().__init__(budget=budget, children=children)
+        super().__init__(budget=budget, width=width, depth=depth, children=children)
         if not 0.0 < threshold <= 1.0:
             raise ValueError(f"tree.threshold={threshold}: must be above 0 and at most 1")
-        check_positive(width=width, depth=depth)
-        self.threshold, self.candidates, self.depth = threshold, width, depth
+        self.threshold = threshold
         # Nodes of a level exclude each other, so that no more of them can pass; the margin is for
         # probabilities that sum to 1 only nearly.
-        self.most_passing = min(budget, int(1.001 / threshold))
-
-    def levels(self, depth: int | None) -> int:
-        return min(self.depth if depth is None else depth, self.budget)
-
-    def width(self, level: int) -> int:
-        return min(self.candidates, self.budget)
+        self.expanded = min(budget, int(1.001 / threshold))
 
     def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
-        passing = scores >= math.log(self.threshold)
-        if not sampled:
-            return passing
-        share = self.budget // levels + (level < self.budget % levels)
-        best = kernels_on(scores.device).best(scores.flatten(1), share)
-        return passing & best.view_as(scores)
-
-    def expand(self, level: int, scores: Tensor) -> Tensor | None:
-        if scores.shape[1] <= self.most_passing:
-            return None
-        kernels = kernels_on(scores.device)
-        return kernels.places(kernels.best(scores, self.most_passing), self.most_passing)
-
-    def keep(self, scores: Tensor) -> Tensor | None:
-        return kernels_on(scores.device).best(scores, self.budget)
+        possible = super().select(level, levels, scores, sampled=sampled)
+        return possible & (scores >= math.log(self.threshold))
