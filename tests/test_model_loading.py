@@ -319,13 +319,24 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
+VERSIONED = ("gptj",)  # refused or right, as the release of transformers has it
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_would_be_computed_wrongly_are_refused(case: str) -> None:
     kind, settings, reason = REFUSED[case]
     model = tiny(kind, **settings)
-    with pytest.raises(ValueError, match="cannot run over the paged cache") as refusal:
-        PagedLM(model, name="target.path=somewhere")
-    message = str(refusal.value)
+    own = own_attention(model) if case in VERSIONED else None
+    try:
+        lm = PagedLM(model, name="target.path=somewhere")
+    except ValueError as refusal:
+        message = str(refusal)
+    else:
+        assert own is not None, "was not refused"
+        for ours, expected in paged_and_own(lm, own):
+            assert error(ours, expected) < FLOAT32_ROUNDING
+        return
+    assert "cannot run over the paged cache" in message
     assert message.startswith(f"target.path=somewhere: {type(model).__name__} cannot run")
     assert reason in message
     assert "\n" not in message
