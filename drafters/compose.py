@@ -16,7 +16,7 @@ from specdec.drafters.host import HostDrafter, Trie
 from specdec.drafters.mixture import mix, sources_of
 from specdec.drafters.state import Memory, Reset, check_reset
 from specdec.drafters.tries import TrieTable
-from specdec.model import PagedLM
+from specdec.models.paged import PagedLM
 from specdec.protocols import Capacity, Decoding, Drafter, StepContext, TreePolicy
 from specdec.tree import Acceptance, TokenTree
 

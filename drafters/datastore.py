@@ -5,7 +5,7 @@
     suffixes.bin    where each suffix of it begins, in lexicographic order; little-endian
     metadata.json   what the files are, and of which tokenizer; written last
 
-`python -m experiments.build_datastore` makes one.
+`python -m specdec.experiments.tools.build_datastore` makes one.
 """
 
 import hashlib
@@ -80,7 +80,9 @@ class Datastore:
         """
         where = Path(folder).expanduser()
         named = f"{setting}={folder}"
-        build = f"python -m experiments.build_datastore --tokenizer {_name(tokenizer)}"
+        build = (
+            f"python -m specdec.experiments.tools.build_datastore --tokenizer {_name(tokenizer)}"
+        )
         if not where.is_dir():
             raise ValueError(f"{named}: no such folder; {build} --out {folder} TEXTS makes one")
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
 from specdec.drafters.trees.policy import takes_all
-from specdec.model import PagedLM
+from specdec.models.paged import PagedLM
 from specdec.protocols import StepContext, TreePolicy
 from specdec.tree import Begun, TokenTree
 

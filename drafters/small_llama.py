@@ -8,7 +8,7 @@ from torch import Tensor
 from specdec.cached_model import CachedModel
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
-from specdec.model import PagedLM
+from specdec.models.paged import PagedLM
 from specdec.protocols import Capacity, Decoding, StepContext, TreePolicy
 from specdec.tree import Acceptance, TokenTree
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
-from specdec.model import PagedLM
+from specdec.models.paged import PagedLM
 from specdec.protocols import StepContext, TreePolicy
 
 Rates = float | list[float | list[float]]

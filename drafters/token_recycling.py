@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.state import Reset, check_reset, state_key
-from specdec.model import PagedLM
+from specdec.models.paged import PagedLM
 from specdec.protocols import Capacity, Decoding, StepContext, TreePolicy
 from specdec.tree import Acceptance, TokenTree
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.vocabulary import Translation
-from specdec.model import PagedLM
+from specdec.models.paged import PagedLM
 from specdec.protocols import Capacity, Decoding, Request, TreePolicy
 
 STRETCH = 2  # draft tokens there is room for, for each of the target's

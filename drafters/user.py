@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 
 from specdec.drafters.host import HostDrafter
-from specdec.model import PagedLM
+from specdec.models.paged import PagedLM
 from specdec.protocols import Decoding, TreePolicy
 
 Function = Callable[[list[int]], Iterable[Sequence[int]]]

@@ -7,8 +7,8 @@ giving rows back.
 from collections.abc import Sequence
 
 from specdec.cache import CacheFullError, PagedKVCache
-from specdec.environment import free_memory
-from specdec.model import PagedLM
+from specdec.lab.environment import free_memory
+from specdec.models.paged import PagedLM
 from specdec.protocols import Capacity, Decoding
 
 MEMORY_SHARE = 0.8  # of the free memory of a GPU that pages may take

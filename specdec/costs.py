@@ -1,7 +1,7 @@
 """CostTable: what verifying and drafting cost on a machine, for tree policies that weigh one
 against the other.
 
-`experiments/calibrate.py` measures such a table and documents its file.
+`experiments/tools/calibrate.py` measures such a table and documents its file.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class CostTable:
 
     @classmethod
     def load(cls, path: str | Path, *, setting: str | None = None) -> "CostTable":
-        """Read a file of `experiments/calibrate.py`. A combination it could not measure counts as
+        """Read a file of `experiments/tools/calibrate.py`. A combination it could not measure counts as
         the same one with the longest context that it could.
 
         Args:
@@ -66,7 +66,9 @@ class CostTable:
             verify, draft = data["verify"], data["draft"]
             loop = data.get("loop", {})
             if "todo" in str((verify["seconds"], draft["seconds"], loop)):
-                raise ValueError("unfinished; experiments/calibrate.py --resume goes on with it")
+                raise ValueError(
+                    "unfinished; experiments/tools/calibrate.py --resume goes on with it"
+                )
             return cls(
                 verify_grid=[verify[name] for name in ("batch", "nodes", "context")],
                 verify_seconds=_filled(verify["seconds"]),
@@ -75,7 +77,7 @@ class CostTable:
                 **{name: loop[key] for name, key in LOOP.items() if loop},
             )
 
-        mend = "experiments/calibrate.py makes one"
+        mend = "experiments/tools/calibrate.py makes one"
         return load_table(path, parse, mend=mend, packaged="costs", setting=setting)
 
     @property

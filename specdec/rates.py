@@ -1,7 +1,7 @@
 """AcceptanceRates: how often a drafted node is accepted, for tree policies that choose shapes by
 it.
 
-`experiments/measure_acceptance.py` measures such rates.
+`experiments/tools/measure_acceptance.py` measures such rates.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from specdec.tables import load_table
 
-MEASURE = "python -m experiments.measure_acceptance measures them"
+MEASURE = "python -m specdec.experiments.tools.measure_acceptance measures them"
 
 
 class AcceptanceRates:
@@ -51,7 +51,7 @@ class AcceptanceRates:
         top_p: float | None = None,
         setting: str | None = None,
     ) -> "AcceptanceRates":
-        """Read a file of `experiments/measure_acceptance.py`.
+        """Read a file of `experiments/tools/measure_acceptance.py`.
 
         Its cases are measurements for children chosen one way, at one temperature. That of the
         nearest temperature counts, though never one at temperature 0 for one above or the reverse;

@@ -24,7 +24,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from specdec.experiment import (
+from specdec.kernels.choose import Kernels
+from specdec.lab.experiment import (
     CacheSettings,
     Experiment,
     Method,
@@ -32,12 +33,11 @@ from specdec.experiment import (
     choose_dtype,
     stop_tokens,
 )
-from specdec.kernels.choose import Kernels
-from specdec.model import PagedLM
-from specdec.prompts import load_prompts
+from specdec.lab.prompts import load_prompts
+from specdec.lab.records import RunFolder
+from specdec.lab.terminal import Live, show_summary, show_sweep
+from specdec.models.paged import PagedLM
 from specdec.protocols import AcceptanceRule, Drafter
-from specdec.records import RunFolder
-from specdec.report import Live, show_summary, show_sweep
 from specdec.sampling import SamplingParams
 from specdec.tree import Children
 

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 def load_once() -> Iterator[None]:
     """Model folders are read once; reading them anew for each case would take most of the
     time."""
-    from specdec.model import PagedLM
+    from specdec.models.paged import PagedLM
 
     load = PagedLM.load
     known: dict[tuple[str, torch.dtype], PagedLM] = {}

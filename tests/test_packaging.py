@@ -147,8 +147,8 @@ def broken_rule(module: str, name: str) -> str | None:
         return None
     if root in ("hydra", "omegaconf") and module != "specdec.run":
         return "only specdec/run.py knows Hydra"
-    if root == "wandb" and module != "specdec.tracking":
-        return "only specdec/tracking.py knows wandb"
+    if root == "wandb" and module != "specdec.lab.tracking":
+        return "only specdec/lab/tracking.py knows wandb"
     if within(module, "specdec.drafters"):
         return "a drafter knows no verifier" if within(name, "specdec.verifier") else None
     if within(module, "specdec.verifier"):
@@ -201,7 +201,7 @@ def test_import_rules_hold() -> None:
         ("specdec.kernels.x", "from specdec.tree import TokenTree"),
         ("specdec.kernels.x", "from .. import tree"),
         ("specdec.decode", "from omegaconf import DictConfig"),
-        ("specdec.tracking", "import hydra.utils"),
+        ("specdec.lab.tracking", "import hydra.utils"),
         ("experiments.x", "import wandb"),
         ("experiments.x", "from kernels import reference"),
         ("tests.test_x", "import drafters.none"),
@@ -215,7 +215,7 @@ def test_import_rules_catch(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("specdec.run", "import hydra\nfrom omegaconf import DictConfig"),
-        ("specdec.tracking", "def f():\n    import wandb"),
+        ("specdec.lab.tracking", "def f():\n    import wandb"),
         ("specdec.drafters.x", "from specdec.kernels import reference\nfrom .base import Base"),
         (
             "specdec.kernels.x",

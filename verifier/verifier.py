@@ -6,7 +6,7 @@ from torch import Tensor
 
 from specdec.cache import PagedKVCache
 from specdec.cached_model import CachedModel
-from specdec.model import PagedLM
+from specdec.models.paged import PagedLM
 from specdec.protocols import Capacity, Decoding, StepContext
 from specdec.tree import Acceptance, TokenTree
 

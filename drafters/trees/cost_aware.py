@@ -92,7 +92,7 @@ class CostAware(FixedShape):
             raise ValueError(
                 f"tree.batch={batch}: tree.costs={costs} was measured up to a batch of "
                 f"{max(table.verify_batches)}; lower batch_size or measure more with "
-                f"experiments/calibrate.py"
+                f"experiments/tools/calibrate.py"
             )
         self.choice = choose(
             found, table, batch=batch, context=context, budget=budget, depth=depth

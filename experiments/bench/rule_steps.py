@@ -1,0 +1,272 @@
+"""What acceptance takes by each rule: microseconds of `rule.accept` in a replayed CUDA graph, and
+of the torch definition of the rule by the clock on the wall.
+
+    python -m specdec.experiments.bench.rule_steps
+    python -m specdec.experiments.bench.rule_steps --device cpu --batch 1 --vocab 1000 --nodes 8
+
+Trees have one shape for all sequences: a chain for rules of chains, else a bush. Children are
+drawn from draft distributions that resemble the target, with replacement where the rule asks for
+it. A rule is timed if its kernels keep what the definition keeps in float64. The JSON file is
+written anew after every rule; on a CPU the definition is timed in place of the kernels, by the
+clock.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from specdec.experiments.bench.gpu_clock import GraphClock, copies_beyond_cache, describe
+from specdec.experiments.bench.kernel_cases import random_parents
+from specdec.experiments.bench.operation import Operation, measure, wall_us
+from specdec.experiments.figures import kernel_plot
+from specdec.experiments.studies.files import write
+from specdec.kernels import reference
+from specdec.lab.environment import describe_environment
+from specdec.protocols import AcceptanceRule, StepContext
+from specdec.sampling import SamplingParams, random_keys
+from specdec.tree import Acceptance, Children, Proposal, TokenTree
+from specdec.verifier.block import Block
+from specdec.verifier.greedy import Greedy
+from specdec.verifier.k_seq import KSeq
+from specdec.verifier.multi_path import MultiPath
+from specdec.verifier.recursive_rejection import RecursiveRejection
+from specdec.verifier.relaxed import Relaxed
+from specdec.verifier.target_only import TargetOnly
+from specdec.verifier.tokenwise import Tokenwise
+from specdec.verifier.traversal import Traversal
+from specdec.verifier.typical import Typical
+
+RESULT = Path(__file__).parents[1] / "results" / "rule_steps.json"
+RULES: tuple[tuple[AcceptanceRule, str, Children], ...] = (
+    (Greedy(), "bush", "sample"),
+    (TargetOnly(), "bush", "sample"),
+    (RecursiveRejection(), "bush", "sample"),
+    (Tokenwise(), "chain", "sample"),
+    (KSeq(), "bush", "sample_with_replacement"),
+    (Block(), "chain", "sample"),
+    (Traversal(), "bush", "sample"),
+    (MultiPath(), "bush", "sample_with_replacement"),
+    (Typical(), "bush", "sample"),
+    (Relaxed(), "bush", "sample"),
+)
+COMPARED = 64  # trees at least
+DIFFERENT = 1  # of them at most: rounding may decide a close call
+SPREAD = 0.5  # of the logarithm of target over draft
+INSIDE = 0.85  # about the target's mass on the support of a draft distribution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Of one step: sequences, nodes of a tree, draft candidates of a node, vocabulary."""
+
+    batch: int
+    nodes: int
+    candidates: int
+    vocabulary: int
+
+
+class Inputs:
+    """Draft distributions of all nodes, and copies of the target's logits that take turns."""
+
+    def __init__(self, sizes: Sizes, *, copies: int, dtype: torch.dtype, device: torch.device):
+        self.sizes, self.device = sizes, device
+        self.host = torch.Generator().manual_seed(sizes.batch)
+        shape = sizes.batch, sizes.nodes, sizes.candidates
+        first = torch.randint(sizes.vocabulary, (*shape[:2], 1), generator=self.host)
+        stride = max(1, sizes.vocabulary // sizes.candidates - 1)
+        self.ids = (first + stride * torch.arange(sizes.candidates)) % sizes.vocabulary
+        self.probs = (2.0 * torch.randn(shape, generator=self.host)).softmax(-1)
+        spread = SPREAD * torch.randn(shape, generator=self.host)
+        level = math.log(sizes.vocabulary * INSIDE / (1.0 - INSIDE)) + 0.5
+        raised = (self.probs.log() + spread + level).to(device, dtype)
+        generator = torch.Generator(device).manual_seed(sizes.batch)
+        self.logits = [
+            torch.randn(
+                (*shape[:2], sizes.vocabulary), dtype=dtype, device=device, generator=generator
+            ).scatter_(2, self.ids.to(device), raised)
+            for _ in range(copies)
+        ]
+
+    def tree(self, shape: str, children: Children) -> TokenTree:
+        """Trees of a shape, with children drawn anew."""
+        batch, nodes = self.sizes.batch, self.sizes.nodes
+        chain = list(range(-1, nodes - 1))
+        bush = random_parents(nodes, torch.Generator().manual_seed(0))
+        parents = {"chain": chain, "bush": bush}[shape]
+        tokens = torch.zeros(batch, nodes, dtype=torch.int64)
+        for parent in sorted(set(parents) - {-1}):
+            born = [node for node in range(nodes) if parents[node] == parent]
+            drawn = torch.multinomial(
+                self.probs[:, parent],
+                len(born),
+                replacement=children == "sample_with_replacement",
+                generator=self.host,
+            )  # [B, children]
+            tokens[:, born] = self.ids[:, parent].gather(1, drawn)
+        depths = [0]
+        for parent in parents[1:]:
+            depths.append(depths[parent] + 1)
+        tree = TokenTree(
+            tokens=tokens,
+            parents=torch.tensor(parents, dtype=torch.int32).repeat(batch, 1),
+            size=torch.full((batch,), nodes, dtype=torch.int32),
+            depth=max(depths),
+            proposal=Proposal(ids=self.ids, probs=self.probs, children=children),
+        )
+        tree.check()
+        return tree.to(self.device)
+
+    def context(self, kernels: ModuleType, step: int) -> StepContext:
+        batch = self.sizes.batch
+        keys = random_keys(0, range(batch), [step] * batch, self.device)
+        return StepContext(
+            sequences=[],
+            roots=torch.zeros(batch, dtype=torch.int64, device=self.device),
+            sampling=SamplingParams(temperature=1.0),
+            uniforms=partial(kernels.uniforms, keys),
+            kernels=kernels,
+            keys=keys,
+        )
+
+
+def compare(
+    rule: AcceptanceRule, inputs: Inputs, tree: TokenTree, kernels: ModuleType
+) -> dict[str, Any]:
+    """How many trees were compared with the definition in float64, how many of them differ, and
+    the mean number of nodes kept.
+
+    Raises:
+        ArithmeticError: more than a close call may explain.
+    """
+    compared = differ = length = 0
+    exact = inputs.logits[0].double()
+    for step in range(-(-COMPARED // inputs.sizes.batch)):
+        mine = rule.accept(inputs.context(kernels, step), tree, inputs.logits[0])
+        wanted = rule.accept(inputs.context(reference, step), tree, exact)
+        past = torch.arange(mine.path.shape[1], device=mine.path.device) >= wanted.length[:, None]
+        same = ((mine.path == wanted.path) | past).all(1)
+        same &= (mine.length == wanted.length) & (mine.next_token == wanted.next_token)
+        compared, differ = compared + len(same), differ + int((~same).sum())
+        length += int(mine.length.sum())
+    if differ > DIFFERENT:
+        raise ArithmeticError(f"wrong: {differ} of {compared} sequences differ")
+    return {"compared": compared, "differ": differ, "length": length / compared}
+
+
+def time_rule(
+    rule: AcceptanceRule,
+    inputs: Inputs,
+    tree: TokenTree,
+    kernels: ModuleType,
+    clock: GraphClock | None,
+) -> dict[str, Any]:
+    """us, its range, torch_us and what `compare` says of a rule; else the fault."""
+    found: dict[str, Any] = {}
+    context = inputs.context(kernels, 0)
+    plain = replace(inputs.context(reference, 0), uniforms=context.uniforms)
+
+    def ours(copy: int) -> Acceptance:
+        return rule.accept(context, tree, inputs.logits[copy])
+
+    def define() -> Acceptance:
+        return rule.accept(plain, tree, inputs.logits[0])
+
+    def check() -> None:
+        found.update(compare(rule, inputs, tree, kernels))
+
+    if clock is not None:
+        return measure(Operation(ours, define, check), len(inputs.logits), clock) | found
+    try:
+        check()
+        return {"us": wall_us(partial(ours, 0)), "torch_us": wall_us(define)} | found
+    except ArithmeticError as fault:
+        return {"fault": describe(fault)}
+
+
+def rule_steps(
+    options: argparse.Namespace,
+    kernels: ModuleType,
+    clock: GraphClock | None,
+    result: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    """Times of all rules, for each batch size, to result["batches"]."""
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    result["settings"] = {
+        "nodes": options.nodes,
+        "candidates": options.candidates,
+        "vocabulary": options.vocab,
+        "temperature": 1.0,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rules": {rule.name: [shape, children] for rule, shape, children in RULES},
+    }
+    result["batches"] = []
+    for batch in options.batch:
+        record: dict[str, Any] = {"batch": batch, "nodes": options.nodes, "operations": {}}
+        result["batches"].append(record)
+        sizes = Sizes(
+            batch=batch,
+            nodes=options.nodes,
+            candidates=options.candidates,
+            vocabulary=options.vocab,
+        )
+        size = batch * options.nodes * options.vocab * dtype.itemsize
+        copies = copies_beyond_cache(size) if device.type == "cuda" else 1
+        inputs = Inputs(sizes, copies=copies, dtype=dtype, device=device)
+        for rule, shape, children in RULES:
+            tree = inputs.tree(shape, children)
+            record["operations"][rule.name] = time_rule(rule, inputs, tree, kernels, clock)
+            save()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--nodes", type=int, default=64)
+    parser.add_argument("--candidates", type=int, default=64, help="of a draft distribution")
+    parser.add_argument("--vocab", type=int, default=128_256)
+    parser.add_argument("--replays", type=int, default=25, help="of a graph; the median counts")
+    parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU; --device cpu times the definitions")
+    if not 1 <= options.candidates <= options.vocab:
+        parser.error(f"--candidates={options.candidates}: must be from 1 to --vocab")
+
+    torch.set_grad_enabled(False)
+    kernels, clock = reference, None
+    if options.device == "cuda":
+        from specdec.kernels import gpu
+
+        kernels, clock = gpu, GraphClock(replays=options.replays)
+    result: dict[str, Any] = {
+        "part": "rules",
+        "command": shlex.join(
+            ["python", "-m", "specdec.experiments.bench.rule_steps", *sys.argv[1:]]
+        ),
+        "replays": options.replays,
+        **describe_environment(torch.device(options.device)),
+    }
+    rule_steps(options, kernels, clock, result, partial(write, options.out, result))
+    Console(width=160).print(kernel_plot.operations_table(result))
+    faults = list(kernel_plot.faults(result))
+    print(*faults, sep="\n")
+    return len(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

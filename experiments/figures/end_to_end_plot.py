@@ -1,0 +1,240 @@
+"""Figures, table and plot from the file `end_to_end.py` has written; needs no GPU.
+
+    python -m specdec.experiments.figures.end_to_end_plot experiments/results/end_to_end.json
+
+prints the table and draws the plot beside the file.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from specdec.experiments.figures.kernel_plot import number
+
+Runs = Mapping[str, Mapping[str, list[float]]]  # by job: seconds of short and long runs
+BARS = {  # what the plot shows, by the beginning of a method's name
+    "none": "none",
+    "ngram": "ngram",
+    "generate": "transformers generate",
+    "prompt lookup": "transformers prompt lookup",
+    "assisted": "transformers assisted",
+}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#999999", "#117733")
+
+
+def decode_seconds(times: Mapping[str, list[float]]) -> float:
+    """Of all tokens but the first: median long run minus median short run of a job."""
+    return statistics.median(times["long"]) - statistics.median(times["short"])
+
+
+def figures(method: Mapping[str, Any], plain: Mapping[str, Any], part: Mapping[str, Any]) -> Any:
+    """What the runs of a method amount to, for each prompt set and for all.
+
+    Args:
+        plain: `none` of the same part.
+        part: its batch and new tokens of each prompt.
+
+    Returns:
+        By set: ms_per_token (of one sequence, by job), tokens_per_second (all jobs),
+        accepted_length (pooled), step_tokens_per_second (of ours: all tokens over the device time
+        of all steps, prompts left out), speedup over `none` (all jobs) and its interval: paired
+        bootstrap over prompts at batch 1, else the least and largest of the repeats.
+    """
+    tokens = (part["new_tokens"] - 1) * part["batch"]
+    found = {}
+    jobs = [job for job in method["runs"] if job in plain["runs"]]
+    for name in ["all", *dict.fromkeys(job.partition("/")[0] for job in jobs)]:
+        own = [job for job in jobs if name in ("all", job.partition("/")[0])]
+        mine, theirs = (
+            [decode_seconds(one["runs"][job]) for job in own] for one in (method, plain)
+        )
+        passes = sum(sum(method["runs"][job]["passes"]) for job in own)
+        yielded = sum(
+            len(method["runs"][job]["passes"]) * part["new_tokens"] * part["batch"] for job in own
+        )
+        found[name] = {
+            "ms_per_token": {
+                job: seconds / (part["new_tokens"] - 1) * 1e3
+                for job, seconds in zip(own, mine, strict=True)
+            },
+            "tokens_per_second": tokens * len(own) / sum(mine),
+            "accepted_length": yielded / passes if passes else None,
+            "speedup": sum(theirs) / sum(mine),
+        }
+        steps = sum(s for verb, s in method.get("verbs", {}).items() if verb != "prefill")
+        if name == "all" and steps:
+            found[name]["step_tokens_per_second"] = yielded / steps
+        if part["batch"] == 1:
+            found[name]["interval"] = bootstrap(theirs, mine)
+        else:
+            repeats = by_repeat(method["runs"], plain["runs"], own)
+            found[name]["interval"] = [min(repeats), max(repeats)]
+            found[name]["repeats"] = repeats
+    return found
+
+
+def bootstrap(slow: list[float], fast: list[float]) -> list[float]:
+    """95 % paired bootstrap interval over prompts of total time over total time."""
+    a, b = np.array(slow), np.array(fast)
+    picks = np.random.default_rng(0).integers(len(a), size=(10_000, len(a)))
+    return [float(q) for q in np.quantile(a[picks].sum(1) / b[picks].sum(1), [0.025, 0.975])]
+
+
+def by_repeat(runs: Runs, plain: Runs, jobs: Iterable[str]) -> list[float]:
+    """The speedup of each repeat."""
+    totals = []
+    for one in (plain, runs):
+        by_job = [np.array(one[job]["long"]) - np.array(one[job]["short"]) for job in jobs]
+        least = min(map(len, by_job))
+        totals.append(np.sum([times[:least] for times in by_job], axis=0))
+    return [float(ratio) for ratio in totals[0] / totals[1]]
+
+
+def measured(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The methods of a part that have figures."""
+    return {name: one for name, one in part["methods"].items() if "figures" in one}
+
+
+def best(part: Mapping[str, Any], beginning: str = "") -> tuple[str, Any] | None:
+    """The fastest method of the grid whose name begins so; None if none was measured."""
+    able = [
+        (name, one)
+        for name, one in measured(part).items()
+        if name.startswith(beginning) and (beginning or name != "none")
+    ]
+    return max(able, default=None, key=lambda pair: pair[1]["figures"]["all"]["tokens_per_second"])
+
+
+def title(part: Mapping[str, Any]) -> str:
+    return f"T={part['temperature']:g}, batch {part['batch']}, {part['part']}"
+
+
+def table(result: Mapping[str, Any], *, best_only: bool = False) -> Group:
+    """A line for each method; a star marks the fastest of each part. Under it what went wrong."""
+    found = Table(
+        *("T", "batch", "method", "tok/s", "accepted", "over none", "HumanEval", "MT-Bench"),
+        "identical",
+        title=f"{result['settings']['target']}, {result['settings']['tokens']} new tokens",
+    )
+    notes = []
+    for part in result["parts"].values():
+        fastest = best(part)
+        for name, one in measured(part).items():
+            star = fastest is not None and name == fastest[0]
+            if best_only and not star and name != "none":
+                continue
+            every = one["figures"]["all"]
+            sets = [one["figures"].get(key, {}) for key in ("humaneval", "mt_bench")]
+            checked = one.get("agreement", {})
+            found.add_row(
+                f"{part['temperature']:g}",
+                str(part["batch"]),
+                f"{name} *" if star else name,
+                number(every["tokens_per_second"], 1),
+                number(every["accepted_length"], 2),
+                f"{every['speedup']:.2f} ({every['interval'][0]:.2f}-{every['interval'][1]:.2f})",
+                *(number(of_set.get("tokens_per_second"), 1) for of_set in sets),
+                f"{checked['identical']}/{checked['checked']}" if checked else "-",
+            )
+        for name, one in part["methods"].items():
+            if "fault" in one:
+                notes.append(f"{title(part)}: {name}: {one['fault']}")
+            if one.get("graphs", {}).get("obstacle"):
+                notes.append(f"{title(part)}: {name}: no graphs: {one['graphs']['obstacle']}")
+            for gap in one.get("agreement", {}).get("divergences", []):
+                if not gap["explained"]:
+                    notes.append(f"{title(part)}: {name}: unexplained: {gap}")
+    found.caption = caption(result)
+    return Group(found, *map(Text, notes))
+
+
+def caption(result: Mapping[str, Any]) -> str:
+    """Beside the lines: what a larger verification costs, and the noise of logits."""
+    said = [
+        f"{one['nodes']} nodes cost {one['ratio']:.2f} plain steps at batch {one['batch']}"
+        for one in result.get("verify_cost", {}).get("ratios", [])
+    ]
+    if "noise" in result:
+        said.append(f"passes differ by {max(result['noise'].values()):.1f} ulp of a logit at most")
+    return "; ".join(said)
+
+
+def bars(result: Mapping[str, Any], temperature: float, batch: int) -> dict[str, tuple[str, Any]]:
+    """What the plot shows of a temperature and a batch: label -> (method, figures of all)."""
+    found: dict[str, tuple[str, Any]] = {}
+    for part in result["parts"].values():
+        if (part["temperature"], part["batch"]) != (temperature, batch):
+            continue
+        for beginning in ("none", "small_llama", "ngram", "generate", "prompt lookup", "assisted"):
+            one = best(part, beginning)
+            if one is not None:
+                label = BARS.get(beginning, part["part"])
+                found.setdefault(label, (one[0], one[1]["figures"]["all"]))
+    return found
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Tokens per second at batch 1 for each temperature, and how they grow with the batch."""
+    from matplotlib.figure import Figure
+
+    temperatures = sorted({part["temperature"] for part in result["parts"].values()})
+    batches = sorted({part["batch"] for part in result["parts"].values()})
+    figure = Figure(figsize=(4.0 * (len(temperatures) + 1), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(temperatures) + 1, squeeze=False)[0]
+    labels = list(
+        dict.fromkeys(label for t in temperatures for b in batches for label in bars(result, t, b))
+    )
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    for axes, temperature in zip(panels, temperatures, strict=False):
+        shown = bars(result, temperature, batches[0])
+        speeds = [one["tokens_per_second"] for _, one in shown.values()]
+        drawn = axes.barh(list(shown), speeds, color=[colours[label] for label in shown])
+        notes = [f"{one['tokens_per_second']:.0f}" for _, one in shown.values()]
+        axes.bar_label(drawn, notes, padding=2, fontsize="small")
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+        axes.set_xlabel("tokens/s, decoding alone")
+        axes.set_title(f"batch {batches[0]}, temperature {temperature:g}", fontsize="medium")
+    axes = panels[-1]
+    for label in labels:
+        points = [
+            (batch, bars(result, temperatures[0], batch)[label][1]["tokens_per_second"])
+            for batch in batches
+            if label in bars(result, temperatures[0], batch)
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, "o-", color=colours[label], label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(batches, list(map(str, batches)))
+    axes.set_xlabel("batch")
+    axes.set_ylabel("tokens/s")
+    axes.set_title(f"by batch, temperature {temperatures[0]:g}", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize="x-small")
+    device = result["hardware"].get("gpu", result["hardware"]["cpu"])
+    figure.suptitle(f"{result['settings']['target']} on {device}", fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, metavar="JSON")
+    parser.add_argument("--best", action="store_true", help="the fastest of each part alone")
+    options = parser.parse_args()
+    result = json.loads(options.file.read_text())
+    Console(width=130).print(table(result, best_only=options.best))
+    plot(result, options.file.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

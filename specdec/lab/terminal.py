@@ -1,0 +1,196 @@
+"""What a person sees: progress while decoding, and the table at the end."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from specdec.decode import Step
+from specdec.lab.metrics import VERBS
+
+Summary = dict[str, Any]
+
+
+class Live:
+    """A progress bar with tokens per second and accepted length so far."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._tokens = self._sequence_steps = 0
+        self._seconds = 0.0
+
+    @contextmanager
+    def side(self, title: str, total: int) -> Iterator[None]:
+        """Show progress of one side of a comparison, `total` texts to decode."""
+        columns = (
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:6.1f} tok/s  accepted {task.fields[length]:.2f}"),
+            TimeElapsedColumn(),
+        )
+        self._tokens = self._sequence_steps = 0
+        self._seconds = 0.0
+        with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
+            self._progress = progress
+            self._task = progress.add_task(title, total=total, rate=0.0, length=1.0)
+            yield
+        self._progress = None
+
+    def step(self, step: Step) -> None:
+        self._tokens += sum(step.tokens)
+        self._sequence_steps += len(step.tokens)
+        self._seconds += sum(step.seconds.values())
+
+    def finished(self) -> None:
+        """One text more is done."""
+        if self._progress is not None:
+            self._progress.update(
+                self._task,
+                advance=1,
+                rate=self._tokens / self._seconds if self._seconds else 0.0,
+                length=self._tokens / self._sequence_steps if self._sequence_steps else 0.0,
+            )
+
+
+def show_summary(summary: Summary, console: Console) -> None:
+    """Print the figures of a run, beside those of the baseline if there is one."""
+    baseline = summary.get("baseline")
+    title = (
+        f"{summary['drafter']} · tree {summary['tree']} · acceptance {summary['acceptance']} · "
+        f"T={summary['temperature']:g} · batch {summary['batch_size']}"
+    )
+    if summary["synthetic"]:
+        title = f"SYNTHETIC · {title}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("speculative", justify="right")
+    sides = [summary]
+    if baseline:
+        table.add_column("baseline", justify="right")
+        sides.append(baseline)
+
+    def row(name: str, values: list[str]) -> None:
+        table.add_row(name, *values)
+
+    row("tokens", [f"{s['tokens']:,}" for s in sides])
+    row("seconds", [f"{s['seconds']:.2f}" for s in sides])
+    row("tokens/s", [f"{s['tokens_per_second']:.1f}" for s in sides])
+    row("tokens/s without prefill", [f"{s['decode_tokens_per_second']:.1f}" for s in sides])
+    if baseline and summary["speedup"]:
+        row("speedup", [f"[bold]{summary['speedup']:.2f}x[/bold]", "1.00x"])
+    lengths = [s["mean_accepted_length"] for s in sides]
+    row("accepted length, pooled", [f"{length['pooled']:.2f}" for length in lengths])
+    row(
+        "accepted length, mean of requests", [f"{length['per_request']:.2f}" for length in lengths]
+    )
+    row("tokens per target pass", [f"{s['tokens_per_target_pass']:.2f}" for s in sides])
+    row("nodes drafted per step", [f"{s['drafted_per_step']:.1f}" for s in sides])
+    for name, count in summary.get("sources", {}).items():
+        values = [f"{count['accepted']:,} of {count['drafted']:,}", ""]
+        row(f"accepted nodes of {name}", values[: len(sides)])
+    for verb in VERBS:
+        row(f"time: {verb}", [_share(s["time"][verb], s["seconds"]) for s in sides])
+    console.print(table)
+    depths = summary["acceptance_by_depth"]
+    if depths:
+        console.print(
+            "acceptance by depth: " + "  ".join(f"{i + 1}: {a:.0%}" for i, a in enumerate(depths))
+        )
+    console.print(_lossless_line(summary))
+
+
+def show_sweep(
+    runs: Sequence[tuple[list[str], Summary]],
+    refused: Sequence[tuple[list[str], str]],
+    console: Console,
+) -> None:
+    """Print the runs of a sweep beneath each other, named by the overrides that differ, then what
+    was refused and why."""
+    common = set.intersection(*(set(overrides) for overrides, _ in [*runs, *refused]))
+
+    def name(overrides: list[str]) -> str:
+        return " ".join(override for override in overrides if override not in common)
+
+    table = Table(title="sweep", title_justify="left", title_style="bold")
+    table.add_column("run")
+    columns = ("tok/s", "speedup", "accepted", "nodes", "lossless")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for overrides, summary in runs:
+        speedup = summary.get("speedup")
+        table.add_row(
+            name(overrides),
+            f"{summary['tokens_per_second']:.1f}",
+            f"{speedup:.2f}x" if speedup else "-",
+            f"{summary['mean_accepted_length']['pooled']:.2f}",
+            f"{summary['drafted_per_step']:.1f}",
+            _lossless_cell(summary),
+        )
+    console.print(table)
+    if not refused:
+        return
+    runs_of: dict[str, list[str]] = {}
+    for overrides, reason in refused:
+        runs_of.setdefault(reason, []).append(name(overrides))
+    table = Table(title="refused", title_justify="left", title_style="bold", show_lines=True)
+    table.add_column("reason", ratio=2)
+    table.add_column("runs", ratio=3)
+    for reason, names in runs_of.items():
+        table.add_row(reason, "\n".join(names))
+    console.print(table)
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def _lossless_cell(summary: Summary) -> str:
+    lossless = summary["lossless"]
+    if summary["synthetic"]:
+        return "SYNTHETIC"
+    if lossless.get("tokens"):
+        return f"p={lossless['p_value']:.2g}"
+    if lossless.get("checked"):
+        return f"{lossless['identical']} of {lossless['checked']}"
+    return "-"
+
+
+def _lossless_line(summary: Summary) -> str:
+    lossless = summary["lossless"]
+    if "refused" in lossless:
+        return f"lossless: not checked; {lossless['refused']}"
+    if summary["temperature"] > 0:
+        if not lossless["tokens"]:
+            return "lossless: not checked, there is no output"
+        line = (
+            f"lossless: {lossless['tokens']:,} tokens tested for being draws from the target's "
+            f"distributions, p = {lossless['p_value']:.2g} (tiny if they are not)"
+        )
+        if lossless["impossible"]:
+            line += f"; {lossless['impossible']} of them are excluded by the sampling settings"
+        return line
+    if not lossless["checked"]:
+        return "lossless: not checked (baseline=false)"
+    line = (
+        f"lossless: {lossless['identical']} of {lossless['checked']} outputs equal the baseline, "
+        f"token for token"
+    )
+    for d in lossless["divergences"]:
+        gap = "an output ended" if d["logit_gap"] is None else f"logit gap {d['logit_gap']:.3g}"
+        line += (
+            f"\n  prompt {d['prompt']} turn {d['turn']}: differs at token {d['position']}, {gap}"
+        )
+    return line

@@ -1,0 +1,339 @@
+"""The whole loop on a GPU, through the kernels and through the reference: equality with
+transformers' own `generate` in float32, explained differences in bfloat16 and over quantised
+pages, times.
+
+The other tests of the loop run on the GPU as well where there is one; here are the cases that
+differ there.
+"""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from specdec.decode import Decoder, Step
+from specdec.drafters.compose import Compose
+from specdec.drafters.early_exit import EarlyExit
+from specdec.drafters.ngram import NGram
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.small_llama import SmallLlama
+from specdec.drafters.token_recycling import TokenRecycling
+from specdec.drafters.trees.chain import Chain
+from specdec.drafters.trees.dynamic import Dynamic
+from specdec.drafters.trees.static import Static
+from specdec.kernels.choose import Kernels
+from specdec.lab.lossless import compare
+from specdec.models.paged import PagedLM, zoo_path
+from specdec.protocols import AcceptanceRule, Drafter, Request, StepContext
+from specdec.sampling import SamplingParams
+from specdec.tree import Acceptance, TokenTree
+from specdec.verifier.greedy import Greedy
+from specdec.verifier.recursive_rejection import RecursiveRejection
+from specdec.verifier.target_only import TargetOnly
+from specdec.verifier.verifier import TreeVerifier
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+# A beginning of many pages that the last two share, beside short texts.
+COMMON = "".join(
+    f"def step_{i}(state):\n    state.count += {i}\n    return state\n\n\n" for i in range(12)
+)
+TEXTS = (
+    "def fibonacci(n):\n    ",
+    "It was a dark night, and the old captain stood at the",
+    COMMON + "def fibonacci(n):\n    ",
+    COMMON + "class Stack:\n    def __init__(self",
+)
+NEW = 48
+TREES = {
+    "chain": Chain(budget=4),
+    "static": Static(widths=[3, 2, 1]),
+    "dynamic": Dynamic(budget=12),
+}
+GROWN = (  # on the device
+    "small_llama",
+    "early_exit",
+    "token_recycling",
+    "compose union",
+    "compose cascade",
+)
+PLANS = [
+    ("none", "chain"),
+    *((kind, tree) for kind in (*GROWN, "ngram") for tree in TREES),
+]
+
+
+def load(dtype: torch.dtype, **kernels: Any) -> PagedLM:
+    return PagedLM.load("zoo:target", dtype=dtype, device="cuda", kernels=Kernels(**kernels))
+
+
+@pytest.fixture(scope="module", params=["triton", "reference"])
+def exact(request: pytest.FixtureRequest) -> PagedLM:
+    return load(torch.float32, impl=request.param)
+
+
+@pytest.fixture(scope="module")
+def generated() -> list[list[int]]:
+    """What transformers makes of TEXTS in float32."""
+    model = AutoModelForCausalLM.from_pretrained(zoo_path("target"), dtype=torch.float32).cuda()
+    outputs = []
+    for ids in prompts_of(load(torch.float32)):
+        inputs = torch.tensor([ids], device="cuda")
+        length = {"max_new_tokens": NEW, "min_new_tokens": NEW, "eos_token_id": None}
+        out = model.generate(inputs, do_sample=False, pad_token_id=0, **length)
+        outputs.append(out[0, len(ids) :].tolist())
+    return outputs
+
+
+def prompts_of(target: PagedLM) -> list[list[int]]:
+    return [target.tokenizer(text).input_ids for text in TEXTS]
+
+
+def build(kind: str, tree: str, target: PagedLM) -> Drafter:
+    if kind == "none":
+        return NoDrafter()
+    if kind == "ngram":
+        return NGram(tree=TREES[tree])
+    if kind == "early_exit":
+        return EarlyExit(target=target, tree=TREES[tree])
+    if kind == "token_recycling":
+        return TokenRecycling(target=target, tree=TREES[tree])
+    small = SmallLlama(target=target, tree=TREES[tree], path="zoo:draft")
+    if kind == "small_llama":
+        return small
+    parts = {"ngram": NGram(tree=TREES[tree]), "small_llama": small}
+    mode = kind.removeprefix("compose ")
+    return Compose(target=target, tree=TREES[tree], parts=parts, mode=mode, min_match=2)
+
+
+def new_decoder(
+    target: PagedLM,
+    drafter: Drafter,
+    *,
+    batch_size: int,
+    temperature: float = 0.0,
+    rule: AcceptanceRule | None = None,
+    **options: Any,
+) -> Decoder:
+    return Decoder(
+        verifier=TreeVerifier(target),
+        drafter=drafter,
+        rule=rule or (RecursiveRejection() if temperature else Greedy()),
+        sampling=SamplingParams(temperature=temperature, seed=1),
+        max_context=target.max_context,
+        device=target.device,
+        kernels=target.kernels,
+        batch_size=batch_size,
+        max_tokens=1024,
+        **options,
+    )
+
+
+def decode(
+    target: PagedLM, drafter: Drafter, **options: Any
+) -> tuple[list[dict[str, Any]], list[Step]]:
+    """Records of the outputs, in the order of the prompts, and the steps."""
+    steps: list[Step] = []
+    decoder = new_decoder(target, drafter, **options)
+    prompts = prompts_of(target)
+    requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
+    done = {s.request.id: s for s in decoder.run(requests, on_step=steps.append)}
+    return [
+        {"prompt": i, "turn": 0, "prompt_ids": ids, "output_ids": done[i].output_ids}
+        for i, ids in enumerate(prompts)
+    ], steps
+
+
+def outputs_of(records: list[dict[str, Any]]) -> list[list[int]]:
+    return [record["output_ids"] for record in records]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("kind", "tree"), PLANS)
+def test_greedy_equals_generate(
+    exact: PagedLM, generated: list[list[int]], kind: str, tree: str, batch_size: int
+) -> None:
+    records, steps = decode(exact, build(kind, tree, exact), batch_size=batch_size)
+    assert outputs_of(records) == generated
+    assert (sum(sum(step.accepted) for step in steps) > 0) == (kind != "none")
+
+
+@pytest.mark.parametrize("settings", [{"fixed_splits": 3}, {"shared_prefix": True}], ids=str)
+@pytest.mark.parametrize(("kind", "tree"), [("none", "chain"), ("small_llama", "dynamic")])
+def test_however_the_work_is_divided(
+    generated: list[list[int]], kind: str, tree: str, settings: dict[str, Any]
+) -> None:
+    target = load(torch.float32, impl="triton", **settings)
+    records, _ = decode(target, build(kind, tree, target), batch_size=4)
+    assert outputs_of(records) == generated
+
+
+@pytest.mark.parametrize("children", ["sample", "sample_with_replacement"])
+def test_sampling_does_not_depend_on_the_batch(exact: PagedLM, children: Any) -> None:
+    tree = Dynamic(budget=12, children=children)
+    drafter = SmallLlama(target=exact, tree=tree, path="zoo:draft")
+    alone, _ = decode(exact, drafter, batch_size=1, temperature=1.0)
+    together, _ = decode(exact, drafter, batch_size=4, temperature=1.0)
+    assert alone == together
+
+
+# --- inexact
+
+
+@pytest.fixture(scope="module", params=["triton", "reference"])
+def rounded(request: pytest.FixtureRequest) -> PagedLM:
+    return load(torch.bfloat16, impl=request.param)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize(("kind", "tree"), PLANS)
+def test_bfloat16_differs_at_near_ties_only(
+    rounded: PagedLM, kind: str, tree: str, batch_size: int
+) -> None:
+    records, _ = decode(rounded, build(kind, tree, rounded), batch_size=batch_size)
+    plain, _ = decode(rounded, NoDrafter(), batch_size=1)
+    divergences = compare(records, plain, rounded)["divergences"]
+    # bfloat16 keeps 8 bits: of logits around 20, neighbours are an eighth apart.
+    assert all(abs(d["logit_gap"]) <= 0.25 for d in divergences)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_quantised_caches_differ_at_near_ties_only(exact: PagedLM, kv_dtype: torch.dtype) -> None:
+    """From plain decoding over the same cache. Where float32 rounds a key otherwise, it may fall
+    on the other side of a tie between two numbers of the pages: a step of one of them."""
+    drafter = build("small_llama", "dynamic", exact)
+    records, steps = decode(exact, drafter, batch_size=4, kv_dtype=kv_dtype)
+    plain, _ = decode(exact, NoDrafter(), batch_size=1, kv_dtype=kv_dtype)
+    divergences = compare(records, plain, exact, kv_dtype=kv_dtype)["divergences"]
+    assert all(abs(d["logit_gap"]) <= 0.05 for d in divergences)
+    assert sum(sum(step.accepted) for step in steps) > 0
+
+
+# --- times
+
+
+@pytest.mark.parametrize("kind", ["none", "small_llama", "ngram"])
+def test_step_times_add_up_to_the_clock(exact: PagedLM, kind: str) -> None:
+    decoder = new_decoder(exact, build(kind, "chain", exact), batch_size=2)
+    prompts = prompts_of(exact)
+    decoder.warm_up(prompts[0])
+    requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
+    steps: list[Step] = []
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    done = list(decoder.run(requests, on_step=steps.append))
+    torch.cuda.synchronize()
+    elapsed = time.perf_counter() - start
+    assert len(done) == len(prompts)
+    assert sum(sum(step.seconds.values()) for step in steps) == pytest.approx(elapsed, rel=0.03)
+
+
+# --- graphs, and results that come a step late
+
+
+@pytest.fixture(scope="module")
+def eager() -> PagedLM:
+    return load(torch.float32, impl="triton", graphs=False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("kind", ["none", *GROWN, "ngram"])
+def test_graphs_change_nothing(
+    exact: PagedLM, eager: PagedLM, kind: str, batch_size: int, temperature: float
+) -> None:
+    if exact.kernels.impl != "triton":
+        pytest.skip("graphs are captured over the kernels only")
+    tree = "chain" if kind == "ngram" else "static"
+    rule = TargetOnly() if temperature else Greedy()
+    outputs = [
+        decode(
+            target,
+            build(kind, tree, target),
+            batch_size=batch_size,
+            temperature=temperature,
+            rule=rule,
+        )
+        for target in (exact, eager)
+    ]
+    assert outputs_of(outputs[0][0]) == outputs_of(outputs[1][0])
+
+
+@pytest.mark.parametrize("kind", ["none", *GROWN, "ngram"])
+def test_after_warming_up_everything_is_replayed(exact: PagedLM, kind: str) -> None:
+    """At every size of batch, that of the last sequences included."""
+    if exact.kernels.impl != "triton":
+        pytest.skip("graphs are captured over the kernels only")
+    decoder = new_decoder(exact, build(kind, "chain", exact), batch_size=3)
+    prompts = prompts_of(exact)
+    decoder.warm_up(prompts[0])
+    before = {verb: dict(counts) for verb, counts in decoder.graphs.counts.items()}
+    requests = [
+        Request(id=i, prompt_ids=ids, max_new_tokens=NEW - 9 * i) for i, ids in enumerate(prompts)
+    ]
+    steps: list[Step] = []
+    for _ in decoder.run(requests, on_step=steps.append):
+        pass
+    after = decoder.graphs.counts
+    assert decoder.graphs.obstacle is None
+    assert ("draft" in after) == (kind != "ngram")
+    for verb, counts in after.items():
+        assert counts["called"] == before[verb]["called"], verb
+        assert counts["captured"] == before[verb]["captured"], verb
+        assert counts["replayed"] - before[verb]["replayed"] == len(steps)
+
+
+@pytest.mark.parametrize("kind", ["none", *GROWN, "ngram"])
+def test_texts_end_exactly_where_they_should(
+    exact: PagedLM, generated: list[list[int]], kind: str
+) -> None:
+    """At the first stop token or the limit, with rows that are filled again meanwhile."""
+    stops = {output[17 + i] for i, output in enumerate(generated)}
+    wanted = []
+    for output in generated:
+        end = next((i + 1 for i, token in enumerate(output) if token in stops), NEW)
+        wanted.append(output[:end])
+    decoder = new_decoder(exact, build(kind, "chain", exact), batch_size=2, stop_tokens=stops)
+    prompts = prompts_of(exact)
+    requests = [
+        Request(id=i, prompt_ids=prompts[i % 4], max_new_tokens=NEW - i // 4) for i in range(8)
+    ]
+    done = {s.request.id: s for s in decoder.run(requests)}
+    for i in range(8):
+        assert done[i].output_ids == wanted[i % 4][: NEW - i // 4]
+        assert sum(done[i].accepted_lengths) == len(done[i].output_ids)
+
+
+def test_what_cannot_be_captured_is_called(exact: PagedLM) -> None:
+    class Waiting(Greedy):
+        def accept(
+            self, context: StepContext, tree: TokenTree, logits: torch.Tensor
+        ) -> Acceptance:
+            assert float(logits[0, 0, 0]) < 1e9  # waits for the device
+            return super().accept(context, tree, logits)
+
+    if exact.kernels.impl != "triton":
+        pytest.skip("graphs are captured over the kernels only")
+    plain, _ = decode(exact, NoDrafter(), batch_size=2)
+    decoder = new_decoder(exact, NoDrafter(), batch_size=2, rule=Waiting())
+    prompts = prompts_of(exact)
+    requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
+    done = {s.request.id: s.output_ids for s in decoder.run(requests)}
+    assert [done[i] for i in range(len(prompts))] == outputs_of(plain)
+    assert decoder.graphs.obstacle
+
+
+def test_a_recursive_rule_over_trees_of_the_host(exact: PagedLM) -> None:
+    """Where nothing matches there is no proposal, while the next tree has one."""
+    drafter = NGram(tree=Dynamic(budget=6, children="sample"))
+    decoder = new_decoder(exact, drafter, batch_size=2, temperature=1.0)
+    prompts = prompts_of(exact)
+    decoder.warm_up(prompts[0])
+    requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
+    outputs = {s.request.id: s.output_ids for s in decoder.run(requests)}
+    again, _ = decode(exact, drafter, batch_size=1, temperature=1.0)
+    assert [outputs[i] for i in range(len(prompts))] == outputs_of(again)

@@ -1,0 +1,86 @@
+"""Calibration of the zoo pair on this machine."""
+
+import io
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from specdec.costs import CostTable
+from specdec.experiments.figures import pages as readme
+from specdec.experiments.tools import calibrate
+from specdec.models.paged import PagedLM
+
+TINY = shlex.split(
+    "--target zoo:target --draft zoo:draft --device cpu --dtype float32 --replays 1 "
+    "--batch 1 2 --nodes 1 5 --context 16 32 --width 1 3 --draft-context 16"
+)
+
+
+def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "calibrate.json"
+    arguments = [*TINY, "--out", str(out)]
+    calibrate.main([*arguments, "--only", "draft"])
+    with pytest.raises(ValueError, match="unfinished"):
+        CostTable.load(out)
+    before = json.loads(out.read_text())
+
+    timed: list[int] = []
+    monkeypatch.setattr(
+        calibrate, "replay_seconds", lambda *_: timed.append(0) or 0.001 * len(timed)
+    )
+    calibrate.main([*arguments, "--resume"])
+    result = json.loads(out.read_text())
+    assert result["draft"] == before["draft"]
+    assert len(timed) == 2 * 2 * 2  # the target alone was missing
+    assert result["command"].count("specdec.experiments.tools.calibrate") == 2
+    assert {"hardware", "versions", "git"} <= result.keys()
+    # One cache after the other, of a batch and a context; all its nodes.
+    ms = torch.tensor(result["verify"]["seconds"]) * 1e3
+    assert ms.round().tolist() == [[[1, 3], [2, 4]], [[5, 7], [6, 8]]]
+    table = CostTable.load(out)
+    assert table.verify(1, 5, 32) == pytest.approx(0.004)
+    assert table.draft(2, 3) > 0
+
+    console = Console(width=160, file=io.StringIO())
+    console.print(calibrate.table(result))
+    assert "8.000" in console.file.getvalue()  # type: ignore[attr-defined]
+    lines = readme.calibrate(result).splitlines()
+    assert lines[-2:] == ["| 1 | 3.00 (1.00) | 4.00 (1.33) |", "| 2 | 7.00 (1.00) | 8.00 (1.14) |"]
+
+    calibrate.main([*arguments, "--resume"])
+    assert len(timed) == 8  # nothing was missing
+    with pytest.raises(ValueError, match="draft_context"):
+        calibrate.main([*arguments, "--draft-context", "8", "--resume"])
+
+
+def test_passes_are_those_of_a_step() -> None:
+    """The tree has random keys before it, and the draft's level sees its parents."""
+    torch.manual_seed(0)
+    lm = PagedLM.load("zoo:draft", dtype=torch.float32, device="cpu")
+    cache = calibrate.filled_cache(lm, 2, 16, 6)
+    assert cache is not None
+    assert cache.lengths.tolist() == [16, 16, 0]
+    with torch.inference_mode():
+        logits: Any = calibrate.verify_call(lm, cache, 2, 6)()
+        assert logits.shape == (2, 6, lm.vocab_size)
+        assert bool(logits.isfinite().all())
+        call = calibrate.draft_call(lm, cache, 2, 3)
+        ids, _ = call()
+        assert ids.shape == (6, calibrate.CHOICES)
+        seen = call()[1].clone()
+        cache.tree_keys[:, :, :, :3].normal_()  # of the first level
+        assert not torch.equal(call()[1], seen)
+
+
+def test_without_a_gpu_it_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        calibrate.main([])
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err

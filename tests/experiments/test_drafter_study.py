@@ -1,0 +1,128 @@
+"""experiments/studies/drafters.py with the zoo pair on a CPU: the grids, the records, the tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specdec.drafters.growth import plan
+from specdec.experiments.figures import pages as readme
+from specdec.experiments.studies import drafters
+from specdec.experiments.tools import retokenize
+from specdec.sampling import SamplingParams
+
+pytestmark = pytest.mark.usefixtures("load_once")
+TEXTS = ("def fibonacci(n):\n    ", "class Stack:\n    def __init__(self", "import os\n\n\ndef ")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    code = [{"task_id": f"a/{i}", "prompt": text} for i, text in enumerate(TEXTS)]
+    talk = [
+        {"question_id": 80 + i, "category": "writing" if i < 2 else "roleplay", "turns": [text]}
+        for i, text in enumerate(("Tell me of the sea.", "And of the sky.", "Who are you?"))
+    ]
+    tasks = [*talk, {"question_id": 99, "category": "qa", "turns": ["Where is Rome?"]}]
+    for name, records in {"humaneval": code, "mt_bench": talk, "spec_bench": tasks}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def arguments(files: Path, out: Path, *more: str) -> list[str]:
+    sets = [f"--{name.replace('_', '-')}={files}/{name}.jsonl" for name in drafters.SETS[::2]]
+    sets.append(f"--spec-bench={files}/spec_bench.jsonl")
+    return [*sets, "--device=cpu", "--tokens=8", "--prompts=2", f"--out={out}", *more]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("grid", ["budgets", "speed"])
+def test_grids_keep_budgets_and_lose_nothing(grid: str, temperature: float) -> None:
+    names = list(drafters.FAST)
+    found = list(drafters.methods(grid, temperature, names))
+    assert len({method.name for _, method in found}) == len(found)
+    for budget, method in found:
+        tree = drafters.make_tree(*method.tree, method.children)
+        assert plan(tree, None, 1) > 0
+        assert grid == "speed" or tree.budget <= budget
+        rule = drafters.rule_of(method, temperature)
+        assert rule.lossy(tree.children, SamplingParams(temperature=temperature)) is None
+    wanted = set(names) - set(drafters.TIMED) if grid == "budgets" else set(names)
+    if grid == "speed" and temperature:
+        wanted = {name for name in names if drafters.FAST[name][1]}
+    assert {method.drafter for _, method in found} == wanted
+
+
+def test_from_prompts_to_tables(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafters, "DYNAMIC", {8: drafters.DYNAMIC[8]})
+    out = tmp_path / "lengths.json"
+    names = ["small_llama", "pld", "compose cascade"]
+    assert drafters.main(arguments(files, out, "--grid=budgets", "--drafters", *names)) == 0
+    result = json.loads(out.read_text())
+    assert result["sets"] == {
+        "humaneval": ["humaneval/a/0", "humaneval/a/1"],
+        "mt_bench": ["writing/80", "roleplay/82"],  # one of each category
+        "spec_bench": ["qa/99"],  # what is MT-Bench's is there already
+    }
+    for name, part in result["parts"].items():
+        for entry in part.values():
+            tokens = [prompt["tokens"] for prompt in entry["prompts"].values()]
+            assert tokens == [8] * 5
+            assert all(prompt["seconds"] > 0 for prompt in entry["prompts"].values())
+        if name == "T=0":
+            assert part["none: chain 1"]["prompts"]["qa/99"]["steps"] == 8
+            compared = [entry["agreement"] for entry in part.values() if entry["budget"]]
+            assert all(one["checked"] == one["identical"] == 5 for one in compared)
+            composed = part["compose cascade: dynamic 8,3,4"]
+            assert composed["sources"]["small_llama"][0] > 0
+    text = readme.drafter_lengths(result | {"datastore": {"tokens": 1e6, "sources": ["a"]}})
+    assert "| drafter | state | T=0, 8 | T=1, 8 |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| `small_llama` | none |"))
+    part = result["parts"]["T=0"]
+    steps = sum(one["steps"] for one in part["small_llama: dynamic 8,3,4"]["prompts"].values())
+    assert row.split(" | ")[2] == f"{40 / steps:.2f}"
+
+
+def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    options = ["--source=zoo:draft", "--keep=6000", f"--out={other}"]
+    retokenize.main(options)
+    out = tmp_path / "speed.json"
+    names = ["early_exit", "early_exit anew", "translated"]
+    more = ["--grid=speed", f"--other-draft={other}", "--temperatures=0", "--drafters", *names]
+    assert drafters.main(arguments(files, out, *more)) == 0
+    result = json.loads(out.read_text())
+    part: dict[str, Any] = result["parts"]["T=0"]
+    resumed, anew = (part[f"{name}: dynamic 24,6,3"] for name in names[:2])
+    assert resumed["verbs"]["verify"] < anew["verbs"]["verify"]
+    steps = [sum(p["steps"] for p in one["prompts"].values()) for one in (resumed, anew)]
+    assert steps[0] == steps[1]
+    lines = readme.drafter_speed(result).splitlines()
+    assert sum(line.startswith("| 0 | `") for line in lines) == 4
+    assert "of the weights" not in lines[-1]
+    result["settings"] |= {"target": "standin:llama3_8b", "exit_layer": 10}
+    assert readme.drafter_speed(result).endswith("29.1% of the weights that a pass reads.")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--grid=speed"], "no prompts: give at least one of"),
+        (["--grid=speed", "--humaneval=x", "--drafters", "rest"], "rest: needs --datastore"),
+        (["--grid=none", "--humaneval=x"], "invalid choice: 'none'"),
+    ],
+)
+def test_mistakes_are_named(
+    more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        drafters.main([*more, f"--out={tmp_path}/o.json"])
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_a_file_hold_those_of_its_default() -> None:
+    found = drafters.yaml_settings("suffix_decoding")
+    assert (found["reset"], found["max_match"], found["order"]) == ("never", 64, "frequency")

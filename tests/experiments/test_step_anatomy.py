@@ -1,0 +1,138 @@
+"""Where a step goes: kernels of a made-up trace, verbs of the zoo pair, tables and plots."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from specdec.drafters.trees.chain import Chain
+from specdec.drafters.trees.dynamic import Dynamic
+from specdec.experiments.bench import step_anatomy, timeline
+from specdec.experiments.bench.timeline import OTHER, Piece
+from specdec.experiments.figures import pages as readme
+
+ROOT = Path(__file__).parents[2]
+
+
+def event(name: str, begin: float, duration: float, cat: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": cat, "name": name, "ts": begin, "dur": duration}
+
+
+TRACE = {
+    "traceEvents": [
+        event("attention_kernel", 8.0, 6.0),  # starts early, waits until 10
+        event("stream_kernel", 0.0, 10.0),
+        event("Memcpy DtoH (Device -> Pinned)", 20.0, 2.0, "gpu_memcpy"),
+        event("void at::native::elementwise", 21.0, 0.5),  # inside the copy
+        event("cudaGraphLaunch", 0.0, 100.0, "cuda_runtime"),
+        event("ProfilerStep#1", 0.0, 100.0, "gpu_user_annotation"),
+        {"ph": "M", "name": "process_name"},
+    ]
+}
+
+
+def test_time_is_counted_once() -> None:
+    found = timeline.anatomy(timeline.pieces_of(TRACE), steps=2)
+    assert found["wall_ms"] == pytest.approx(22e-3 / 2)
+    assert found["busy_ms"] == pytest.approx(16e-3 / 2)
+    assert found["sum_ms"] == pytest.approx(18.5e-3 / 2)
+    assert found["idle"] == pytest.approx(6 / 22)
+    groups = found["groups"]
+    assert list(groups) == ["weights", "attention", "copies", OTHER]
+    assert groups["attention"] == pytest.approx({"own_ms": 2e-3, "sum_ms": 3e-3, "launches": 0.5})
+    assert groups[OTHER]["own_ms"] == 0
+    assert sum(group["own_ms"] for group in groups.values()) == pytest.approx(found["busy_ms"])
+    assert found["longest"][0]["name"] == "stream_kernel"
+    with pytest.raises(ValueError, match="nothing was profiled"):
+        timeline.anatomy([], steps=2)
+
+
+def test_own_time_of_nested_and_apart() -> None:
+    pieces = [Piece("a", 0, 10), Piece("b", 2, 4), Piece("c", 9, 12), Piece("d", 20, 21)]
+    assert timeline.own_time(pieces) == [10, 0, 2, 1]
+
+
+def test_every_kernel_of_ours_has_a_group() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "kernels/gpu").glob("*.py"))
+    names = re.findall(r"^def (\w+_kernel)\(", sources, re.MULTILINE)
+    assert len(names) > 15
+    assert [name for name in names if timeline.group_of(name) == OTHER] == []
+    for name, group in {
+        "nvjet_tst_128x64_64x6_2x1_v_bz_TNT": "weights",
+        "sm90_xmma_gemm_bf16bf16": "weights",
+        "Memset (Device)": "copies",
+        "void at::native::vectorized_gather_kernel": OTHER,
+    }.items():
+        assert timeline.group_of(name) == group
+
+
+def test_cases() -> None:
+    assert step_anatomy.parse_case("none", 0.0) is None
+    chain = step_anatomy.parse_case("chain:4", 1.0)
+    assert isinstance(chain, Chain)
+    assert (chain.budget, chain.children) == (4, "sample")
+    tree = step_anatomy.parse_case("dynamic:12,3,4", 0.0)
+    assert isinstance(tree, Dynamic)
+    assert (tree.budget, tree.candidates, tree.depth) == (12, 3, 4)
+    for wrong in ("chain", "chain:", "chain:x", "dynamic:1,2", "star:3"):
+        with pytest.raises(ValueError, match="--cases"):
+            step_anatomy.parse_case(wrong, 0.0)
+
+
+def printed(result: dict[str, Any]) -> str:
+    console = Console(width=200, file=io.StringIO())
+    console.print(step_anatomy.table(result))
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_verbs_of_the_zoo_pair(tmp_path: Path) -> None:
+    out = tmp_path / "anatomy.json"
+    arguments = ["--target", "zoo:target", "--draft", "zoo:draft", "--device", "cpu"]
+    arguments += ["--dtype", "float32"]
+    arguments += ["--tokens", "24", "--batches", "1", "--out", str(out)]
+    assert step_anatomy.main([*arguments, "--cases", "none"]) == 0
+    before = json.loads(out.read_text())["cases"]
+    assert step_anatomy.main([*arguments, "--cases", "none", "chain:2", "--resume"]) == 0
+    result = json.loads(out.read_text())
+    assert result["cases"]["none, batch 1"] == before["none, batch 1"]
+    drafted = result["cases"]["chain:2, batch 1"]
+    assert drafted["adds_up"], drafted
+    assert drafted["accepted_length"] > 1
+    assert sum(drafted["verbs_ms"].values()) == pytest.approx(drafted["wall_ms"])
+    assert "chain:2, batch 1" in printed(result)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_and_plot_of_kernels(tmp_path: Path) -> None:
+    kernels = timeline.anatomy(timeline.pieces_of(TRACE), steps=2)
+    case = {
+        "wall_ms": 0.010,
+        "verbs_ms": {"draft": 0.002, "verify": 0.008},
+        "accepted_length": 2.5,
+        "sum_over_clock": 0.9,
+        "adds_up": False,
+        "kernels": kernels,
+        "host_gap": 0.2,
+    }
+    result = {
+        "command": "python -m specdec.experiments.bench.step_anatomy",
+        "settings": {"target": "standin:llama3_8b", "draft": "standin:llama_160m"},
+        "hardware": {"gpu": "NVIDIA H200", "cpu": "some"},
+        "cases": {"chain:4, batch 1": case, "none, batch 1": {"fault": "X: y [z]"}},
+    }
+    text = printed(result)
+    assert "0.900 (off)" in text
+    assert "none, batch 1: X: y [z]" in text
+    assert "27.3%" in text
+    out = tmp_path / "anatomy.json"
+    out.write_text(json.dumps(result))
+    assert step_anatomy.main(["--draw", "--out", str(out)]) == 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    lines = readme.step_anatomy(result).splitlines()
+    assert "NVIDIA H200" in lines[0]
+    assert lines[-1] == "| chain:4, batch 1 | 0.01 | 0.01 | 0.00 | 0.00 | 0.00 | 20.0% |"
+    assert lines[-1].count("|") == lines[-3].count("|")

@@ -1,0 +1,392 @@
+"""Compile the Triton kernels for an H100 or H200 on a machine that need not have one.
+
+A function of `specdec.kernels.gpu` is called as usual, with small tensors in host memory; in place
+of every launch its kernel is compiled for sm_90 with the arguments it was given, and what the
+assembler reports about it is kept.
+
+    python -m tests.kernels.compile_report        compiles the calls of `calls` and prints a JSON list
+
+It must not run under TRITON_INTERPRET, which takes the place of the compiler.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from specdec.kernels import gpu
+from specdec.kernels.gpu.linear import gate
+from specdec.kernels.gpu.stream import choose_stream
+from specdec.kernels.layout import DraftedTrees
+from tests.kernels.attention_cases import DEVICE, random_case
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+
+
+class _NoDevice:
+    """What the compiler asks the driver of a GPU."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling() -> Iterator[list[dict[str, Any]]]:
+    """Within the block, launches compile; yields the list their reports are added to.
+
+    A kernel that has been compiled for like arguments before in this process is reported again.
+    """
+    reports: list[dict[str, Any]] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        reports.append(report(self.__name__, compiled))
+
+    triton.runtime.driver.set_active(_NoDevice())
+    JITFunction.run = compile_only
+    try:
+        yield reports
+    finally:
+        JITFunction.run = launch
+
+
+def report(name: str, compiled: Any) -> dict[str, Any]:
+    """Registers of a thread, bytes of stack and shared memory, and instructions by kind.
+
+    Registers that do not fit are spilled to the stack.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {kind: int(value) for kind, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": name,
+        "registers": found["REG"],
+        "stack": found["STACK"] + found["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+        "constants": _constants(compiled),
+        "async_copies": len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor)", ptx)),
+        "copies_before_wait": len(
+            re.findall(r"cp\.async\.bulk\.tensor", ptx.partition("griddepcontrol.wait")[0])
+        ),
+        **{option: getattr(compiled.metadata, option) for option in OPTIONS},
+    }
+
+
+def _constants(compiled: Any) -> dict[str, int]:
+    """Integer constants the kernel was compiled for, block sizes among them."""
+    names = compiled.src.fn.arg_names
+    found = {names[index]: value for (index, *_), value in compiled.src.constants.items()}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+# What is compiled
+
+
+def attend(*, nodes: int, options: dict[str, Any] | None = None, **shape: Any) -> None:
+    """One call of tree attention, of a model with 128 columns and 4 query heads in a group."""
+    case = random_case(
+        **{
+            "contexts": [200, 130],
+            "sizes": [nodes, nodes],
+            "group": 4,
+            "kv_heads": 2,
+            "key_dim": 128,
+            "page_size": 64,
+            "dtype": torch.bfloat16,
+            **shape,
+        }
+    )
+    options = dict(options or {})
+    if options.pop("sinks", False):
+        options["sinks"] = torch.zeros(case.query.shape[1], dtype=case.query.dtype, device=DEVICE)
+    case.attend(**options)
+
+
+def attention_calls() -> dict[str, Callable[[], None]]:
+    everything = {"window": 100, "softcap": 30.0, "sinks": True}
+    few, many = {"nodes": 8}, {"nodes": 64}
+    shapes: dict[str, dict[str, Any]] = {
+        f"{nodes} nodes": {"nodes": nodes} for nodes in (1, 8, 16, 64, 256)
+    }
+    for size in (few, many):
+        name = f"{size['nodes']} nodes"
+        shapes |= {f"{name}, page {page}": {**size, "page_size": page} for page in (16, 128)}
+        shapes |= {f"{name}, dim {dim}": {**size, "key_dim": dim} for dim in (64, 256)}
+        shapes |= {f"{name}, group {group}": {**size, "group": group} for group in (1, 8)}
+        shapes |= {
+            f"{name}, pages of {stored}": {**size, "stored": stored}
+            for stored in (torch.float8_e4m3fn, torch.int8)
+        }
+        shapes[f"{name}, float16"] = {**size, "dtype": torch.float16}
+        shapes[f"{name}, every option"] = {**size, "options": everything}
+        shapes[f"{name}, shared prefix"] = {
+            **size,
+            "alike": [0, 2],
+            "options": {"shared_prefix": True},
+        }
+    shapes["float32"] = {**few, "dtype": torch.float32}
+    shapes["200 pieces"] = {**few, "options": {"fixed_splits": 200}}
+    shapes["chain of 256"] = {"nodes": 256, "chain": True}
+    shapes["chain of 256, dim 256, window"] = {
+        "nodes": 256,
+        "chain": True,
+        "key_dim": 256,
+        "options": {"window": 100},
+    }
+    return {name: partial(attend, **shape) for name, shape in shapes.items()}
+
+
+def move(
+    stored: torch.dtype | None, kernels: ModuleType = gpu, device: torch.device = DEVICE
+) -> list[Tensor]:
+    """Every move of keys and values, once; all that is written to."""
+    layers, pages, kv_heads, page_size, dim, nodes = 2, 9, 8, 64, 128, 16
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        numbers = torch.randn(*shape, generator=generator)
+        return numbers.to(torch.bfloat16).to(device)
+
+    pool = [torch.zeros(layers, pages, kv_heads, page_size, dim, device=device) for _ in range(2)]
+    pool = [numbers.to(stored or torch.bfloat16) for numbers in pool]
+    scales = [torch.ones(pool[0].shape[:-1], device=device) if stored else None for _ in range(2)]
+    trees = [normal(layers, 2, kv_heads, nodes, dim) for _ in range(2)]
+    new = normal(2, kv_heads, nodes - 3, dim)
+    path = torch.tensor([[0, 2, 5, 11], [0, 1, 2, 3]], device=device)
+    length = torch.tensor([4, 1], device=device)
+    table = torch.arange(8, dtype=torch.int32, device=device).view(2, 4)
+    start = torch.tensor([61, 0], dtype=torch.int32, device=device)
+    kernels.write_tree(trees[0][1], trees[1][1], new, -new, 3, stored)
+    for accepted, behind in ((path, 0), (None, 70)):
+        kernels.commit_path(*pool, *trees, accepted, length, table, start + behind, *scales)
+    kernels.compact_path(*pool, path, length, table, start, *scales)
+    quantised = kernels.quantise(new, stored) if stored else ()
+    return [*pool, *trees, *(tensor for tensor in scales if tensor is not None), *quantised]
+
+
+def structure(
+    nodes: int, kernels: ModuleType = gpu, device: torch.device = DEVICE
+) -> list[Tensor]:
+    parents = torch.arange(nodes, dtype=torch.int32, device=device).repeat(2, 1) // 3 - 1
+    parents[1, nodes // 2 :] = -2
+    return list(kernels.tree_structure(parents, torch.arange(2, device=device), links=True))
+
+
+def accept(rule: str, dtype: torch.dtype, repeats: bool = False) -> list[Tensor]:
+    """Of a chain of tokens 0 .. 15, which a target that is sure of each accepts to the end."""
+    batch, nodes, vocab, support = 2, 16, 32_000, 64
+    count = torch.arange(nodes, device=DEVICE)
+    ids = torch.arange(support, device=DEVICE).repeat(batch, nodes, 1)
+    tree = DraftedTrees(
+        tokens=count.repeat(batch, 1),
+        parents=(count - 1).int().repeat(batch, 1),
+        size=torch.tensor([nodes, 0], dtype=torch.int32, device=DEVICE),
+        depth=nodes - 1,
+        draft_ids=ids,
+        draft_probs=torch.full(ids.shape, 1 / support, device=DEVICE),
+        repeats=repeats,
+    )
+    logits = torch.zeros(batch, nodes, vocab, dtype=dtype, device=DEVICE)
+    logits[:, count, count + 1] = 100.0
+    keys = torch.zeros(batch, 3, dtype=torch.int64, device=DEVICE)
+    return list(gpu.RULES[rule](tree, logits, temperature=0.8, keys=keys, streams=(0, 1)))
+
+
+def judge(
+    support: int,
+    dtype: torch.dtype,
+    repeats: bool = False,
+    kernels: ModuleType = gpu,
+    device: torch.device = DEVICE,
+) -> list[Tensor]:
+    """What rules compute that are not one kernel, once each, of a tree of 16 nodes with three
+    children each; and of an idle row."""
+    batch, nodes, vocab = 2, 16, 32_000
+    generator = torch.Generator().manual_seed(support)
+    node = torch.arange(nodes)
+    parents = (node - 1) // 3
+    first = torch.randint(vocab, (batch, nodes, 1), generator=generator)
+    ids = (first + 997 * torch.arange(support)) % vocab
+    tokens = ids[:, parents.clamp(min=0), (node - 1) % min(3, support)].to(device)
+    draft = torch.rand(ids.shape, generator=generator)
+    draft = (draft / draft.sum(-1, keepdim=True)).to(device)
+    logits = torch.randn(batch, nodes, vocab, generator=generator)
+    logits.scatter_add_(2, ids, torch.full(ids.shape, 5.0))
+    logits, ids = logits.to(device, dtype), ids.to(device)
+    parents = parents.int().repeat(batch, 1).to(device)
+    size = torch.tensor([nodes, 0], dtype=torch.int32, device=device)
+    coins = torch.rand(batch, nodes, generator=generator, dtype=torch.float64) ** 0.1
+    law = kernels.target_law(logits, size, temperature=0.8, entropy=True)
+    target = kernels.masses(logits, law, ids)
+    last, left, chance = kernels.traverse(
+        tokens, parents, size, ids, draft, target, coins.to(device), repeats=repeats
+    )
+    token = kernels.draw_rest(
+        logits,
+        law,
+        torch.tensor([4, 0], device=device),
+        size.long(),
+        ids=ids[:, 4],
+        taken=target[:, 4] / 2,
+        keys=torch.zeros(batch, 3, dtype=torch.int64, device=device),
+        stream=1,
+    )
+    count = torch.tensor([3, 7], device=device)[:, None].expand(batch, nodes)
+    divisor = kernels.divisor(draft, target, count)
+    laws = [law.top, law.total, law.entropy]
+    found = [tensor[:1] for tensor in (*laws, left, chance, divisor)]
+    return [last, token, *found]
+
+
+def draft(count: int, dtype: torch.dtype) -> list[Tensor]:
+    """What a drafter computes at a level, and once a tree, after logits of 3 nodes."""
+    logits = torch.zeros(3, 128_256, dtype=dtype, device=DEVICE)
+    ids, probs = gpu.top_tokens(logits, count)
+    scores = gpu.extend(torch.zeros(1, 3, dtype=torch.float64, device=DEVICE), probs[None])
+    offered = scores.flatten(1)
+    chosen = gpu.best(offered, 4)
+    nodes = gpu.compact(ids.view(1, -1), ids.view(1, -1), chosen, 3)
+    keys = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+    return [*nodes, gpu.places(chosen, 3), gpu.uniforms(keys, 2, 3 * count)]
+
+
+def product(
+    name: str, rows: int, outputs: int, inputs: int, dtype: torch.dtype, **change: Any
+) -> Tensor:
+    """One product with a weight, with some launch parameters changed."""
+    x = torch.empty(rows, inputs, dtype=dtype, device=DEVICE)
+    weight = torch.empty(outputs, inputs, dtype=dtype, device=DEVICE)
+    blocks = choose_stream(
+        rows=rows,
+        outputs=outputs,
+        inputs=inputs,
+        dtype=dtype,
+        whole=name == "project",
+        gated=name == "gated_linear",
+    )
+    found: Tensor = getattr(gpu, name)(x, weight, blocks=replace(blocks, **change))
+    return found
+
+
+def product_calls() -> dict[str, Callable[[], object]]:
+    """The products of an 8B and of a 160M Llama, and every way to read a weight."""
+    found: dict[str, Callable[[], object]] = {}
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for rows in (1, 64):
+        for outputs, inputs in ((6144, 4096), (4096, 14336), (1152, 768)):
+            name = f"product: {outputs} x {inputs}, {rows} rows"
+            found[name] = partial(product, "linear", rows, outputs, inputs, bf16)
+        for outputs, inputs in ((28672, 4096), (6144, 768)):
+            name = f"product: gated {outputs} x {inputs}, {rows} rows"
+            found[name] = partial(product, "gated_linear", rows, outputs, inputs, bf16)
+        found[f"product: whole, {rows} rows"] = partial(
+            product, "project", rows, 128_256, 4096, bf16
+        )
+        for way, change in {
+            "pipeline": {"ring": False},
+            "pointers": {"ring": False, "bulk": False, "stages": 4},
+        }.items():
+            for kind in ("linear", "gated_linear"):
+                call = partial(product, kind, rows, 28672, 4096, bf16, **change)
+                found[f"product: {kind}, {way}, {rows} rows"] = call
+    found["product: float16"] = partial(product, "linear", 16, 6144, 4096, fp16)
+    found["product: float32"] = partial(product, "linear", 16, 6144, 4096, fp32)
+    found["product: gated float32"] = partial(product, "gated_linear", 16, 6144, 4096, fp32)
+    return found
+
+
+def between(splits: int, stored: torch.dtype | None, **norms: Tensor) -> list[Tensor]:
+    """What stands between products, once each."""
+    kv_heads, heads, nodes, dim = 8, 32, 5, 128
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE}
+    residual, weight = torch.zeros(nodes, 4096, **bf16), torch.ones(4096, **bf16)
+    parts = torch.zeros(splits, nodes, 4096, device=DEVICE)
+    joined = torch.zeros(splits, nodes, (heads + 2 * kv_heads) * dim, device=DEVICE)
+    cos, sin = torch.ones(2, 1, nodes, dim, **bf16)
+    trees = torch.zeros(2, 1, kv_heads, nodes, dim, **bf16)
+    query = gpu.rotate_and_write(
+        joined, cos, sin, trees[0], trees[1], 0, query_heads=heads, stored=stored, **norms
+    )
+    return [
+        *gpu.add_norm(residual, None, weight, 1e-5),
+        *gpu.add_norm(residual, parts, weight, 1e-5, weight),
+        gate(joined, torch.bfloat16),
+        query,
+    ]
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """One call of every kind, by name."""
+    found: dict[str, Callable[[], object]] = {
+        f"attention: {name}": call for name, call in attention_calls().items()
+    }
+    for nodes in (1, 64, 256):
+        found[f"trees: {nodes} nodes"] = partial(structure, nodes)
+    for stored in (None, torch.float8_e4m3fn, torch.int8):
+        found[f"cache: pages of {stored}"] = partial(move, stored)
+    for rule in gpu.RULES:
+        found[f"accept: {rule}"] = partial(accept, rule, torch.bfloat16)
+    found["accept: float32"] = partial(accept, "recursive_rejection", torch.float32)
+    found["accept: repeats"] = partial(accept, "recursive_rejection", torch.bfloat16, repeats=True)
+    for support in (5, 64, 1024):
+        found[f"rules: {support} candidates"] = partial(judge, support, torch.bfloat16)
+    found["rules: float32, repeats"] = partial(judge, 64, torch.float32, True)
+    for count in (1, 8, 64):
+        found[f"draft: {count} tokens"] = partial(draft, count, torch.bfloat16)
+    found["draft: float32"] = partial(draft, 8, torch.float32)
+    found |= product_calls()
+    head = torch.ones(128, dtype=torch.bfloat16, device=DEVICE)
+    found["between: plain"] = partial(between, 1, None)
+    found["between: norms"] = partial(
+        between, 4, torch.float8_e4m3fn, query_norm=head, key_norm=head
+    )
+    return found
+
+
+def compile_call(name: str) -> list[dict[str, Any]]:
+    with compiling() as reports:
+        calls()[name]()
+    return [{"call": name, **found} for found in reports]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    names = list(calls())
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), get_context("spawn")) as workers:
+        found = [entry for entries in workers.map(compile_call, names) for entry in entries]
+    json.dump(found, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()

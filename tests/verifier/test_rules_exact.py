@@ -1,0 +1,857 @@
+"""The law of what the acceptance rules emit, worked out by enumeration, and the sampling under it.
+
+`experiments/studies/rule_laws.py` lists all trees a drafter could draw in a tiny world, and all ways the
+coins of a rule could fall; the tokens that come out must then follow the target. What holds of
+single rules is in `test_acceptance_rules.py`. Random draws only enter where the real loop is run.
+"""
+
+import copy
+import itertools
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+from tokenizers import Tokenizer, models
+
+from specdec.decode import Decoder, Step
+from specdec.drafters.small_llama import SmallLlama
+from specdec.drafters.trees.chain import Chain
+from specdec.drafters.trees.dynamic import Dynamic
+from specdec.drafters.trees.static import Static
+from specdec.experiments.studies.rule_laws import (
+    BELOW_ONE,
+    ROOT_TOKEN,
+    Counts,
+    DrawnTree,
+    Law,
+    Table,
+    Tokens,
+    coin_chances,
+    context_for,
+    dirichlet_table,
+    distance,
+    drawn_trees,
+    emitted_law,
+    extend_law,
+    ordered_draws,
+    target_at_nodes,
+    token_trees,
+    widths,
+)
+from specdec.models.paged import PagedLM
+from specdec.protocols import AcceptanceRule, Request, TreePolicy
+from specdec.sampling import SamplingParams, draw, probabilities, race, uniforms
+from specdec.tree import Children, Proposal, TokenTree
+from specdec.verifier.block import Block
+from specdec.verifier.coins import CoinRule
+from specdec.verifier.greedy import Greedy
+from specdec.verifier.k_seq import KSeq
+from specdec.verifier.multi_path import MultiPath
+from specdec.verifier.recursive_rejection import RecursiveRejection
+from specdec.verifier.relaxed import Relaxed
+from specdec.verifier.support import SupportRule
+from specdec.verifier.target_only import TargetOnly
+from specdec.verifier.tokenwise import Tokenwise
+from specdec.verifier.traversal import Traversal
+from specdec.verifier.typical import Typical
+from specdec.verifier.verifier import TreeVerifier
+
+ALPHA = 1e-6  # how often a statistical test may fail by chance; the seeds are fixed anyway
+RULES = (
+    TargetOnly(),
+    RecursiveRejection(),
+    Tokenwise(),
+    KSeq(),
+    Block(),
+    Traversal(),
+    MultiPath(),
+)
+
+
+def draws_of(rule: CoinRule) -> list[Children]:
+    """Ways of sampling children that a rule is lossless for."""
+    drawn: tuple[Children, ...] = ("sample", "sample_with_replacement")
+    params = SamplingParams(temperature=1.0)
+    return [children for children in drawn if rule.lossy(children, params) is None]
+
+
+def shaped(rule: CoinRule, *numbers: int) -> tuple[Counts, int]:
+    """Children by level, one each for rules for chains; and how many levels."""
+    chain = getattr(rule, "chains", False)
+    return widths(*(1 if chain else number for number in numbers)), len(numbers)
+
+
+# Worlds and their distributions
+
+
+def logits_table(seed: int, vocab: int) -> Table:
+    """Random logits after each context."""
+
+    def at(context: Tokens) -> np.ndarray:
+        return 1.5 * np.random.default_rng([seed, *(t + 1 for t in context)]).normal(size=vocab)
+
+    return at
+
+
+def split_table(vocab: int, *, low: bool) -> Table:
+    """Uniform over the lower or the upper part of the vocabulary, so the two never overlap."""
+    probs = np.zeros(vocab)
+    chosen = slice(None, vocab // 2) if low else slice(vocab // 2, None)
+    probs[chosen] = 1.0
+    return lambda context: probs / probs.sum()
+
+
+def naive_probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Temperature, top-k, top-p, then min-p, one token at a time."""
+    scores = logits / params.temperature
+    probs = np.exp(scores - scores.max())
+    probs /= probs.sum()
+    ranked = sorted(range(len(probs)), key=lambda token: -probs[token])
+    if params.top_k is not None:
+        ranked = ranked[: params.top_k]
+    if params.top_p is not None:
+        total, mass, kept = sum(probs[t] for t in ranked), 0.0, []
+        for token in ranked:
+            if kept and mass >= params.top_p * total:
+                break
+            kept.append(token)
+            mass += probs[token]
+        ranked = kept
+    if params.min_p is not None:
+        ranked = [t for t in ranked if probs[t] >= params.min_p * probs[ranked[0]]]
+    out = np.zeros_like(probs)
+    out[ranked] = probs[ranked]
+    return out / out.sum()
+
+
+# The law of what comes out
+
+
+def assert_lossless(
+    rule: CoinRule, trees: list[DrawnTree], tree: TokenTree, target: Table, count: int = 2
+) -> None:
+    """The first `count` tokens of the step follow the target to nine digits."""
+    law = extend_law(emitted_law(rule, trees, tree, target), target, count)
+    assert distance(law, extend_law({(): 1.0}, target, count)) < 1e-9
+
+
+VOCAB = 4
+WORLDS: dict[str, tuple[Table, Table]] = {
+    "unrelated": (dirichlet_table(1, VOCAB), dirichlet_table(2, VOCAB)),
+    "zeros": (dirichlet_table(3, VOCAB, zeros=1), dirichlet_table(4, VOCAB, zeros=2)),
+    "sparse": (dirichlet_table(5, VOCAB, zeros=2), dirichlet_table(6, VOCAB, zeros=1)),
+    "equal": (dirichlet_table(7, VOCAB), dirichlet_table(7, VOCAB)),
+    "disjoint": (split_table(VOCAB, low=True), split_table(VOCAB, low=False)),
+}
+
+
+def uneven(level: int, tokens: Tokens, place: int) -> int:
+    """How many children a node has depends on its elders' level, never on its own draws."""
+    return 2 if level == 0 else (tokens[0] + place) % 3
+
+
+def no_children_of_repeats(level: int, tokens: Tokens, place: int) -> int:
+    """A token drawn again among its siblings is not grown further."""
+    return 2 if level == 0 or tokens[place] not in tokens[:place] else 0
+
+
+SHAPES: dict[str, tuple[Counts, int]] = {
+    "one": (widths(1), 1),
+    "three": (widths(3), 1),
+    "chain": (widths(1, 1, 1), 3),
+    "two_two": (widths(2, 2), 2),
+    "uneven": (uneven, 2),
+    "no_repeats": (no_children_of_repeats, 2),
+}
+
+
+DRAWN = [
+    (shape, children)
+    for shape in SHAPES
+    for children in ("sample", "sample_with_replacement")
+    if shape != "no_repeats" or children == "sample_with_replacement"
+]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("shape", "children"), DRAWN)
+def test_recursive_rejection_is_lossless(world: str, shape: str, children: str) -> None:
+    target, draft = WORLDS[world]
+    trees = drawn_trees(*SHAPES[shape], draft, children)
+    tree = token_trees(trees, draft, children, compact=world == "zeros")
+    assert_lossless(RecursiveRejection(), trees, tree, target)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(
+    ("shape", "children"),
+    [*DRAWN, *((shape, "top_k") for shape in SHAPES if shape != "no_repeats")],
+)
+def test_target_only_is_lossless(world: str, shape: str, children: str) -> None:
+    target, draft = WORLDS[world]
+    trees = drawn_trees(*SHAPES[shape], draft, children)
+    tree = token_trees(trees, draft if children == "sample_with_replacement" else None, children)
+    assert_lossless(TargetOnly(), trees, tree, target)
+
+
+@pytest.mark.parametrize("rule", [TargetOnly(), RecursiveRejection()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("children", ["sample", "sample_with_replacement"])
+def test_three_tokens_of_a_three_level_tree(rule: CoinRule, children: str) -> None:
+    target, draft = dirichlet_table(11, 3), dirichlet_table(12, 3)
+    trees = drawn_trees(widths(2, 1, 1), 3, draft, children)
+    trees = [tree.depth_first() for tree in trees]
+    assert_lossless(rule, trees, token_trees(trees, draft, children), target, count=3)
+
+
+def test_large_vocabulary_of_deterministic_children() -> None:
+    target, draft = dirichlet_table(13, 5), dirichlet_table(14, 5)
+    trees = drawn_trees(widths(3, 2, 1), 3, draft, "top_k")
+    order = trees[0].depth_first()
+    for fixed in (trees[0], order):
+        small = DrawnTree(1.0, fixed.tokens[:14], fixed.parents[:14], fixed.contexts[:14])
+        assert_lossless(TargetOnly(), [small], token_trees([small], None), target, count=3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_five_tokens_with_an_uncut_and_a_cut_draft(seed: int) -> None:
+    target = dirichlet_table(100 + seed, 5, zeros=seed % 2)
+    draft = dirichlet_table(200 + seed, 5)
+
+    def cut(context: Tokens) -> np.ndarray:
+        probs = draft(context).copy()
+        probs[np.argsort(probs)[:2]] = 0.0
+        return probs / probs.sum()
+
+    for table in (draft, cut):
+        for children in ("sample", "sample_with_replacement"):
+            trees = drawn_trees(widths(3), 1, table, children)
+            tree = token_trees(trees, table, children, compact=True)
+            assert_lossless(RecursiveRejection(), trees, tree, target)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.6),
+        SamplingParams(temperature=1.7),
+        SamplingParams(temperature=1.0, top_k=2),
+        SamplingParams(temperature=1.2, top_p=0.7),
+        SamplingParams(temperature=0.9, top_k=3, top_p=0.8, min_p=0.2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_lossless_under_sampling_parameters(rule: CoinRule, params: SamplingParams) -> None:
+    target_logits, draft_logits = logits_table(21, VOCAB), logits_table(22, VOCAB)
+
+    def warped(logits: Table) -> Table:
+        return lambda context: probabilities(torch.tensor(logits(context)), params).numpy()
+
+    def expected(context: Tokens) -> np.ndarray:
+        return naive_probabilities(target_logits(context), params)
+
+    target, draft = warped(target_logits), warped(draft_logits)
+    for children in draws_of(rule):
+        trees = drawn_trees(*shaped(rule, 2, 1), draft, children)
+        law = emitted_law(rule, trees, token_trees(trees, draft, children), target)
+        law = extend_law(law, expected, 2)
+        assert distance(law, extend_law({(): 1.0}, expected, 2)) < 1e-9
+
+
+@pytest.mark.parametrize("children", ["top_k", "sample"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_temperature_zero_gives_the_argmax_path(rule: CoinRule, children: str) -> None:
+    params = SamplingParams(temperature=0.0)
+    logits, draft = logits_table(31, VOCAB), dirichlet_table(32, VOCAB)
+
+    def target(context: Tokens) -> np.ndarray:
+        return probabilities(torch.tensor(logits(context)), params).numpy()
+
+    trees = drawn_trees(*shaped(rule, 2, 2), draft, children)
+    law = emitted_law(rule, trees, token_trees(trees, draft, children), target)
+    best: Tokens = ()
+    while len(best) < 3:
+        best = (*best, int(np.argmax(logits(best))))
+    law = {tokens: mass for tokens, mass in law.items() if mass > 0}
+    assert {tokens == best[: len(tokens)] for tokens in law} == {True}
+    if children == "sample":
+        assert {len(tokens) for tokens in law} == {1, 2, 3}
+
+
+# What `accept` adds to `judge`
+
+
+@pytest.mark.parametrize("rule", [Greedy(), *RULES, Typical()], ids=lambda rule: rule.name)
+def test_accept_at_temperature_zero_follows_the_argmax(rule: AcceptanceRule) -> None:
+    """Rows of several sizes at once; the expected path is found by a plain walk."""
+    logits, draft = logits_table(41, VOCAB), dirichlet_table(42, VOCAB)
+    trees = drawn_trees(uneven, 2, draft, "sample")
+    tree = token_trees(trees, draft)
+    accepted = rule.accept(
+        context_for(SamplingParams(temperature=0.0), len(trees)),
+        tree,
+        target_at_nodes(trees, logits),
+    )
+    lengths = set()
+    for row, drawn in enumerate(trees):
+        path = [0]
+        while True:
+            token = int(np.argmax(logits(drawn.contexts[path[-1]])))
+            wanted = (*drawn.contexts[path[-1]], token)
+            if wanted not in drawn.contexts:
+                break
+            path.append(drawn.contexts.index(wanted))
+        assert accepted.length[row] == len(path)
+        assert accepted.path[row, : len(path)].tolist() == path
+        assert accepted.next_token[row] == token
+        lengths.add(len(path))
+    assert lengths == {1, 2, 3}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_accept_flips_the_coins_it_is_given(rule: CoinRule) -> None:
+    """One row per possible coin vector; what `accept` keeps is what `judge` keeps."""
+    logits, draft = logits_table(43, VOCAB), dirichlet_table(44, VOCAB)
+    params = SamplingParams(temperature=0.8, top_k=3)
+    trees = drawn_trees(*shaped(rule, 2, 1), draft, "sample")
+    tree, scores = token_trees(trees, draft), target_at_nodes(trees, logits)
+    context = context_for(params, len(trees), seed=5)
+    accepted = rule.accept(context, tree, scores)
+    path, length, rest = rule.judge(
+        tree, probabilities(scores, params), context.uniforms(0, tree.nodes)
+    )
+    assert torch.equal(accepted.path, path)
+    assert torch.equal(accepted.length, length)
+    assert torch.equal(accepted.next_token, draw(rest, context.uniforms(1, VOCAB)))
+    assert len(set(length.tolist())) > 1
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_rows_of_a_batch_are_judged_as_if_alone(rule: CoinRule) -> None:
+    """A chain of four nodes and a bush (or a chain of three) in one padded batch."""
+    target, draft = dirichlet_table(51, VOCAB), dirichlet_table(52, VOCAB)
+    chain = drawn_trees(widths(1, 1, 1), 3, draft, "sample")[7]
+    bush = drawn_trees(*shaped(rule, 3, 1), draft, "sample")[10]
+    both = token_trees([chain, bush], draft)
+    generator = np.random.default_rng(0)
+    lengths = set()
+    for _ in range(40):
+        coins = torch.tensor(generator.random((2, both.nodes)))
+        path, length, rest = rule.judge(both, target_at_nodes([chain, bush], target), coins)
+        for row, drawn in enumerate([chain, bush]):
+            alone, nodes = token_trees([drawn], draft), len(drawn.tokens)
+            own = rule.judge(alone, target_at_nodes([drawn], target), coins[[row], :nodes])
+            assert int(own[1]) == int(length[row])
+            kept = int(length[row])
+            assert own[0][0, :kept].tolist() == path[row, :kept].tolist()
+            torch.testing.assert_close(own[2][0], rest[row], rtol=1e-12, atol=1e-15)
+            lengths.add(kept)
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_coin_accepts_below_the_chance_and_not_at_it(rule: CoinRule) -> None:
+    target, draft = dirichlet_table(53, VOCAB), dirichlet_table(54, VOCAB)
+    trees = drawn_trees(*shaped(rule, 2), draft, "sample")
+    tree, at_nodes = token_trees(trees, draft), target_at_nodes(trees, target)
+    coins = torch.full_like(at_nodes[..., 0], BELOW_ONE)
+    chance = coin_chances(rule, tree, at_nodes, coins)
+    coins[:, 1] = chance[:, 1]
+    at = rule.judge(tree, at_nodes, coins)[1]
+    coins[:, 1] = torch.nextafter(chance[:, 1], torch.zeros(()).double())
+    below = rule.judge(tree, at_nodes, coins)[1]
+    inner = ~chance[:, 1].isnan() & (chance[:, 1:].nan_to_num() < 1).all(1)
+    assert inner.any()
+    assert (at[inner] == 1).all()
+    assert (below[inner] == 2).all()
+
+
+# Closed formulas and edges
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_child_is_accepted_with_the_overlap_of_the_distributions(seed: int) -> None:
+    target, draft = dirichlet_table(seed, 5), dirichlet_table(60 + seed, 5, zeros=seed % 3)
+    trees = drawn_trees(widths(1), 1, draft, "sample")
+    law = emitted_law(RecursiveRejection(), trees, token_trees(trees, draft), target)
+    accepted = sum(mass for tokens, mass in law.items() if len(tokens) == 2)
+    assert accepted == pytest.approx(np.minimum(target(()), draft(())).sum(), abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_top_k_children_are_accepted_with_their_mass(count: int) -> None:
+    target, draft = dirichlet_table(71, 5), dirichlet_table(72, 5)
+    trees = drawn_trees(widths(count), 1, draft, "top_k")
+    law = emitted_law(TargetOnly(), trees, token_trees(trees, None), target)
+    accepted = sum(mass for tokens, mass in law.items() if len(tokens) == 2)
+    mass = sum(target(())[token] for token in trees[0].tokens[1:])
+    assert accepted == pytest.approx(mass, abs=1e-12)
+
+
+def test_lossy_says_what_the_enumeration_shows() -> None:
+    """Recursive rejection overrates top-k children, and says so; every other pair is silent."""
+    target, draft = np.array([0.4, 0.4, 0.2]), np.array([0.5, 0.3, 0.2])
+    trees = drawn_trees(widths(1), 1, lambda context: draft, "top_k")
+    tree = token_trees(trees, lambda context: draft, "top_k")
+    law = emitted_law(RecursiveRejection(), trees, tree, lambda context: target)
+    first = extend_law(law, lambda context: target, 1)
+    # Token 0 is accepted with 0.4 / 0.5, and the residual is token 1 alone.
+    assert first[(0,)] == pytest.approx(0.8)
+    assert first[(1,)] == pytest.approx(0.2)
+
+    warm, cold = SamplingParams(temperature=1.0), SamplingParams(temperature=0.0)
+    assert "top-k" in str(RecursiveRejection().lossy("top_k", warm))
+    assert "temperature=1.0" in str(Greedy().lossy("top_k", warm))
+    for children in ("sample", "sample_with_replacement"):
+        assert RecursiveRejection().lossy(children, warm) is None
+    for children in ("top_k", "sample", "sample_with_replacement"):
+        assert TargetOnly().lossy(children, warm) is None
+        assert Greedy().lossy(children, cold) is None
+        assert RecursiveRejection().lossy(children, cold) is None
+    assert RecursiveRejection().needs_proposal
+    assert not TargetOnly().needs_proposal
+    assert not Greedy().needs_proposal
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_coin_zero_never_accepts_what_the_target_excludes(rule: CoinRule) -> None:
+    target = np.array([0.0, 0.3, 0.0, 0.7])
+    children = draws_of(rule)[0]
+    trees = drawn_trees(*shaped(rule, 4), lambda context: np.full(4, 0.25), children)
+    tree = token_trees(trees, lambda context: np.full(4, 0.25), children)
+    at_nodes = target_at_nodes(trees, lambda context: target)
+    path, length, _ = rule.judge(tree, at_nodes, torch.zeros(len(trees), tree.nodes).double())
+    possible = torch.isin(tree.tokens[:, 1:], torch.tensor([1, 3]))
+    assert torch.equal(length == 2, possible.any(1))
+    token = tree.tokens.gather(1, path)[length == 2, 1]
+    assert set(token.tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_no_nan_when_nothing_is_left(rule: CoinRule, dtype: torch.dtype) -> None:
+    """Draft equal to the target, and children that use the whole support up."""
+    for target in ([0.5, 0.25, 0.25, 0.0], [1 / 3, 1 / 3, 1 / 3, 0.0], [1.0, 0.0, 0.0, 0.0]):
+        probs = np.array(target)
+        for count, children in itertools.product((1, 2, 3), draws_of(rule)):
+            trees = drawn_trees(*shaped(rule, count), lambda context, p=probs: p, children)
+            tree = token_trees(trees, lambda context, p=probs: p, children)
+            at_nodes = target_at_nodes(trees, lambda context, p=probs: p).to(dtype)
+            for coin in (0.0, 0.5, BELOW_ONE):
+                coins = torch.full((len(trees), tree.nodes), coin, dtype=torch.float64)
+                _, length, rest = rule.judge(tree, at_nodes, coins)
+                assert rest.isfinite().all()
+                assert (rest >= 0).all()
+                assert (rest.sum(-1) > 0).all()
+                assert (rest[:, probs == 0] == 0).all()
+                # K-SEQ looks for its divisor, and multi-path verification for the best child.
+                if rule.name not in ("target_only", "k_seq", "multi_path"):
+                    assert (length == 2).all()
+
+
+@pytest.mark.parametrize(
+    "rule", [Greedy(), *RULES, Typical(), Relaxed()], ids=lambda rule: rule.name
+)
+def test_idle_rows_and_bare_roots(rule: AcceptanceRule) -> None:
+    """A row of size 0 keeps nothing; a bare root keeps itself and emits a draw of the target."""
+    parents = torch.tensor([[-2, -2, -2], [-1, -2, -2], [-1, 0, 1]], dtype=torch.int32)
+    tree = TokenTree(
+        tokens=torch.tensor([[2, 2, 2], [2, 2, 2], [0, 2, 2]]),
+        parents=parents,
+        size=torch.tensor([0, 1, 3], dtype=torch.int32),
+        depth=2,
+        proposal=Proposal(
+            ids=torch.tensor([2]).expand(3, 3, 1),
+            probs=torch.tensor([[0, 0, 0], [0, 0, 0], [1, 1, 0.0]])[..., None],
+            children="sample",
+        ),
+    )
+    tree.check()
+    logits = torch.tensor([0.0, 0.0, 60.0]).expand(3, 3, 3)
+    accepted = rule.accept(context_for(SamplingParams(temperature=1.0), 3), tree, logits)
+    assert accepted.length.tolist() == [0, 1, 3]
+    assert accepted.path[2].tolist() == [0, 1, 2]
+    assert accepted.next_token[1:].tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("rule", RULES[1:], ids=lambda rule: rule.name)
+def test_a_proposal_is_asked_for_only_where_there_are_children(rule: SupportRule) -> None:
+    params = SamplingParams(temperature=1.0)
+    roots = TokenTree.roots(torch.tensor([ROOT_TOKEN, ROOT_TOKEN]))
+    target = torch.tensor([[[0.2, 0.8]], [[0.6, 0.4]]])
+    path, length, rest = rule.judge(roots, target, torch.zeros(2, 1))
+    assert path.tolist() == [[0], [0]]
+    assert length.tolist() == [1, 1]
+    torch.testing.assert_close(rest, target[:, 0])
+    tree = token_trees(drawn_trees(widths(1), 1, dirichlet_table(0, 2), "top_k"), None)
+    with pytest.raises(ValueError, match=rf"acceptance={rule.name}: .*no draft prob"):
+        rule.accept(context_for(params, 1), tree, torch.zeros(1, 2, 2))
+
+
+# Sampling
+
+
+def rows_of_logits(vocab: int = 7) -> st.SearchStrategy[np.ndarray]:
+    return hnp.arrays(
+        np.float64,
+        (3, vocab),
+        elements=st.floats(-8, 8, allow_nan=False),
+        unique=True,
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    logits=rows_of_logits(),
+    temperature=st.sampled_from([0.3, 1.0, 1.6]),
+    top_k=st.none() | st.integers(1, 9),
+    top_p=st.none() | st.floats(0.05, 1.0),
+    min_p=st.none() | st.floats(0.0, 1.0),
+)
+def test_probabilities_equal_the_warpers_of_transformers(
+    logits: np.ndarray,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    scores = torch.tensor(logits)
+    warpers: list[transformers.LogitsProcessor] = []
+    if temperature != 1.0:
+        warpers.append(transformers.TemperatureLogitsWarper(temperature))
+    if top_k is not None:
+        warpers.append(transformers.TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1.0:
+        warpers.append(transformers.TopPLogitsWarper(top_p))
+    if min_p is not None:
+        warpers.append(transformers.MinPLogitsWarper(min_p))
+    warped = scores
+    for warper in warpers:
+        if isinstance(warper, transformers.TopPLogitsWarper):
+            mass = warped.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+            assume(float((mass - params.top_p).abs().min()) > 1e-9)  # type: ignore[operator]
+        if isinstance(warper, transformers.MinPLogitsWarper):
+            shares = warped.softmax(-1)
+            shares = shares / shares.amax(-1, keepdim=True)
+            assume(min_p == 1.0 or float((shares - params.min_p).abs().min()) > 1e-9)
+        warped = warper(None, warped)
+    found = probabilities(scores, params)
+    torch.testing.assert_close(found, warped.softmax(-1), rtol=1e-9, atol=1e-12)
+    assert torch.equal(found > 0, warped.softmax(-1) > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_are_wide_and_sum_to_one(dtype: torch.dtype) -> None:
+    logits = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for params in (
+        SamplingParams(temperature=0.0, top_k=3),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_k=5, top_p=0.8, min_p=0.05),
+    ):
+        probs = probabilities(logits, params)
+        assert probs.dtype == wide
+        torch.testing.assert_close(probs.sum(-1), torch.ones(2, 3, dtype=wide))
+        if params.greedy:
+            assert torch.equal(probs.argmax(-1), logits.argmax(-1))
+            assert ((probs == 0) | (probs == 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("seed", -1),
+    ],
+)
+def test_sampling_settings_out_of_range_are_named(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{setting}={value}"):
+        SamplingParams(**{setting: value})
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    weights=hnp.arrays(
+        np.float64, (4, 6), elements=st.sampled_from([0.0, 0.0, 1e-300, 1e-40, 0.1, 1.0, 1e30])
+    ),
+    uniform=hnp.arrays(
+        np.float64, (4, 6), elements=st.floats(0.0, 1.0, exclude_max=True, allow_nan=False)
+    ),
+)
+def test_draw_never_yields_an_index_of_zero_weight(
+    weights: np.ndarray, uniform: np.ndarray
+) -> None:
+    weights[weights.sum(-1) == 0, 3] = 1e-300
+    index = draw(torch.tensor(weights), torch.tensor(uniform))
+    assert (weights[np.arange(4), index.numpy()] > 0).all()
+    arrival = race(torch.tensor(weights), torch.tensor(uniform))
+    assert torch.equal(arrival.isinf(), torch.tensor(weights) == 0)
+
+
+def chi_square(counts: dict[Tokens, int], expected: Law) -> float:
+    """p-value of counts against a law, cells that are expected fewer than 8 times merged."""
+    total = sum(counts.values())
+    assert all(expected.get(key, 0.0) > 0 for key in counts), "an impossible outcome came up"
+    observed, wanted, rare = [], [], [0.0, 0.0]
+    for key, probability in expected.items():
+        if probability * total >= 8:
+            observed.append(counts.get(key, 0))
+            wanted.append(probability * total)
+        else:
+            rare[0] += counts.get(key, 0)
+            rare[1] += probability * total
+    if rare[1] >= 8:
+        observed.append(rare[0])
+        wanted.append(rare[1])
+    elif wanted:
+        observed[-1] += rare[0]
+        wanted[-1] += rare[1]
+    assert len(observed) > 1
+    return float(stats.chisquare(observed, wanted).pvalue)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.3, 0.2, 0.0], [9.0, 3.0, 2.0, 1.0]])
+def test_first_two_arrivals_are_draws_without_replacement(weights: list[float]) -> None:
+    uniform = torch.tensor(np.random.default_rng(3).random((100_000, 4)))
+    first_two = race(torch.tensor(weights), uniform).topk(2, largest=False).indices
+    counts: dict[Tokens, int] = {}
+    for pair in map(tuple, first_two.tolist()):
+        counts[pair] = counts.get(pair, 0) + 1
+    probs = np.array(weights) / sum(weights)
+    assert chi_square(counts, dict(ordered_draws(probs, 2, replacement=False))) > ALPHA
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    rows=st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 2**20)), min_size=1, max_size=5),
+    stream=st.integers(0, 40),
+    count=st.integers(1, 30),
+    more=st.integers(0, 30),
+)
+def test_uniforms_depend_on_their_own_row_alone(
+    seed: int, rows: list[tuple[int, int]], stream: int, count: int, more: int
+) -> None:
+    sequences, steps = [r[0] for r in rows], [r[1] for r in rows]
+    numbers = uniforms(seed, sequences, steps, stream, count)
+    assert numbers.dtype == torch.float64
+    assert numbers.shape == (len(rows), count)
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    longer = uniforms(seed, sequences, steps, stream, count + more)
+    assert torch.equal(longer[:, :count], numbers)
+    for row, (sequence, step) in enumerate(rows):
+        assert torch.equal(uniforms(seed, [sequence], [step], stream, count)[0], numbers[row])
+
+
+def test_uniforms_of_different_purposes_are_unrelated() -> None:
+    """Every seed, sequence, step and stream gives new numbers, and together they are uniform."""
+    blocks = [
+        uniforms(seed, [0, 1, 2], [step] * 3, stream, 50)
+        for seed in range(3)
+        for step in range(4)
+        for stream in range(5)
+    ]
+    numbers = torch.cat(blocks).flatten()
+    assert len(numbers.unique()) == len(numbers)
+    assert stats.kstest(numbers.numpy(), "uniform").pvalue > ALPHA
+    table = torch.cat(blocks).numpy()
+    correlation = np.corrcoef(table) - np.eye(len(table))
+    assert abs(correlation).max() < 0.8
+
+
+# The real loop
+
+PROMPT = [3, 1, 4, 1, 5]
+MODEL_VOCAB = 8
+
+
+def tiny_llama(seed: int, layers: int) -> transformers.LlamaForCausalLM:
+    """Random, with distributions far from uniform."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=MODEL_VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.45,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config).float().eval()
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target over the paged cache, an untouched copy of it, and a folder with a draft model."""
+
+    target: PagedLM
+    plain: transformers.LlamaForCausalLM
+    draft_path: str
+
+
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder: Path = tmp_path_factory.mktemp("draft")
+    model = tiny_llama(seed=0, layers=2)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(MODEL_VOCAB)}, unk_token="t0"))
+    for name, saved in {"other": tiny_llama(seed=1, layers=1), "same": model}.items():
+        saved.save_pretrained(folder / name)
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+        tokenizer.save_pretrained(folder / name)
+    return Models(PagedLM(copy.deepcopy(model)), model, str(folder / "other"))
+
+
+def exact_law(model: transformers.LlamaForCausalLM, params: SamplingParams, count: int) -> Law:
+    """From forward passes of the untouched model over every continuation of the prompt."""
+    law: Law = {(): 1.0}
+    for _ in range(count):
+        contexts = list(law)
+        with torch.inference_mode():
+            inputs = torch.tensor([[*PROMPT, *context] for context in contexts])
+            logits = model(input_ids=inputs).logits[:, -1].double().numpy()
+        law = {
+            (*context, token): law[context] * float(probability)
+            for context, row in zip(contexts, logits, strict=True)
+            for token, probability in enumerate(naive_probabilities(row, params))
+            if probability > 0
+        }
+    return law
+
+
+def decoded(
+    models: Models,
+    rule: CoinRule,
+    tree: TreePolicy,
+    params: SamplingParams,
+    requests: int,
+    count: int,
+) -> tuple[dict[Tokens, int], float]:
+    """How often each output came up, and the drafted tokens accepted per step."""
+    drafter = SmallLlama(target=models.target, tree=tree, path=models.draft_path)
+    verifier = TreeVerifier(models.target)
+    decoder = Decoder(
+        verifier=verifier,
+        drafter=drafter,
+        rule=rule,
+        sampling=params,
+        batch_size=64,
+        max_context=models.target.max_context,
+        max_tokens=len(PROMPT) + count,
+        page_size=4,
+        device=torch.device("cpu"),
+    )
+    counts: dict[Tokens, int] = {}
+    accepted, steps = 0, 0
+
+    def note(step: Step) -> None:
+        nonlocal accepted, steps
+        accepted += sum(step.accepted)
+        steps += len(step.accepted)
+
+    queue = [Request(id=i, prompt_ids=PROMPT, max_new_tokens=count) for i in range(requests)]
+    for sequence in decoder.run(queue, on_step=note):
+        output = tuple(sequence.output_ids)
+        assert len(output) == count
+        counts[output] = counts.get(output, 0) + 1
+    verifier.target.cache.check()
+    drafter.model.cache.check()
+    assert sum(counts.values()) == requests
+    return counts, accepted / steps
+
+
+WARM = SamplingParams(temperature=1.0, seed=7)
+NUCLEUS = SamplingParams(temperature=1.0, top_p=0.8, seed=8)
+
+
+@pytest.mark.parametrize(
+    ("rule", "tree", "params", "count"),
+    [
+        (RecursiveRejection(), Chain(budget=2, children="sample"), WARM, 3),
+        (RecursiveRejection(), Static(widths=[2, 2], children="sample"), WARM, 3),
+        (
+            RecursiveRejection(),
+            Static(widths=[2, 2], children="sample_with_replacement"),
+            WARM,
+            2,
+        ),
+        (RecursiveRejection(), Dynamic(budget=5, width=3, depth=2, children="sample"), WARM, 3),
+        (
+            RecursiveRejection(),
+            Dynamic(budget=4, width=3, depth=2, children="sample_with_replacement"),
+            NUCLEUS,
+            2,
+        ),
+        (RecursiveRejection(), Static(widths=[2, 1], children="sample"), NUCLEUS, 3),
+        (Block(), Chain(budget=3, children="sample"), WARM, 3),
+        (KSeq(), Static(widths=[2, 2], children="sample_with_replacement"), WARM, 2),
+        (MultiPath(), Static(widths=[2, 2], children="sample_with_replacement"), WARM, 2),
+        (Traversal(), Static(widths=[2, 2], children="sample"), WARM, 3),
+        (
+            Traversal(),
+            Dynamic(budget=4, width=3, depth=2, children="sample_with_replacement"),
+            NUCLEUS,
+            2,
+        ),
+        (TargetOnly(), Static(widths=[2, 2], children="top_k"), WARM, 3),
+        (TargetOnly(), Dynamic(budget=5, width=3, depth=2, children="top_k"), NUCLEUS, 2),
+    ],
+    ids=lambda value: getattr(value, "name", None) or type(value).__name__,
+)
+def test_outputs_of_the_loop_follow_the_target(
+    tiny_models: Models, rule: AcceptanceRule, tree: TreePolicy, params: SamplingParams, count: int
+) -> None:
+    counts, accepted = decoded(tiny_models, rule, tree, params, requests=2200, count=count)
+    expected = exact_law(tiny_models.plain, params, count)
+    assert chi_square(counts, expected) > ALPHA
+    first: dict[Tokens, int] = {}
+    for tokens, times in counts.items():
+        first[tokens[:1]] = first.get(tokens[:1], 0) + times
+    assert chi_square(first, exact_law(tiny_models.plain, params, 1)) > ALPHA
+    assert accepted > 0.2
+
+
+def test_the_statistical_test_sees_a_lossy_pair(tiny_models: Models) -> None:
+    """Recursive rejection on top-k children, which is not lossless, fails the test above."""
+    tree = Static(widths=[2, 1], children="top_k")
+    counts, _ = decoded(tiny_models, RecursiveRejection(), tree, WARM, requests=1500, count=2)
+    assert chi_square(counts, exact_law(tiny_models.plain, WARM, 2)) < ALPHA
+
+
+@pytest.mark.parametrize("params", [WARM, NUCLEUS], ids=["plain", "top_p"])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        Chain(budget=3, children="sample"),
+        Static(widths=[2, 1, 2], children="sample"),
+        Static(widths=[1, 2, 2], children="sample_with_replacement"),
+    ],
+    ids=["chain", "tree", "with_replacement"],
+)
+def test_a_draft_equal_to_the_target_is_always_accepted(
+    tiny_models: Models, tree: TreePolicy, params: SamplingParams
+) -> None:
+    """So its positions and its view of the tree are right, level by level, and after a step what
+    it has committed."""
+    same = replace(tiny_models, draft_path=str(Path(tiny_models.draft_path).parent / "same"))
+    _, accepted = decoded(same, RecursiveRejection(), tree, params, requests=200, count=8)
+    assert accepted > 2.99
