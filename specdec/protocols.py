@@ -274,11 +274,14 @@ class AcceptanceRule(Protocol):
         name: what records and messages call it.
         needs_proposal: True if it reads the draft probabilities (`TokenTree.proposal`).
         chains: True if above temperature 0 it judges chains alone.
+        synthetic: True if its outputs are not meant to be the target's; everything a run leaves
+            then says so.
     """
 
     name: str
     needs_proposal: bool = False
     chains: bool = False
+    synthetic: bool = False
 
     def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
         """Why outputs would not follow the target's distribution with such children; None: they
