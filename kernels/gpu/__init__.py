@@ -16,7 +16,10 @@ from specdec.kernels.gpu.traverse import divisor, traverse
 from specdec.kernels.gpu.trees import tree_structure
 from specdec.kernels.reference.accept import masses
 
+LOOKS = False
+
 __all__ = [
+    "LOOKS",
     "RULES",
     "add_norm",
     "best",
