@@ -4,13 +4,14 @@ What the verifier and every drafting model share: taking prompts in (common begi
 giving rows back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from specdec.cache import CacheFullError, PagedKVCache
-from specdec.lab.environment import free_memory
-from specdec.models.paged import PagedLM
-from specdec.protocols import Capacity, Decoding
+from specdec.models.paged import PagedLM, See
+from specdec.models.placement import free_memory
+from specdec.request import Capacity, Decoding
 
+Join = Callable[[list[Decoding]], Sequence[Decoding]]
 MEMORY_SHARE = 0.8  # of the free memory of a GPU that pages may take
 
 
@@ -62,12 +63,18 @@ class CachedModel:
             )
         return pages
 
-    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
+    def start(
+        self, sequences: Sequence[Decoding], join: Join | None = None, see: See | None = None
+    ) -> list[Decoding]:
         """Open rows and prefill all but the last token of each sequence, in order, until the pool
         is full.
 
         A prompt that begins like another of the same call waits until the other's pages can be
         shared.
+
+        Args:
+            join: as in `Verifier.start`.
+            see: as in `PagedLM.prefill`.
 
         Returns:
             The sequences that found room.
@@ -97,7 +104,15 @@ class CachedModel:
                     break
                 wave.append(sequence)
                 rest.append(prefix[done:])
-            self.lm.prefill(self.cache, [s.row for s in wave], rest, chunk=self.prefill_chunk)
+            taken = len(join(wave)) if join is not None and wave else len(wave)
+            if taken < len(wave):
+                later = []
+            for sequence in wave[taken:]:
+                self.finish(sequence)
+            wave = wave[:taken]
+            self.lm.prefill(
+                self.cache, [s.row for s in wave], rest[:taken], chunk=self.prefill_chunk, see=see
+            )
             started += wave
             pending = later
         return started

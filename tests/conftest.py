@@ -22,17 +22,16 @@ if not torch.cuda.is_available():
 def load_once() -> Iterator[None]:
     """Model folders are read once; reading them anew for each case would take most of the
     time."""
-    from specdec.models.paged import PagedLM
+    from specdec.models import load
 
-    load = PagedLM.load
-    known: dict[tuple[str, torch.dtype], PagedLM] = {}
+    original, known = load.load_model, {}
 
-    def cached(path: str, **options: Any) -> PagedLM:
-        key = path, options["dtype"]
+    def cached(path: str, placement: Any = load.CPU, **options: Any) -> Any:
+        key = path, placement
         if key not in known:
-            known[key] = load(path, **options)
+            known[key] = original(path, placement, **options)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PagedLM, "load", cached)
+        patch.setattr(load, "load_model", cached)
         yield

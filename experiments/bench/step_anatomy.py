@@ -42,8 +42,11 @@ from specdec.experiments.studies.methods import make_tree
 from specdec.experiments.studies.sessions import DTYPES, Asked, Ours, read_prompts, wait, with_tree
 from specdec.lab.environment import describe_environment
 from specdec.lab.metrics import VERBS
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, Drafter, Request, TreePolicy
+from specdec.models.placement import Placement
+from specdec.protocols import AcceptanceRule, Drafter, TreePolicy
+from specdec.request import Request
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 
@@ -284,7 +287,9 @@ def main(arguments: list[str] | None = None) -> int:
     found = resume(options.out, settings, command) if options.resume else None
     result = found or {"command": command, "settings": settings, "cases": {}}
     result |= describe_environment(torch.device(options.device))
-    target = PagedLM.load(options.target, dtype=DTYPES[options.dtype], device=options.device)
+    target = load_model(
+        options.target, Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype])
+    )
     prompts = read_prompts(target.tokenizer, options.prompts, "prompt", max(options.batches))
     model: SmallLlama | None = None
     lost = False

@@ -40,7 +40,7 @@ from specdec.drafters.trees.chain import Chain
 from specdec.experiments.studies.files import write
 from specdec.experiments.tools.build_datastore import build, documents, load_tokenizer
 from specdec.lab.environment import describe_environment
-from specdec.protocols import Decoding, Request
+from specdec.request import Decoding, Request
 
 RESULTS = Path(__file__).parents[1] / "results"
 HELD_OUT = 50

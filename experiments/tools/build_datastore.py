@@ -37,7 +37,7 @@ from specdec.drafters.datastore import (
     fingerprint,
     token_bytes,
 )
-from specdec.models.paged import zoo_path
+from specdec.models.load import zoo_path
 
 BATCH = 4_000_000  # characters encoded at a time
 SLICE = 2**24  # entries of the suffix array moved at a time

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specdec.models.paged import zoo_path
+from specdec.models.load import zoo_path
 
 
 def kept_tokens(description: dict[str, Any], keep: int) -> tuple[list[str], list[list[str]]]:

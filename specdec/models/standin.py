@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specdec.lab.environment import free_memory
+from specdec.models.placement import free_memory
 
 MAX_POSITIONS = 131_072  # rotary angles are the small model's; it was trained on shorter contexts
 RANDOM_STD = 0.02

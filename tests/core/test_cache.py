@@ -22,8 +22,10 @@ from specdec.kernels import gpu, reference
 from specdec.kernels.choose import Kernels
 from specdec.kernels.layout import TreeLayout
 from specdec.lab.experiment import CacheSettings
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import Capacity
+from specdec.models.placement import Placement
+from specdec.request import Capacity
 
 SHAPE = KVShape(layers=2, kv_heads=2, key_dim=3, value_dim=2)
 ROWS, PAGES, PAGE_SIZE, MAX_TOKENS = 4, 9, 3, 16
@@ -626,7 +628,7 @@ def test_memory_per_token() -> None:
 
 @pytest.fixture(scope="module")
 def lm() -> PagedLM:
-    return PagedLM.load("zoo:draft", dtype=torch.float32, device="cpu")
+    return load_model("zoo:draft")
 
 
 def prefilled(
@@ -680,7 +682,7 @@ def test_a_model_sees_a_node_as_it_will_be_once_committed(
     """A chain in one pass against a pass and a commit for each of its tokens."""
     device = GPU_DEVICE if impl == "triton" else "cpu"
     kernels = Kernels(impl=impl)
-    lm = PagedLM.load("zoo:draft", dtype=torch.float32, device=device, kernels=kernels)
+    lm = load_model("zoo:draft", Placement(device=device, kernels=kernels))
     tokens = [3, 60, 7]
     chain, offsets = torch.tensor([tokens], device=device), torch.arange(3, device=device)[None]
 

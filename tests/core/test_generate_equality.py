@@ -24,16 +24,11 @@ from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
-from specdec.models.paged import PagedLM, zoo_path
-from specdec.protocols import (
-    AcceptanceRule,
-    Capacity,
-    Decoding,
-    Drafter,
-    Request,
-    StepContext,
-    TreePolicy,
-)
+from specdec.models.load import load_model, zoo_path
+from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
+from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
+from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.greedy import Greedy
@@ -184,7 +179,7 @@ LONG = 48  # tokens, for effects that add up
 
 @pytest.fixture(scope="module")
 def zoo() -> Pair:
-    target = PagedLM.load("zoo:target", dtype=torch.float32, device=DEVICE)
+    target = load_model("zoo:target", Placement(device=DEVICE))
     fibonacci = 'def fibonacci(n):\n    """Return the n-th Fibonacci number'
     texts = [
         fibonacci + '."""\n',
@@ -484,7 +479,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     outputs = [generate(reference, prompt, NEW) for prompt in prompts]
     stop = middle_token(outputs)
     stopped = [generate(reference, prompt, NEW, [stop]) for prompt in prompts]
-    target = PagedLM.load(str(itself), dtype=torch.float32, device=DEVICE)
+    target = load_model(str(itself), Placement(device=DEVICE))
     return Family(target, draft, prompts, outputs, stop, stopped, request.param, itself)
 
 
@@ -528,7 +523,7 @@ def short_context(tmp_path_factory: pytest.TempPathFactory) -> tuple[PagedLM, Pa
         family_model("llama", max_position_embeddings=32), tmp_path_factory.mktemp("short")
     )
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
-    return PagedLM.load(str(folder), dtype=torch.float32, device=DEVICE), folder, reference
+    return load_model(str(folder), Placement(device=DEVICE)), folder, reference
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -598,7 +593,7 @@ def test_published_story(
 def stories(tmp_path_factory: pytest.TempPathFactory) -> tuple[PagedLM, Path, list[int]]:
     if not STORIES.is_dir():
         pytest.skip("stories260k is not there")
-    target = PagedLM.load(str(STORIES), dtype=torch.float32, device=DEVICE)
+    target = load_model(str(STORIES), Placement(device=DEVICE))
     draft = tmp_path_factory.mktemp("tiny")
     disturbed(target.model, 0.3).save_pretrained(draft)
     target.tokenizer.save_pretrained(draft)

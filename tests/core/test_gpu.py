@@ -25,8 +25,11 @@ from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.kernels.choose import Kernels
 from specdec.lab.lossless import compare
-from specdec.models.paged import PagedLM, zoo_path
-from specdec.protocols import AcceptanceRule, Drafter, Request, StepContext
+from specdec.models.load import load_model, zoo_path
+from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
+from specdec.protocols import AcceptanceRule, Drafter, StepContext
+from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, TokenTree
 from specdec.verifier.greedy import Greedy
@@ -68,7 +71,10 @@ PLANS = [
 
 
 def load(dtype: torch.dtype, **kernels: Any) -> PagedLM:
-    return PagedLM.load("zoo:target", dtype=dtype, device="cuda", kernels=Kernels(**kernels))
+    return load_model(
+        "zoo:target",
+        Placement(device=torch.device("cuda"), dtype=dtype, kernels=Kernels(**kernels)),
+    )
 
 
 @pytest.fixture(scope="module", params=["triton", "reference"])

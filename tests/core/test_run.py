@@ -17,7 +17,8 @@ from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.lab.tracking import NoTracker
-from specdec.models.paged import PagedLM, zoo_path
+from specdec.models.load import zoo_path
+from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,8 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.policy import BasePolicy
 from specdec.drafters.trees.static import Static
-from specdec.protocols import Decoding, Request, StepContext
+from specdec.protocols import StepContext
+from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams, uniforms
 from specdec.tree import Acceptance, Proposal, TokenTree
 

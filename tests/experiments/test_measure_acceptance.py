@@ -28,9 +28,11 @@ from specdec.experiments.tools.measure_acceptance import (
     static_shape,
     wide_shape,
 )
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, Request, StepContext
+from specdec.protocols import AcceptanceRule, StepContext
 from specdec.rates import AcceptanceRates
+from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, TokenTree
 from specdec.verifier.verifier import TreeVerifier
@@ -85,7 +87,7 @@ def decode(
     draft: str = "draft",
 ) -> list[list[int]]:
     """Outputs of the tiny models."""
-    target: PagedLM = PagedLM.load("target", dtype=torch.float32, device="cpu")
+    target: PagedLM = load_model("target")
     tree = FixedShape(shape=shape, children=case.children)
     decoder = Decoder(
         verifier=TreeVerifier(target),

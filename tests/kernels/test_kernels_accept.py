@@ -26,7 +26,8 @@ from specdec.kernels.choose import Kernels
 from specdec.kernels.gpu import accept
 from specdec.kernels.gpu.philox import arrivals, uniform_at
 from specdec.kernels.layout import DraftedTrees
-from specdec.protocols import AcceptanceRule, Capacity, Decoding, Request, StepContext
+from specdec.protocols import AcceptanceRule, StepContext
+from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import ACCEPT_STREAM, TOKEN_STREAM, SamplingParams, random_keys, uniforms
 from specdec.tree import Acceptance, Proposal, TokenTree
 from specdec.verifier.greedy import Greedy

@@ -18,7 +18,9 @@ from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.kernels import reference
 from specdec.kernels.choose import Kernels
-from specdec.models.paged import PagedLM, zoo_path
+from specdec.models.load import load_model, zoo_path
+from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
 
 VOCABULARY = 96
 WINDOW = 12  # longer than the probe at load, shorter than the prompts below
@@ -366,7 +368,7 @@ def test_what_the_configuration_tells_is_refused_before_weights_are_read(
 
 
 def load(path: str) -> PagedLM:
-    return PagedLM.load(path, dtype=torch.float32, device="cpu", setting="drafter.path")
+    return load_model(path, setting="drafter.path")
 
 
 def refusal_of(path: str) -> str:
@@ -480,7 +482,7 @@ def test_sizes_are_compared_where_a_tokenizer_is_missing(folders: dict[str, Path
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_as_good_as_the_model_s_own(dtype: torch.dtype) -> None:
-    lm = PagedLM.load("zoo:target", dtype=dtype, device="cpu")
+    lm = load_model("zoo:target", Placement(dtype=dtype))
     own = AutoModelForCausalLM.from_pretrained(
         zoo_path("target"), dtype=dtype, attn_implementation="eager"
     )

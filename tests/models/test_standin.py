@@ -20,7 +20,8 @@ from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
 from specdec.lab.experiment import stop_tokens
-from specdec.models.paged import PagedLM, zoo_path
+from specdec.models.load import load_model, zoo_path
+from specdec.models.paged import PagedLM
 from specdec.models.standin import (
     SHAPES,
     Shape,
@@ -30,7 +31,8 @@ from specdec.models.standin import (
     standin,
     standin_config,
 )
-from specdec.protocols import Drafter, Request
+from specdec.protocols import Drafter
+from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
@@ -262,7 +264,7 @@ PAIRS = [
 def test_pairs_of_stand_ins_and_zoo_decode_losslessly(
     path: str, draft: str, expected: list[list[int]]
 ) -> None:
-    target = PagedLM.load(path, dtype=torch.float32, device="cpu")
+    target = load_model(path)
     drafter = SmallLlama(target=target, tree=Static(widths=[2, 2, 1]), path=draft)
     assert drafter.vocab_size == min(target.vocab_size, drafter.lm.vocab_size)
     assert decode(target, drafter) == expected
@@ -271,7 +273,7 @@ def test_pairs_of_stand_ins_and_zoo_decode_losslessly(
 @pytest.mark.usefixtures("small_shapes")
 @pytest.mark.parametrize(("path", "draft"), PAIRS)
 def test_pairs_sample_tokens_that_there_are(path: str, draft: str) -> None:
-    target = PagedLM.load(path, dtype=torch.float32, device="cpu")
+    target = load_model(path)
     tree = Static(widths=[2, 1], children="sample")
     drafter = SmallLlama(target=target, tree=tree, path=draft)
     for output in decode(target, drafter, temperature=1.5):
@@ -281,7 +283,7 @@ def test_pairs_sample_tokens_that_there_are(path: str, draft: str) -> None:
 
 def test_the_160m_shape_gives_the_tokens_of_zoo_draft() -> None:
     prompts = tokens_of()
-    target = PagedLM.load("standin:llama_160m", dtype=torch.float32, device="cpu")
+    target = load_model("standin:llama_160m")
     assert decode(target, plain(target), new_tokens=12) == generate(zoo("draft"), prompts, 12)
 
 
@@ -378,8 +380,8 @@ def test_a_query_head_keeps_its_keys(small: tuple[int, int], large: tuple[int, i
 
 @pytest.mark.usefixtures("small_shapes")
 def test_loading_by_name_brings_the_tokenizer_and_the_stop_token(small: Any) -> None:
-    target = PagedLM.load("standin:llama3_8b", dtype=torch.float32, device="cpu")
-    reference = PagedLM.load("zoo:target", dtype=torch.float32, device="cpu")
+    target = load_model("standin:llama3_8b")
+    reference = load_model("zoo:target")
     assert target.name == "path=standin:llama3_8b"
     assert target.vocab_size == BASE.vocab_size
     assert target.tokenizer.get_vocab() == reference.tokenizer.get_vocab()

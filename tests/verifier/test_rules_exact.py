@@ -47,7 +47,8 @@ from specdec.experiments.studies.rule_laws import (
     widths,
 )
 from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, Request, TreePolicy
+from specdec.protocols import AcceptanceRule, TreePolicy
+from specdec.request import Request
 from specdec.sampling import SamplingParams, draw, probabilities, race, uniforms
 from specdec.tree import Children, Proposal, TokenTree
 from specdec.verifier.block import Block
