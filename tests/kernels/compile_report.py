@@ -4,7 +4,7 @@ A function of `specdec.kernels.gpu` is called as usual, with small tensors in ho
 of every launch its kernel is compiled for sm_90 with the arguments it was given, and what the
 assembler reports about it is kept.
 
-    python -m tests.kernels.compile_report        compiles the calls of `calls` and prints a JSON list
+    python -m tests.kernels.compile_report        compiles what `calls` lists, prints JSON
 
 It must not run under TRITON_INTERPRET, which takes the place of the compiler.
 """
@@ -200,7 +200,7 @@ def structure(
 ) -> list[Tensor]:
     parents = torch.arange(nodes, dtype=torch.int32, device=device).repeat(2, 1) // 3 - 1
     parents[1, nodes // 2 :] = -2
-    return list(kernels.tree_structure(parents, torch.arange(2, device=device), links=True))
+    return list(kernels.tree_structure(parents))
 
 
 def accept(rule: str, dtype: torch.dtype, repeats: bool = False) -> list[Tensor]:

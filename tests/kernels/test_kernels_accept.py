@@ -23,7 +23,7 @@ from specdec.drafters.host import HostDrafter
 from specdec.drafters.trees.static import Static
 from specdec.kernels import reference
 from specdec.kernels.choose import Kernels
-from specdec.kernels.gpu import accept
+from specdec.kernels.gpu import accept, race, scan, softmax
 from specdec.kernels.gpu.philox import arrivals, uniform_at
 from specdec.kernels.layout import DraftedTrees
 from specdec.protocols import AcceptanceRule, StepContext
@@ -44,9 +44,9 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVID
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of even a small vocabulary."""
-    monkeypatch.setattr(accept, "SCAN_BYTES", 128)
-    monkeypatch.setattr(accept, "RACE_CHUNK", 32)
-    monkeypatch.setattr(accept, "SUPPORT_BLOCK", 4)
+    monkeypatch.setattr(scan, "SCAN_BYTES", 128)
+    monkeypatch.setattr(race, "RACE_CHUNK", 32)
+    monkeypatch.setattr(softmax, "SUPPORT_BLOCK", 4)
 
 
 # Random numbers

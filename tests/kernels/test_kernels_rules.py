@@ -23,7 +23,7 @@ from torch import Tensor
 from specdec.experiments.bench import rule_steps
 from specdec.experiments.figures import pages as readme
 from specdec.kernels import gpu, reference
-from specdec.kernels.gpu import accept
+from specdec.kernels.gpu import race, scan, softmax
 from specdec.kernels.layout import TargetLaw
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import ACCEPT_STREAM, TOKEN_STREAM, SamplingParams, random_keys, uniforms
@@ -49,9 +49,9 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVID
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of even a small vocabulary."""
-    monkeypatch.setattr(accept, "SCAN_BYTES", 128)
-    monkeypatch.setattr(accept, "RACE_CHUNK", 32)
-    monkeypatch.setattr(accept, "SUPPORT_BLOCK", 4)
+    monkeypatch.setattr(scan, "SCAN_BYTES", 128)
+    monkeypatch.setattr(race, "RACE_CHUNK", 32)
+    monkeypatch.setattr(softmax, "SUPPORT_BLOCK", 4)
 
 
 def nudged(numbers: Tensor, seed: int) -> Tensor:

@@ -517,7 +517,7 @@ def padded_trees(draw: st.DrawFn) -> list[list[int]]:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(batch=padded_trees())
 def test_structure_equals_a_walk_to_the_root(batch: list[list[int]]) -> None:
-    structure = tree_structure(torch.tensor(batch, dtype=torch.int32), links=True)
+    structure = tree_structure(torch.tensor(batch, dtype=torch.int32))
     nodes = len(batch[0])
     dense = unpack_bits(structure.ancestors, nodes)
     for row, parents in enumerate(batch):
@@ -525,10 +525,6 @@ def test_structure_equals_a_walk_to_the_root(batch: list[list[int]]) -> None:
             walk = ancestors_of(parents, node)
             assert dense[row, node].nonzero().flatten().tolist() == sorted(walk)
             assert structure.depths[row, node] == len(walk) - 1
-            children = [child for child, parent in enumerate(parents) if parent == node]
-            for parent, child in zip([node, *children], [*children, -1], strict=True):
-                link = structure.first_child if parent == node else structure.next_sibling
-                assert link[row, parent] == child
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 33, 128, 129, 130])
