@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.experiments.bench.gpu_clock import GraphClock, describe, recover
+from specdec.experiments.bench.clock import GraphClock, describe, recover
 from specdec.tree import Acceptance
 
 
@@ -33,7 +33,7 @@ def measure(operation: Operation, copies: int, clock: GraphClock) -> dict[str, A
         operation.check()
         timing = clock.time(lambda: lambda copy: _leading(operation.ours(copy)), copies)
         again = _leading(operation.ours(0))
-        if timing.output is not None and not torch.equal(timing.output, again):
+        if again is not None and not torch.equal(timing.output, again):
             raise ArithmeticError("wrong: a replayed graph gives something else")
         return {
             "us": timing.us,

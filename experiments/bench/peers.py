@@ -1,13 +1,20 @@
 """Other implementations of tree attention: torch's SDPA with a dense mask, with and without a
-gather of the pages, and FlexAttention.
+gather of the pages, and FlexAttention. As a program it compiles a share of the variants of
+FlexAttention, for `compile_ahead`.
 
 All but the gather get what they like best: contiguous keys and values, context and tree together,
 and masks made beforehand. FlexAttention is told which blocks need no mask at all.
 """
 
 import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +23,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from specdec.experiments.bench.gpu_clock import Call, Start
-from specdec.experiments.bench.kernel_cases import Case, Shape, index_rows, select_rows
+from specdec.experiments.bench.cases import Case, Shape, index_rows, select_rows
+from specdec.experiments.bench.clock import Call, Start
+from specdec.lab.command import command_line, option, run_main
 
 FLEX_BLOCK = 128  # of a BlockMask, queries and keys
 PROCESSORS = 132  # of an H100 or H200
 # BLOCK_M, BLOCK_N, warps, stages: for few rows of queries, and for many.
 FLEX_FEW, FLEX_MANY = (64, 128, 4, 3), (128, 64, 8, 3)
+COMPILE_SECONDS = 180  # for all variants of FlexAttention, side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +176,8 @@ def flex(data: Contiguous, options: dict[str, Any]) -> Method:
     """FlexAttention with these kernel options, compiled anew."""
     case = data.case
     mask = block_mask(case)
-    attend = _compiled_flex() if data.query.device.type == "cuda" else flex_attention
+    cuda = data.query.device.type == "cuda"
+    attend: Any = _compiled_flex() if cuda else flex_attention
     run = partial(
         attend, block_mask=mask, scale=case.scale, enable_gqa=True, kernel_options=options
     )
@@ -205,21 +215,67 @@ def block_mask(case: Case) -> BlockMask:
     )
 
 
-def compile_share(number: int, of: int, shapes: Sequence[Shape], page_size: int) -> None:
-    """Compile every `of`-th variant of FlexAttention, from `number` on, into torch's cache."""
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Every `of`-th variant of FlexAttention, from `number` on."""
+
+    shapes: tuple[tuple[int, ...], ...] = option(about="of the attention")
+    page_size: int = option(about="tokens of a page")
+    of: int = option(about="shares")
+    number: int = option(0, "of this one")
+
+
+def compile_ahead(shapes: Sequence[Shape], page_size: int) -> dict[str, Any]:
+    """Compile the variants of FlexAttention side by side, into torch's cache on disk; one after
+    the other they would take most of the run."""
+    begun, workers = time.perf_counter(), max(1, min(12, (os.cpu_count() or 1) - 2))
+    share = Share(shapes=tuple(shape.sizes for shape in shapes), page_size=page_size, of=workers)
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    faults = []
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers)]
+        running = []
+        for number, log in enumerate(logs):
+            words = shlex.split(command_line(replace(share, number=number)))[1:]
+            command = [sys.executable, *words]
+            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        for process, log in zip(running, logs, strict=True):
+            try:
+                process.wait(max(1.0, COMPILE_SECONDS - (time.perf_counter() - begun)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.returncode:
+                log.seek(0)
+                faults.append(f"exit {process.returncode}: {log.read()[-300:]}")
+    return {"seconds": time.perf_counter() - begun, "processes": workers, "faults": faults}
+
+
+@torch.no_grad()
+def compile_share(share: Share) -> None:
+    """Compile them into torch's cache."""
+    torch.manual_seed(0)
     variants = [
-        (shape, option)
-        for shape in shapes
-        for options in flex_options(shape).values()
-        for option in options
+        (Shape.of(sizes), chosen)
+        for sizes in share.shapes
+        for options in flex_options(Shape.of(sizes)).values()
+        for chosen in options
     ]
-    for shape, option in variants[number::of]:
+    for shape, chosen in variants[share.number :: share.of]:
         case = Case(
             shape,
             copies=1,
-            page_size=page_size,
+            page_size=share.page_size,
             dtype=torch.bfloat16,
             device=torch.device("cuda"),
         )
         with contextlib.suppress(Exception):  # what fails here fails again where it is measured
-            flex(Contiguous(case), option).start()(0)
+            flex(Contiguous(case), chosen).start()(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(Share, compile_share, arguments, doc=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

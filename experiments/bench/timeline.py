@@ -72,7 +72,7 @@ def own_time(pieces: Iterable[Piece]) -> list[float]:
     return found
 
 
-def anatomy(pieces: Sequence[Piece], steps: int) -> dict[str, Any]:
+def breakdown(pieces: Sequence[Piece], steps: int) -> dict[str, Any]:
     """What a step consists of, on the average of some that followed one another.
 
     Returns:

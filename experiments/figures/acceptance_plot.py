@@ -1,13 +1,10 @@
-"""The plot of a file that `measure_acceptance.py` has written; needs no models.
+"""The plot of acceptance rates, as `measure_acceptance.py` writes them; needs no models."""
 
-python -m specdec.experiments.figures.acceptance_plot specdec/data/acceptance/zoo.json rates.png
-"""
-
-import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from specdec.experiments.figures.canvas import canvas, save
 
 FLOOR = 2e-4  # rates below it are not drawn
 
@@ -15,7 +12,6 @@ FLOOR = 2e-4  # rates below it are not drawn
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """A panel for each case, a line for each depth: rate by rank, with its standard error."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     cases = result["cases"]
     lines = list(dict.fromkeys(case["children"] for case in cases))
@@ -23,8 +19,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         {(case["temperature"], case["top_p"]) for case in cases},
         key=lambda law: (law[0], law[1] is not None, law[1] or 0.0),
     )
-    figure = Figure(figsize=(3.6 * len(columns) + 0.6, 3.0 * len(lines)), layout="constrained")
-    panels = figure.subplots(len(lines), len(columns), squeeze=False)
+    size = (3.6 * len(columns) + 0.6, 3.0 * len(lines))
+    figure, panels = canvas(*size, len(lines), len(columns))
     drawn = {}
     deepest = max(len(case["rates"]) for case in cases)
     for case in cases:
@@ -59,17 +55,4 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
     settings = result["settings"]
     figure.suptitle(f"{settings['drafter']} for {settings['target']}", fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, metavar="JSON")
-    parser.add_argument("out", type=Path, metavar="PNG")
-    options = parser.parse_args()
-    plot(json.loads(options.file.read_text()), options.out)
-
-
-if __name__ == "__main__":
-    main()
+    save(figure, path)

@@ -1,23 +1,18 @@
-"""Figures, table and plot from the file `end_to_end.py` has written; needs no GPU.
+"""Figures, table and plot of what `end_to_end.py` measures; needs no GPU."""
 
-    python -m specdec.experiments.figures.end_to_end_plot experiments/results/end_to_end.json
-
-prints the table and draws the plot beside the file.
-"""
-
-import argparse
-import json
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from specdec.experiments.figures.kernel_plot import number
+from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
+from specdec.experiments.figures.markdown import device, number
+from specdec.lab.statistics import ratio
 
 Runs = Mapping[str, Mapping[str, list[float]]]  # by job: seconds of short and long runs
 BARS = {  # what the plot shows, by the beginning of a method's name
@@ -27,7 +22,6 @@ BARS = {  # what the plot shows, by the beginning of a method's name
     "prompt lookup": "transformers prompt lookup",
     "assisted": "transformers assisted",
 }
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7", "#999999", "#117733")
 
 
 def decode_seconds(times: Mapping[str, list[float]]) -> float:
@@ -73,19 +67,12 @@ def figures(method: Mapping[str, Any], plain: Mapping[str, Any], part: Mapping[s
         if name == "all" and steps:
             found[name]["step_tokens_per_second"] = yielded / steps
         if part["batch"] == 1:
-            found[name]["interval"] = bootstrap(theirs, mine)
+            found[name]["interval"] = list(ratio(theirs, mine)[1:])
         else:
             repeats = by_repeat(method["runs"], plain["runs"], own)
             found[name]["interval"] = [min(repeats), max(repeats)]
             found[name]["repeats"] = repeats
     return found
-
-
-def bootstrap(slow: list[float], fast: list[float]) -> list[float]:
-    """95 % paired bootstrap interval over prompts of total time over total time."""
-    a, b = np.array(slow), np.array(fast)
-    picks = np.random.default_rng(0).integers(len(a), size=(10_000, len(a)))
-    return [float(q) for q in np.quantile(a[picks].sum(1) / b[picks].sum(1), [0.025, 0.975])]
 
 
 def by_repeat(runs: Runs, plain: Runs, jobs: Iterable[str]) -> list[float]:
@@ -183,12 +170,10 @@ def bars(result: Mapping[str, Any], temperature: float, batch: int) -> dict[str,
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Tokens per second at batch 1 for each temperature, and how they grow with the batch."""
-    from matplotlib.figure import Figure
-
     temperatures = sorted({part["temperature"] for part in result["parts"].values()})
     batches = sorted({part["batch"] for part in result["parts"].values()})
-    figure = Figure(figsize=(4.0 * (len(temperatures) + 1), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(temperatures) + 1, squeeze=False)[0]
+    columns = len(temperatures) + 1
+    figure, (panels,) = canvas(4.0 * columns, 4.2, 1, columns)
     labels = list(
         dict.fromkeys(label for t in temperatures for b in batches for label in bars(result, t, b))
     )
@@ -213,28 +198,12 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         if points:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, "o-", color=colours[label], label=label)
-    axes.set_xscale("log", base=2)
+    by_powers_of_two(axes, batches)
     axes.set_yscale("log", base=2)
-    axes.set_xticks(batches, list(map(str, batches)))
     axes.set_xlabel("batch")
     axes.set_ylabel("tokens/s")
     axes.set_title(f"by batch, temperature {temperatures[0]:g}", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="x-small")
-    device = result["hardware"].get("gpu", result["hardware"]["cpu"])
-    figure.suptitle(f"{result['settings']['target']} on {device}", fontsize="medium")
-    figure.savefig(path, dpi=150)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, metavar="JSON")
-    parser.add_argument("--best", action="store_true", help="the fastest of each part alone")
-    options = parser.parse_args()
-    result = json.loads(options.file.read_text())
-    Console(width=130).print(table(result, best_only=options.best))
-    plot(result, options.file.with_suffix(".png"))
-
-
-if __name__ == "__main__":
-    main()
+    figure.suptitle(f"{result['settings']['target']} on {device(result)}", fontsize="medium")
+    save(figure, path)

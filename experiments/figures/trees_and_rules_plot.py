@@ -1,23 +1,26 @@
-"""Tables and plots from the files `trees_and_rules.py` has written; needs no GPU.
+"""Tables and plots of what `trees_and_rules.py` measures: what tree policies and acceptance rules
+are worth over a tuned chain with token-wise sampling. Needs no GPU."""
 
-    python -m specdec.experiments.figures.trees_and_rules_plot experiments/results/tree_lengths.json
-
-draws, beside the file, what tree policies and acceptance rules are worth over a tuned chain with
-token-wise sampling.
-"""
-
-import argparse
-import json
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from specdec.experiments.figures.end_to_end_plot import COLOURS, bootstrap
-from specdec.experiments.studies.trees_and_rules import SHORT, pooled
+from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
+from specdec.experiments.figures.markdown import device, interval, source, table
+from specdec.lab.statistics import Ratio, ratio
 
 Entry = dict[str, Any]
+SHORT = {"top_k": "top-k", "sample": "sampled", "sample_with_replacement": "with replacement"}
 TITLES = {"policy": "trees, recursive rejection", "rule": "rules, the measured optimal tree"}
+
+
+def pooled(entry: Entry) -> dict[str, float]:
+    """Tokens per step and per second, over all prompts."""
+    tokens, steps, seconds = (
+        sum(one[key] for one in entry["prompts"].values())
+        for key in ("tokens", "steps", "seconds")
+    )
+    return {"accepted_length": tokens / steps, "tokens_per_second": tokens / seconds}
 
 
 def label(entry: Entry) -> str:
@@ -46,7 +49,7 @@ def chain_of(result: Entry, budget: int) -> Entry:
     return best(result, "policy", budget)["chain"]
 
 
-def compared(entry: Entry, other: Entry, key: str = "steps") -> tuple[float, float, float]:
+def compared(entry: Entry, other: Entry, key: str = "steps") -> Ratio:
     """How many times fewer steps (or seconds) than another for the same tokens, with its 95 %
     paired bootstrap interval over prompts, or over batches, whose prompts share their seconds."""
     names = [name for name in other["prompts"] if name in entry["prompts"]]
@@ -55,9 +58,7 @@ def compared(entry: Entry, other: Entry, key: str = "steps") -> tuple[float, flo
         together = list(group)
         for side, one in (("mine", entry), ("theirs", other)):
             sums[side].append(sum(one["prompts"][name][key] for name in together))
-    mine, theirs = sums.values()
-    low, high = bootstrap(theirs, mine)
-    return sum(theirs) / sum(mine), low, high
+    return ratio(sums["theirs"], sums["mine"])
 
 
 def _seconds(entry: Entry, name: str) -> float:
@@ -65,51 +66,45 @@ def _seconds(entry: Entry, name: str) -> float:
     return seconds
 
 
-def interval(entry: Entry) -> tuple[float, float]:
-    """95 % bootstrap interval over prompts of the pooled accepted length."""
+def accepted_length(entry: Entry) -> Ratio:
+    """Pooled over all prompts."""
     prompts = entry["prompts"].values()
-    low, high = bootstrap([one["tokens"] for one in prompts], [one["steps"] for one in prompts])
-    return low, high
+    return ratio([one["tokens"] for one in prompts], [one["steps"] for one in prompts])
 
 
 def budgets_of(result: Entry) -> list[int]:
     return sorted({entry["budget"] for entry in result["methods"].values()})
 
 
-def lengths(result: Entry, axis: str) -> Iterator[str]:
+def lengths(result: Entry, axis: str) -> list[str]:
     """A table: accepted length by budget, of the best setting of each."""
     budgets = budgets_of(result)
     found = {budget: best(result, axis, budget) for budget in budgets}
     names = list(dict.fromkeys(name for entries in found.values() for name in entries))
-    yield f"| {axis} | {' | '.join(f'{budget} nodes' for budget in budgets)} |"
-    yield "|---|" + "---|" * len(budgets)
+    rows = []
     for name in names:
-        cells = []
-        for entries in found.values():
-            entry = entries.get(name)
-            if entry is None:
-                cells.append("")
-                continue
-            low, high = interval(entry)
-            length = pooled(entry)["accepted_length"]
-            cells.append(f"{length:.2f} ({low:.2f} to {high:.2f})")
         word, _, rest = name.partition(" ")
-        yield f"| {f'`{word}` {rest}'.strip()} | {' | '.join(cells)} |"
+        cells = (
+            interval(*accepted_length(entries[name])) if name in entries else ""
+            for entries in found.values()
+        )
+        rows.append([f"`{word}` {rest}".strip(), *cells])
+    return table([axis, *(f"{budget} nodes" for budget in budgets)], rows)
 
 
 def tree_lengths(result: Entry) -> str:
-    """The tables of `--grid lengths` for the README."""
+    """The tables of `--grid lengths`."""
     settings = result["settings"]
     count = len(next(iter(result["methods"].values()))["prompts"])
     lines = [
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, temperature 1: "
         f"{count} prompts of HumanEval and MT-Bench, {settings['tokens']} new tokens each, tokens "
         f"over steps of all prompts with 95 % bootstrap intervals over prompts; at every budget "
-        f"of nodes the best setting of each policy (`{result['command']}`, "
-        f"[JSON](experiments/results/tree_lengths.json)). {worth(result)} Policies with sampled "
-        f"children and recursive rejection, chains with token-wise sampling; `cost_aware` is "
-        f"after speed, here that of a CPU, where nodes are dear. Settings were chosen on these "
-        f"prompts; some of them are among those that `rates=zoo` was measured on:",
+        f"of nodes the best setting of each policy ({source(result, 'tree_lengths')}). "
+        f"{worth(result)} Policies with sampled children and recursive rejection, chains with "
+        f"token-wise sampling; `cost_aware` is after speed, here that of a CPU, where nodes are "
+        f"dear. Settings were chosen on these prompts; some of them are among those that "
+        f"`rates=zoo` was measured on:",
         "",
         *lengths(result, "policy"),
         "",
@@ -127,11 +122,8 @@ def worth(result: Entry) -> str:
     for axis in TITLES:
         found = best(result, axis, budget)
         name = max(found, key=lambda one: pooled(found[one])["accepted_length"])
-        ratio, low, high = compared(found[name], chain_of(result, budget))
-        said.append(
-            f"the best {'tree' if axis == 'policy' else axis}, `{name}`, {ratio:.2f} "
-            f"({low:.2f} to {high:.2f})"
-        )
+        gain = interval(*compared(found[name], chain_of(result, budget)))
+        said.append(f"the best {'tree' if axis == 'policy' else axis}, `{name}`, {gain}")
     return (
         f"With up to {budget} nodes the accepted length of the tuned chain with token-wise "
         f"sampling is multiplied by: {'; '.join(said)}."
@@ -139,7 +131,7 @@ def worth(result: Entry) -> str:
 
 
 def tree_speed(result: Entry) -> str:
-    """The table of `--grid speed` for the README."""
+    """The table of `--grid speed`."""
     settings, methods = result["settings"], result["methods"]
     plain = methods["none"]
     chains = [one for one in methods.values() if one.get("rule") == "tokenwise"]
@@ -149,32 +141,26 @@ def tree_speed(result: Entry) -> str:
     aware = next(
         one for one in methods.values() if (one["policy"], one["axis"]) == ("cost_aware", "policy")
     )
-    against = "{:.2f} ({:.2f} to {:.2f})".format(*compared(aware, top, "seconds"))
+    against = interval(*compared(aware, top, "seconds"))
     units = "prompts" if settings["batch"] == 1 else "batches"
-    file = f"tree_speed{'' if settings['batch'] == 1 else '_batch' + str(settings['batch'])}.json"
-    device = result["hardware"].get("gpu", result["hardware"]["cpu"])
+    file = f"tree_speed{'' if settings['batch'] == 1 else '_batch' + str(settings['batch'])}"
     lines = [
-        f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, one {device}, "
-        f"temperature 1, batch {settings['batch']}: {len(plain['prompts'])} prompts, "
-        f"{settings['tokens']} new tokens each, all methods in turns, by device time of all "
-        f"steps, with 95 % paired bootstrap intervals over {units} "
-        f"(`{result['command']}`, "
-        f"[JSON](experiments/results/{file})). `cost_aware` chose its tree beforehand, "
+        f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, one "
+        f"{device(result)}, temperature 1, batch {settings['batch']}: "
+        f"{len(plain['prompts'])} prompts, {settings['tokens']} new tokens each, all methods in "
+        f"turns, by device time of all steps, with 95 % paired bootstrap intervals over {units} "
+        f"({source(result, file)}). `cost_aware` chose its tree beforehand, "
         f"from acceptance (measured on a few of these prompts) and costs; its speed over that of "
         f"the fastest fixed tree of the grid ({_named(top)}, chosen afterwards) is {against}:",
         "",
-        "| tree | rule | children | nodes | tokens/s | accepted length | over `none` "
-        "| over the tuned chain |",
-        "|---|---|---|---|---|---|---|---|",
     ]
     others = (entry for entry in methods.values() if entry is not plain)
     shown = [*sorted(others, key=_speed, reverse=True), plain]
+    rows = []
     for entry in shown:
         found = pooled(entry)
         over = [
-            "{:.2f} ({:.2f} to {:.2f})".format(*compared(entry, other, "seconds"))
-            if entry is not plain
-            else ""
+            interval(*compared(entry, other, "seconds")) if entry is not plain else ""
             for other in (plain, chain)
         ]
         cells = [
@@ -186,8 +172,9 @@ def tree_speed(result: Entry) -> str:
             f"{found['accepted_length']:.2f}",
             *over,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    heads = ["tree", "rule", "children", "nodes", "tokens/s", "accepted length", "over `none`"]
+    return "\n".join([*lines, *table([*heads, "over the tuned chain"], rows)])
 
 
 def _speed(entry: Entry) -> float:
@@ -200,11 +187,8 @@ def _named(entry: Entry) -> str:
 
 def plot(result: Entry, axis: str, path: Path) -> None:
     """Accepted length over that of the tuned chain with token-wise sampling, by budget."""
-    from matplotlib.figure import Figure
-
     budgets = budgets_of(result)
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure, ((axes,),) = canvas(7.2, 4.4)
     found = {budget: best(result, axis, budget) for budget in budgets}
     names = list(dict.fromkeys(name for entries in found.values() for name in entries))
     reference = "chain" if axis == "policy" else "tokenwise (chain)"
@@ -232,25 +216,21 @@ def plot(result: Entry, axis: str, path: Path) -> None:
             color=COLOURS[place % len(COLOURS)],
             label=name,
         )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, list(map(str, budgets)))
-    axes.minorticks_off()
+    by_powers_of_two(axes, budgets)
     axes.set_xlabel("nodes drafted per step at most")
     axes.set_ylabel("accepted length over the tuned chain's")
     axes.set_title(f"{TITLES[axis]}, temperature 1", fontsize="medium")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small", ncols=2)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, metavar="JSON", help="of --grid lengths")
-    options = parser.parse_args()
-    result = json.loads(options.file.read_text())
-    for axis, name in {"policy": "trees", "rule": "rules"}.items():
-        plot(result, axis, options.file.with_name(f"{name}.png"))
+def plot_trees(result: Entry, path: Path) -> None:
+    plot(result, "policy", path)
 
 
-if __name__ == "__main__":
-    main()
+def plot_rules(result: Entry, path: Path) -> None:
+    plot(result, "rule", path)
+
+
+PLOTS = {"trees": plot_trees, "rules": plot_rules}

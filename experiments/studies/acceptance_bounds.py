@@ -27,7 +27,7 @@ from rich.table import Table as Listing
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from specdec.experiments.figures.end_to_end_plot import COLOURS
+from specdec.experiments.figures.canvas import COLOURS
 from specdec.experiments.studies.files import write
 from specdec.experiments.studies.rule_laws import (
     CONCENTRATION,

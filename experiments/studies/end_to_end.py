@@ -35,7 +35,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from specdec.costs import CostTable
-from specdec.experiments.bench.gpu_clock import LostDevice, describe, recover
+from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.figures import end_to_end_plot
 from specdec.experiments.studies.agreement import agreement, noise
 from specdec.experiments.studies.files import resume, write

@@ -43,7 +43,7 @@ from torch import Tensor
 from specdec.cache import PagedKVCache
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
-from specdec.experiments.bench.kernel_cases import random_parents
+from specdec.experiments.bench.cases import random_parents
 from specdec.experiments.studies.files import resume, write
 from specdec.experiments.studies.sessions import DTYPES, Asked, Ours, with_tree
 from specdec.lab.environment import describe_environment

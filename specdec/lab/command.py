@@ -5,7 +5,7 @@ A program declares its options and says what to do with them:
     @dataclass(frozen=True, kw_only=True)
     class Options:
         texts: tuple[str, ...] = option(about="files or folders", free=True)  # required
-        batches: tuple[int, ...] = option((1, 8), "sequences together")
+        batches: tuple[int, ...] = option((1, 8), "sequences together", varies=True)
         tokens: Annotated[int, Field(ge=100)] = option(1000, "of the datastore")
         out: Path = option(Path("speed.json"), "result file")
         resume: bool = option(False, "keep what the file holds")
@@ -31,7 +31,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, field, fields
+from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -46,10 +46,18 @@ VOLATILE = ("out", "resume")  # no settings of a measurement
 TEXTS = (str, Path)
 
 
-def option(default: Any = MISSING, about: str = "", *, free: bool = False) -> Any:
-    """A field of a dataclass of options: its default, without which it must be given, what it is,
-    and whether it takes the words without a name."""
-    return field(default=default, metadata={"about": about, "free": free})
+def option(
+    default: Any = MISSING, about: str = "", *, free: bool = False, varies: bool = False
+) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: without it the option must be given.
+        about: what it is.
+        free: takes the words without a name.
+        varies: may have another value when a result is continued, so it is none of its settings.
+    """
+    return field(default=default, metadata={"about": about, "free": free, "varies": varies})
 
 
 def run_main(
@@ -186,21 +194,22 @@ def _fields(kind: type) -> dict[str, Field[Any]]:
 def head(
     options: Any,
     device: torch.device,
-    *,
-    settings: Mapping[str, Any] | None = None,
     program: str | None = None,
 ) -> dict[str, Any]:
-    """What every result file begins with: command, settings, versions, hardware and git.
+    """What every result file begins with: command, settings, versions, hardware and git. Settings
+    are the options, but for `out`, `resume` and those that vary.
 
     Args:
-        settings: all options but `out` and `resume`, if left out; `resume` compares them.
         program: as for `command_line`.
     """
-    if settings is None:
-        settings = {name: v for name, v in asdict(options).items() if name not in VOLATILE}
+    kept = {
+        name: getattr(options, name)
+        for name, one in _fields(type(options)).items()
+        if name not in VOLATILE and not one.metadata.get("varies")
+    }
     return {
         "command": command_line(options, program),
-        "settings": json.loads(json.dumps(settings, default=str)),
+        "settings": json.loads(json.dumps(kept, default=str)),
         **describe_environment(device),
     }
 

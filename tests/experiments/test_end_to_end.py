@@ -15,7 +15,7 @@ from rich.console import Console
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
-from specdec.experiments.figures import end_to_end_plot
+from specdec.experiments.figures import draw, end_to_end_plot
 from specdec.experiments.figures import pages as readme
 from specdec.experiments.studies import agreement, end_to_end, files, methods
 from specdec.experiments.studies.sessions import (
@@ -222,8 +222,7 @@ def test_tables_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     path = tmp_path / "end_to_end.json"
     path.write_text(json.dumps(result))
-    monkeypatch.setattr(sys, "argv", ["end_to_end_plot", str(path)])
-    end_to_end_plot.main()
+    assert draw.main([str(path)]) == 0
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 

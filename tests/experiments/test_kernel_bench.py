@@ -1,6 +1,5 @@
 """The kernel benchmark without a GPU: inputs, masks, the gate, arithmetic, files, tables."""
 
-import io
 import json
 import math
 import subprocess
@@ -14,30 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from specdec.experiments.bench import (
-    gpu_clock,
-    kernel_attention,
-    kernel_bench,
-    kernel_elementwise,
-    kernel_steps,
-    operation,
-    peers,
-)
-from specdec.experiments.bench.gpu_clock import GraphClock, Timing
-from specdec.experiments.bench.kernel_cases import (
+from specdec.experiments.bench import attention as kernel_attention
+from specdec.experiments.bench import clock as gpu_clock
+from specdec.experiments.bench import elementwise, operation, peers, rules, run, steps
+from specdec.experiments.bench.cases import (
     TREE_DEPTH,
     Case,
     Shape,
     ancestors_of,
     random_parents,
 )
+from specdec.experiments.bench.clock import GraphClock, Timing
 from specdec.experiments.bench.peers import Method
-from specdec.experiments.figures import kernel_plot
-from specdec.experiments.figures import pages as readme
+from specdec.experiments.figures import draw, kernels
 from specdec.kernels import gpu, reference
+from specdec.lab.command import parse, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -71,7 +63,7 @@ class ScriptedClock(GraphClock):
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    """The record of a shape of which everything runs here, as `kernel_bench` writes them."""
+    """The record of a shape of which everything runs here, as the benchmark writes them."""
     case = small_case(context=64, nodes=5, copies=1)
     record: dict[str, Any] = {**asdict(case.shape), "methods": {}}
     columns = kernel_attention.beside_peers(gpu.tree_attention)(case, record["methods"])
@@ -101,14 +93,38 @@ def test_roof(shape: Shape, us: float) -> None:
 
 def test_grid_covers_every_combination() -> None:
     assert len(set(kernel_attention.GRID)) == 2 * 3 * 5 * 5
-    assert Shape.parse("32,131072,128,64") in kernel_attention.GRID
+    assert Shape.of((32, 131072, 128, 64)) in kernel_attention.GRID
 
 
 def test_shape_survives_the_command_line() -> None:
     for shape in kernel_attention.GRID:
-        assert Shape.parse(str(shape)) == shape
-    with pytest.raises(ValueError, match="BATCH,CONTEXT,NODES"):
-        Shape.parse("1,2")
+        assert Shape.of(shape.sizes) == shape
+    with pytest.raises(ValueError, match="batch,context,nodes"):
+        Shape.of((1, 2))
+
+
+def test_shares_compile_every_variant_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command: list[str], **options: Any) -> None:
+            started.append(command)
+
+        def wait(self, seconds: float) -> None: ...
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert peers.compile_ahead(kernel_attention.SHAPES[:2], 64)["faults"] == []
+    assert started[0][:3] == [sys.executable, "-m", "specdec.experiments.bench.peers"]
+    shares = [parse(peers.Share, command[3:]) for command in started]
+    assert [share.number for share in shares] == list(range(shares[0].of))
+    assert all(
+        share.shapes == ((1, 2048, 64, 32, 8), (1, 8192, 64, 32, 8)) and share.page_size == 64
+        for share in shares
+    )
 
 
 def test_read_kernel_reads_everything_once() -> None:
@@ -375,21 +391,21 @@ def test_flex_options_fill_the_gpu(shape: Shape) -> None:
 
 
 def test_steps_agree_with_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_steps, "NODES", 10)
+    monkeypatch.setattr(steps, "NODES", 10)
     monkeypatch.setattr(operation, "wall_us", lambda call: 1.0)
-    inputs = kernel_steps.StepInputs(2, copies=1, vocabulary=300, layers=1, device=DEVICE)
+    inputs = steps.StepInputs(2, copies=1, vocabulary=300, layers=1, device=DEVICE)
     inputs.tree.check()
     names = []
-    for name, found in kernel_steps.operations(inputs, gpu):
+    for name, found in steps.operations(inputs, gpu):
         names.append(name)
         assert "us" in operation.measure(found, 1, ScriptedClock()), name
     assert len(names) == 1 + 3 + 2 + 3
-    lengths = kernel_steps.RULES[2].accept(inputs.context, inputs.tree, inputs.logits[0]).length
+    lengths = steps.RULES[2].accept(inputs.context, inputs.tree, inputs.logits[0]).length
     assert int(lengths.max()) > 1  # otherwise nothing was walked
 
 
 def test_steps_that_disagree_get_no_time() -> None:
-    inputs = kernel_steps.StepInputs(2, copies=1, vocabulary=300, layers=1, device=DEVICE)
+    inputs = steps.StepInputs(2, copies=1, vocabulary=300, layers=1, device=DEVICE)
 
     class Wrong:
         RULES = gpu.RULES
@@ -405,7 +421,7 @@ def test_steps_that_disagree_get_no_time() -> None:
 
         compact_path = commit_path
 
-    for name, found in kernel_steps.operations(inputs, Wrong):  # type: ignore[arg-type]
+    for name, found in steps.operations(inputs, Wrong):  # type: ignore[arg-type]
         if name in ("tree_structure", "commit_path", "compact_path"):
             assert "wrong" in operation.measure(found, 1, ScriptedClock())["fault"], name
 
@@ -413,7 +429,7 @@ def test_steps_that_disagree_get_no_time() -> None:
 def test_elementwise_functions() -> None:
     torch.manual_seed(0)
     hidden, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
-    total, normal = kernel_elementwise.add_norm(hidden, residual, weight)
+    total, normal = elementwise.add_norm(hidden, residual, weight)
     for row in range(3):
         values = [float(h + r) for h, r in zip(hidden[row], residual[row], strict=True)]
         root = math.sqrt(sum(value**2 for value in values) / 8 + 1e-5)
@@ -424,9 +440,7 @@ def test_elementwise_functions() -> None:
     angle = torch.randn(3, 4).repeat(1, 2)
     key_tree, value_tree = torch.zeros(2, 2, 3, 8)
     joined = torch.randn(3, (4 + 2 * 2) * 8)
-    query = kernel_elementwise.rotate_and_write(
-        key_tree, value_tree, joined, angle.cos(), angle.sin()
-    )
+    query = elementwise.rotate_and_write(key_tree, value_tree, joined, angle.cos(), angle.sin())
     heads = joined.view(3, 8, 8).transpose(0, 1)
     turned = torch.complex(heads[..., :4], heads[..., 4:]) * torch.polar(
         torch.ones(3, 4), angle[:, :4]
@@ -437,7 +451,7 @@ def test_elementwise_functions() -> None:
     assert torch.equal(value_tree, heads[6:])
 
     gate, up = torch.randn(2, 3, 5)
-    product_ = kernel_elementwise.swiglu(torch.cat([gate, up], -1))
+    product_ = elementwise.swiglu(torch.cat([gate, up], -1))
     assert torch.allclose(product_, gate * torch.sigmoid(gate) * up)
 
 
@@ -445,12 +459,12 @@ def test_compiled_functions_are_compared() -> None:
     arguments = (torch.randn(3, 8),)
 
     def wrong(joined: Tensor) -> Tensor:
-        return kernel_elementwise.swiglu(joined) * 1.1
+        return elementwise.swiglu(joined) * 1.1
 
-    check = kernel_elementwise._check_compiled
-    check(kernel_elementwise.swiglu, kernel_elementwise.swiglu, arguments)
+    check = elementwise._check_compiled
+    check(elementwise.swiglu, elementwise.swiglu, arguments)
     with pytest.raises(ArithmeticError, match="relative difference"):
-        check(wrong, kernel_elementwise.swiglu, arguments)
+        check(wrong, elementwise.swiglu, arguments)
 
 
 # Files
@@ -463,7 +477,7 @@ def made_up(measured: dict[str, Any], part: str) -> dict[str, Any]:
     }
     return {
         "part": part,
-        "command": "python -m specdec.experiments.bench.kernel_bench",
+        "command": "python -m specdec.experiments.bench.run attention",
         "page_size": 64,
         "ceilings": {"read": 4.5e12, "compute": 7.9e14},
         "hardware": {"gpu": "NVIDIA H200"},
@@ -472,54 +486,55 @@ def made_up(measured: dict[str, Any], part: str) -> dict[str, Any]:
     }
 
 
-def printed(result: dict[str, Any]) -> str:
-    console = Console(width=200, file=io.StringIO())
-    console.print(kernel_plot.table(result))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return " ".join(text.split())
-
-
 @pytest.mark.parametrize("part", ["attention", "grid"])
 def test_results_become_a_table_and_a_plot(
-    part: str, measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str, measured: dict[str, Any], tmp_path: Path
 ) -> None:
     path = tmp_path / "folder" / f"kernel_{part}.json"
-    kernel_bench.write(path, made_up(measured, part))
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    text = printed(json.loads(path.read_text()))
-    assert "4.50 TB/s, 790 TFLOP/s" in text
-    assert "nodes 7, heads 4: ours: X: y [z]" in text
-    monkeypatch.setattr(sys, "argv", ["kernel_plot", str(path)])
-    kernel_plot.main()
+    write(path, made_up(measured, part))
+    result = json.loads(path.read_text())
+    assert "4.50 TB/s, 790 TFLOP/s" in kernels.TABLES[part](result)
+    assert any("nodes 7, heads 4: ours: X: y [z]" in line for line in kernels.faults(result))
+    assert draw.main([str(path)]) == 0
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_file_that_was_cut_short_still_has_a_table() -> None:
-    for part in kernel_bench.PARTS:
-        assert "stopped: RuntimeError: gone" in printed(
-            {"part": part, "fault": "RuntimeError: gone"}
-        )
+def test_a_part_that_was_cut_short_says_so_and_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rules.json"
+
+    def fail(options: Any, result: dict[str, Any], save: Any) -> int:
+        result["batches"] = [{"batch": 1, "operations": {"greedy": {"us": 1, "torch_us": 2}}}]
+        result["settings"] |= {"temperature": 1.0, "dtype": "float32"}
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(rules, "rules", fail)
+    assert run.main(["rules", "device=cpu", f"out={out}"]) == 1
+    shown = capsys.readouterr().out
+    assert "1.0 (2)" in shown
+    assert "stopped: RuntimeError: gone" in shown
+    assert json.loads(out.read_text())["fault"] == "RuntimeError: gone"
 
 
 def test_tables_of_operations() -> None:
-    steps = {
-        "part": "steps",
+    result = {
+        "command": "",
         "batches": [
-            {"batch": 1, "operations": {"greedy": {"us": 21.5, "torch_us": 800.0}}},
+            {"batch": 1, "nodes": 64, "operations": {"greedy": {"us": 21.5, "torch_us": 800.0}}},
             {"batch": 8, "operations": {"greedy": {"fault": "ArithmeticError: wrong"}}},
         ],
     }
-    text = printed(steps)
-    assert "21.50 (800)" in text
-    assert "batch 8: greedy: ArithmeticError: wrong" in text
+    assert "| greedy | 21.5 (800) |  |" in kernels.steps(result)
+    assert list(kernels.faults(result)) == ["batch 8: greedy: ArithmeticError: wrong"]
     rows = [{"rows": 64, "operations": {"SwiGLU product": {"us": 3.0, "torch_us": 20.0}}}]
-    text = printed({"part": "elementwise", "rows": rows, "floor": {"1 programs": 1.25}})
-    assert "rows 64" in text
-    assert "1.25 us" in text
+    text = kernels.elementwise({"command": "", "rows": rows, "floor": {"1 programs": 1.25}})
+    assert "| us (torch) | rows 64 |" in text
+    assert "1.2 (1 programs)" in text
 
 
-def test_readme_table(measured: dict[str, Any]) -> None:
-    table = readme.kernels(made_up(measured, "attention")).splitlines()
+def test_table_of_attention(measured: dict[str, Any]) -> None:
+    table = kernels.attention(made_up(measured, "attention")).splitlines()
     header, _, *lines = table[-5:]
     assert "NVIDIA H200" in table[0]
     assert header.count("|") == lines[0].count("|") == lines[2].count("|")
@@ -528,7 +543,8 @@ def test_readme_table(measured: dict[str, Any]) -> None:
 
 
 def test_benchmarks_import_no_tools_of_the_runner() -> None:
-    code = "import sys, specdec.experiments.bench.kernel_bench as b; print(*sys.modules)"
+    code = "import sys; from specdec.experiments.bench import attention, elementwise, rules, run"
+    code += "; from specdec.experiments.bench import steps; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[2],
@@ -545,10 +561,13 @@ def test_without_a_gpu_the_benchmark_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["kernel_bench", "--shapes", "1,2048,64"])
-    with pytest.raises(SystemExit):
-        kernel_bench.main()
-    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+    assert run.main(["attention", "shapes=[[1,2048,64]]"]) == 2
+    assert "error: attention: needs an NVIDIA GPU" in capsys.readouterr().err
+    assert run.main(["attentive"]) == 2
+    assert "attentive: no such part; there are attention, grid" in capsys.readouterr().err
+    for words in (["--help"], ["attention", "--help"], ["anatomy", "-h"]):
+        assert run.main(words) == 0
+    assert "page_size=64" in capsys.readouterr().out
 
 
 # On a GPU

@@ -1,19 +1,17 @@
 """Where a step goes: kernels of a made-up trace, verbs of the zoo pair, tables and plots."""
 
-import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
-from specdec.experiments.bench import step_anatomy, timeline
+from specdec.experiments.bench import anatomy, run, timeline
 from specdec.experiments.bench.timeline import OTHER, Piece
-from specdec.experiments.figures import pages as readme
+from specdec.experiments.figures import draw, kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +34,7 @@ TRACE = {
 
 
 def test_time_is_counted_once() -> None:
-    found = timeline.anatomy(timeline.pieces_of(TRACE), steps=2)
+    found = timeline.breakdown(timeline.pieces_of(TRACE), steps=2)
     assert found["wall_ms"] == pytest.approx(22e-3 / 2)
     assert found["busy_ms"] == pytest.approx(16e-3 / 2)
     assert found["sum_ms"] == pytest.approx(18.5e-3 / 2)
@@ -48,7 +46,7 @@ def test_time_is_counted_once() -> None:
     assert sum(group["own_ms"] for group in groups.values()) == pytest.approx(found["busy_ms"])
     assert found["longest"][0]["name"] == "stream_kernel"
     with pytest.raises(ValueError, match="nothing was profiled"):
-        timeline.anatomy([], steps=2)
+        timeline.breakdown([], steps=2)
 
 
 def test_own_time_of_nested_and_apart() -> None:
@@ -71,68 +69,78 @@ def test_every_kernel_of_ours_has_a_group() -> None:
 
 
 def test_cases() -> None:
-    assert step_anatomy.parse_case("none", 0.0) is None
-    chain = step_anatomy.parse_case("chain:4", 1.0)
+    assert anatomy.parse_case("none", 0.0) is None
+    chain = anatomy.parse_case("chain:4", 1.0)
     assert isinstance(chain, Chain)
     assert (chain.budget, chain.children) == (4, "sample")
-    tree = step_anatomy.parse_case("dynamic:12,3,4", 0.0)
+    tree = anatomy.parse_case("dynamic:12,3,4", 0.0)
     assert isinstance(tree, Dynamic)
     assert (tree.budget, tree.candidates, tree.depth) == (12, 3, 4)
     for wrong in ("chain", "chain:", "chain:x", "dynamic:1,2", "star:3"):
-        with pytest.raises(ValueError, match="--cases"):
-            step_anatomy.parse_case(wrong, 0.0)
+        with pytest.raises(ValueError, match="cases="):
+            anatomy.parse_case(wrong, 0.0)
 
 
-def printed(result: dict[str, Any]) -> str:
-    console = Console(width=200, file=io.StringIO())
-    console.print(step_anatomy.table(result))
-    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
-
-
-def test_verbs_of_the_zoo_pair(tmp_path: Path) -> None:
+def test_verbs_of_the_zoo_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "anatomy.json"
-    arguments = ["--target", "zoo:target", "--draft", "zoo:draft", "--device", "cpu"]
-    arguments += ["--dtype", "float32"]
-    arguments += ["--tokens", "24", "--batches", "1", "--out", str(out)]
-    assert step_anatomy.main([*arguments, "--cases", "none"]) == 0
+    words = ["anatomy", "target=zoo:target", "draft=zoo:draft", "device=cpu", "dtype=float32"]
+    words += ["tokens=24", "batches=1", f"out={out}"]
+    assert run.main([*words, "cases=none"]) == 0
     before = json.loads(out.read_text())["cases"]
-    assert step_anatomy.main([*arguments, "--cases", "none", "chain:2", "--resume"]) == 0
+    assert run.main([*words, "cases=[none,chain:2]", "resume=true"]) == 0
+    assert "chain:2, batch 1" in capsys.readouterr().out
     result = json.loads(out.read_text())
     assert result["cases"]["none, batch 1"] == before["none, batch 1"]
     drafted = result["cases"]["chain:2, batch 1"]
     assert drafted["adds_up"], drafted
     assert drafted["accepted_length"] > 1
     assert sum(drafted["verbs_ms"].values()) == pytest.approx(drafted["wall_ms"])
-    assert "chain:2, batch 1" in printed(result)
+    assert draw.main([str(out)]) == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cases=star:3"], "cases=star:3: must be none, chain:BUDGET, "),
+        (["temperatures=0.5"], "temperatures=[0.5]: must be 0 or 1"),
+        (["target=zoo:nobody"], "zoo:nobody"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(["anatomy", "device=cpu", f"out={tmp_path / 'x.json'}", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 def test_tables_and_plot_of_kernels(tmp_path: Path) -> None:
-    kernels = timeline.anatomy(timeline.pieces_of(TRACE), steps=2)
     case = {
         "wall_ms": 0.010,
         "verbs_ms": {"draft": 0.002, "verify": 0.008},
         "accepted_length": 2.5,
         "sum_over_clock": 0.9,
         "adds_up": False,
-        "kernels": kernels,
+        "kernels": timeline.breakdown(timeline.pieces_of(TRACE), steps=2),
         "host_gap": 0.2,
     }
     result = {
-        "command": "python -m specdec.experiments.bench.step_anatomy",
+        "command": "python -m specdec.experiments.bench.run anatomy",
         "settings": {"target": "standin:llama3_8b", "draft": "standin:llama_160m"},
         "hardware": {"gpu": "NVIDIA H200", "cpu": "some"},
         "cases": {"chain:4, batch 1": case, "none, batch 1": {"fault": "X: y [z]"}},
     }
-    text = printed(result)
-    assert "0.900 (off)" in text
-    assert "none, batch 1: X: y [z]" in text
-    assert "27.3%" in text
+    assert list(kernels.faults(result)) == [
+        "chain:4, batch 1: the verbs are 0.900 of the clock",
+        "none, batch 1: X: y [z]",
+    ]
     out = tmp_path / "anatomy.json"
     out.write_text(json.dumps(result))
-    assert step_anatomy.main(["--draw", "--out", str(out)]) == 0
+    assert draw.main([str(out)]) == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    lines = readme.step_anatomy(result).splitlines()
+    lines = kernels.anatomy(result).splitlines()
     assert "NVIDIA H200" in lines[0]
     assert lines[-1] == "| chain:4, batch 1 | 0.01 | 0.01 | 0.00 | 0.00 | 0.00 | 20.0% |"
     assert lines[-1].count("|") == lines[-3].count("|")

@@ -7,7 +7,6 @@ then chosen so that none falls that near.
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,8 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.experiments.bench import rule_steps
-from specdec.experiments.figures import pages as readme
+from specdec.experiments.bench import rules as rule_steps
+from specdec.experiments.bench import run
+from specdec.experiments.figures import kernels as tables
 from specdec.kernels import gpu, reference
 from specdec.kernels.gpu import race, scan, softmax
 from specdec.kernels.layout import TargetLaw
@@ -638,11 +638,10 @@ def test_a_rule_keeps_the_same_with_and_without_kernels(
 
 def test_every_rule_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "rules.json"
-    options = "--device cpu --batch 1 2 --vocab 90 --nodes 6 --candidates 5 --out"
-    monkeypatch.setattr(sys, "argv", ["rule_steps", *options.split(), str(path)])
+    options = "rules device=cpu batches=[1,2] vocabulary=90 nodes=6 candidates=5"
     monkeypatch.setattr(rule_steps, "COMPARED", 2)
     monkeypatch.setattr(rule_steps, "wall_us", lambda call: call() and 1.0)
-    assert rule_steps.main() == 0
+    assert run.main([*options.split(), f"out={path}"]) == 0
     result = json.loads(path.read_text())
     names = [rule.name for rule, _, _ in rule_steps.RULES]
     assert {"traversal", "block", "k_seq", "tokenwise", "typical", "relaxed"} < set(names)
@@ -651,8 +650,10 @@ def test_every_rule_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         for found in record["operations"].values():
             assert found["compared"] == 2
             assert 1.0 <= found["length"] <= 6.0
-    lines = readme._operations(result["batches"], "batch", "batch")
-    assert lines[-1] == "| relaxed | 1.0 (1) | 1.0 (1) |"
+    assert result["settings"]["vocabulary"] == 90
+    assert result["command"].startswith("python -m specdec.experiments.bench.run rules device=cpu")
+    assert tables.rules(result).endswith("| relaxed | 1.0 (1) | 1.0 (1) |")
+    assert run.main(["rules", "device=cpu", "candidates=9", "vocabulary=8"]) == 2
 
 
 def test_a_rule_that_disagrees_gets_no_time() -> None:

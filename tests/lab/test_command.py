@@ -23,6 +23,7 @@ class Options:
     device: Literal["cpu", "cuda"] = option("cpu")
     name: str | None = option(None, "of the data set")
     out: Path = option(Path("speed.json"), "result file")
+    cases: tuple[str, ...] = option(("none",), varies=True)
     resume: bool = option(False, "keep what the file holds")
 
 
@@ -77,7 +78,7 @@ def test_defaults_are_left_out_of_the_command_and_free_words_are_one_option() ->
         (
             ["t", "token=1"],
             "token=1: no such option; there are texts, batches, shapes, tokens, temperature, "
-            "device, name, out, resume",
+            "device, name, out, cases, resume",
         ),
     ],
 )
@@ -133,13 +134,14 @@ def test_a_result_is_continued_with_the_same_settings_alone(tmp_path: Path) -> N
     first = parse(Options, ["t", f"out={out}"])
     top = head(first, torch.device("cpu"))
     assert top["settings"]["batches"] == [1, 8]
-    assert not {"out", "resume"} & top["settings"].keys()
+    assert not {"out", "cases", "resume"} & top["settings"].keys()
     assert {"command", "settings", "versions", "hardware", "git"} == top.keys()
     assert resume(out, top) == top  # no file yet
     write(out, top | {"cases": {"a": 1}})
     assert not out.with_suffix(".tmp").exists()
 
-    again = head(parse(Options, ["t", f"out={out}", "resume=true"]), torch.device("cpu"))
+    words = ["t", f"out={out}", "cases=[none,chain:4]", "resume=true"]
+    again = head(parse(Options, words), torch.device("cpu"))
     found = resume(out, again)
     assert found["cases"] == {"a": 1}
     assert found["command"] == f"{top['command']}; {again['command']}"

@@ -4,18 +4,20 @@ in CUDA graphs beside the torch definitions as they run without one.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec.experiments.bench.gpu_clock import GraphClock, copies_beyond_cache
-from specdec.experiments.bench.kernel_cases import TREE_DEPTH, random_parents
+from specdec.experiments.bench.cases import TREE_DEPTH, random_parents
+from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache
 from specdec.experiments.bench.operation import Operation, measure
 from specdec.kernels import reference
+from specdec.lab.command import option
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import (
     ACCEPT_STREAM,
@@ -36,10 +38,16 @@ ACCEPTED, COMMITTED = 5, 60  # the accepted nodes begin in one page and end in t
 RULES: tuple[AcceptanceRule, ...] = (Greedy(), TargetOnly(), RecursiveRejection())
 
 
-def steps(clock: GraphClock, result: dict[str, Any], save: Callable[[], None]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(Timed):
+    out: Path = option(Path("kernel_steps.json"), "result file")
+
+
+def steps(options: Options, result: dict[str, Any], save: Callable[[], None]) -> None:
     """Times in us of the operations of one step, for each batch size, to result["batches"]."""
     from specdec.kernels import gpu
 
+    clock = GraphClock(replays=options.replays)
     result["batches"] = []
     for batch in BATCHES:
         record: dict[str, Any] = {"batch": batch, "nodes": NODES, "operations": {}}

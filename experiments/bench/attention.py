@@ -1,4 +1,10 @@
-"""Attention of one layer, ours and others', checked and timed shape by shape.
+"""Attention of one layer, ours beside its peers (part `attention`) and on a grid of shapes alone
+(part `grid`), checked and timed shape by shape.
+
+Times are medians of CUDA graph replays over keys and values that take turns, so that none are in
+the L2 cache. "ours" is one layer out of the 32 of a forward pass, which share one plan; "ours +
+plan" plans anew for each. The file is written anew after every shape. The roof is what memory or
+arithmetic allow, whichever is slower.
 
 Every output is compared with a dense float32 reference on the same inputs before and after it is
 timed; a wrong one gets no time.
@@ -8,26 +14,30 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec.experiments.bench import peers
-from specdec.experiments.bench.gpu_clock import (
+from specdec.experiments.bench.cases import Case, Shape
+from specdec.experiments.bench.clock import (
     Call,
     GraphClock,
     LostDevice,
+    Timed,
+    ceilings,
     copies_beyond_cache,
     describe,
     recover,
 )
-from specdec.experiments.bench.kernel_cases import Case, Shape
 from specdec.experiments.bench.peers import Method
 from specdec.kernels.layout import TreeLayout
+from specdec.lab.command import option
 
 SHAPES = tuple(
     Shape(batch=batch, context=context, nodes=nodes)
@@ -58,6 +68,52 @@ FIXED = {"read": 4.57e12, "compute": 790e12}
 Attention = Callable[..., Tensor]
 # From a case and the results so far, name by name, what is to be measured.
 Columns = Callable[[Case, dict[str, Any]], Iterator[tuple[str, Iterable[Method]]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Timed):
+    """Options of the grid, and of the other part as well."""
+
+    shapes: tuple[tuple[int, ...], ...] = option(
+        (), "[batch,context,nodes] of each, heads and kv_heads may follow; none: the built-in ones"
+    )
+    page_size: int = option(64, "tokens of a page")
+    out: Path = option(Path("kernel_grid.json"), "result file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Grid):
+    peers: bool = option(True, "beside SDPA and FlexAttention")
+    out: Path = option(Path("kernel_attention.json"), "result file")
+
+
+def attention(options: Options, result: dict[str, Any], save: Callable[[], None]) -> None:
+    """Shapes of decoding, to result["shapes"]."""
+    shapes = [Shape.of(sizes) for sizes in options.shapes] or SHAPES
+    if options.peers:
+        result["compile_ahead"] = peers.compile_ahead(shapes, options.page_size)
+    _attention(shapes, beside_peers if options.peers else all_of_ours, options, result, save)
+
+
+def grid(options: Grid, result: dict[str, Any], save: Callable[[], None]) -> None:
+    """Every combination of sizes, ours alone, to result["shapes"]."""
+    _attention([Shape.of(sizes) for sizes in options.shapes] or GRID, alone, options, result, save)
+
+
+def _attention(
+    shapes: Sequence[Shape],
+    columns: Callable[[Attention], Columns],
+    options: Grid,
+    result: dict[str, Any],
+    save: Callable[[], None],
+) -> None:
+    from specdec.kernels import gpu
+
+    clock = GraphClock(replays=options.replays)
+    result["page_size"], result["fixed_ceilings"] = options.page_size, FIXED
+    result["ceilings"] = ceilings(clock, result)
+    result["shapes"] = []
+    run(shapes, columns(gpu.tree_attention), clock, result, save, page_size=options.page_size)
 
 
 def ours(case: Case, attention: Attention) -> dict[str, list[Method]]:
@@ -152,7 +208,7 @@ def fill(
     case: Case,
     columns: Iterable[tuple[str, Iterable[Method]]],
     clock: GraphClock,
-    ceilings: dict[str, float],
+    roof: dict[str, float],
 ) -> None:
     """Fill the record of a shape, column by column."""
     shape, begun = case.shape, time.perf_counter()
@@ -160,7 +216,7 @@ def fill(
     record |= {
         "kv_bytes": shape.kv_bytes(itemsize),
         "flops": shape.flops,
-        "roof_us": shape.roof_us(**ceilings, itemsize=itemsize),
+        "roof_us": shape.roof_us(**roof, itemsize=itemsize),
         "fixed_roof_us": shape.roof_us(**FIXED, itemsize=itemsize),
         "copies": case.copies,
         "checked_sequences": len(case.checked),

@@ -7,7 +7,7 @@ behind each context (as an implementation without a tree scratch would keep them
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -40,20 +40,21 @@ class Shape:
     head_dim: int = 128
 
     @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """From "batch,context,nodes[,heads[,kv_heads]]".
+    def of(cls, sizes: Sequence[int]) -> "Shape":
+        """From batch, context, nodes and perhaps heads and kv_heads.
 
         Raises:
-            ValueError: anything else.
+            ValueError: another number of sizes.
         """
         names = ("batch", "context", "nodes", "heads", "kv_heads")
-        numbers = [int(part) for part in text.split(",")]
-        if not 3 <= len(numbers) <= len(names):
-            raise ValueError(f"shape {text}: must be BATCH,CONTEXT,NODES[,HEADS[,KV_HEADS]]")
-        return cls(**dict(zip(names, numbers, strict=False)))
+        if not 3 <= len(sizes) <= len(names):
+            raise ValueError(f"shapes={list(sizes)}: must be [batch,context,nodes,heads,kv_heads]")
+        return cls(**dict(zip(names, sizes, strict=False)))
 
-    def __str__(self) -> str:
-        return f"{self.batch},{self.context},{self.nodes},{self.heads},{self.kv_heads}"
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """What `of` takes."""
+        return self.batch, self.context, self.nodes, self.heads, self.kv_heads
 
     @property
     def keys(self) -> int:

@@ -1,8 +1,8 @@
 """What acceptance takes by each rule: microseconds of `rule.accept` in a replayed CUDA graph, and
 of the torch definition of the rule by the clock on the wall.
 
-    python -m specdec.experiments.bench.rule_steps
-    python -m specdec.experiments.bench.rule_steps --device cpu --batch 1 --vocab 1000 --nodes 8
+    python -m specdec.experiments.bench.run rules
+    python -m specdec.experiments.bench.run rules device=cpu batches=1 vocabulary=1000 nodes=8
 
 Trees have one shape for all sequences: a chain for rules of chains, else a bush. Children are
 drawn from draft distributions that resemble the target, with replacement where the rule asks for
@@ -11,27 +11,22 @@ written anew after every rule; on a CPU the definition is timed in place of the 
 clock.
 """
 
-import argparse
 import math
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from rich.console import Console
+from pydantic import Field
 
-from specdec.experiments.bench.gpu_clock import GraphClock, copies_beyond_cache, describe
-from specdec.experiments.bench.kernel_cases import random_parents
+from specdec.experiments.bench.cases import random_parents
+from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache, describe
 from specdec.experiments.bench.operation import Operation, measure, wall_us
-from specdec.experiments.figures import kernel_plot
-from specdec.experiments.studies.files import write
 from specdec.kernels import reference
-from specdec.lab.environment import describe_environment
+from specdec.lab.command import option
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import SamplingParams, random_keys
 from specdec.tree import Acceptance, Children, Proposal, TokenTree
@@ -46,7 +41,6 @@ from specdec.verifier.tokenwise import Tokenwise
 from specdec.verifier.traversal import Traversal
 from specdec.verifier.typical import Typical
 
-RESULT = Path(__file__).parents[1] / "results" / "rule_steps.json"
 RULES: tuple[tuple[AcceptanceRule, str, Children], ...] = (
     (Greedy(), "bush", "sample"),
     (TargetOnly(), "bush", "sample"),
@@ -63,6 +57,16 @@ COMPARED = 64  # trees at least
 DIFFERENT = 1  # of them at most: rounding may decide a close call
 SPREAD = 0.5  # of the logarithm of target over draft
 INSIDE = 0.85  # about the target's mass on the support of a draft distribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Timed):
+    device: Literal["cuda", "cpu"] = option("cuda", "the CPU times the definitions")
+    batches: tuple[int, ...] = option((1, 8, 32), "sequences together")
+    nodes: int = option(64, "of a tree")
+    candidates: Annotated[int, Field(ge=1)] = option(64, "of a draft distribution")
+    vocabulary: int = option(128_256, "tokens")
+    out: Path = option(Path("rule_steps.json"), "result file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,80 +197,47 @@ def time_rule(
         return {"fault": describe(fault)}
 
 
-def rule_steps(
-    options: argparse.Namespace,
-    kernels: ModuleType,
-    clock: GraphClock | None,
-    result: dict[str, Any],
-    save: Callable[[], None],
-) -> None:
-    """Times of all rules, for each batch size, to result["batches"]."""
+def rules(options: Options, result: dict[str, Any], save: Callable[[], None]) -> int:
+    """Times of all rules, for each batch size, to result["batches"]; returns how many have none.
+
+    Raises:
+        ValueError: more candidates than tokens.
+    """
+    if options.candidates > options.vocabulary:
+        raise ValueError(
+            f"candidates={options.candidates}: must be at most vocabulary={options.vocabulary}"
+        )
     device = torch.device(options.device)
+    kernels: ModuleType = reference
+    clock = None
+    if device.type == "cuda":
+        from specdec.kernels import gpu
+
+        kernels, clock = gpu, GraphClock(replays=options.replays)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    result["settings"] = {
-        "nodes": options.nodes,
-        "candidates": options.candidates,
-        "vocabulary": options.vocab,
+    result["settings"] |= {
         "temperature": 1.0,
         "dtype": str(dtype).removeprefix("torch."),
         "rules": {rule.name: [shape, children] for rule, shape, children in RULES},
     }
     result["batches"] = []
-    for batch in options.batch:
-        record: dict[str, Any] = {"batch": batch, "nodes": options.nodes, "operations": {}}
-        result["batches"].append(record)
+    for batch in options.batches:
         sizes = Sizes(
             batch=batch,
             nodes=options.nodes,
             candidates=options.candidates,
-            vocabulary=options.vocab,
+            vocabulary=options.vocabulary,
         )
-        size = batch * options.nodes * options.vocab * dtype.itemsize
+        operations: dict[str, Any] = {}
+        record = {"batch": batch, "nodes": options.nodes, "operations": operations}
+        result["batches"].append(record)
+        size = batch * options.nodes * options.vocabulary * dtype.itemsize
         copies = copies_beyond_cache(size) if device.type == "cuda" else 1
         inputs = Inputs(sizes, copies=copies, dtype=dtype, device=device)
         for rule, shape, children in RULES:
             tree = inputs.tree(shape, children)
-            record["operations"][rule.name] = time_rule(rule, inputs, tree, kernels, clock)
+            operations[rule.name] = time_rule(rule, inputs, tree, kernels, clock)
             save()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    return sum(
+        "us" not in one for record in result["batches"] for one in record["operations"].values()
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--nodes", type=int, default=64)
-    parser.add_argument("--candidates", type=int, default=64, help="of a draft distribution")
-    parser.add_argument("--vocab", type=int, default=128_256)
-    parser.add_argument("--replays", type=int, default=25, help="of a graph; the median counts")
-    parser.add_argument("--out", type=Path, default=RESULT, metavar="FILE")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("needs an NVIDIA GPU; --device cpu times the definitions")
-    if not 1 <= options.candidates <= options.vocab:
-        parser.error(f"--candidates={options.candidates}: must be from 1 to --vocab")
-
-    torch.set_grad_enabled(False)
-    kernels, clock = reference, None
-    if options.device == "cuda":
-        from specdec.kernels import gpu
-
-        kernels, clock = gpu, GraphClock(replays=options.replays)
-    result: dict[str, Any] = {
-        "part": "rules",
-        "command": shlex.join(
-            ["python", "-m", "specdec.experiments.bench.rule_steps", *sys.argv[1:]]
-        ),
-        "replays": options.replays,
-        **describe_environment(torch.device(options.device)),
-    }
-    rule_steps(options, kernels, clock, result, partial(write, options.out, result))
-    Console(width=160).print(kernel_plot.operations_table(result))
-    faults = list(kernel_plot.faults(result))
-    print(*faults, sep="\n")
-    return len(faults)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,9 @@ nothing: the difference is all that a kernel written by hand could gain.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +14,18 @@ import triton.language as tl
 from torch import Tensor
 from torch._inductor import metrics
 
-from specdec.experiments.bench.gpu_clock import GraphClock
+from specdec.experiments.bench.clock import GraphClock, Timed
 from specdec.experiments.bench.operation import Operation, measure
+from specdec.lab.command import option
 
 # Llama-3-8B
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
 ROWS, REPETITIONS = (1, 64), 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Timed):
+    out: Path = option(Path("kernel_elementwise.json"), "result file")
 
 
 @triton.jit
@@ -80,11 +88,11 @@ def elementwise_inputs(
     }
 
 
-def elementwise(clock: GraphClock, result: dict[str, Any], save: Callable[[], None]) -> None:
+def elementwise(options: Options, result: dict[str, Any], save: Callable[[], None]) -> None:
     """us of each operation and of a kernel that does next to nothing, to result["rows"] and
     result["floor"]."""
     device = torch.device("cuda")
-    clock = GraphClock(calls=REPETITIONS, replays=clock.replays)
+    clock = GraphClock(calls=REPETITIONS, replays=options.replays)
     place = torch.empty(132, device=device)
     result["floor"] = {
         f"{programs} programs": clock.time(partial(partial, _touch, place, programs), 1).us

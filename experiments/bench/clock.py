@@ -7,17 +7,28 @@ with copies of their inputs, which together exceed the L2 cache.
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from pydantic import Field
 from torch import Tensor
+
+from specdec.lab.command import option
 
 Call = Callable[[int], Any]  # number of the copy of the inputs -> a tensor or None
 Start = Callable[[], Call]  # what one forward pass does before its first call
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """Options of everything that is timed in CUDA graphs."""
+
+    replays: Annotated[int, Field(ge=1)] = option(25, "of a graph; the median counts")
 
 
 class Timing(NamedTuple):
@@ -121,7 +132,7 @@ class GraphClock:
 
 
 @triton.jit
-def read_kernel(out_ptr, in_ptr, blocks, programs, BLOCK: tl.constexpr):
+def read_kernel(out_ptr, in_ptr, blocks, programs, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Read blocks of int32 and keep one number of them, so that nothing can be left out."""
     program = tl.program_id(0)
     pointers = in_ptr + program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -154,6 +165,12 @@ def _read(out: Tensor, data: Tensor, block: int, warps: int, _: int) -> Tensor:
     blocks = data.numel() // block
     read_kernel[(len(out),)](out, data, blocks, len(out), BLOCK=block, num_warps=warps)
     return out
+
+
+def ceilings(clock: GraphClock, result: dict[str, Any]) -> dict[str, float]:
+    """Bytes/s and FLOP/s, measured now; the launches tried go to the result."""
+    read, result["read_launches"] = read_ceiling(clock)
+    return {"read": read, "compute": compute_ceiling(clock)}
 
 
 def compute_ceiling(clock: GraphClock, *, size: int = 8192) -> float:

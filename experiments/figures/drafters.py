@@ -1,0 +1,183 @@
+"""Tables of what drafters are worth, and of what a look-up takes."""
+
+from typing import Any
+
+from specdec.experiments.figures.markdown import Result, device, interval, source, table
+from specdec.lab.statistics import ratio
+from specdec.models.standin import SHAPES
+
+
+def summary(entry: dict[str, Any], plain: dict[str, Any], names: list[str]) -> dict[str, float]:
+    """Accepted length, tokens per second and speedup of an entry over some prompts."""
+    mine, theirs = ([of["prompts"][name] for name in names] for of in (entry, plain))
+    tokens, steps, seconds = (
+        sum(one[key] for one in mine) for key in ("tokens", "steps", "seconds")
+    )
+    return {
+        "accepted_length": tokens / steps,
+        "tokens_per_second": tokens / seconds,
+        "speedup": sum(one["seconds"] for one in theirs) / seconds,
+    }
+
+
+def groups_of(result: Result) -> dict[str, list[str]]:
+    """Prompts by set, Spec-Bench's by category."""
+    groups: dict[str, list[str]] = {}
+    for name, prompts in result["sets"].items():
+        for prompt in prompts:
+            group = prompt.partition("/")[0] if name == "spec_bench" else name
+            groups.setdefault(group, []).append(prompt)
+    return groups
+
+
+def best(part: dict[str, Any], key: str, **wanted: Any) -> tuple[str, dict[str, Any]] | None:
+    """The entry with the largest figure over all prompts among those with these properties."""
+    plain = next(entry for entry in part.values() if entry["drafter"] == "none")
+    able = [
+        (name, entry)
+        for name, entry in part.items()
+        if all(entry[field] == value for field, value in wanted.items())
+    ]
+    every = list(plain["prompts"])
+    return max(able, key=lambda one: summary(one[1], plain, every)[key], default=None)
+
+
+def drafter_lengths(result: Result) -> str:
+    """The tables of `drafters.py --grid budgets`: accepted lengths by budget, and by prompts."""
+    settings, parts = result["settings"], result["parts"]
+    budgets = sorted({entry["budget"] for part in parts.values() for entry in part.values()} - {0})
+    drafters = list(
+        dict.fromkeys(entry["drafter"] for part in parts.values() for entry in part.values())
+    )
+    drafters.remove("none")
+    groups = groups_of(result)
+    count, stored = sum(map(len, groups.values())), result["datastore"]
+    lines = [
+        f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}: {count} "
+        f"prompts, {settings['tokens']} new tokens each; at every budget of nodes the better "
+        f"of the trees of the grid, tokens over steps of all prompts "
+        f"({source(result, 'drafter_lengths')}). `translated` is the draft model with another "
+        f"tokenizer (`experiments/tools/retokenize.py`, 6000 tokens kept); the datastore of "
+        f"`rest`: {stored['tokens'] / 1e6:.1f} M tokens of {', '.join(stored['sources'])}. "
+        f"State is kept for a prompt, a category or the run (never reset):",
+        "",
+    ]
+    middle = 32 if 32 in budgets else budgets[-1]
+    rows, by_group = [], []
+    for drafter in drafters:
+        cells, state = [], None
+        for name, part in parts.items():
+            plain = next(entry for entry in part.values() if entry["drafter"] == "none")
+            for budget in budgets:
+                found = best(part, "accepted_length", drafter=drafter, budget=budget)
+                if found is None:
+                    cells.append("")
+                    continue
+                entry, state = found[1], found[1]["state"]
+                every = summary(entry, plain, list(plain["prompts"]))
+                cells.append(f"{every['accepted_length']:.2f}")
+                if budget == middle:
+                    own = (summary(entry, plain, of) for of in groups.values())
+                    lengths = (f"{one['accepted_length']:.2f}" for one in own)
+                    by_group.append([f"`{drafter}`", name.removeprefix("T="), *lengths])
+        rows.append([f"`{drafter}`", state or "none", *cells])
+    heads = ["drafter", "state", *(f"{name}, {budget}" for name in parts for budget in budgets)]
+    lines += table(heads, rows)
+    lines += ["", f"The same by prompts, with {middle} nodes:", ""]
+    return "\n".join([*lines, *table(["drafter", "T", *groups], by_group)])
+
+
+def drafter_speed(result: Result) -> str:
+    """The table of `drafters.py --grid speed`: the fastest tree of each drafter."""
+    settings, groups = result["settings"], groups_of(result)
+    lines = [
+        f"`{settings['target']}` in {settings['dtype']} on one {device(result)}, batch "
+        f"{settings['batch']}, {settings['tokens']} new tokens for each of "
+        f"{sum(map(len, groups.values()))} prompts; models of `{settings['draft']}`, but that "
+        f"`translated` drafts with a built-in model of 2.4 M parameters and another tokenizer. "
+        f"Of each drafter the fastest tree of its grid; by device time of all steps, over `none` "
+        f"in the same turns, with 95 % paired bootstrap intervals over prompts, and by prompts "
+        f"({source(result, 'drafter_speed')}). Identical: "
+        f"outputs equal to those of `none`; every other one parts at a gap of logits within the "
+        f'rounding bound of `experiments/studies/agreement.py` where "explained" says so:',
+        "",
+    ]
+    rows = []
+    for name, part in result["parts"].items():
+        plain = next(entry for entry in part.values() if entry["drafter"] == "none")
+        every = list(plain["prompts"])
+        for drafter in dict.fromkeys(entry["drafter"] for entry in part.values()):
+            found = best(part, "speedup", drafter=drafter)
+            assert found is not None
+            title, entry = found
+            total = summary(entry, plain, every)
+            seconds = [
+                [side["prompts"][one]["seconds"] for one in every] for side in (plain, entry)
+            ]
+            gain = interval(*ratio(*seconds))
+            own = [summary(entry, plain, of)["speedup"] for of in groups.values()]
+            checked = entry["agreement"]
+            explained = sum(one["explained"] for one in checked["divergences"])
+            cells = [
+                name.removeprefix("T="),
+                f"`{title.replace(':', '`:')}" if drafter != "none" else "`none`",
+                f"{total['tokens_per_second']:.0f}",
+                f"{total['accepted_length']:.2f}",
+                gain if drafter != "none" else "",
+                *(f"{speedup:.2f}" if drafter != "none" else "" for speedup in own),
+                f"{checked['identical']} of {checked['checked']}" if checked["checked"] else "",
+                f"{explained} of {len(checked['divergences'])}" if checked["divergences"] else "",
+            ]
+            rows.append(cells)
+    heads = ["T", "drafter", "tokens/s", "accepted length", "over `none`", *groups]
+    lines += table([*heads, "identical", "explained"], rows)
+    return "\n".join([*lines, *_resumed(result)])
+
+
+def _resumed(result: Result) -> list[str]:
+    """What verification saves by going on where a draft has stopped, beside the weights it
+    leaves out."""
+    settings, found = result["settings"], []
+    shape = SHAPES.get(settings["target"].removeprefix("standin:"))
+    part = result["parts"].get("T=0", {})
+    for name, entry in part.items():
+        other = part.get(name.replace("early_exit:", "early_exit anew:"))
+        if entry["drafter"] != "early_exit" or other is None:
+            continue
+        mine, theirs = (
+            1e3 * one["verbs"]["verify"] / sum(p["steps"] for p in one["prompts"].values())
+            for one in (entry, other)
+        )
+        tree = name.removeprefix("early_exit: ")
+        found.append(f"{theirs:.2f} to {mine:.2f} ms ({1 - mine / theirs:.1%}; {tree})")
+    if shape is None or not found:
+        return []
+    heads = 2 * (shape.num_attention_heads + shape.num_key_value_heads) * shape.head_dim
+    layer = shape.hidden_size * (heads + 3 * shape.intermediate_size)
+    whole = layer * shape.num_hidden_layers + shape.hidden_size * shape.vocab_size
+    return [
+        "",
+        f"Verification that goes on after {settings['exit_layer']} of {shape.num_hidden_layers} "
+        f"layers takes less by {' and '.join(found)}; these layers hold "
+        f"{settings['exit_layer'] * layer / whole:.1%} of the weights that a pass reads.",
+    ]
+
+
+def lookup_speed(result: Result) -> str:
+    """The table of `lookup_speed.py`."""
+    stored = result["datastore"]
+    lines = [
+        f"A look-up of `drafter=retriever`, one thread of an {result['hardware']['cpu']}, files "
+        f"in the page cache; the datastore has {stored['tokens'] / 1e6:.0f} M tokens of "
+        f"{stored['documents']:,} documents and opens in {stored['open_seconds']:.3f} s "
+        f"({source(result, 'lookup_speed')}):",
+        "",
+    ]
+    rows = []
+    for name, entry in result["lookup_us"].items():
+        match, missed = entry["match"], entry["no_match"]
+        cells = [name, *(f"{match[key]:.0f}" for key in ("median", "p90", "p99"))]
+        cells.append(f"{missed['median']:.0f}" if missed["steps"] else "")
+        rows.append(cells)
+    heads = ["where", "microseconds: median", "p90", "p99", "median without a match"]
+    return "\n".join([*lines, *table(heads, rows)])

@@ -1,0 +1,35 @@
+"""Pieces of the generated pages."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Result = dict[str, Any]  # of a JSON file
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Its lines."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
+    return [head, "|" + "---|" * len(heads), *body]
+
+
+def interval(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Empty if nothing was measured."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def device(result: Mapping[str, Any]) -> str:
+    """What it was measured on."""
+    hardware = result["hardware"]
+    name: str = hardware.get("gpu") or hardware["cpu"]
+    return name
+
+
+def source(result: Result, file: str) -> str:
+    """The command of a result, the commit it ran at, and a link from `docs/results`."""
+    commit = (result.get("git") or {}).get("commit")
+    at = f" at {commit[:7]}" if commit else ""
+    return f"`{result['command']}`{at}, [JSON](../../experiments/results/{file}.json)"
