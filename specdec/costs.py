@@ -1,7 +1,7 @@
 """CostTable: what verifying and drafting cost on a machine, for tree policies that weigh one
 against the other.
 
-`experiments/tools/calibrate.py` measures such a table and documents its file.
+`python -m specdec.experiments.tools.calibrate` measures such a table; `--help` tells of its file.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from specdec.tables import load_table
 
+CALIBRATE = "python -m specdec.experiments.tools.calibrate"
 LOOP = {"loop_batches": "batch", "loop_level": "level", "loop_step": "step"}
 
 
@@ -51,8 +52,8 @@ class CostTable:
 
     @classmethod
     def load(cls, path: str | Path, *, setting: str | None = None) -> "CostTable":
-        """Read a file of `experiments/tools/calibrate.py`. A combination it could not measure counts as
-        the same one with the longest context that it could.
+        """Read a file of `specdec.experiments.tools.calibrate`. A combination that it could not
+        measure counts as the same one with the longest context that it could.
 
         Args:
             path: the file, or the name of one in `specdec/data/costs`.
@@ -66,9 +67,7 @@ class CostTable:
             verify, draft = data["verify"], data["draft"]
             loop = data.get("loop", {})
             if "todo" in str((verify["seconds"], draft["seconds"], loop)):
-                raise ValueError(
-                    "unfinished; experiments/tools/calibrate.py --resume goes on with it"
-                )
+                raise ValueError(f"unfinished; {CALIBRATE} with resume=true goes on with it")
             return cls(
                 verify_grid=[verify[name] for name in ("batch", "nodes", "context")],
                 verify_seconds=_filled(verify["seconds"]),
@@ -77,7 +76,7 @@ class CostTable:
                 **{name: loop[key] for name, key in LOOP.items() if loop},
             )
 
-        mend = "experiments/tools/calibrate.py makes one"
+        mend = f"{CALIBRATE} makes one"
         return load_table(path, parse, mend=mend, packaged="costs", setting=setting)
 
     @property

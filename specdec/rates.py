@@ -1,7 +1,7 @@
 """AcceptanceRates: how often a drafted node is accepted, for tree policies that choose shapes by
 it.
 
-`experiments/tools/measure_acceptance.py` measures such rates.
+`python -m specdec.experiments.tools.measure_acceptance` measures such rates.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ class AcceptanceRates:
         top_p: float | None = None,
         setting: str | None = None,
     ) -> "AcceptanceRates":
-        """Read a file of `experiments/tools/measure_acceptance.py`.
+        """Read a file of `specdec.experiments.tools.measure_acceptance`.
 
         Its cases are measurements for children chosen one way, at one temperature. That of the
         nearest temperature counts, though never one at temperature 0 for one above or the reverse;

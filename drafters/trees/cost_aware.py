@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specdec.costs import CostTable
+from specdec.costs import CALIBRATE, CostTable
 from specdec.drafters.trees.fixed import FixedShape, measured_rates
 from specdec.drafters.trees.policy import check_positive
 from specdec.drafters.trees.shapes import (
@@ -92,7 +92,7 @@ class CostAware(FixedShape):
             raise ValueError(
                 f"tree.batch={batch}: tree.costs={costs} was measured up to a batch of "
                 f"{max(table.verify_batches)}; lower batch_size or measure more with "
-                f"experiments/tools/calibrate.py"
+                f"{CALIBRATE}"
             )
         self.choice = choose(
             found, table, batch=batch, context=context, budget=budget, depth=depth

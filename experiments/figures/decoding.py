@@ -52,7 +52,7 @@ def end_to_end(result: Result) -> str:
         f"time of all steps, does not. Of each grid of trees the fastest is shown; over `none` in "
         f"the same turns, with 95 % paired bootstrap intervals over prompts (batch 1). Identical: "
         f"outputs equal to those of `none`, token for token; of the others, how many part at a "
-        f"gap of logits within the rounding bound of `experiments/studies/agreement.py` "
+        f"gap of logits within the rounding bound of `specdec/lab/lossless.py` "
         f"({source(result, 'end_to_end')}):",
         "",
     ]

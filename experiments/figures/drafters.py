@@ -3,31 +3,9 @@
 from typing import Any
 
 from specdec.experiments.figures.markdown import Result, device, interval, source, table
+from specdec.lab.metrics import groups_of, summary
 from specdec.lab.statistics import ratio
 from specdec.models.standin import SHAPES
-
-
-def summary(entry: dict[str, Any], plain: dict[str, Any], names: list[str]) -> dict[str, float]:
-    """Accepted length, tokens per second and speedup of an entry over some prompts."""
-    mine, theirs = ([of["prompts"][name] for name in names] for of in (entry, plain))
-    tokens, steps, seconds = (
-        sum(one[key] for one in mine) for key in ("tokens", "steps", "seconds")
-    )
-    return {
-        "accepted_length": tokens / steps,
-        "tokens_per_second": tokens / seconds,
-        "speedup": sum(one["seconds"] for one in theirs) / seconds,
-    }
-
-
-def groups_of(result: Result) -> dict[str, list[str]]:
-    """Prompts by set, Spec-Bench's by category."""
-    groups: dict[str, list[str]] = {}
-    for name, prompts in result["sets"].items():
-        for prompt in prompts:
-            group = prompt.partition("/")[0] if name == "spec_bench" else name
-            groups.setdefault(group, []).append(prompt)
-    return groups
 
 
 def best(part: dict[str, Any], key: str, **wanted: Any) -> tuple[str, dict[str, Any]] | None:
@@ -99,7 +77,7 @@ def drafter_speed(result: Result) -> str:
         f"in the same turns, with 95 % paired bootstrap intervals over prompts, and by prompts "
         f"({source(result, 'drafter_speed')}). Identical: "
         f"outputs equal to those of `none`; every other one parts at a gap of logits within the "
-        f'rounding bound of `experiments/studies/agreement.py` where "explained" says so:',
+        f'rounding bound of `specdec/lab/lossless.py` where "explained" says so:',
         "",
     ]
     rows = []

@@ -1,20 +1,16 @@
 """Figures, table and plot of what `end_to_end.py` measures; needs no GPU."""
 
-import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
 from specdec.experiments.figures.markdown import device, number
-from specdec.lab.statistics import ratio
 
-Runs = Mapping[str, Mapping[str, list[float]]]  # by job: seconds of short and long runs
 BARS = {  # what the plot shows, by the beginning of a method's name
     "none": "none",
     "ngram": "ngram",
@@ -22,67 +18,6 @@ BARS = {  # what the plot shows, by the beginning of a method's name
     "prompt lookup": "transformers prompt lookup",
     "assisted": "transformers assisted",
 }
-
-
-def decode_seconds(times: Mapping[str, list[float]]) -> float:
-    """Of all tokens but the first: median long run minus median short run of a job."""
-    return statistics.median(times["long"]) - statistics.median(times["short"])
-
-
-def figures(method: Mapping[str, Any], plain: Mapping[str, Any], part: Mapping[str, Any]) -> Any:
-    """What the runs of a method amount to, for each prompt set and for all.
-
-    Args:
-        plain: `none` of the same part.
-        part: its batch and new tokens of each prompt.
-
-    Returns:
-        By set: ms_per_token (of one sequence, by job), tokens_per_second (all jobs),
-        accepted_length (pooled), step_tokens_per_second (of ours: all tokens over the device time
-        of all steps, prompts left out), speedup over `none` (all jobs) and its interval: paired
-        bootstrap over prompts at batch 1, else the least and largest of the repeats.
-    """
-    tokens = (part["new_tokens"] - 1) * part["batch"]
-    found = {}
-    jobs = [job for job in method["runs"] if job in plain["runs"]]
-    for name in ["all", *dict.fromkeys(job.partition("/")[0] for job in jobs)]:
-        own = [job for job in jobs if name in ("all", job.partition("/")[0])]
-        mine, theirs = (
-            [decode_seconds(one["runs"][job]) for job in own] for one in (method, plain)
-        )
-        passes = sum(sum(method["runs"][job]["passes"]) for job in own)
-        yielded = sum(
-            len(method["runs"][job]["passes"]) * part["new_tokens"] * part["batch"] for job in own
-        )
-        found[name] = {
-            "ms_per_token": {
-                job: seconds / (part["new_tokens"] - 1) * 1e3
-                for job, seconds in zip(own, mine, strict=True)
-            },
-            "tokens_per_second": tokens * len(own) / sum(mine),
-            "accepted_length": yielded / passes if passes else None,
-            "speedup": sum(theirs) / sum(mine),
-        }
-        steps = sum(s for verb, s in method.get("verbs", {}).items() if verb != "prefill")
-        if name == "all" and steps:
-            found[name]["step_tokens_per_second"] = yielded / steps
-        if part["batch"] == 1:
-            found[name]["interval"] = list(ratio(theirs, mine)[1:])
-        else:
-            repeats = by_repeat(method["runs"], plain["runs"], own)
-            found[name]["interval"] = [min(repeats), max(repeats)]
-            found[name]["repeats"] = repeats
-    return found
-
-
-def by_repeat(runs: Runs, plain: Runs, jobs: Iterable[str]) -> list[float]:
-    """The speedup of each repeat."""
-    totals = []
-    for one in (plain, runs):
-        by_job = [np.array(one[job]["long"]) - np.array(one[job]["short"]) for job in jobs]
-        least = min(map(len, by_job))
-        totals.append(np.sum([times[:least] for times in by_job], axis=0))
-    return [float(ratio) for ratio in totals[0] / totals[1]]
 
 
 def measured(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,20 +7,12 @@ from typing import Any
 
 from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
 from specdec.experiments.figures.markdown import device, interval, source, table
+from specdec.lab.metrics import pooled
 from specdec.lab.statistics import Ratio, ratio
 
 Entry = dict[str, Any]
 SHORT = {"top_k": "top-k", "sample": "sampled", "sample_with_replacement": "with replacement"}
 TITLES = {"policy": "trees, recursive rejection", "rule": "rules, the measured optimal tree"}
-
-
-def pooled(entry: Entry) -> dict[str, float]:
-    """Tokens per step and per second, over all prompts."""
-    tokens, steps, seconds = (
-        sum(one[key] for one in entry["prompts"].values())
-        for key in ("tokens", "steps", "seconds")
-    )
-    return {"accepted_length": tokens / steps, "tokens_per_second": tokens / seconds}
 
 
 def label(entry: Entry) -> str:

@@ -1,7 +1,7 @@
 """What does speculation gain end to end, on a model of the shape of Llama-3-8B?
 
-    python -m specdec.experiments.studies.end_to_end --humaneval humaneval.jsonl --mt-bench mt_bench.jsonl
-    python -m specdec.experiments.studies.end_to_end ... --resume --temperatures 0 --batches 1 --parts llama_160m
+    python -m specdec.experiments.studies.end_to_end humaneval=code.jsonl mt_bench=chat.jsonl
+    python -m specdec.experiments.studies.end_to_end ... resume=true temperatures=0 parts=ngram
 
 The prompts are raw text without a chat template, the first ones of each file; the stop token is
 ignored, so that all outputs have the same length. A *part* is what is compared in one go: the
@@ -9,298 +9,300 @@ trees of one drafter at a temperature and a batch, or what transformers offers, 
 `none`. Methods of a part take turns, job by job; a *job* is one prompt at batch 1, else the first
 prompts of a file together.
 
-The figure is that of decoding alone, the same for all: the time of a run of `--tokens` new tokens
+The figure is that of decoding alone, the same for all: the time of a run of `tokens` new tokens
 minus that of a run of one, by the clock, after a wait for the device. A run of one token is the
 prompt and one step, whose time is taken off with all the tokens it may yield but one: of S steps
-that is 1 / S too fast, less one in `--tokens` (1.5 % at 128 tokens and 3 accepted; of plain
+that is 1 / S too fast, less one in `tokens` (1.5 % at 128 tokens and 3 accepted; of plain
 decoding nothing). `verbs`, the device seconds of each verb in all steps of the long runs, and
 `step_tokens_per_second`, which follows from them, have no such bias.
 
-The file is written anew after every round of a part. `--resume` goes on after the last round, also
-with more `--repeats`, and measures a part again whose methods have changed.
+The file is written anew after every round of a part. `resume=true` goes on after the last round,
+also with more repeats, and measures a part again whose methods have changed.
 """
 
-import argparse
 import gc
-import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from rich.console import Console
 from transformers.utils import logging
 
 from specdec.costs import CostTable
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.figures import end_to_end_plot
-from specdec.experiments.studies.agreement import agreement, noise
-from specdec.experiments.studies.files import resume, write
-from specdec.experiments.studies.methods import Build, Models, Setting, builders
-from specdec.experiments.studies.sessions import (
-    DTYPES,
-    Asked,
-    Decoded,
-    Session,
-    read_prompts,
+from specdec.experiments.studies.theirs import Theirs, load_plain
+from specdec.lab.command import head, option, resume, run_main, write
+from specdec.lab.lossless import noise
+from specdec.lab.metrics import figures
+from specdec.lab.prompts import Asked, ask
+from specdec.lab.session import Decoded, Session
+from specdec.lab.study import Entry, Study, Turn, add
+from specdec.lab.workshop import PLAIN, Way, Workshop, name_of, tree, word
+
+LARGE = 8  # a batch from which the smaller grid counts
+# Trees, for a batch below LARGE and from there on; above temperature 0 with children drawn from
+# the draft, and with its most probable tokens.
+CHAINS = [tree("chain", budget) for budget in (2, 3, 4, 6)]
+STATIC = [tree("static", *widths) for widths in ((3, 2, 1), (4, 2, 2, 1))]
+DYNAMIC = [
+    tree("dynamic", *sizes)
+    for sizes in ((12, 3, 4), (24, 6, 5), (32, 8, 6), (48, 6, 7), (63, 8, 8))
+]
+BUSHES = [tree("dynamic", *sizes) for sizes in ((24, 3, 4), (32, 4, 4), (63, 6, 5))]
+FEW = [*CHAINS[:3], tree("dynamic", 6, 2, 3), DYNAMIC[0]]
+GREEDY = ([*CHAINS, *DYNAMIC], FEW)
+DRAWN = ([*CHAINS, *STATIC, *BUSHES], FEW)
+TOP: tuple[list[str], list[str]] = ([CHAINS[0], tree("dynamic", 32, 8, 3)], [])
+NGRAM = (
+    [f"{tree('chain', n)} drafter.min_match={m}" for n in (4, 8, 16) for m in (1, 2)],
+    [f"{tree('chain', n)} drafter.min_match=2" for n in (4, 8)],
 )
-from specdec.lab.environment import describe_environment
-from specdec.models.paged import PagedLM
-
-RESULTS = Path(__file__).parents[1] / "results"
-DRAFTS = ("standin:llama_160m", "standin:llama3_1b")
-SEEDS_APART = 1000  # of the repeats of a prompt
+PROMPT_LOOKUP_TOKENS = 10
 
 
-def jobs_of(sets: dict[str, list[Asked]], batch: int, prompts: int) -> dict[str, list[Asked]]:
-    """What is decoded in one go, by name."""
-    if batch == 1:
-        return {asked.name: [asked] for asked_of in sets.values() for asked in asked_of[:prompts]}
-    return {f"{name}/{batch}": asked[:batch] for name, asked in sets.items()}
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    humaneval: str = option(about="JSONL file")
+    mt_bench: str = option(about="JSONL file")
+    target: str = option("standin:llama3_8b", "model folder, hub id, zoo:NAME or standin:NAME")
+    draft: tuple[str, ...] = option(
+        ("standin:llama_160m", "standin:llama3_1b"), "likewise; each is a part"
+    )
+    device: str = option("cuda", "or cpu", varies=True)
+    dtype: str = option("bfloat16", "of all models")
+    tokens: Annotated[int, Field(ge=2)] = option(128, "new ones, for each prompt")
+    prompts: Annotated[int, Field(ge=1)] = option(6, "of each file, at batch 1")
+    repeats: int = option(2, "of all jobs", varies=True)
+    temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
+    batches: tuple[int, ...] = option((1, 8, 32), "sequences together", varies=True)
+    parts: tuple[str, ...] = option((), "drafts, ngram, transformers; all if empty", varies=True)
+    only: tuple[str, ...] = option((), "methods whose name has one of these", varies=True)
+    out: Path = option(Path("end_to_end.json"), "result file")
+    calibrated: Path | None = option(None, "file of calibrate.py, to say what trees cost")
+    resume: bool = option(False, "what the file has stays")
 
 
-def measure(
-    part: dict[str, Any],
-    build: dict[str, Build],
-    jobs: dict[str, list[Asked]],
-    *,
-    target: PagedLM,
-    repeats: int,
-    save: Callable[[], None],
-) -> None:
-    """Fill a part: rounds of all methods, repeat by repeat and job by job.
+class Part(NamedTuple):
+    """What is compared in one go."""
+
+    part: str
+    temperature: float
+    batch: int
+
+    def words(self) -> list[str]:
+        """Our methods, but for `none`; the draft model is left out."""
+        large = self.batch >= LARGE
+        if self.part == "transformers":
+            return []
+        if self.part == "ngram":
+            return [f"drafter=ngram {words}" for words in NGRAM[large]]
+        trees = GREEDY[large]
+        if self.temperature:
+            trees = [f"{one} tree.children=sample" for one in DRAWN[large]]
+            trees += [f"{one} tree.children=top_k" for one in TOP[large]]
+        return [f"drafter=small_llama {one}" for one in trees]
+
+
+def parts(options: Options) -> Iterator[Part]:
+    """Those asked for; transformers decodes one prompt at a time.
+
+    Raises:
+        ValueError: no such part.
+    """
+    known = [*map(_short, options.draft), "ngram", "transformers"]
+    for part in options.parts:
+        if part not in known:
+            raise ValueError(f"parts={part}: there are {', '.join(known)}")
+    for batch, temperature, part in product(
+        options.batches, options.temperatures, options.parts or known
+    ):
+        if part != "transformers" or batch == 1:
+            yield Part(part, temperature, batch)
+
+
+def _short(path: str) -> str:
+    return path.rpartition(":")[2]
+
+
+def ways_of(part: Part, shop: Workshop, options: Options, longest: int) -> dict[str, Way]:
+    """The methods of a part, `none` first."""
+    room = {"rows": part.batch, "longest": longest}
+    ways = {"none": shop.way(PLAIN, **room)}
+    drafts = {_short(path): path for path in options.draft}
+    path = f" {word('drafter.path', drafts[part.part])}" if part.part in drafts else ""
+    for words in part.words():
+        ways[name_of(words)] = shop.way(words + path, **room)
+    if part.part == "transformers":
+        plain = cache(partial(load_plain, placement=shop.models.placement))
+        extras: dict[str, Any] = {"generate": {}}
+        extras |= {f"assisted, {name}": {"assistant": path} for name, path in drafts.items()}
+        extras["prompt lookup"] = {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
+        for name, extra in extras.items():
+            ways[name] = Way(
+                settings=[options.target, options.dtype, part.temperature, extra],
+                make=partial(theirs, plain, options.target, part.temperature, **extra),
+            )
+    return {
+        name: way
+        for name, way in ways.items()
+        if name == "none" or not options.only or any(text in name for text in options.only)
+    }
+
+
+def theirs(
+    load: Callable[[str], Any],
+    target: str,
+    temperature: float,
+    assistant: str | None = None,
+    **extra: Any,
+) -> Theirs:
+    """transformers, perhaps with one of the drafts."""
+    if assistant is not None:
+        extra["assistant_model"] = load(assistant)
+    return Theirs(load(target), temperature=temperature, **extra)
+
+
+def time_runs(new: int) -> Turn:
+    """A turn of a short and a long run, whose seconds go to the entry."""
+
+    def turn(session: Session, batch: Sequence[Asked], entry: Entry) -> Decoded:
+        session.decode(batch, 1)  # a prompt of a new length may compile something
+        short, long = session.decode(batch, 1), session.decode(batch, new)
+        if any(len(output) != new for output in long.outputs):
+            raise ArithmeticError(f"outputs of {sorted({len(o) for o in long.outputs})} tokens")
+        job = batch[0].name
+        if len(batch) > 1:
+            job = f"{job.partition('/')[0]}/{len(batch)}"
+        runs = entry.setdefault("runs", {})
+        runs = runs.setdefault(job, {"short": [], "long": [], "passes": []})
+        runs["short"].append(short.seconds)
+        runs["long"].append(long.seconds)
+        runs["passes"].append(sum(long.passes))
+        add(entry.setdefault("verbs", {}), long.verbs)
+        return long
+
+    return turn
+
+
+def note(entry: Entry, fault: Exception) -> None:
+    """What is wrong with a method; the others go on.
 
     Raises:
         LostDevice: nothing more can be measured in this process.
     """
-    rounds = [(repeat, name) for repeat in range(repeats) for name in jobs]
-    if part["rounds"] >= len(rounds):
-        return
-    sessions: dict[str, Session] = {}
-    longest = max((asked.tokens for job in jobs.values() for asked in job), key=len)
-    for name, make in build.items():
-        method = part["methods"].setdefault(name, {"runs": {}})
-        if "fault" in method:
-            continue
-        begun = time.perf_counter()
-        try:
-            sessions[name] = make()
-            sessions[name].warm_up(longest)
-            method["warm_up_seconds"] = time.perf_counter() - begun
-        except Exception as fault:
-            _fault(method, fault)
-            sessions.pop(name, None)
-    for number, (repeat, job) in enumerate(rounds):
-        if number < part["rounds"]:
-            continue
-        batch = [asked._replace(id=asked.id + SEEDS_APART * repeat) for asked in jobs[job]]
-        names = list(sessions)
-        turn = number % len(names) if names else 0
-        decoded: dict[str, Decoded] = {}
-        for name in names[turn:] + names[:turn]:  # nobody is always the first
-            try:
-                decoded[name] = _round(sessions[name], batch, part, name, job)
-            except Exception as fault:
-                _fault(part["methods"][name], fault)
-                del sessions[name]
-        if part["temperature"] == 0 and repeat == 0 and "none" in decoded:
-            for name, one in decoded.items():
-                if name != "none":
-                    found = agreement(batch, one.outputs, decoded["none"].outputs, target)
-                    _add(part["methods"][name], found)
-        for name, session in sessions.items():
-            part["methods"][name].update(session.notes())
-        part["rounds"] = number + 1
-        plain = part["methods"]["none"]
-        for name in decoded:
-            if name in sessions and "fault" not in plain:
-                method = part["methods"][name]
-                method["figures"] = end_to_end_plot.figures(method, plain, part)
-        save()
-
-
-def _round(
-    session: Session, batch: list[Asked], part: dict[str, Any], name: str, job: str
-) -> Decoded:
-    """A short and a long run, whose seconds go to the part."""
-    method, new = part["methods"][name], part["new_tokens"]
-    session.decode(batch, 1)  # a prompt of a new length may compile something
-    short = session.decode(batch, 1)
-    long = session.decode(batch, new)
-    if any(len(output) != new for output in long.outputs):
-        raise ArithmeticError(f"outputs of {sorted({len(o) for o in long.outputs})} tokens")
-    runs = method["runs"].setdefault(job, {"short": [], "long": [], "passes": []})
-    runs["short"].append(short.seconds)
-    runs["long"].append(long.seconds)
-    runs["passes"].append(long.passes)
-    verbs = method.setdefault("verbs", {})
-    for verb, seconds in long.verbs.items():
-        verbs[verb] = verbs.get(verb, 0.0) + seconds
-    return long
-
-
-def _fault(method: dict[str, Any], fault: Exception) -> None:
     traceback.print_exception(fault)
-    method["fault"] = describe(fault)
-    method.pop("figures", None)
+    entry["fault"] = describe(fault)
+    entry.pop("figures", None)
     recover()
 
 
-def _add(method: dict[str, Any], found: dict[str, Any]) -> None:
-    total = method.setdefault("agreement", {"checked": 0, "identical": 0, "divergences": []})
-    for key, value in found.items():
-        total[key] += value
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-
-
-def verify_cost(path: Path) -> dict[str, Any]:
+def verify_cost(path: Path) -> Entry:
     """What verifying 64 nodes costs in plain steps at a context of 1024, by `calibrate.py`."""
     costs = CostTable.load(path)
-    return {
-        "file": path.name,
-        "context": 1024,
-        "ratios": [
-            {
-                "batch": batch,
-                "nodes": 64,
-                "ms": costs.verify(batch, 64, 1024) * 1e3,
-                "plain_ms": costs.verify(batch, 1, 1024) * 1e3,
-                "ratio": costs.verify(batch, 64, 1024) / costs.verify(batch, 1, 1024),
-            }
-            for batch in costs.verify_batches
-        ],
-    }
-
-
-def settings_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--humaneval", required=True, metavar="JSONL")
-    parser.add_argument("--mt-bench", required=True, metavar="JSONL")
-    parser.add_argument("--target", default="standin:llama3_8b")
-    parser.add_argument("--draft", nargs="+", default=DRAFTS)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=128, help="new ones, for each prompt")
-    parser.add_argument("--prompts", type=int, default=6, help="of each file, at batch 1")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--temperatures", type=float, nargs="+", default=(0.0, 1.0))
-    parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 32))
-    parser.add_argument("--parts", nargs="+", help="drafts, ngram, transformers; all by default")
-    parser.add_argument(
-        "--only", nargs="+", default=[], help="methods whose name has one of these"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS / "end_to_end.json")
-    parser.add_argument("--calibrated", type=Path, default=RESULTS / "calibrate.json")
-    parser.add_argument("--resume", action="store_true", help="what the file has stays")
-    options = parser.parse_args(arguments)
-    if options.tokens < 2:
-        parser.error("--tokens: must be at least 2")
-    known = [path.rpartition(":")[2] for path in options.draft] + ["ngram", "transformers"]
-    options.parts = options.parts or known
-    for part in options.parts:
-        if part not in known:
-            parser.error(f"--parts {part}: there are {', '.join(known)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("needs an NVIDIA GPU; --device cpu --target zoo:target --draft zoo:draft")
-    return options
+    ratios = []
+    for batch in costs.verify_batches:
+        many, one = (costs.verify(batch, nodes, 1024) for nodes in (64, 1))
+        ms = {"ms": many * 1e3, "plain_ms": one * 1e3}
+        ratios.append({"batch": batch, "nodes": 64, **ms, "ratio": many / one})
+    return {"file": path.name, "context": 1024, "ratios": ratios}
 
 
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> int:
-    options = settings_of(arguments)
+def work(options: Options) -> int:
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    names = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "specdec.experiments.studies.end_to_end", *names])
-    same = ("target", "draft", "dtype", "tokens", "prompts")
-    settings = {name: getattr(options, name) for name in same}
-    settings["draft"] = list(settings["draft"])
-    found = resume(options.out, settings, command) if options.resume else None
-    result: dict[str, Any] = found or {"command": command, "settings": settings, "parts": {}}
-    result |= describe_environment(torch.device(options.device))
-    if options.calibrated.exists():
-        try:
-            result["verify_cost"] = verify_cost(options.calibrated)
-        except ValueError as fault:  # perhaps unfinished; everything else can be measured
-            print(fault)
-
-    def save() -> None:
-        write(options.out, result)
-
-    models = Models(options)
+    every = list(parts(options))
+    shop = Workshop(
+        word("target.path", options.target), f"device={options.device} dtype={options.dtype}"
+    )
+    top = head(options, shop.models.placement.device)
+    result = resume(options.out, top) if options.resume else top
+    result.pop("fault", None)
+    if options.calibrated is not None:
+        result["verify_cost"] = verify_cost(options.calibrated)
     most = max(options.prompts, *options.batches)
-    files = {"humaneval": options.humaneval, "mt_bench": options.mt_bench}
     sets = {
-        name: read_prompts(models.target.tokenizer, path, name, most)
-        for name, path in files.items()
+        name: ask(shop.target.tokenizer, {name: path}, limit=most, chat="never")[name]
+        for name, path in (("humaneval", options.humaneval), ("mt_bench", options.mt_bench))
     }
-    lengths = [len(asked.tokens) for asked_of in sets.values() for asked in asked_of]
-    models.longest = max(lengths) + options.tokens
     if "noise" not in result:
         result["noise"] = {
-            name: noise(models.target, asked[0].tokens) for name, asked in sets.items()
+            name: noise(shop.target, asked[0].tokens) for name, asked in sets.items()
         }
-    lost = False
-    for setting in plan_parts(options):
-        build = builders(setting, models)
-        chosen = {
-            name: make
-            for name, make in build.items()
-            if name == "none" or not options.only or any(text in name for text in options.only)
-        }
-        part = result["parts"].get(setting.name)
-        if part is None or list(part["methods"]) != list(chosen):
-            part = result["parts"][setting.name] = {
-                **setting._asdict(),
-                "new_tokens": options.tokens,
-                "rounds": 0,
-                "methods": {},
-            }
-        begun = time.perf_counter()
+    for part in every:
         try:
-            measure(
-                part,
-                chosen,
-                jobs_of(sets, setting.batch, options.prompts),
-                target=models.target,
-                repeats=1 if setting.part == "transformers" else options.repeats,
-                save=save,
-            )
+            measure(part, shop, sets, options, result)
         except LostDevice as fault:
             result["fault"] = str(fault)
-            lost = True
-        part["seconds"] = part.get("seconds", 0.0) + time.perf_counter() - begun
-        print(f"{setting.name}: {time.perf_counter() - begun:.0f} s", flush=True)
-        save()
-        if lost:
+            write(options.out, result)
             break
-        if setting.part == "transformers":
-            models.forget_plain()
-        free(models.device)
+        gc.collect()
+        if shop.target.device.type == "cuda":
+            torch.cuda.empty_cache()
     Console(width=130).print(end_to_end_plot.table(result))
     if any(end_to_end_plot.measured(part) for part in result["parts"].values()):
         end_to_end_plot.plot(result, options.out.with_suffix(".png"))
-    return int(lost)
+    return int("fault" in result)
 
 
-def plan_parts(options: argparse.Namespace) -> Iterator[Setting]:
-    """The parts asked for; transformers decodes one prompt at a time."""
-    for batch in options.batches:
-        for temperature in options.temperatures:
-            for part in options.parts:
-                if part != "transformers" or batch == 1:
-                    yield Setting(part, temperature, batch)
+def measure(
+    part: Part, shop: Workshop, sets: dict[str, list[Asked]], options: Options, result: Entry
+) -> None:
+    """Fill a part of the result.
+
+    Raises:
+        LostDevice: nothing more can be measured in this process.
+    """
+    name = f"T={part.temperature:g}, batch {part.batch}, {part.part}"
+    empty = {**part._asdict(), "new_tokens": options.tokens, "methods": {}}
+    found = result.setdefault("parts", {}).setdefault(name, empty)
+    jobs = [asked[: part.batch] for asked in sets.values()]
+    if part.batch == 1:
+        jobs = [[one] for asked in sets.values() for one in asked[: options.prompts]]
+    longest = max(len(one.tokens) for asked in sets.values() for one in asked) + options.tokens
+    ways = ways_of(part, shop.having(f"sampling.temperature={part.temperature}"), options, longest)
+    begun = time.perf_counter()
+    study = Study(
+        entries=found["methods"],
+        batches=jobs,
+        turn=time_runs(options.tokens),
+        target=shop.target,
+        save=partial(save, options.out, result, found),
+        repeats=1 if part.part == "transformers" else options.repeats,
+        plain="" if part.temperature else "none",
+        fault=note,
+    )
+    try:
+        study.in_turns(ways)
+    finally:
+        seconds = time.perf_counter() - begun
+        found["seconds"] = found.get("seconds", 0.0) + seconds
+    save(options.out, result, found)
+    print(f"{name}: {seconds:.0f} s", flush=True)
+
+
+def save(path: Path, result: Entry, part: Entry) -> None:
+    """Write the file, with the figures of a part that has been measured further."""
+    methods = part.get("methods", {})
+    plain = methods.get("none", {})
+    if plain.get("runs") and "fault" not in plain:
+        for entry in methods.values():
+            if entry.get("runs") and "fault" not in entry:
+                entry["figures"] = figures(entry, plain, part)
+    write(path, result)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(Options, work, arguments, doc=__doc__)
 
 
 if __name__ == "__main__":

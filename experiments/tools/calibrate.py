@@ -1,6 +1,8 @@
 """What do verifying and drafting cost on this machine?
 
-    python -m specdec.experiments.tools.calibrate --target standin:llama3_8b --draft standin:llama_160m
+    python -m specdec.experiments.tools.calibrate target=meta-llama/Llama-3.1-8B \\
+        draft=meta-llama/Llama-3.2-1B out=costs.json
+    python -m specdec.run tree=cost_aware tree.costs=costs.json ...
 
 Times passes of a target over random trees and passes of a draft over levels of a tree, on a GPU
 as CUDA graphs (medians of replays, between device events), on a CPU by the clock. Keys, values and
@@ -21,44 +23,60 @@ The file, which `specdec.costs.CostTable` reads and tree policies may:
     loop.step[batch]                    of a step beyond verification and the drafted levels
     settings, hardware, versions, git, command      of what it is true
 
-It is written anew after every cell; `--resume` measures what is missing.
+It is written anew after every cell; `resume=true` measures what is missing.
 """
 
-import argparse
 import gc
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, Field
 from rich.console import Console, Group
 from rich.table import Table
 from torch import Tensor
 
 from specdec.cache import PagedKVCache
-from specdec.drafters.small_llama import SmallLlama
-from specdec.drafters.trees.chain import Chain
 from specdec.experiments.bench.cases import random_parents
-from specdec.experiments.studies.files import resume, write
-from specdec.experiments.studies.sessions import DTYPES, Asked, Ours, with_tree
-from specdec.lab.environment import describe_environment
-from specdec.models.load import load_model
+from specdec.lab.command import head, option, resume, run_main, write
+from specdec.lab.prompts import Asked
+from specdec.lab.workshop import Workshop, tree, word
 from specdec.models.paged import PagedLM
-from specdec.models.placement import Placement
-from specdec.verifier.recursive_rejection import RecursiveRejection
 
-RESULTS = Path(__file__).parents[1] / "results"
 MEMORY_SHARE = 0.8  # of the free memory that a cell may take
-PARTS = ("draft", "verify", "loop")  # the shortest one first
 CHAINS = (2, 6)  # levels whose drafts are compared
 LOOP_PROMPT, LOOP_TOKENS = 64, 48
 CHOICES = 4  # most probable tokens asked of a draft, for each node
 WARM_UP = 3
+
+Positive = Annotated[int, Field(ge=1)]
+Axis = Annotated[tuple[Positive, ...], AfterValidator(lambda values: tuple(sorted({*values})))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    target: str = option("standin:llama3_8b", "model folder, hub id, zoo:NAME or standin:NAME")
+    draft: str = option("standin:llama_160m", "likewise")
+    device: str = option("cuda", "or cpu", varies=True)
+    dtype: str = option("bfloat16", "of both models")
+    batches: Axis = option((1, 8, 32), "sequences together")
+    nodes: Axis = option((1, 2, 4, 8, 16, 32, 64), "of a tree, the root included")
+    contexts: Axis = option((128, 1024, 4096), "tokens before the tree")
+    widths: Axis = option((1, 2, 4, 8, 16), "nodes of a level")
+    draft_context: Positive = option(1024, "tokens before the tree of a draft")
+    replays: Positive = option(15, "of which the median counts", varies=True)
+    only: tuple[Literal["draft", "verify", "loop"], ...] = option(
+        ("draft", "verify", "loop"), "parts of the file; the shortest comes first", varies=True
+    )
+    out: Path = option(Path("calibrate.json"), "result file")
+    resume: bool = option(False, "what the file has stays")
 
 
 def replay_seconds(call: Callable[[], Any], device: torch.device, replays: int) -> float:
@@ -161,27 +179,24 @@ def draft_call(lm: PagedLM, cache: PagedKVCache, batch: int, width: int) -> Call
     return call
 
 
-def cells(options: argparse.Namespace, seconds: Any) -> Iterator[tuple[int, int, int]]:
-    """Batch, nodes and context of what has not been measured; one context after the other, for
-    each has its own cache."""
-    for b, batch in enumerate(options.batch):
-        for c, context in enumerate(options.context):
-            for n, nodes in enumerate(options.nodes):
+def cells(options: Options, seconds: Any) -> Iterator[tuple[int, int, int]]:
+    """Places (batch, nodes, context) of what has not been measured; one context after the other,
+    for each has its own cache."""
+    for b in range(len(options.batches)):
+        for c in range(len(options.contexts)):
+            for n in range(len(options.nodes)):
                 if seconds[b][n][c] == "todo":
-                    yield batch, nodes, context
+                    yield b, n, c
 
 
-def calibrate_verify(options: argparse.Namespace, seconds: Any, save: Callable[[], None]) -> None:
+def calibrate_verify(
+    options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]
+) -> None:
     """Fill the table of the target."""
-    lm: PagedLM | None = None
     cache: PagedKVCache | None = None
     held: tuple[int, int] | None = None
-    for batch, nodes, context in cells(options, seconds):
-        if lm is None:
-            lm = load_model(
-                options.target,
-                Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype]),
-            )
+    for b, n, c in cells(options, seconds):
+        batch, nodes, context = options.batches[b], options.nodes[n], options.contexts[c]
         if held != (batch, context):
             cache = None
             cache = filled_cache(lm, batch, context, max(options.nodes))
@@ -190,30 +205,17 @@ def calibrate_verify(options: argparse.Namespace, seconds: Any, save: Callable[[
         if cache is not None:
             call = verify_call(lm, cache, batch, nodes)
             found = replay_seconds(call, lm.device, options.replays)
-        place = [
-            axis.index(value)
-            for axis, value in zip(
-                (options.batch, options.nodes, options.context),
-                (batch, nodes, context),
-                strict=True,
-            )
-        ]
-        seconds[place[0]][place[1]][place[2]] = found
+        seconds[b][n][c] = found
         save()
 
 
-def calibrate_draft(options: argparse.Namespace, seconds: Any, save: Callable[[], None]) -> None:
+def calibrate_draft(options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]) -> None:
     """Fill the table of the draft."""
-    if not any("todo" in line for line in seconds):
-        return
-    lm = load_model(
-        options.draft, Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype])
-    )
-    for b, batch in enumerate(options.batch):
-        cache = filled_cache(lm, batch, options.draft_context, 2 * max(options.width))
+    for b, batch in enumerate(options.batches):
+        cache = filled_cache(lm, batch, options.draft_context, 2 * max(options.widths))
         if cache is None:
-            raise ValueError(f"--draft-context {options.draft_context}: exceeds the memory")
-        for w, width in enumerate(options.width):
+            raise ValueError(f"draft_context={options.draft_context}: exceeds the memory")
+        for w, width in enumerate(options.widths):
             if seconds[b][w] == "todo":
                 call = draft_call(lm, cache, batch, width)
                 seconds[b][w] = replay_seconds(call, lm.device, options.replays)
@@ -221,22 +223,15 @@ def calibrate_draft(options: argparse.Namespace, seconds: Any, save: Callable[[]
 
 
 def calibrate_loop(
-    options: argparse.Namespace, result: dict[str, Any], save: Callable[[], None]
+    options: Options, shop: Workshop, result: dict[str, Any], save: Callable[[], None]
 ) -> None:
     """Fill in what the loop adds."""
     loop = result["loop"]
-    if "todo" not in str(loop):
-        return
-    target = load_model(
-        options.target, Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype])
-    )
-    drafter = SmallLlama(target=target, tree=Chain(budget=1), path=options.draft)
-    for b, batch in enumerate(options.batch):
-        asked = [
-            Asked(i, str(i), random_tokens(target, LOOP_PROMPT).tolist()) for i in range(batch)
-        ]
+    for b, batch in enumerate(options.batches):
+        tokens = random_tokens(shop.target, batch, LOOP_PROMPT).tolist()
+        asked = [Asked(i, str(i), own) for i, own in enumerate(tokens)]
         draft, rest = zip(
-            *(_loop_seconds(target, drafter, asked, levels) for levels in CHAINS), strict=True
+            *(_loop_seconds(options, shop, asked, levels) for levels in CHAINS), strict=True
         )
         level = (draft[1] - draft[0]) / (CHAINS[1] - CHAINS[0])
         loop["level"][b] = max(0.0, level - result["draft"]["seconds"][b][0])
@@ -245,18 +240,12 @@ def calibrate_loop(
 
 
 def _loop_seconds(
-    target: PagedLM, drafter: SmallLlama, asked: Sequence[Asked], levels: int
+    options: Options, shop: Workshop, asked: Sequence[Asked], levels: int
 ) -> tuple[float, float]:
     """Median seconds of drafting a chain, and of all of a step but drafting and verifying."""
-    tree = Chain(budget=levels, children="sample")
-    session = Ours(
-        target,
-        with_tree(drafter, tree),
-        RecursiveRejection(),
-        temperature=1.0,
-        batch=len(asked),
-        longest=LOOP_PROMPT + LOOP_TOKENS,
-    )
+    draft = f"drafter=small_llama {word('drafter.path', options.draft)}"
+    words = f"{draft} {tree('chain', levels)} tree.children=sample sampling=sample"
+    session = shop.session(words, rows=len(asked), longest=LOOP_PROMPT + LOOP_TOKENS)
     session.warm_up(asked[0].tokens)
     steps = [step.seconds for step in session.decode(asked, LOOP_TOKENS).steps[1:]]
     rest = [sum(step.get(verb, 0.0) for verb in ("accept", "commit", "other")) for step in steps]
@@ -287,79 +276,52 @@ def _ms(seconds: float | str | None) -> str:
     return f"{seconds * 1e3:.3f}" if isinstance(seconds, float) else "-"
 
 
-def settings_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--target", default="standin:llama3_8b")
-    parser.add_argument("--draft", default="standin:llama_160m")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    grids: dict[str, Sequence[int]] = {
-        "batch": (1, 8, 32),
-        "nodes": (1, 2, 4, 8, 16, 32, 64),
-        "context": (128, 1024, 4096),
-        "width": (1, 2, 4, 8, 16),
+def blank(options: Options) -> dict[str, Any]:
+    """A file of which nothing is measured."""
+    batches = options.batches
+    return {
+        "verify": {
+            "batch": batches,
+            "nodes": options.nodes,
+            "context": options.contexts,
+            "seconds": [
+                [["todo"] * len(options.contexts) for _ in options.nodes] for _ in batches
+            ],
+        },
+        "draft": {
+            "batch": batches,
+            "width": options.widths,
+            "context": options.draft_context,
+            "seconds": [["todo"] * len(options.widths) for _ in batches],
+        },
+        "loop": {name: ["todo"] * len(batches) for name in ("level", "step")} | {"batch": batches},
     }
-    for name, values in grids.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=values)
-    parser.add_argument("--draft-context", type=int, default=1024)
-    parser.add_argument("--replays", type=int, default=15)
-    parser.add_argument("--only", choices=PARTS, nargs="+")
-    parser.add_argument("--out", type=Path, default=RESULTS / "calibrate.json")
-    parser.add_argument("--resume", action="store_true", help="what the file has stays")
-    options = parser.parse_args(arguments)
-    for name in grids:
-        values = sorted(set(getattr(options, name)))
-        if values[0] < 1:
-            parser.error(f"--{name} {values[0]}: must be at least 1")
-        setattr(options, name, values)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("needs an NVIDIA GPU; --device cpu --target zoo:target --draft zoo:draft")
-    return options
 
 
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> None:
-    options = settings_of(arguments)
+def work(options: Options) -> None:
     torch.manual_seed(0)
-    names = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "specdec.experiments.tools.calibrate", *names])
-    same = ("target", "draft", "dtype", "batch", "nodes", "context", "width", "draft_context")
-    settings = {name: getattr(options, name) for name in same}
-    result = resume(options.out, settings, command) if options.resume else None
-    if result is None:
-        result = {
-            "command": command,
-            "settings": settings,
-            "verify": {
-                **{name: settings[name] for name in ("batch", "nodes", "context")},
-                "seconds": [
-                    [["todo"] * len(options.context) for _ in options.nodes] for _ in options.batch
-                ],
-            },
-            "draft": {
-                **{name: settings[name] for name in ("batch", "width")},
-                "context": options.draft_context,
-                "seconds": [["todo"] * len(options.width) for _ in options.batch],
-            },
-        }
-    todo = ["todo"] * len(options.batch)
-    result.setdefault("loop", {"batch": options.batch, "level": todo, "step": [*todo]})
-    result |= describe_environment(torch.device(options.device))
-
-    def save() -> None:
-        write(options.out, result)
-
-    parts = options.only or PARTS
-    if "draft" in parts:
-        calibrate_draft(options, result["draft"]["seconds"], save)
-    if "verify" in parts:
-        calibrate_verify(options, result["verify"]["seconds"], save)
-    if "loop" in parts:
-        calibrate_loop(options, result, save)
+    shop = Workshop(
+        word("target.path", options.target), f"device={options.device} dtype={options.dtype}"
+    )
+    top = head(options, shop.models.placement.device)
+    result = {**blank(options), **(resume(options.out, top) if options.resume else top)}
+    save = partial(write, options.out, result)
+    todo = [part for part in options.only if "todo" in str(result[part])]
+    if "draft" in todo:
+        draft = shop.models.load(options.draft, setting="draft")
+        calibrate_draft(options, draft, result["draft"]["seconds"], save)
+    if "verify" in todo:
+        calibrate_verify(options, shop.target, result["verify"]["seconds"], save)
+    if "loop" in todo:
+        calibrate_loop(options, shop, result, save)
+    save()
     Console(width=130).print(table(result))
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(Options, work, arguments, doc=__doc__)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

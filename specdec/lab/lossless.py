@@ -1,6 +1,7 @@
 """Losslessness of outputs: at temperature 0 against the baseline's, token for token, each
 divergence explained; above it against the target's distributions."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from specdec.models.paged import PagedLM
 from specdec.sampling import SamplingParams, probabilities
 
 Record = Mapping[str, Any]
+BOUND = 4.0  # units in the last place of the larger logit
 CHUNK = 64  # tokens whose logits are looked at together
 
 
@@ -23,53 +25,114 @@ def compare(
     *,
     kv_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Compare outputs of the same prompts.
+    """Compare outputs of the same prompts, and see whether rounding explains where they part.
+
+    The bound: u is a unit in the last place of the larger of two logits. A pass rounds a logit by
+    at most u / 2; let rounding in the layers before move it by no more than that again, so that it
+    is within u of what exact arithmetic gives, and two passes are within 2 u of each other. Say
+    one pass puts token a first and another b. In a third, the one made here, logits are within 2 u
+    of those of either, and the gap between a and b within 4 u: so it exceeds 4 u in neither
+    direction. `BOUND` is this 4.
+
+    What is assumed about the layers is not certain, but can be measured: where `noise` exceeds 2
+    the bound is no proof, and the gaps themselves have to be looked at. In float32 a logit is the
+    sum of thousands of terms whose errors are as large as its own; there nothing should diverge
+    at all.
 
     Args:
         kv_dtype: of the cache both were decoded over, as in `PagedKVCache`.
 
     Returns:
-        checked: outputs compared. A turn whose conversation has diverged before it is left out:
-            the two
-        sides were asked different things.
-        identical: how many are the same, token for token.
-        divergences: of the others, prompt, turn, position of the first differing token, the two
-            tokens
-        (None where an output ended), and the gap between the target's logits of them.
+        checked, how many outputs were compared. A turn whose conversation has diverged before it
+        is left out: the two sides were asked different things. identical, how many of them are
+        the same, token for token. divergences, one for each of the others: prompt, sample, turn,
+        position of the first token that differs, token and baseline_token there, logit_gap
+        (baseline_token less token), top2_gap (the most probable token less the next), bound, and
+        whether the gap is explained by it. Where an output has ended its token is None, and so
+        are gaps and bound.
     """
-    reference = {(g["prompt"], g["turn"]): g for g in baseline}
+    reference = {_turn(record): record for record in baseline}
     checked = identical = 0
     divergences = []
     for generation in generations:
-        other = reference.get((generation["prompt"], generation["turn"]))
+        other = reference.get(_turn(generation))
         if other is None or other["prompt_ids"] != generation["prompt_ids"]:
             continue
         checked += 1
-        mine, theirs = generation["output_ids"], other["output_ids"]
-        if mine == theirs:
+        if generation["output_ids"] == other["output_ids"]:
             identical += 1
-            continue
-        position = next(
-            (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-            min(len(mine), len(theirs)),
-        )
-        tokens = [ids[position] if position < len(ids) else None for ids in (mine, theirs)]
-        gap = None
-        if None not in tokens:
-            tokens_before = [*generation["prompt_ids"], *mine[:position]]
-            logits = next_logits(target, tokens_before, kv_dtype=kv_dtype)
-            gap = float(logits[tokens[1]] - logits[tokens[0]])
-        divergences.append(
-            {
-                "prompt": generation["prompt"],
-                "turn": generation["turn"],
-                "position": position,
-                "token": tokens[0],
-                "baseline_token": tokens[1],
-                "logit_gap": gap,
-            }
-        )
+        else:
+            divergences.append(_divergence(generation, other["output_ids"], target, kv_dtype))
     return {"checked": checked, "identical": identical, "divergences": divergences}
+
+
+def _turn(generation: Record) -> tuple[str, int, int]:
+    return generation["prompt"], generation["sample"], generation["turn"]
+
+
+def _divergence(
+    generation: Record, theirs: Sequence[int], target: PagedLM, kv_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Where an output parts from another, and why."""
+    mine = generation["output_ids"]
+    position = next(
+        (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+        min(len(mine), len(theirs)),
+    )
+    token, other = (ids[position] if position < len(ids) else None for ids in (mine, theirs))
+    gap = top2_gap = bound = None
+    if token is not None and other is not None:
+        before = [*generation["prompt_ids"], *mine[:position]]
+        logits = next_logits(target, before, kv_dtype=kv_dtype)
+        gap = float(logits[other] - logits[token])
+        first, second = logits.topk(2).values.tolist()
+        top2_gap = first - second
+        bound = BOUND * unit(float(logits[[token, other]].abs().max()), target.dtype)
+    return {
+        **{name: generation[name] for name in ("prompt", "sample", "turn")},
+        "position": position,
+        "token": token,
+        "baseline_token": other,
+        "logit_gap": gap,
+        "top2_gap": top2_gap,
+        "bound": bound,
+        "explained": gap is not None and bound is not None and abs(gap) <= bound,
+    }
+
+
+def unit(logit: float, dtype: torch.dtype) -> float:
+    """Distance of neighbouring numbers of a type at this size."""
+    return float(torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(abs(logit), 1e-9))))
+
+
+@torch.inference_mode()
+def noise(target: PagedLM, tokens: Sequence[int], count: int = 32) -> float:
+    """How far passes of different shapes lie apart: the largest difference of a logit among the
+    two most probable tokens after each of the last `count`, in units in the last place of the
+    larger; once all in one pass, once each in its own."""
+    count = min(count, len(tokens) - 1)
+    cache = target.new_cache(
+        rows=2, pages=2 * -(-len(tokens) // 16), page_size=16, max_tokens=len(tokens)
+    )
+    for row in (0, 1):
+        cache.open(row, tokens=len(tokens))
+    head, tail = list(tokens[:-count]), list(tokens[-count:])
+    target.prefill(cache, [0, 1], [head, head])
+    at_once = target.forward(
+        cache,
+        [0],
+        torch.tensor([tail], device=target.device),
+        torch.arange(count, device=target.device)[None],
+    )
+    assert at_once is not None
+    largest = 0.0
+    for token, logits in zip(tail, at_once[0].float(), strict=True):
+        alone = target.extend(cache, [1], [[token]])[0].float()
+        best = logits.topk(2)
+        size = unit(float(best.values.abs().max()), target.dtype)
+        distance = float((best.values - alone[best.indices]).abs().max())
+        largest = max(largest, distance / size)
+    return largest
 
 
 def follow(

@@ -1,15 +1,21 @@
-"""From records of generations and steps to the figures of a run. Pure functions of what the files
-hold.
+"""From records of generations and steps to the figures of a run, and from entries of methods to
+those of a study. Pure functions of what the files hold.
 
 Token counts end with the first stop token. Accepted lengths include the target's own token, so 1.0
 is plain decoding. "Pooled" divides all tokens by all steps of all sequences; "per request"
 averages each request's own mean, so that a long answer counts no more than a short one.
 """
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from specdec.lab.statistics import ratio
+
 Record = Mapping[str, Any]
+Runs = Mapping[str, Mapping[str, list[float]]]  # by job: seconds of short and long runs
 VERBS = ("prefill", "draft", "verify", "accept", "commit", "other")
 
 
@@ -83,7 +89,94 @@ def summarise(generations: Sequence[Record], steps: Sequence[Record]) -> dict[st
     }
 
 
-def _total(records: Iterable[Record], key: str) -> int:
+def pooled(entry: Record, names: Iterable[str] | None = None) -> dict[str, float]:
+    """Tokens per step and per second of a method, over some prompts or all."""
+    prompts = entry["prompts"]
+    own = [prompts[name] for name in (prompts if names is None else names)]
+    tokens, steps, seconds = (_total(own, key) for key in ("tokens", "steps", "seconds"))
+    return {"accepted_length": tokens / steps, "tokens_per_second": tokens / seconds}
+
+
+def summary(entry: Record, plain: Record, names: Sequence[str]) -> dict[str, float]:
+    """Accepted length, tokens per second and speedup of a method over some prompts."""
+    mine, theirs = (
+        sum(one["prompts"][name]["seconds"] for name in names) for one in (entry, plain)
+    )
+    return {**pooled(entry, names), "speedup": theirs / mine}
+
+
+def groups_of(result: Record) -> dict[str, list[str]]:
+    """Prompts of a study by set, Spec-Bench's by category."""
+    groups: dict[str, list[str]] = {}
+    for name, prompts in result["sets"].items():
+        for prompt in prompts:
+            group = prompt.partition("/")[0] if name == "spec_bench" else name
+            groups.setdefault(group, []).append(prompt)
+    return groups
+
+
+def decode_seconds(times: Mapping[str, list[float]]) -> float:
+    """Of all tokens but the first: median long run minus median short run of a job."""
+    return statistics.median(times["long"]) - statistics.median(times["short"])
+
+
+def figures(method: Mapping[str, Any], plain: Mapping[str, Any], part: Mapping[str, Any]) -> Any:
+    """What the runs of a method amount to, for each prompt set and for all.
+
+    Args:
+        plain: `none` of the same part.
+        part: its batch and new tokens of each prompt.
+
+    Returns:
+        By set: ms_per_token (of one sequence, by job), tokens_per_second (all jobs),
+        accepted_length (pooled), step_tokens_per_second (of ours: all tokens over the device time
+        of all steps, prompts left out), speedup over `none` (all jobs) and its interval: paired
+        bootstrap over prompts at batch 1, else the least and largest of the repeats.
+    """
+    tokens = (part["new_tokens"] - 1) * part["batch"]
+    found = {}
+    jobs = [job for job in method["runs"] if job in plain["runs"]]
+    for name in ["all", *dict.fromkeys(job.partition("/")[0] for job in jobs)]:
+        own = [job for job in jobs if name in ("all", job.partition("/")[0])]
+        mine, theirs = (
+            [decode_seconds(one["runs"][job]) for job in own] for one in (method, plain)
+        )
+        passes = sum(sum(method["runs"][job]["passes"]) for job in own)
+        yielded = sum(
+            len(method["runs"][job]["passes"]) * part["new_tokens"] * part["batch"] for job in own
+        )
+        found[name] = {
+            "ms_per_token": {
+                job: seconds / (part["new_tokens"] - 1) * 1e3
+                for job, seconds in zip(own, mine, strict=True)
+            },
+            "tokens_per_second": tokens * len(own) / sum(mine),
+            "accepted_length": yielded / passes if passes else None,
+            "speedup": sum(theirs) / sum(mine),
+        }
+        steps = sum(s for verb, s in method.get("verbs", {}).items() if verb != "prefill")
+        if name == "all" and steps:
+            found[name]["step_tokens_per_second"] = yielded / steps
+        if part["batch"] == 1:
+            found[name]["interval"] = list(ratio(theirs, mine)[1:])
+        else:
+            repeats = by_repeat(method["runs"], plain["runs"], own)
+            found[name]["interval"] = [min(repeats), max(repeats)]
+            found[name]["repeats"] = repeats
+    return found
+
+
+def by_repeat(runs: Runs, plain: Runs, jobs: Iterable[str]) -> list[float]:
+    """The speedup of each repeat."""
+    totals = []
+    for one in (plain, runs):
+        by_job = [np.array(one[job]["long"]) - np.array(one[job]["short"]) for job in jobs]
+        least = min(map(len, by_job))
+        totals.append(np.sum([times[:least] for times in by_job], axis=0))
+    return [float(speedup) for speedup in totals[0] / totals[1]]
+
+
+def _total(records: Iterable[Record], key: str) -> Any:
     return sum(record[key] for record in records)
 
 

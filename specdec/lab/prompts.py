@@ -6,11 +6,12 @@ of this file.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 CHAT_MODES = ("auto", "always", "never")
+# Sets that have categories, and how many of them share a limit.
+CATEGORIES = {"mt_bench": 8, "spec_bench": 1}
 
 ID_FIELDS = ("question_id", "task_id", "prompt_id", "id")
 TEXT_FIELDS = ("turns", "messages", "prompt", "question", "instruction", "text")
@@ -51,6 +54,16 @@ class Prompt:
     turns: tuple[str, ...]
     conversation: bool
     messages: tuple[dict[str, str], ...] = ()
+
+
+class Asked(NamedTuple):
+    """The first turn of a prompt in tokens: the number that seeds its randomness, and its name,
+    which begins with that of its set or category."""
+
+    id: int
+    name: str
+    tokens: list[int]
+    category: str | None = None
 
 
 def load_prompts(
@@ -90,6 +103,48 @@ def load_prompts(
     if not prompts:
         raise ValueError(f"prompts.path={shown} holds no records; give a set with at least one")
     return prompts
+
+
+def ask(
+    tokenizer: "PreTrainedTokenizerBase",
+    paths: Mapping[str, str | None],
+    *,
+    limit: int,
+    take: Literal["first", "spread", "by_category"] = "first",
+    chat: str = "auto",
+) -> dict[str, list[Asked]]:
+    """Read the prompts of several sets, numbered through.
+
+    Args:
+        paths: by set, as in `load_prompts`.
+        limit: prompts of each set.
+        take: the first, or spread evenly over the set. By category: of MT-Bench equally many of
+            each category, of Spec-Bench `limit` of each category that no other set has; names then
+            begin with the category.
+        chat: as in `encode`.
+
+    Raises:
+        ValueError: as of `load_prompts` and `encode`.
+    """
+    found: dict[str, list[Asked]] = {}
+    number = 0
+    for name, path in paths.items():
+        prompts = load_prompts(path=path, field=None, limit=None)
+        step = max(1, len(prompts) // limit) if take == "spread" else 1
+        by_category = take == "by_category" and name in CATEGORIES
+        most = max(1, limit // CATEGORIES[name]) if by_category else limit
+        known = {one.category for asked in found.values() for one in asked}
+        counts: Counter[str] = Counter()
+        found[name] = []
+        for prompt in prompts[::step]:
+            group = (prompt.category if by_category else None) or name
+            counts[group] += 1
+            if counts[group] > most or (by_category and group in known):
+                continue
+            tokens = encode(tokenizer, prompt, chat=chat)
+            found[name].append(Asked(number, f"{group}/{prompt.id}", tokens, prompt.category))
+            number += 1
+    return found
 
 
 def encode(

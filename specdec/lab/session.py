@@ -4,25 +4,17 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from specdec.flight import Step
 from specdec.lab.method import Method
+from specdec.lab.prompts import Asked
 from specdec.models.paged import PagedLM
 from specdec.request import Capacity, Request
 
 WARM_UP_TOKENS = 16
-
-
-class Asked(NamedTuple):
-    """A prompt: the number that seeds its randomness, its name and its tokens."""
-
-    id: int
-    name: str
-    tokens: list[int]
-    category: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +59,7 @@ class OurSession:
     """A decoder of a method that is loaded.
 
     Args:
-        capacity: of its caches; batches are no larger than its rows.
+        capacity: of its caches; what a batch has more than rows waits for its turn.
         stop_tokens: none for outputs of equal length.
     """
 

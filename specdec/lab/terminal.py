@@ -190,6 +190,7 @@ def _lossless_line(summary: Summary) -> str:
     )
     for d in lossless["divergences"]:
         gap = "an output ended" if d["logit_gap"] is None else f"logit gap {d['logit_gap']:.3g}"
+        gap += ", explained by rounding" if d["explained"] else ", not explained by rounding"
         line += (
             f"\n  prompt {d['prompt']} turn {d['turn']}: differs at token {d['position']}, {gap}"
         )
