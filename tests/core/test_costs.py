@@ -106,9 +106,7 @@ def test_errors_name_the_file(tmp_path: Path, found: Any, message: str) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"none.json: no such file; python -m specdec.experiments.tools.calibrate makes one"
-    ):
+    with pytest.raises(ValueError, match=r"none.json: no such file; python -m .*calibrate makes"):
         CostTable.load(tmp_path / "none.json")
 
 
