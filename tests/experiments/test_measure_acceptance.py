@@ -1,9 +1,10 @@
-"""experiments/tools/measure_acceptance.py against models that are run position by position, and against
-what trees really yield."""
+"""experiments/tools/measure_acceptance.py against models that are run position by position, and
+against what trees really yield."""
 
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import transformers
 from scipy import stats
 from torch import Tensor
 
-from specdec.decode import Decoder
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.fixed import FixedShape
 from specdec.drafters.trees.shapes import Shape, expected_accepted
@@ -23,19 +23,23 @@ from specdec.experiments.tools.acceptance_watch import Watch
 from specdec.experiments.tools.measure_acceptance import (
     Bench,
     Case,
+    Options,
     case_of,
     check,
     static_shape,
     wide_shape,
 )
-from specdec.models.load import load_model
+from specdec.lab.command import parse
+from specdec.models import load
 from specdec.models.paged import PagedLM
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.rates import AcceptanceRates
-from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, TokenTree
-from specdec.verifier.verifier import TreeVerifier
+from specdec.verifier.greedy import Greedy
+from specdec.verifier.recursive_rejection import RecursiveRejection
+from specdec.verifier.target_only import TargetOnly
+from tests.decoding import decoder_of, outputs_of
 from tests.verifier.test_rules_exact import ALPHA, PROMPT, exact_law, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -72,10 +76,18 @@ class Recording(AcceptanceRule):
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, transformers.LlamaForCausalLM]:
-    """Two small random models, which `PagedLM.load` finds by their names."""
+    """Two small random models, which are found by their names."""
     models = {"target": tiny_llama(seed=0, layers=2), "draft": tiny_llama(seed=1, layers=1)}
-    monkeypatch.setattr(PagedLM, "load", lambda path, **_: PagedLM(copy.deepcopy(models[path])))
+    monkeypatch.setattr(
+        load, "load_model", lambda path, *_, **__: PagedLM(copy.deepcopy(models[path]))
+    )
     return models
+
+
+def rule_of(case: Case) -> AcceptanceRule:
+    if not case.temperature:
+        return Greedy()
+    return TargetOnly() if case.children == "top_k" else RecursiveRejection()
 
 
 def decode(
@@ -87,21 +99,15 @@ def decode(
     draft: str = "draft",
 ) -> list[list[int]]:
     """Outputs of the tiny models."""
-    target: PagedLM = load_model("target")
-    tree = FixedShape(shape=shape, children=case.children)
-    decoder = Decoder(
-        verifier=TreeVerifier(target),
-        drafter=SmallLlama(target=target, tree=tree, path=draft),
-        rule=rule,
+    decoder = decoder_of(
+        load.load_model("target"),
+        SmallLlama(path=draft),
+        FixedShape(shape=shape, children=case.children),
+        rule,
         sampling=SamplingParams(temperature=case.temperature, top_p=case.top_p, seed=5),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=min(len(prompts), 64),
+        rows=min(len(prompts), 64),
     )
-    asked = [
-        Request(id=i, prompt_ids=prompt, max_new_tokens=tokens) for i, prompt in enumerate(prompts)
-    ]
-    return [sequence.output_ids for sequence in decoder.run(asked)]
+    return outputs_of(decoder, prompts, tokens)
 
 
 def law(model: transformers.LlamaForCausalLM, context: list[int], case: Case) -> np.ndarray:
@@ -145,7 +151,7 @@ def test_rates_are_those_of_the_models_alone(
     case: Case, tiny: dict[str, transformers.LlamaForCausalLM]
 ) -> None:
     """Every node of every tree is judged again with transformers' own passes."""
-    recording = Recording(case.rule())
+    recording = Recording(rule_of(case))
     watch = Watch(recording, SHAPE)
     decode(case, SHAPE, watch, [PROMPT[:length] for length in (2, 3, 5)], 9)
     sums = np.zeros((3, 2, 4))  # by request: accepted by depth and rank, then reached
@@ -179,7 +185,7 @@ def test_rates_are_those_of_the_models_alone(
 @pytest.mark.usefixtures("tiny")
 def test_a_draft_like_the_target_is_always_accepted() -> None:
     case, shape = Case("sample", 1.0, None), frozenset({(0,), (0, 0)})
-    watch = Watch(case.rule(), shape)
+    watch = Watch(rule_of(case), shape)
     decode(case, shape, watch, [PROMPT, PROMPT[1:]], 9, draft="target")
     np.testing.assert_allclose(watch.estimate().rates, [[1.0], [1.0]], atol=1e-4)
 
@@ -190,7 +196,7 @@ def test_cut_steps_lose_nothing(
 ) -> None:
     """Tokens at temperature above 0 follow the target's law, whatever is kept."""
     count, tokens = 900, 3
-    watch = Watch(case.rule(), SHAPE, kept=[(0,), (2,), (2, 1)])
+    watch = Watch(rule_of(case), SHAPE, kept=[(0,), (2,), (2, 1)])
     outputs = decode(case, SHAPE, watch, [PROMPT] * count, tokens)
     exact = exact_law(tiny["target"], SamplingParams(temperature=case.temperature), tokens)
     expected = np.array([count * chance for chance in exact.values()])
@@ -217,9 +223,7 @@ def test_steps_end_where_the_kept_nodes_do() -> None:
     )
     shape = frozenset({(0,), (1,), (1, 0), (1, 1)})
     for kept, new in [(None, [2, 3, 6]), ([(1,)], [2, 3]), ([(0,), (1, 0)], [2]), ([], [2])]:
-        found = Watch(Case("top_k", 0.0, None).rule(), shape, kept=kept).accept(
-            context, tree, logits
-        )
+        found = Watch(Greedy(), shape, kept=kept).accept(context, tree, logits)
         assert found.new_tokens(tree)[0, : int(found.length)].tolist() == new
 
 
@@ -242,35 +246,38 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def arguments(out: Path, *more: str) -> list[str]:
-    return ["--device=cpu", f"--out={out}", *more]
+def options_of(*words: str) -> Options:
+    return parse(Options, ["device=cpu", "out=x", *words])
 
 
 def test_predictions_are_exact_for_the_tree_that_was_watched() -> None:
     """At temperature 0 chances are outcomes, so that the rates of a tree count what it accepts."""
-    options = measure_acceptance.settings_of(arguments(Path("x"), "--limit=3", "--tokens=12"))
-    bench, case, shape = Bench(options), Case("top_k", 0.0, None), static_shape([3, 2, 1])
-    watch = Watch(case.rule(), shape)
-    bench.decode(case, FixedShape(shape=shape), watch)
+    bench, case = Bench(options_of("prompts=3", "tokens=12")), Case("top_k", 0.0, None)
+    shape, method = static_shape([3, 2, 1]), bench.method(case)
+    watch = Watch(method.rule, shape)
+    bench.decode(replace(method, tree=FixedShape(shape=shape), rule=watch))
     rates = watch.estimate().rates.tolist()
     found = check(bench, {**case._asdict(), "rates": rates}, [3, 2, 1])
     assert found["predicted"] == pytest.approx(found["measured"], abs=1e-5)
     assert expected_accepted(shape, AcceptanceRates(values=rates)) > 1
 
 
-def test_file_and_resume(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, png = tmp_path / "rates.json", tmp_path / "plots" / "rates.png"
-    small = ["--limit=2", "--tokens=6", "--ranks=3", "--depth=2", "--expand=2"]
-    small.append(f"--mt-bench={prompts}")
-    first = arguments(out, *small, "--temperatures", "0", "1", "--children", "top_k")
-    assert measure_acceptance.main(first) == 0
+def test_file_and_resume(
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "rates.json"
+    small = ["device=cpu", "prompts=2", "tokens=6", "ranks=3", "depth=2", "expand=2"]
+    small += [f"mt_bench={prompts}", f"out={out}", "temperatures=[0,1]"]
+    assert measure_acceptance.main([*small, "children=top_k"]) == 0
     before = json.loads(out.read_text())
     assert [case_of(entry).name for entry in before["cases"]] == ["top_k, T=0", "top_k, T=1"]
 
-    more = [*first, "sample", "--top-p=0.9", "--resume", "--check", "2,1", f"--plot={png}"]
+    more = [*small, "children=[top_k,sample]", "top_p=0.9", "resume=true", "check=[[2,1]]"]
     assert measure_acceptance.main(more) == 0
     result = json.loads(out.read_text())
-    assert png.stat().st_size > 0
     names = {case_of(entry).name: entry for entry in result["cases"]}
     assert list(names)[2:] == ["top_k, T=1, top-p 0.9", "sample, T=1", "sample, T=1, top-p 0.9"]
     assert result["cases"][:2] == before["cases"]
@@ -278,7 +285,7 @@ def test_file_and_resume(prompts: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert {"hardware", "versions", "git"} <= result.keys()
     assert result["sets"] == {"mt_bench": ["0", "2"]}  # spread over the file
     for entry in result["cases"]:
-        assert entry["acceptance"] == case_of(entry).rule().name
+        assert entry["acceptance"] == rule_of(case_of(entry)).name
         assert all(sum(row) <= 1.0 for row in entry["rates"])
         assert [len(row) for row in entry["errors"]] == [3] * len(entry["reached"])
         assert entry["reached"][0] == entry["steps"]
@@ -291,35 +298,36 @@ def test_file_and_resume(prompts: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Bench, "decode", None)  # nothing is missing
     assert measure_acceptance.main(more) == 0
-    with pytest.raises(SystemExit, match=r"tokens=6 there, 9 now; leave --resume out$"):
-        measure_acceptance.main([*more, "--tokens=9"])
+    more.remove("tokens=6")
+    assert measure_acceptance.main([*more, "tokens=9"]) == 2
+    assert "tokens=6 there, 9 now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--ranks=0"], "--ranks 0: must be at least 1"),
-        (["--advance=-1"], "--advance -1: must be 0"),
-        (["--check", "2,0"], "2,0 are no widths"),
-        (["--children", "sample", "--temperatures", "0"], "--temperatures 0: children are"),
-        (["--temperatures", "-1"], "sampling.temperature=-1.0: must be"),
-        (["--target=zoo:none"], "--target=zoo:none: no such built-in model"),
-        (["--humaneval=none.jsonl"], "'none.jsonl' is not a file"),
-        (["--limit=1", "--tokens=2"], "one prompt alone"),
+        (["ranks=0"], "ranks=0: must be greater than or equal to 1"),
+        (["check=[[2,0]]"], "check=[[2, 0]]: must be greater"),
+        (["children=sample", "temperatures=0"], "temperatures=0: children are"),
+        (["temperatures=-1"], "sampling.temperature=-1.0: must be"),
+        (["target=zoo:none"], "target=zoo:none: no such built-in model"),
+        (["humaneval=none.jsonl"], "'none.jsonl' is not a file"),
+        (["prompts=1", "tokens=2"], "one prompt alone"),
+        (["drafter=lookahead"], "drafter=lookahead: must be one of small_llama"),
     ],
 )
 def test_mistakes_are_named_in_one_line(
     more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        measure_acceptance.main(arguments(tmp_path / "o.json", *more))
-    said = str(stopped.value) if isinstance(stopped.value.code, str) else capsys.readouterr().err
-    assert message in said.splitlines()[-1]
+    assert measure_acceptance.main(["device=cpu", f"out={tmp_path}/o.json", *more]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def predictions(*more: str) -> list[float]:
     """How far off the yields of `TREES` are, by the rates of a case."""
-    options = measure_acceptance.settings_of(arguments(Path("x"), *more))
+    options = options_of(*more)
     bench = Bench(options)
     (case,) = measure_acceptance.cases_of(options)
     entry = measure_acceptance.measure(bench, case)
@@ -328,14 +336,14 @@ def predictions(*more: str) -> list[float]:
 
 def test_yields_are_predicted() -> None:
     """At temperature 0 nothing but the positions where steps begin differs from tree to tree."""
-    settings = ["--limit=5", "--tokens=24", "--ranks=4", "--depth=3", "--expand=2"]
-    off = predictions(*settings, "--children=top_k", "--temperatures=0")
+    settings = ["prompts=5", "tokens=24", "ranks=4", "depth=3", "expand=2"]
+    off = predictions(*settings, "children=top_k", "temperatures=0")
     assert max(map(abs, off)) < 0.05, off
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("children", "temperature"), [("top_k", 0), ("sample", 1)])
 def test_yields_are_predicted_over_many_tokens(children: str, temperature: int) -> None:
-    settings = ["--limit=40", "--tokens=128", "--ranks=4", "--depth=3", "--expand=4", "--batch=8"]
-    off = predictions(*settings, f"--children={children}", f"--temperatures={temperature}")
+    settings = ["prompts=40", "tokens=128", "ranks=4", "depth=3", "expand=4", "batch=8"]
+    off = predictions(*settings, f"children={children}", f"temperatures={temperature}")
     assert max(map(abs, off)) < 0.05, off
