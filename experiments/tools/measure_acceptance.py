@@ -95,7 +95,7 @@ class Options(StudyOptions):
 
     @property
     def sets(self) -> dict[str, str | None]:
-        return self.given or {"builtin": None}
+        return super().sets or {"builtin": None}
 
     def workshop(self, *words: str) -> Workshop:
         """Of a drafter.

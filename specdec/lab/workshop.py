@@ -146,19 +146,14 @@ class StudyOptions:
     prompts: Annotated[int, Field(ge=1)] = option(8, "of each set or category")
     batch: Annotated[int, Field(ge=1)] = option(1, "sequences together")
 
+    def __post_init__(self) -> None:
+        """Refuse to begin without prompts."""
+        if not self.sets:
+            raise ValueError(f"no prompts: give a file for one of {', '.join(SETS)}")
+
     @property
     def sets(self) -> dict[str, str | None]:
-        """Files of prompts by set.
-
-        Raises:
-            ValueError: none.
-        """
-        if not self.given:
-            raise ValueError(f"no prompts: give a file for one of {', '.join(SETS)}")
-        return self.given
-
-    @property
-    def given(self) -> dict[str, str | None]:
+        """Files of prompts by set."""
         return {name: getattr(self, name) for name in SETS if getattr(self, name) is not None}
 
     def workshop(self, *words: str) -> Workshop:

@@ -1,4 +1,4 @@
-"""experiments/studies/drafters.py with the zoo pair on a CPU: the grids, the records, the tables."""
+"""experiments/studies/drafters.py with the zoo pair on a CPU: grids, records and tables."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from specdec.drafters.growth import plan
-from specdec.experiments.figures import pages as readme
+from specdec.experiments.figures import drafters as tables
 from specdec.experiments.studies import drafters
 from specdec.experiments.tools import retokenize
-from specdec.sampling import SamplingParams
+from specdec.lab.build import method_of
+from specdec.lab.command import parse
+from specdec.lab.settings import settings_of
+from specdec.lab.workshop import name_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 TEXTS = ("def fibonacci(n):\n    ", "class Stack:\n    def __init__(self", "import os\n\n\ndef ")
@@ -30,28 +33,34 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(files: Path, out: Path, *more: str) -> list[str]:
-    sets = [f"--{name.replace('_', '-')}={files}/{name}.jsonl" for name in drafters.SETS[::2]]
-    sets.append(f"--spec-bench={files}/spec_bench.jsonl")
-    return [*sets, "--device=cpu", "--tokens=8", "--prompts=2", f"--out={out}", *more]
+def words_of(files: Path, out: Path, *more: str) -> list[str]:
+    sets = [f"{name}={files}/{name}.jsonl" for name in ("humaneval", "mt_bench", "spec_bench")]
+    return [*sets, "device=cpu", "tokens=8", "prompts=2", f"out={out}", *more]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("grid", ["budgets", "speed"])
 def test_grids_keep_budgets_and_lose_nothing(grid: str, temperature: float) -> None:
+    options = parse(
+        drafters.Options,
+        [f"grid={grid}", "out=x", "gsm8k=z", "datastore=y", "other_draft=zoo:draft"],
+    )
     names = list(drafters.FAST)
-    found = list(drafters.methods(grid, temperature, names))
-    assert len({method.name for _, method in found}) == len(found)
-    for budget, method in found:
-        tree = drafters.make_tree(*method.tree, method.children)
-        assert plan(tree, None, 1) > 0
-        assert grid == "speed" or tree.budget <= budget
-        rule = drafters.rule_of(method, temperature)
-        assert rule.lossy(tree.children, SamplingParams(temperature=temperature)) is None
+    found = [
+        (name, budget, tree)
+        for name in names
+        for budget, tree in drafters.methods(grid, temperature, name)
+    ]
+    assert len({(name, name_of(tree)) for name, _, tree in found}) == len(found)
+    for name, budget, tree in found[:: 1 if grid == "speed" else 5]:
+        words = f"{drafters.drafter_words(name, options)} {tree}"
+        method = method_of(settings_of(f"{words} sampling.temperature={temperature}"))
+        assert grid == "speed" or method.tree.budget <= budget
+        assert plan(method.tree, None, 1) > 0
     wanted = set(names) - set(drafters.TIMED) if grid == "budgets" else set(names)
     if grid == "speed" and temperature:
         wanted = {name for name in names if drafters.FAST[name][1]}
-    assert {method.drafter for _, method in found} == wanted
+    assert {name for name, _, _ in found} == wanted
 
 
 def test_from_prompts_to_tables(
@@ -59,8 +68,8 @@ def test_from_prompts_to_tables(
 ) -> None:
     monkeypatch.setattr(drafters, "DYNAMIC", {8: drafters.DYNAMIC[8]})
     out = tmp_path / "lengths.json"
-    names = ["small_llama", "pld", "compose cascade"]
-    assert drafters.main(arguments(files, out, "--grid=budgets", "--drafters", *names)) == 0
+    words = words_of(files, out, "grid=budgets", "drafters=[small_llama,pld,compose cascade]")
+    assert drafters.main(words) == 0
     result = json.loads(out.read_text())
     assert result["sets"] == {
         "humaneval": ["humaneval/a/0", "humaneval/a/1"],
@@ -78,12 +87,16 @@ def test_from_prompts_to_tables(
             assert all(one["checked"] == one["identical"] == 5 for one in compared)
             composed = part["compose cascade: dynamic 8,3,4"]
             assert composed["sources"]["small_llama"][0] > 0
-    text = readme.drafter_lengths(result | {"datastore": {"tokens": 1e6, "sources": ["a"]}})
+            assert (composed["state"], part["none: chain 1"]["state"]) == ("prompt", None)
+    text = tables.drafter_lengths(result | {"datastore": {"tokens": 1e6, "sources": ["a"]}})
     assert "| drafter | state | T=0, 8 | T=1, 8 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| `small_llama` | none |"))
     part = result["parts"]["T=0"]
     steps = sum(one["steps"] for one in part["small_llama: dynamic 8,3,4"]["prompts"].values())
     assert row.split(" | ")[2] == f"{40 / steps:.2f}"
+
+    assert drafters.main([*words, "resume=true"]) == 0
+    assert json.loads(out.read_text())["parts"] == result["parts"]  # nothing was missing
 
 
 def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
@@ -92,37 +105,32 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
     retokenize.main(options)
     out = tmp_path / "speed.json"
     names = ["early_exit", "early_exit anew", "translated"]
-    more = ["--grid=speed", f"--other-draft={other}", "--temperatures=0", "--drafters", *names]
-    assert drafters.main(arguments(files, out, *more)) == 0
+    more = ["grid=speed", f"other_draft={other}", "temperatures=0", f"drafters={names}"]
+    assert drafters.main(words_of(files, out, *more)) == 0
     result = json.loads(out.read_text())
     part: dict[str, Any] = result["parts"]["T=0"]
     resumed, anew = (part[f"{name}: dynamic 24,6,3"] for name in names[:2])
     assert resumed["verbs"]["verify"] < anew["verbs"]["verify"]
     steps = [sum(p["steps"] for p in one["prompts"].values()) for one in (resumed, anew)]
     assert steps[0] == steps[1]
-    lines = readme.drafter_speed(result).splitlines()
+    lines = tables.drafter_speed(result).splitlines()
     assert sum(line.startswith("| 0 | `") for line in lines) == 4
     assert "of the weights" not in lines[-1]
     result["settings"] |= {"target": "standin:llama3_8b", "exit_layer": 10}
-    assert readme.drafter_speed(result).endswith("29.1% of the weights that a pass reads.")
+    assert tables.drafter_speed(result).endswith("29.1% of the weights that a pass reads.")
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--grid=speed"], "no prompts: give at least one of"),
-        (["--grid=speed", "--humaneval=x", "--drafters", "rest"], "rest: needs --datastore"),
-        (["--grid=none", "--humaneval=x"], "invalid choice: 'none'"),
+        (["grid=speed"], "no prompts: give a file for one of"),
+        (["grid=speed", "humaneval=x", "drafters=rest"], "drafters=rest: needs datastore"),
+        (["grid=speed", "humaneval=x", "drafters=nobody"], "drafters=nobody: there are"),
+        (["grid=none", "humaneval=x"], "grid=none: must be 'budgets' or 'speed'"),
     ],
 )
 def test_mistakes_are_named(
     more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        drafters.main([*more, f"--out={tmp_path}/o.json"])
+    assert drafters.main([*more, f"out={tmp_path}/o.json"]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_settings_of_a_file_hold_those_of_its_default() -> None:
-    found = drafters.yaml_settings("suffix_decoding")
-    assert (found["reset"], found["max_match"], found["order"]) == ("never", 64, "frequency")

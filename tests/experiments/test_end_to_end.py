@@ -1,53 +1,42 @@
-"""The end-to-end experiment with the zoo pair on a CPU: sessions, rounds, agreement, figures."""
+"""The end-to-end experiment with the zoo pair on a CPU: sessions, figures, tables."""
 
 import io
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
-from specdec.drafters.none import NoDrafter
-from specdec.drafters.small_llama import SmallLlama
-from specdec.drafters.trees.chain import Chain
 from specdec.experiments.figures import draw, end_to_end_plot
 from specdec.experiments.figures import pages as readme
-from specdec.experiments.studies import agreement, end_to_end, files, methods
-from specdec.experiments.studies.sessions import (
-    Asked,
-    Decoded,
-    Ours,
-    Theirs,
-    load_plain,
-    with_tree,
-)
-from specdec.models.load import load_model
-from specdec.models.paged import PagedLM
+from specdec.experiments.studies import end_to_end
+from specdec.experiments.studies.end_to_end import Part, note, time_runs
+from specdec.experiments.studies.theirs import Theirs, load_plain
+from specdec.lab.build import method_of
+from specdec.lab.metrics import figures
+from specdec.lab.prompts import Asked
+from specdec.lab.session import Decoded
+from specdec.lab.settings import settings_of
+from specdec.lab.workshop import PLAIN, Workshop, name_of
 from specdec.models.placement import Placement
-from specdec.protocols import Drafter
-from specdec.verifier.greedy import Greedy
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 NEW = 6
 TEXTS = ("def fibonacci(n):\n    ", "It was a dark night, and the old captain stood at the")
 
 
 @pytest.fixture(scope="module")
-def target() -> PagedLM:
-    torch.manual_seed(0)
-    return load_model("zoo:target")
+def shop() -> Workshop:
+    return Workshop("target=zoo device=cpu")
 
 
 @pytest.fixture(scope="module")
-def prompts(target: PagedLM) -> list[Asked]:
+def prompts(shop: Workshop) -> list[Asked]:
     return [
-        Asked(number, f"humaneval/{number}", target.tokenizer(text).input_ids)
+        Asked(number, f"humaneval/{number}", shop.target.tokenizer(text).input_ids)
         for number, text in enumerate(TEXTS)
     ]
 
@@ -55,73 +44,24 @@ def prompts(target: PagedLM) -> list[Asked]:
 # Sessions
 
 
-def ours(target: PagedLM, drafter: Drafter, batch: int) -> Ours:
-    return Ours(target, drafter, Greedy(), temperature=0.0, batch=batch, longest=64)
-
-
-def test_ours_and_theirs_say_the_same(target: PagedLM, prompts: list[Asked]) -> None:
-    drafter = SmallLlama(target=target, tree=Chain(budget=2), path="zoo:draft")
-    twin = with_tree(drafter, Chain(budget=3))
-    assert (twin.levels, drafter.levels, twin.lm) == (3, 2, drafter.lm)
-    model = load_plain("zoo:target", dtype=torch.float32, device=CPU)
-    draft = load_plain("zoo:draft", dtype=torch.float32, device=CPU)
-    plain = ours(target, NoDrafter(), 2).decode(prompts, NEW)
-    assert plain.passes == 2 * NEW
-    assert sum(plain.verbs.values()) == pytest.approx(plain.seconds, rel=0.1)
-    for session in (ours(target, drafter, 2), ours(target, twin, 2)):
-        session.warm_up(prompts[0].tokens)
-        found = session.decode(prompts, NEW)
-        assert found.outputs == plain.outputs
-        assert found.passes < plain.passes
-        assert session.notes()["graphs"]["obstacle"] is None
+def test_transformers_says_the_same(shop: Workshop, prompts: list[Asked]) -> None:
+    model, draft = (load_plain(f"zoo:{name}", Placement()) for name in ("target", "draft"))
+    plain = shop.session(PLAIN, rows=1, longest=64).decode(prompts[:1], NEW)
     for extra in ({}, {"assistant_model": draft}, {"prompt_lookup_num_tokens": 4}):
-        theirs = Theirs(model, temperature=0.0, **extra)
-        found = theirs.decode(prompts[:1], NEW)
-        assert found.outputs == plain.outputs[:1]
-        assert (found.passes < NEW) == ("assistant_model" in extra) or found.passes == NEW
+        found = Theirs(model, temperature=0.0, **extra).decode(prompts[:1], NEW)
+        assert found.outputs == plain.outputs
+        (passes,) = found.passes
+        assert (passes < NEW) == ("assistant_model" in extra) or passes == NEW
 
 
 def test_transformers_samples_from_all_tokens(prompts: list[Asked]) -> None:
-    model = load_plain("zoo:draft", dtype=torch.float32, device=CPU)
+    model = load_plain("zoo:draft", Placement())
     model.generation_config.top_k = 1  # must not matter
     session = Theirs(model, temperature=1.0)
     one, again = (session.decode(prompts[:1], NEW).outputs for _ in range(2))
     assert one == again
     others = [session.decode([prompts[0]._replace(id=seed)], NEW).outputs for seed in (1, 2, 3)]
     assert any(other != one for other in others)
-
-
-# Agreement
-
-
-def test_a_divergence_is_explained_by_its_gap(target: PagedLM, prompts: list[Asked]) -> None:
-    plain = ours(target, NoDrafter(), 2).decode(prompts, NEW).outputs
-    assert agreement.agreement(prompts, plain, plain, target) == {
-        "checked": 2,
-        "identical": 2,
-        "divergences": [],
-    }
-    other = [[*plain[0][:3], plain[0][3] + 1, *plain[0][4:]], plain[1]]
-    found = agreement.agreement(prompts, other, plain, target)
-    (one,) = found["divergences"]
-    assert (found["identical"], one["position"], one["prompt"]) == (1, 3, "humaneval/0")
-    assert one["logit_gap"] >= one["top2_gap"] > 0
-    assert 0 < one["bound"] < 1e-4
-    assert not one["explained"]
-
-
-def test_unit_is_the_distance_to_the_next_number() -> None:
-    for value in (20.3, 16.0, 0.7, -3.0):
-        for dtype in (torch.bfloat16, torch.float32):
-            here = torch.tensor(abs(value), dtype=dtype)
-            bits = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[dtype]
-            beyond = (here.view(bits) + 1).view(dtype)
-            assert agreement.unit(value, dtype) == float(beyond) - float(here)
-
-
-def test_noise_is_within_what_the_bound_assumes(prompts: list[Asked]) -> None:
-    rounded = load_model("zoo:target", Placement(dtype=torch.bfloat16))
-    assert agreement.noise(rounded, prompts[1].tokens) <= agreement.BOUND / 2
 
 
 # Figures
@@ -142,7 +82,7 @@ def part_of(batch: int, **methods: Any) -> dict[str, Any]:
     }
     for method in methods.values():
         if "runs" in method and "fault" not in method:
-            method["figures"] = end_to_end_plot.figures(method, methods["none"], found)
+            method["figures"] = figures(method, methods["none"], found)
     return found
 
 
@@ -229,89 +169,65 @@ def test_tables_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 # The grid
 
 
-def test_every_drafted_child_is_judged_without_loss() -> None:
-    from specdec.sampling import SamplingParams
-
-    for temperature in (0.0, 1.0):
-        for batch in (1, 8, 32):
-            grid = list(methods.small_trees(temperature, batch))
-            assert len({name for name, _, _ in grid}) == len(grid) > 3
-            for name, tree, rule in grid:
-                sampling = SamplingParams(temperature=temperature)
-                assert rule.lossy(tree.children, sampling) is None, name
-                assert (tree.children != "top_k") == ("sample" in name)
+@pytest.mark.parametrize("part", [("draft", 0.0, 1), ("draft", 1.0, 8), ("ngram", 1.0, 1)])
+def test_methods_of_a_part_have_names_and_lose_nothing(part: tuple[str, float, int]) -> None:
+    found = Part(*part).words()
+    assert len(set(map(name_of, found))) == len(found) > 1
+    for words in found:
+        method_of(settings_of(f"{words} sampling.temperature={part[1]}"))
 
 
 # The whole
 
 
 class Scripted:
-    """A session that fails when told to."""
+    """A session without a model, or one that fails."""
 
-    def __init__(self, name: str, log: list[str], broken: bool = False) -> None:
-        self.name, self.log, self.broken = name, log, broken
-
-    def warm_up(self, tokens: list[int]) -> None:
-        """Nothing to do."""
+    def __init__(self, new: int | None) -> None:
+        self.new = new
 
     def decode(self, batch: Any, new: int) -> Decoded:
-        if self.broken:
+        if self.new is None:
             raise RuntimeError("out of luck")
-        self.log.append(f"{self.name} {batch[0].id} {new}")
-        return Decoded(seconds=float(new), outputs=[[1] * new], passes=new)
-
-    def notes(self) -> dict[str, Any]:
-        return {}
+        outputs = [[1] * min(new, self.new) for _ in batch]
+        return Decoded(seconds=float(new), outputs=outputs, passes=[new] * len(batch))
 
 
-def test_methods_take_turns_and_a_fault_ends_its_own_alone(
-    target: PagedLM, prompts: list[Asked], tmp_path: Path
-) -> None:
-    log: list[str] = []
-    build: Any = {
-        "none": lambda: Scripted("none", log),
-        "fast": lambda: Scripted("fast", log),
-        "bad": lambda: Scripted("bad", log, broken=True),
+def test_a_turn_is_a_short_and_a_long_run(prompts: list[Asked]) -> None:
+    entry: dict[str, Any] = {}
+    turn: Any = time_runs(5)
+    turn(Scripted(5), prompts[1:], entry)
+    turn(Scripted(5), prompts, entry)
+    turn(Scripted(5), prompts, entry)
+    assert entry["runs"] == {
+        "humaneval/1": {"short": [1.0], "long": [5.0], "passes": [5]},
+        "humaneval/2": {"short": [1.0] * 2, "long": [5.0] * 2, "passes": [10] * 2},
     }
-    jobs = {asked.name: [asked] for asked in prompts}
-    part: dict[str, Any] = {"temperature": 1.0, "batch": 1, "new_tokens": 5, "rounds": 0}
-    part["methods"] = {}
-    saved: list[int] = []
-
-    def save() -> None:
-        saved.append(part["rounds"])
-        if len(saved) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        end_to_end.measure(part, build, jobs, target=target, repeats=2, save=save)
-    assert saved == [1, 2, 3]
-    assert part["methods"]["bad"]["fault"] == "RuntimeError: out of luck"
-    assert log[:6] == [f"{name} 0 {new}" for name in ("none", "fast") for new in (1, 1, 5)]
-    assert log[6:9] == [f"fast 1 {new}" for new in (1, 1, 5)]  # the other way round
-    assert "none 1000 5" in log
-    log.clear()
-    end_to_end.measure(part, build, jobs, target=target, repeats=2, save=lambda: None)
-    assert {line.split()[1] for line in log} == {"1001"}  # the round that was missing
-    assert part["methods"]["fast"]["runs"]["humaneval/1"]["long"] == [5.0, 5.0]
-    assert part["methods"]["fast"]["figures"]["all"]["tokens_per_second"] == pytest.approx(1.0)
+    with pytest.raises(ArithmeticError, match="outputs of \\[4\\] tokens"):
+        turn(Scripted(4), prompts, entry)
 
 
-def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "GREEDY", ((("chain", (2,)),),) * 2)
-    monkeypatch.setattr(methods, "NGRAM", (((4, 1),),) * 2)
+def test_a_fault_is_noted_without_figures() -> None:
+    entry = {"figures": {}}
+    note(entry, RuntimeError("out of luck"))
+    assert entry == {"fault": "RuntimeError: out of luck"}
+
+
+def test_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(end_to_end, "GREEDY", (end_to_end.CHAINS[:1],) * 2)
+    monkeypatch.setattr(end_to_end, "NGRAM", (end_to_end.NGRAM[0][:1],) * 2)
     sets = {"humaneval": {"task_id": "a/0", "prompt": TEXTS[0]}}
-    sets["mt_bench"] = {"question_id": 81, "turns": [TEXTS[1], "And then?"]}
+    sets["mt_bench"] = {"question_id": 81, "turns": [TEXTS[1], "And then?"]}  # type: ignore[dict-item]
     for name, record in sets.items():
         lines = json.dumps(record) + "\n" + json.dumps(record | {"id": 1}) + "\n"
         (tmp_path / f"{name}.jsonl").write_text(lines)
     out = tmp_path / "out.json"
-    arguments = shlex.split(
-        f"--humaneval {tmp_path}/humaneval.jsonl --mt-bench {tmp_path}/mt_bench.jsonl "
-        f"--target zoo:target --draft zoo:draft --device cpu --dtype float32 --tokens 4 "
-        f"--prompts 1 --repeats 1 --temperatures 0 --out {out} --calibrated {tmp_path}/no.json"
-    )
-    assert end_to_end.main([*arguments, "--batches", "1"]) == 0
+    words = [f"{name}={tmp_path}/{name}.jsonl" for name in sets]
+    words += ["target=zoo:target", "draft=zoo:draft", "device=cpu", "dtype=float32", "tokens=4"]
+    words += ["repeats=1", "temperatures=0", f"out={out}"]
+    assert end_to_end.main([*words, "prompts=1", "batches=1"]) == 0
     result = json.loads(out.read_text())
     assert list(result["parts"]) == [
         f"T=0, batch 1, {part}" for part in ("draft", "ngram", "transformers")
@@ -319,38 +235,30 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     before = result["parts"]["T=0, batch 1, draft"]
     method = before["methods"]["small_llama chain 2"]
     assert method["agreement"]["identical"] == method["agreement"]["checked"] == 2
-    assert list(method["runs"]) == ["humaneval/0", "mt_bench/0"]
+    assert list(method["runs"]) == ["humaneval/a/0", "mt_bench/81"]
     assert method["graphs"] == {"counts": method["graphs"]["counts"], "obstacle": None}
     assert {"verify", "draft"} <= method["verbs"].keys()
     assert out.with_suffix(".png").exists()
 
-    more = ["--batches", "1", "2", "--parts", "draft", "--resume"]
-    assert end_to_end.main([*arguments, *more]) == 0
+    more = ["batches=[1,2]", "parts=draft", "resume=true"]
+    assert end_to_end.main([*words, "prompts=1", *more]) == 0
     result = json.loads(out.read_text())
     again = result["parts"]["T=0, batch 1, draft"]
     assert again["methods"] == before["methods"]
     batch = result["parts"]["T=0, batch 2, draft"]["methods"]["small_llama chain 2"]
     assert list(batch["runs"]) == ["humaneval/2", "mt_bench/2"]
     assert batch["agreement"]["checked"] == 4
-    with pytest.raises(ValueError, match=r"out\.json: prompts=1 there, 2 now"):
-        end_to_end.main([*arguments, "--prompts", "2", "--resume"])
+    assert end_to_end.main([*words, "prompts=2", *more]) == 2
+    assert "out.json: prompts=1 there, 2 now" in capsys.readouterr().err
+    assert end_to_end.main([*words, "parts=none"]) == 2
+    assert "parts=none: there are draft, ngram, transformers" in capsys.readouterr().err
 
 
-def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "one.json"
-    files.write(path, {"settings": {"a": 1}, "command": "first"})
-    assert [found.name for found in path.parent.iterdir()] == [path.name]
-    found = files.resume(path, {"a": 1}, "second")
-    assert found is not None
-    assert found["command"] == "first; second"
-    assert files.resume(tmp_path / "none.json", {}, "") is None
-
-
-def test_they_import_no_tools_of_the_runner() -> None:
-    names = "end_to_end, calibrate, step_anatomy, end_to_end_plot, readme"
-    code = f"import sys; from experiments import {names}; print(*sys.modules)"
+def test_they_import_no_trackers() -> None:
+    names = "studies.end_to_end, tools.calibrate, bench.run, figures.draw, figures.pages"
+    modules = ", ".join(f"specdec.experiments.{name}" for name in names.split(", "))
+    code = f"import sys; import {modules}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    forbidden = {"hydra", "omegaconf", "wandb", "datasets"}
-    assert forbidden.isdisjoint(done.stdout.split())
+    assert {"wandb", "datasets"}.isdisjoint(done.stdout.split())

@@ -1,4 +1,5 @@
-"""experiments/studies/trees_and_rules.py with the zoo pair on a CPU: grids, records, tables, plots."""
+"""experiments/studies/trees_and_rules.py with the zoo pair on a CPU: grids, records, tables and
+plots."""
 
 import json
 from collections import Counter, defaultdict
@@ -12,6 +13,9 @@ from specdec.drafters.trees.shapes import expected_accepted
 from specdec.experiments.figures import trees_and_rules_plot as shown
 from specdec.experiments.studies import trees_and_rules as study
 from specdec.experiments.tools.measure_acceptance import static_shape
+from specdec.lab.build import method_of
+from specdec.lab.command import parse
+from specdec.lab.settings import settings_of
 from specdec.rates import AcceptanceRates
 from specdec.sampling import SamplingParams
 
@@ -21,28 +25,20 @@ WARM = SamplingParams(temperature=study.TEMPERATURE)
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> list[str]:
+def words(tmp_path: Path) -> list[str]:
     code = [{"task_id": f"a/{i}", "prompt": text} for i, text in enumerate(TEXTS)]
     (tmp_path / "code.jsonl").write_text("".join(json.dumps(r) + "\n" for r in code))
-    sizes = ["--device=cpu", "--tokens=6", "--prompts=2", "--batch=2", "--costs=cpu"]
-    return [f"--humaneval={tmp_path}/code.jsonl", *sizes, f"--out={tmp_path}/out.json"]
+    sizes = ["device=cpu", "tokens=6", "prompts=2", "batch=2", "costs=cpu"]
+    return [f"humaneval={tmp_path}/code.jsonl", *sizes, f"out={tmp_path}/out.json"]
 
 
 @pytest.mark.parametrize("grid", ["lengths", "speed"])
-def test_methods_are_lossless_keep_budgets_and_have_names(arguments: list[str], grid: str) -> None:
-    options = study.settings_of([*arguments, f"--grid={grid}"])
+def test_methods_are_lossless_keep_budgets_and_have_names(words: list[str], grid: str) -> None:
+    options = parse(study.Options, [*words, f"grid={grid}"])
     budgets = options.budgets if grid == "lengths" else [0]
     for budget in budgets:
         found = list(study.lengths(budget, options) if budget else study.speed(options))
         assert len({method.name for method in found}) == len(found)
-        for method in found:
-            tree, rule = method.tree(), study.RULES[method.rule]()
-            assert rule.lossy(tree.children, WARM) is None
-            assert tree.children == method.children
-            assert not budget or tree.budget <= budget
-            widths = [tree.width(level) for level in range(tree.levels(None))]
-            assert set(widths) == {1} or not rule.chains
-            assert isinstance(tree, Chain) == (method.policy == "chain")
         policies = {method.policy for method in found if method.axis == "policy"}
         if budget:
             folder = Path(__file__).parents[2] / "configs/tree"
@@ -50,15 +46,21 @@ def test_methods_are_lossless_keep_budgets_and_have_names(arguments: list[str], 
         lossless = {"target_only", "recursive_rejection", "tokenwise", "k_seq", "block"}
         lossless |= {"traversal", "multi_path"}
         assert {method.rule for method in found} == lossless
+        for method in found if budget in (0, 8) else ():
+            built = method_of(settings_of(f"{method.words} sampling.temperature=1.0"))
+            assert built.rule.lossy(built.tree.children, WARM) is None
+            assert built.tree.children == method.children
+            assert not budget or built.tree.budget <= budget
+            assert isinstance(built.tree, Chain) == (method.policy == "chain")
 
 
 def test_from_prompts_to_tables_and_plots(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(study, "CHAINS", (1, 2))
     monkeypatch.setattr(study, "THRESHOLDS", (0.1,))
-    wanted = [*arguments, "--grid=lengths", "--budgets", "8"]
+    wanted = [*words, "grid=lengths", "budgets=8"]
     assert study.main(wanted) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     for entry in result["methods"].values():
@@ -82,7 +84,7 @@ def test_from_prompts_to_tables_and_plots(
     missing = list(result["methods"])[-1]  # what an interruption would have left out
     whole = result["methods"].pop(missing)
     (tmp_path / "out.json").write_text(json.dumps(result))
-    assert study.main([*wanted, "--resume"]) == 0
+    assert study.main([*wanted, "resume=true"]) == 0
     again = json.loads((tmp_path / "out.json").read_text())["methods"][missing]
     assert {name: one["steps"] for name, one in again["prompts"].items()} == {
         name: one["steps"] for name, one in whole["prompts"].items()
@@ -90,12 +92,12 @@ def test_from_prompts_to_tables_and_plots(
 
 
 def test_speed_takes_turns_and_compares_with_fixed_trees(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "TIMED", (2,))
     monkeypatch.setattr(study, "FIXED", ((2, 1),))
     monkeypatch.setattr(study, "FIXED_DEEP", ())
-    assert study.main([*arguments, "--grid=speed"]) == 0
+    assert study.main([*words, "grid=speed"]) == 0
     result: dict[str, Any] = json.loads((tmp_path / "out.json").read_text())
     aware = result["methods"]["0 policy: cost_aware , recursive_rejection, sampled"]
     assert aware["choice"]["tokens"] >= 1
@@ -147,14 +149,14 @@ def test_the_cost_aware_tree_is_as_fast_as_the_best_of_the_measured_grid(name: s
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--rates=nothing"], "tree.rates=nothing: no such table; known are zoo"),
-        (["--target=zoo:nobody"], "--target=zoo:nobody"),
+        ("rates=nothing", "tree.rates=nothing: no such table; known are zoo"),
+        ("target=zoo:nobody", "target=zoo:nobody"),
     ],
 )
 def test_mistakes_end_in_one_line(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], wrong: list[str], said: str
+    words: list[str], capsys: pytest.CaptureFixture[str], wrong: str, said: str
 ) -> None:
-    assert study.main([*arguments, "--grid=lengths", *wrong]) == 2
+    assert study.main([*words, "grid=lengths", "budgets=8", wrong]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
