@@ -80,11 +80,9 @@ class Datastore:
         """
         where = Path(folder).expanduser()
         named = f"{setting}={folder}"
-        build = (
-            f"python -m specdec.experiments.tools.build_datastore --tokenizer {_name(tokenizer)}"
-        )
+        build = f"python -m specdec.experiments.tools.build_datastore tokenizer={_name(tokenizer)}"
         if not where.is_dir():
-            raise ValueError(f"{named}: no such folder; {build} --out {folder} TEXTS makes one")
+            raise ValueError(f"{named}: no such folder; {build} out={folder} TEXTS makes one")
         try:
             about = json.loads((where / METADATA).read_text())
             found, files = about["format"], about["files"]
@@ -94,7 +92,7 @@ class Datastore:
         except FileNotFoundError:
             raise ValueError(
                 f"{named}: not a datastore, or one whose build was interrupted: {METADATA} is "
-                f"missing; {build} --out {folder} TEXTS makes one"
+                f"missing; {build} out={folder} TEXTS makes one"
             ) from None
         except (KeyError, TypeError, ValueError):
             raise ValueError(
@@ -116,7 +114,7 @@ class Datastore:
             raise ValueError(
                 f"{named}: made with the tokenizer {maker['name']} ({maker['fingerprint'][:8]}), "
                 f"but the target's is {_name(tokenizer)} ({mine[:8]}); "
-                f"{build} --out OTHER_FOLDER {sources} makes one for it"
+                f"{build} out=OTHER_FOLDER {sources} makes one for it"
             )
         suffixes = memoryview(_mapped(where / SUFFIXES)).cast("i" if position == 4 else "q")
         return cls(tokens=_mapped(where / TOKENS), suffixes=suffixes, width=width)

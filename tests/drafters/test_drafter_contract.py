@@ -67,7 +67,7 @@ def datastore(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("datastore")
     (folder / "text.txt").write_text(CODE * 3 + "It was a dark night, and the sea was calm.\n")
     out = folder / "built"
-    build_datastore.main(["--tokenizer", "zoo:target", "--out", str(out), f"{folder}/text.txt"])
+    build_datastore.main(["tokenizer=zoo:target", f"out={out}", f"{folder}/text.txt"])
     return out
 
 

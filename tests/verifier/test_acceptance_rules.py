@@ -1,5 +1,5 @@
-"""What is claimed of each acceptance rule, shown by enumeration (`experiments/studies/rule_laws.py`): the
-law of what it emits, how many drafted tokens it keeps, and that none keeps more than is possible.
+"""What is claimed of each acceptance rule, shown by enumeration
+(`experiments/studies/rule_laws.py`): the law of what it emits, how many drafted tokens it keeps, and that none keeps more than is possible.
 """
 
 import itertools
@@ -657,11 +657,11 @@ def test_chances_that_a_beginning_of_a_chain_is_kept(depth: int) -> None:
 
 def test_bounds_from_worlds_to_plot(tmp_path: Path) -> None:
     out = tmp_path / "bounds.json"
-    acceptance_bounds.main(["--worlds", "1", "--steps", "2", "--out", str(out)])
+    assert acceptance_bounds.main(["worlds=1", "steps=2", f"out={out}"]) == 0
     result = json.loads(out.read_text())
     assert result["settings"] | {"worlds": 1, "steps": 2} == result["settings"]
     assert result["command"].startswith(
-        "python -m specdec.experiments.studies.acceptance_bounds --worlds 1"
+        "python -m specdec.experiments.studies.acceptance_bounds worlds=1"
     )
     assert {"versions", "hardware", "git"} <= result.keys()
     for name, panel in result["panels"].items():
