@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import specdec
 from specdec.experiments.figures import kernels
 from specdec.experiments.figures.decoding import calibrate, cpu_speed, end_to_end, gain
 from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, lookup_speed
@@ -18,7 +19,7 @@ from specdec.experiments.figures.markdown import Result, device, interval, numbe
 from specdec.experiments.figures.trees_and_rules_plot import tree_lengths, tree_speed
 from specdec.lab.command import run_main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(specdec.__file__).parents[1]  # of a checkout, which has the results
 RESULTS = ROOT / "experiments" / "results"
 GENERATED = "Generated from the JSON files by `python -m specdec.experiments.figures.pages`."
 
@@ -177,6 +178,8 @@ class Options:
 
 
 def work(options: Options) -> None:
+    if not RESULTS.is_dir():
+        raise ValueError(f"{RESULTS}: no such folder; run it in a checkout of the repository")
     for path, text in documents().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -1,5 +1,6 @@
 """What is claimed of each acceptance rule, shown by enumeration
-(`experiments/studies/rule_laws.py`): the law of what it emits, how many drafted tokens it keeps, and that none keeps more than is possible.
+(`experiments/studies/rule_laws.py`): the law of what it emits, how many drafted tokens it keeps,
+and that none keeps more than is possible.
 """
 
 import itertools
