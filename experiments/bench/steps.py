@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.experiments.bench.cases import TREE_DEPTH, random_parents
 from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache
-from specdec.experiments.bench.operation import Operation, measure
+from specdec.experiments.bench.operation import Operation, measure, unlike
 from specdec.kernels import reference
 from specdec.lab.command import option
 from specdec.protocols import AcceptanceRule, StepContext
@@ -187,12 +187,9 @@ def _rule(inputs: StepInputs, rule: AcceptanceRule, context: StepContext) -> Ope
         return rule.accept(inputs.context, inputs.tree, inputs.logits[0])
 
     def check() -> None:
-        mine, wanted = ours(0), define()
-        past = torch.arange(mine.path.shape[1], device=mine.path.device) >= mine.length[:, None]
-        same = ((mine.path == wanted.path) | past).all(1)
-        same &= (mine.length == wanted.length) & (mine.next_token == wanted.next_token)
-        if not bool(same.all()):
-            raise ArithmeticError(f"wrong: {int((~same).sum())} of {len(same)} sequences differ")
+        wrong = unlike(ours(0), define())
+        if bool(wrong.any()):
+            raise ArithmeticError(f"wrong: {int(wrong.sum())} of {len(wrong)} sequences differ")
 
     return Operation(ours, define, check)
 

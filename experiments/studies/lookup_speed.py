@@ -32,12 +32,13 @@ import numpy as np
 import torch
 from pydantic import Field
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import Progress
-from rich.table import Table
 
 from specdec.drafters.datastore import METADATA, SUFFIXES, TOKENS, Datastore
 from specdec.drafters.retriever import Retriever
 from specdec.drafters.trees.chain import Chain
+from specdec.experiments.figures import drafters as tables
 from specdec.experiments.tools.build_datastore import build, documents, load_tokenizer
 from specdec.lab.command import head, option, run_main, write
 from specdec.protocols import Decoding, Request
@@ -173,16 +174,6 @@ def measure(folder: Path, target: Any, texts: list[list[int]], queries: int) -> 
     return found
 
 
-def table(result: dict[str, Any]) -> Table:
-    kinds = ("median", "p90", "p99", "max", "cpu median", "cpu p90", "cpu p99")
-    shown = Table("us", "steps", *kinds)
-    for name, parts in result["lookup_us"].items():
-        for part, values in parts.items():
-            if isinstance(values, dict) and values["steps"]:
-                shown.add_row(f"{name}: {part}", *(f"{value:,.0f}" for value in values.values()))
-    return shown
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
     texts: tuple[str, ...] = option(about="as for build_datastore", free=True)
@@ -220,7 +211,7 @@ def work(options: Options) -> None:
         result["hardware"]["load"] = os.getloadavg()[0]  # 1 is this program's own
         result["versions"]["pydivsufsort"] = version("pydivsufsort")
         write(options.out, result)
-    Console(width=130).print(table(result))
+    Console(width=130).print(Markdown(tables.lookup_speed(result)))
 
 
 def _build(options: Options, folder: Path, tokenizer: Any, progress: Progress) -> dict[str, Any]:

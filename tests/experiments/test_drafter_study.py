@@ -88,8 +88,7 @@ def test_from_prompts_to_tables(
 
 def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    options = ["--source=zoo:draft", "--keep=6000", f"--out={other}"]
-    retokenize.main(options)
+    assert retokenize.main(["keep=6000", f"out={other}"]) == 0
     out = tmp_path / "speed.json"
     names = ["early_exit", "early_exit anew", "translated"]
     more = ["--grid=speed", f"--other-draft={other}", "--temperatures=0", "--drafters", *names]
