@@ -120,17 +120,19 @@ def run(
         chat=chat,
         label=path,
     )
-    name, config = title or method.drafter.name, settings
-    if method.rule.synthetic:
-        name, config = f"SYNTHETIC {name}", {**settings, "synthetic": True}
-    group = "-".join(out.parent.parts[-2:]) if sweep else None
-    tracker.start(config=config, folder=out, group=group, name=name)
+    mark = {"synthetic": True} if method.rule.synthetic else {}
+    tracker.start(
+        config={**settings, **mark},
+        folder=out,
+        group="-".join(out.parent.parts[-2:]) if sweep else None,
+        name=("SYNTHETIC " if mark else "") + (title or method.drafter.name),
+    )
     try:
         summary = experiment.run(folder, tracker, Live(console))
     except KeyboardInterrupt:
-        done = sum(len(side.generations.records) for side in folder.sides)
         console.print(
-            f"interrupted: {done} finished texts are in {out}; resume=true out={out} continues"
+            f"interrupted: {folder.finished} finished texts are in {out}; "
+            f"resume=true out={out} continues"
         )
         raise
     show_summary(summary, console)
