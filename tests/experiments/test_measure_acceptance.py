@@ -34,7 +34,8 @@ from specdec.rates import AcceptanceRates
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, TokenTree
 from specdec.verifier.verifier import TreeVerifier
-from tests.verifier.test_rules_exact import ALPHA, PROMPT, exact_law, tiny_llama
+from tests.tiny import PROMPT, tiny_llama
+from tests.verifier.laws import ALPHA, exact_law
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
