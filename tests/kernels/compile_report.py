@@ -35,7 +35,8 @@ from specdec.kernels import gpu
 from specdec.kernels.gpu.linear import gate
 from specdec.kernels.gpu.stream import choose_stream
 from specdec.kernels.layout import DraftedTrees
-from tests.kernels.attention_cases import DEVICE, random_case
+from tests.kernels.attention_cases import random_case
+from tests.kernels.memory import DEVICE
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
