@@ -17,24 +17,25 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from specdec.decode import Decoder, Step
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
+from specdec.flight import Step
 from specdec.models.load import load_model, zoo_path
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
+from specdec.observation import Observation
 from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
 from specdec.request import Capacity, Decoding, Request
-from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, loaded
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -67,18 +68,16 @@ class Outcome:
         return [sequence.output_ids for sequence in self.sequences]
 
 
-def build(name: str, tree: str, target: PagedLM, draft: Path, children: Children) -> Drafter:
-    policy = TREES[tree](children)
+def drafter_of(name: str, draft: Path) -> Drafter:
     if name == "none":
-        return NoDrafter(target=target, tree=policy)
-    if name == "ngram":
-        return NGram(target=target, tree=policy)
-    return SmallLlama(target=target, tree=policy, path=str(draft))
+        return NoDrafter()
+    return NGram() if name == "ngram" else SmallLlama(path=str(draft))
 
 
 def decode(
     target: PagedLM,
     drafter: Drafter,
+    tree: TreePolicy | None,
     prompts: Sequence[Sequence[int]],
     new_tokens: int | Sequence[int],
     *,
@@ -97,17 +96,17 @@ def decode(
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     verifier = TreeVerifier(target, prefill_chunk=PREFILL_CHUNK)
-    decoder = Decoder(
-        verifier=verifier,
-        drafter=drafter,
-        rule=rule or Greedy(),
-        sampling=SamplingParams(temperature=temperature, seed=seed),
-        max_context=target.max_context,
-        device=target.device,
-        kernels=target.kernels,
-        batch_size=batch_size,
+    loaded(drafter, target)
+    decoder = decoder_of(
+        verifier,
+        drafter,
+        tree,
+        rule or Greedy(),
+        temperature=temperature,
+        seed=seed,
+        rows=batch_size,
+        max_tokens=max(request.max_tokens for request in requests),
         stop_tokens=stop,
-        max_tokens=min(max(request.max_tokens for request in requests), target.max_context),
         page_size=PAGE_SIZE,
         pages=pages,
         kv_dtype=kv_dtype,
@@ -203,8 +202,8 @@ def zoo() -> Pair:
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_zoo_equals_generate(zoo: Pair, drafter: str, tree: str, batch_size: int) -> None:
-    build_drafter = build(drafter, tree, zoo.target, zoo.draft, "top_k")
-    run = decode(zoo.target, build_drafter, zoo.prompts, ZOO_NEW, batch_size=batch_size)
+    build_drafter, shape = drafter_of(drafter, zoo.draft), TREES[tree]("top_k")
+    run = decode(zoo.target, build_drafter, shape, zoo.prompts, ZOO_NEW, batch_size=batch_size)
     assert run.outputs == zoo.outputs
     assert {sequence.finish_reason for sequence in run.sequences} == {"length"}
     accepted = sum(sum(step.accepted) for step in run.steps)
@@ -216,8 +215,8 @@ def test_zoo_equals_generate(zoo: Pair, drafter: str, tree: str, batch_size: int
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_zoo_stops_where_generate_stops(zoo: Pair, drafter: str, tree: str) -> None:
     assert zoo.stopped != zoo.outputs
-    drafting = build(drafter, tree, zoo.target, zoo.draft, "top_k")
-    run = decode(zoo.target, drafting, zoo.prompts, ZOO_NEW, batch_size=4, stop=[zoo.stop])
+    drafting, shape = drafter_of(drafter, zoo.draft), TREES[tree]("top_k")
+    run = decode(zoo.target, drafting, shape, zoo.prompts, ZOO_NEW, batch_size=4, stop=[zoo.stop])
     assert run.outputs == zoo.stopped
     for sequence in run.sequences:
         assert (sequence.output_ids[-1] == zoo.stop) == (sequence.finish_reason == "stop")
@@ -230,9 +229,9 @@ def test_refill_changes_nothing(zoo: Pair) -> None:
         output[:length]
         for output, length in zip([*zoo.outputs, *zoo.outputs[:2]], lengths, strict=True)
     ]
-    drafter = build("small_llama", "dynamic", zoo.target, zoo.draft, "top_k")
+    drafter, shape = drafter_of("small_llama", zoo.draft), TREES["dynamic"]("top_k")
     for batch_size in (1, 3):
-        run = decode(zoo.target, drafter, prompts, lengths, batch_size=batch_size)
+        run = decode(zoo.target, drafter, shape, prompts, lengths, batch_size=batch_size)
         assert run.outputs == expected
     # A row did take another request over while its neighbours went on.
     first, *_, last = [step.requests for step in run.steps if len(step.requests) == 3]
@@ -246,8 +245,10 @@ def test_refill_changes_nothing(zoo: Pair) -> None:
 @pytest.mark.parametrize("drafter", ["small_llama", "ngram"])
 def test_rows_wait_for_pages_and_give_the_same(zoo: Pair, drafter: str) -> None:
     longest = -(-(max(map(len, zoo.prompts)) + ZOO_NEW) // PAGE_SIZE)
-    drafting = build(drafter, "dynamic", zoo.target, zoo.draft, "top_k")
-    run = decode(zoo.target, drafting, zoo.prompts, ZOO_NEW, batch_size=4, pages=longest * 5 // 2)
+    drafting, shape = drafter_of(drafter, zoo.draft), TREES["dynamic"]("top_k")
+    run = decode(
+        zoo.target, drafting, shape, zoo.prompts, ZOO_NEW, batch_size=4, pages=longest * 5 // 2
+    )
     assert run.outputs == zoo.outputs
     assert 1 < max(len(step.requests) for step in run.steps) < 4  # several ran, and some waited
 
@@ -263,7 +264,7 @@ def test_a_common_beginning_is_computed_once(zoo: Pair, monkeypatch: pytest.Monk
         prefill(lm, cache, rows, tokens, **options)
 
     monkeypatch.setattr(PagedLM, "prefill", counting)
-    run = decode(zoo.target, NoDrafter(), [first, second], 4, batch_size=2)
+    run = decode(zoo.target, NoDrafter(), None, [first, second], 4, batch_size=2)
     assert run.outputs == [zoo.outputs[0][:4], zoo.outputs[2][:4]]
     reused = shared // PAGE_SIZE * PAGE_SIZE
     assert prefilled == [len(first) - 1, len(second) - 1 - reused]
@@ -275,7 +276,7 @@ def test_a_common_beginning_is_computed_once(zoo: Pair, monkeypatch: pytest.Monk
 @pytest.fixture(scope="module", params=[torch.float8_e4m3fn, torch.int8], ids=str)
 def quantised(request: pytest.FixtureRequest, zoo: Pair) -> tuple[torch.dtype, list[list[int]]]:
     """A type of pages, and the outputs of plain decoding over them."""
-    run = decode(zoo.target, NoDrafter(), zoo.prompts[:4], LONG, kv_dtype=request.param)
+    run = decode(zoo.target, NoDrafter(), None, zoo.prompts[:4], LONG, kv_dtype=request.param)
     return request.param, run.outputs
 
 
@@ -290,9 +291,11 @@ def test_a_quantised_cache_gives_the_same_with_and_without_drafts(
     batch_size: int,
 ) -> None:
     kv_dtype, expected = quantised
-    drafting = build(drafter, tree, zoo.target, zoo.draft, "top_k")
+    drafting, shape = drafter_of(drafter, zoo.draft), TREES[tree]("top_k")
     prompts = zoo.prompts[:4]
-    run = decode(zoo.target, drafting, prompts, LONG, batch_size=batch_size, kv_dtype=kv_dtype)
+    run = decode(
+        zoo.target, drafting, shape, prompts, LONG, batch_size=batch_size, kv_dtype=kv_dtype
+    )
     assert run.outputs == expected
     assert sum(sum(step.accepted) for step in run.steps) > LONG
 
@@ -313,12 +316,13 @@ SAMPLED: list[tuple[AcceptanceRule, Children]] = [
 def test_a_seed_and_a_prompt_decide_what_is_sampled(
     zoo: Pair, rule: AcceptanceRule, children: Children, tree: str
 ) -> None:
-    drafter = build("small_llama", tree, zoo.target, zoo.draft, children)
+    drafter, shape = drafter_of("small_llama", zoo.draft), TREES[tree](children)
 
     def sample(*, seed: int, batch_size: int) -> list[list[int]]:
         return decode(
             zoo.target,
             drafter,
+            shape,
             zoo.prompts[:3],
             8,
             rule=rule,
@@ -336,10 +340,11 @@ def test_a_seed_and_a_prompt_decide_what_is_sampled(
 
 
 def test_equal_prompts_are_sampled_apart(zoo: Pair) -> None:
-    drafter = build("small_llama", "chain", zoo.target, zoo.draft, "sample")
+    drafter, shape = drafter_of("small_llama", zoo.draft), TREES["chain"]("sample")
     run = decode(
         zoo.target,
         drafter,
+        shape,
         [zoo.prompts[1]] * 3,
         12,
         rule=RecursiveRejection(),
@@ -486,29 +491,35 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_family_equals_generate(family: Family, drafter: str, tree: str, batch_size: int) -> None:
-    drafting = build(drafter, tree, family.target, family.draft, "top_k")
-    run = decode(family.target, drafting, family.prompts, NEW, batch_size=batch_size)
+    drafting, shape = drafter_of(drafter, family.draft), TREES[tree]("top_k")
+    run = decode(family.target, drafting, shape, family.prompts, NEW, batch_size=batch_size)
     assert run.outputs == family.outputs
     if batch_size > 1 and tree == "dynamic":  # rows end apart
         run = decode(
-            family.target, drafting, family.prompts, NEW, batch_size=batch_size, stop=[family.stop]
+            family.target,
+            drafting,
+            shape,
+            family.prompts,
+            NEW,
+            batch_size=batch_size,
+            stop=[family.stop],
         )
         assert run.outputs == family.stopped
 
 
 def test_disturbed_draft_is_accepted_in_part(family: Family) -> None:
     """Else the cases above would exercise one branch of the loop only."""
-    drafter = build("small_llama", "chain", family.target, family.draft, "top_k")
-    run = decode(family.target, drafter, family.prompts, NEW, batch_size=4)
+    drafter, shape = drafter_of("small_llama", family.draft), TREES["chain"]("top_k")
+    run = decode(family.target, drafter, shape, family.prompts, NEW, batch_size=4)
     accepted = {count for step in run.steps for count in step.accepted}
     assert len(accepted) > 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_model_that_drafts_for_itself_is_always_right(family: Family, batch_size: int) -> None:
-    drafter = build("small_llama", "chain", family.target, family.itself, "top_k")
+    drafter, shape = drafter_of("small_llama", family.itself), TREES["chain"]("top_k")
     whole_steps = 3 * (DEPTH + 1)
-    run = decode(family.target, drafter, family.prompts, whole_steps, batch_size=batch_size)
+    run = decode(family.target, drafter, shape, family.prompts, whole_steps, batch_size=batch_size)
     assert [output[:NEW] for output in run.outputs] == family.outputs
     assert [sequence.steps for sequence in run.sequences] == [3] * len(family.prompts)
     assert {count for step in run.steps for count in step.tokens} == {DEPTH + 1}
@@ -533,8 +544,8 @@ def test_a_sequence_ends_with_the_context(
 ) -> None:
     target, folder, reference = short_context
     prompts = [*family_prompts(), family_prompts()[0] + [9] * 12]  # the last leaves room for one
-    drafting = build(drafter, tree, target, folder, "top_k")
-    run = decode(target, drafting, prompts, 100, batch_size=batch_size)
+    drafting, shape = drafter_of(drafter, folder), TREES[tree]("top_k")
+    run = decode(target, drafting, shape, prompts, 100, batch_size=batch_size)
     assert {sequence.finish_reason for sequence in run.sequences} == {"context"}
     assert {len(sequence.tokens) for sequence in run.sequences} == {32}
     assert run.outputs == [generate(reference, prompt, 32 - len(prompt)) for prompt in prompts]
@@ -547,8 +558,8 @@ def test_a_stop_token_cuts_an_accepted_path_short(
     prompt = family_prompts()[3]
     output = generate(reference, prompt, DEPTH + 1)
     place = next(i for i in range(1, DEPTH) if output[i] not in output[:i])
-    drafter = build("small_llama", "chain", target, folder, "top_k")
-    run = decode(target, drafter, [prompt], 20, stop=[output[place]])
+    drafter, shape = drafter_of("small_llama", folder), TREES["chain"]("top_k")
+    run = decode(target, drafter, shape, [prompt], 20, stop=[output[place]])
     (step,) = run.steps
     assert step.accepted == [DEPTH]  # all of it was right
     assert step.tokens == [place + 1]
@@ -561,8 +572,8 @@ def test_the_length_limit_cuts_an_accepted_path_short(
 ) -> None:
     target, folder, reference = short_context
     prompt = family_prompts()[3]
-    drafter = build("small_llama", "chain", target, folder, "top_k")
-    run = decode(target, drafter, [prompt], DEPTH - 1)
+    drafter, shape = drafter_of("small_llama", folder), TREES["chain"]("top_k")
+    run = decode(target, drafter, shape, [prompt], DEPTH - 1)
     assert [step.accepted for step in run.steps] == [[DEPTH]]
     assert run.outputs == [generate(reference, prompt, DEPTH - 1)]
     assert run.sequences[0].finish_reason == "length"
@@ -582,8 +593,8 @@ def test_published_story(
     stories: tuple[PagedLM, Path, list[int]], drafter: str, tree: str, batch_size: int
 ) -> None:
     target, draft, expected = stories
-    drafting = build(drafter, tree, target, draft, "top_k")
-    run = decode(target, drafting, [[1]] * batch_size, len(expected), batch_size=batch_size)
+    drafting, shape = drafter_of(drafter, draft), TREES[tree]("top_k")
+    run = decode(target, drafting, shape, [[1]] * batch_size, len(expected), batch_size=batch_size)
     assert run.outputs == [expected] * batch_size
     text = target.tokenizer.decode([1, *expected], skip_special_tokens=True)
     assert text.strip() == STORY
@@ -612,7 +623,7 @@ class Told(NGram):
         super().__init__(**settings)
         self.kept: dict[int, list[int]] = {}
 
-    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+    def commit(self, context: StepContext, acceptance: Acceptance, seen: Observation) -> None:
         for i, sequence in enumerate(context.sequences):
             assert acceptance.path.device.type == "cpu"
             tokens = self.kept.setdefault(sequence.request.id, list(sequence.tokens))
@@ -627,8 +638,8 @@ class Told(NGram):
 
 
 def test_a_drafter_on_the_host_is_told_what_was_kept(zoo: Any) -> None:
-    drafter = Told(tree=Static(widths=[2, 1, 1]))
-    outputs = decode(zoo.target, drafter, zoo.prompts[:3], 24, batch_size=2).outputs
+    drafter, shape = Told(), Static(widths=[2, 1, 1])
+    outputs = decode(zoo.target, drafter, shape, zoo.prompts[:3], 24, batch_size=2).outputs
     for i, output in enumerate(outputs):
         told = drafter.kept[i][len(zoo.prompts[i]) :]
         assert told[: len(output)] == output
@@ -636,19 +647,19 @@ def test_a_drafter_on_the_host_is_told_what_was_kept(zoo: Any) -> None:
 
 def test_sampled_children_at_temperature_zero(zoo: Any) -> None:
     """The drafter's own choice is certain then, and one child is left of each node."""
-    drafter = build("small_llama", "static", zoo.target, zoo.draft, "sample")
-    found = decode(zoo.target, drafter, zoo.prompts[:2], 24)
-    plain = decode(zoo.target, NoDrafter(), zoo.prompts[:2], 24)
+    drafter, shape = drafter_of("small_llama", zoo.draft), TREES["static"]("sample")
+    found = decode(zoo.target, drafter, shape, zoo.prompts[:2], 24)
+    plain = decode(zoo.target, NoDrafter(), None, zoo.prompts[:2], 24)
     assert found.outputs == plain.outputs
     assert len(found.steps) < len(plain.steps)
 
 
 def test_a_drafter_with_less_room_than_the_target(zoo: Any) -> None:
     class Narrow(SmallLlama):
-        def prepare(self, capacity: Capacity) -> None:
-            super().prepare(replace(capacity, pages=capacity.pages_of_a_row + 1))
+        def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
+            super().prepare(replace(capacity, pages=capacity.pages_of_a_row + 1), tree)
 
-    drafter = Narrow(target=zoo.target, tree=Chain(budget=3), path=str(zoo.draft))
-    found = decode(zoo.target, drafter, zoo.prompts[:3], 24, batch_size=3)
-    plain = decode(zoo.target, NoDrafter(), zoo.prompts[:3], 24, batch_size=3)
+    drafter, shape = Narrow(path=str(zoo.draft)), Chain(budget=3)
+    found = decode(zoo.target, drafter, shape, zoo.prompts[:3], 24, batch_size=3)
+    plain = decode(zoo.target, NoDrafter(), None, zoo.prompts[:3], 24, batch_size=3)
     assert found.outputs == plain.outputs

@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,10 +14,9 @@ from transformers import AutoTokenizer
 from specdec import run as command
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
-from specdec.drafters.trees.chain import Chain
+from specdec.lab import build
 from specdec.lab.tracking import NoTracker
 from specdec.models.load import zoo_path
-from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +79,7 @@ def outputs(folder: Path) -> dict[tuple[int, int], list[int]]:
     return {(g["prompt"], g["turn"]): g["output_ids"] for g in lines(folder / "generations.jsonl")}
 
 
-# Each drafter once, each tree with the default one; tests/drafters/test_drafter_contract.py has all pairs.
+# Each drafter once, each tree with the default one; tests/drafters has all pairs.
 LOSSLESS = [name for name in options("drafter") if name != "synthetic"]
 PAIRS = [(name, tree) for name, tree in zip(LOSSLESS, itertools.cycle(options("tree")))]
 PAIRS += [("small_llama", tree) for tree in options("tree")]
@@ -257,7 +255,7 @@ def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
 
 def test_triton_is_refused_where_it_cannot_run(specdec, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(PagedLM, "load", None)  # before any model is loaded
+    monkeypatch.setattr(command.Models, "load", None)  # before any model is loaded
     for where, reason in {
         "device=cpu": "device=cpu is none",
         "dtype=float64": "has no kernels for float64",
@@ -332,7 +330,7 @@ def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(specdec, tmp_path
 class Pair(Drafter):
     """A composition, as far as the runner is concerned."""
 
-    def __init__(self, *, target: Any, tree: Any, parts: dict[str, Drafter]) -> None:
+    def __init__(self, *, parts: dict[str, Drafter]) -> None:
         self.parts = parts
 
 
@@ -345,14 +343,13 @@ def test_a_composition_gets_its_parts_built():
         "_target_": f"{__name__}.Pair",
         "parts": {"first": NGRAM, "second": {"_target_": f"{__name__}.twice", "depth": 2}},
     }
-    target, tree = SimpleNamespace(vocab_size=10), Chain(budget=4)
-    built = command.build_drafter("pair", "drafter", settings, target=target, tree=tree)
+    built = build._drafter("pair", "drafter", settings)
     assert built.name == "pair"
     first, second = built.parts.values()
     assert list(built.parts) == ["first", "second"]
     assert isinstance(first, NGram)
-    assert (first.name, first.min_match, first.tree) == ("ngram", 2, tree)
-    assert (second.name, second.levels) == (f"test_run ({__name__}.twice)", 2)
+    assert (first.name, first.min_match) == ("ngram", 2)
+    assert (second.name, second.depth) == (f"test_run ({__name__}.twice)", 2)
 
     for wrong, expected in {
         "soon": "drafter.parts=soon: must be settings of drafters, by name",
@@ -367,20 +364,18 @@ def test_a_composition_gets_its_parts_built():
             name, *setting, value = wrong
             parts = {name: {**NGRAM, setting[0]: value} if setting else value}
         with pytest.raises(ValueError, match=f"^{expected}".replace("[", r"\[")):
-            command.build_drafter(
-                "pair", "drafter", {**settings, "parts": parts}, target=target, tree=tree
-            )
+            build._drafter("pair", "drafter", {**settings, "parts": parts})
 
 
 def test_children_are_sampled_if_all_parts_are_good_at_it():
     def samples(*parts: dict[str, Any]) -> bool:
         named = {str(number): part for number, part in enumerate(parts)}
-        return command._samples("drafter", {"_target_": f"{__name__}.Pair", "parts": named})
+        return build._prefers_sampling("drafter", {"_target_": f"{__name__}.Pair", "parts": named})
 
     assert samples(MODEL, MODEL)
     assert not samples(MODEL, NGRAM)
-    assert command._samples("drafter", MODEL)
-    assert not command._samples("drafter", NGRAM)
+    assert build._prefers_sampling("drafter", MODEL)
+    assert not build._prefers_sampling("drafter", NGRAM)
 
 
 class Learner(NoDrafter):

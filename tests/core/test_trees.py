@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from specdec.drafters.growth import Frontier, grow, plan
+from specdec.drafters.growth import Frontier, grow, levels_of
 from specdec.drafters.host import HostDrafter, Trie
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
-from specdec.drafters.trees.policy import BasePolicy
 from specdec.drafters.trees.static import Static
-from specdec.protocols import StepContext
+from specdec.protocols import StepContext, TreePolicy
 from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams, uniforms
 from specdec.tree import Acceptance, Proposal, TokenTree
+from tests.decoding import prepared
 
 VOCAB = 6
 CHILDREN = ("top_k", "sample", "sample_with_replacement")
@@ -96,10 +96,10 @@ def context_for(roots: Sequence[int], *, seed: int = 0, step: int = 0) -> StepCo
 
 
 def grown(
-    policy: BasePolicy, roots: Sequence[int], *, seed: int = 0, **script: int
+    policy: TreePolicy, roots: Sequence[int], *, seed: int = 0, **script: int
 ) -> tuple[TokenTree, Tensor, Script]:
     expand = Script(roots, **script)
-    levels = plan(policy, None, expand.candidates)
+    levels = levels_of(policy, None)
     tree, expanded = grow(policy, levels, context_for(roots, seed=seed), expand)
     return tree, expanded, expand
 
@@ -127,7 +127,7 @@ def row_of(tree: TokenTree, row: int) -> list[object]:
     ]
 
 
-POLICIES: dict[str, Callable[[str], BasePolicy]] = {
+POLICIES: dict[str, Callable[[str], TreePolicy]] = {
     "chain": lambda children: Chain(budget=4, children=children),
     "static": lambda children: Static(widths=[3, 2, 1], children=children),
     "static_wide": lambda children: Static(widths=[9, 8], children=children),
@@ -150,7 +150,7 @@ def test_trees_are_valid_and_say_how_they_were_drawn(
     policy = POLICIES[name](children)
     tree, expanded, script = grown(policy, roots, support=support)
     tree.check()
-    assert tree.depth <= plan(policy, None, 1)
+    assert tree.depth <= levels_of(policy, None)
     assert len(script.levels) == policy.levels(None)
     assert (tree.size - 1 <= policy.budget).all()
     assert (tree.size > 1).all()
@@ -389,7 +389,7 @@ def test_depth_of_the_drafter_and_of_the_policy() -> None:
     assert Dynamic(budget=9, depth=4).levels(6) == 6
     assert Dynamic(budget=2, depth=4).levels(None) == 2
     for policy in (Chain(budget=0), Static(widths=[2, 1], budget=0), Dynamic(budget=0)):
-        assert plan(policy, None, 1) == 0
+        assert levels_of(policy, None) == 0
 
 
 @pytest.mark.parametrize(
@@ -412,16 +412,14 @@ def test_depth_of_the_drafter_and_of_the_policy() -> None:
         (lambda: Dynamic(budget=3, width=0), "tree.width=0: must be at least 1"),
         (lambda: Dynamic(budget=3, depth=0), "tree.depth=0: must be at least 1"),
         (lambda: Dynamic(budget=3, children="x"), "tree.children=x"),
-        (lambda: plan(Chain(budget=2), 0, 1), "drafter.depth=0: must be at least 1"),
-        (lambda: plan(Chain(budget=2), None, 0), "drafter.candidates=0: must be at least 1"),
-        (lambda: NGram(tree=Chain(budget=2), depth=0), "drafter.depth=0"),
-        (lambda: NGram(tree=Chain(budget=2), candidates=0), "drafter.candidates=0"),
-        (lambda: NGram(tree=Chain(budget=2), min_match=0), "drafter.min_match=0"),
+        (lambda: NGram(depth=0), "drafter.depth=0: must be at least 1"),
+        (lambda: NGram(candidates=0), "drafter.candidates=0: must be at least 1"),
+        (lambda: NGram(min_match=0), "drafter.min_match=0"),
         (
-            lambda: NGram(tree=Chain(budget=2), min_match=4, max_match=3),
+            lambda: NGram(min_match=4, max_match=3),
             "drafter.min_match=4, drafter.max_match=3",
         ),
-        (lambda: NGram(tree=Chain(budget=2), matches=0), "drafter.matches=0"),
+        (lambda: NGram(matches=0), "drafter.matches=0"),
     ],
 )
 def test_settings_out_of_range_are_named(build: Callable[[], object], message: str) -> None:
@@ -563,7 +561,7 @@ class Listed(HostDrafter):
 
 @pytest.mark.parametrize("children", CHILDREN)
 def test_host_drafters_grow_from_shares_of_the_weights(children: str) -> None:
-    drafter = Listed(tree=Static(widths=[2, 2], children=children))
+    drafter = prepared(Listed(), Static(widths=[2, 2], children=children))
     drafter.proposals = [
         [([1, 2], 3.0), ([1, 3], 1.0), ([2, 0], 4.0), ([5], 2.0)],
         [],
@@ -640,7 +638,7 @@ def test_ngram_finds_the_longest_and_latest_matches(
     tokens: list[int], min_match: int, longer: int, matches: int, levels: int, factor: float
 ) -> None:
     settings_ = {"min_match": min_match, "max_match": min_match + longer, "matches": matches}
-    drafter = NGram(tree=Chain(budget=levels), max_spec_factor=factor, **settings_)
+    drafter = NGram(max_spec_factor=factor, **settings_)
     sequence = decoding(tokens)
     drafter.start([sequence])
     found = [(list(path), weight) for path, weight in drafter.propose(sequence, levels)]
@@ -655,13 +653,13 @@ def test_ngram_finds_the_longest_and_latest_matches(
 def test_ngram_index_of_a_growing_text_is_that_of_the_whole(
     tokens: list[int], cuts: list[int], min_match: int
 ) -> None:
-    growing = NGram(tree=Chain(budget=4), min_match=min_match)
+    growing = NGram(min_match=min_match)
     start = max(1, len(tokens) - sum(cuts))
     sequence = decoding(tokens[:start])
     growing.start([sequence])
     for cut in [0, *cuts]:
         sequence.tokens += tokens[len(sequence.tokens) : len(sequence.tokens) + cut]
-        fresh = NGram(tree=Chain(budget=4), min_match=min_match)
+        fresh = NGram(min_match=min_match)
         fresh.start([sequence])
         expected = list(fresh.propose(sequence, 4))
         assert list(growing.propose(sequence, 4)) == expected
@@ -669,7 +667,7 @@ def test_ngram_index_of_a_growing_text_is_that_of_the_whole(
 
 
 def test_ngram_drafts_what_followed_last_time() -> None:
-    drafter = NGram(tree=Chain(budget=3, children="top_k"))
+    drafter = prepared(NGram(), Chain(budget=3, children="top_k"))
     sequences = [
         decoding([1, 2, 3, 4, 5, 6, 1, 2, 3], row=1, number=10),
         decoding([7, 8, 9], row=0, number=11),
@@ -687,19 +685,19 @@ def test_ngram_drafts_what_followed_last_time() -> None:
 def test_ngram_rows_do_not_hear_of_each_other(children: str) -> None:
     tree_policy = Static(widths=[2, 2, 1], children=children)
     texts = [[1, 2, 3, 1, 2, 4, 1, 2], [3, 1, 3, 1, 0, 3, 1], [2, 2, 2, 2, 2]]
-    together = NGram(tree=tree_policy)
+    together = prepared(NGram(), tree_policy)
     sequences = [decoding(text, row=row, number=row) for row, text in enumerate(texts)]
     together.start(sequences)
     batch = together.draft(step_for(sequences))
     for row, text in enumerate(texts):
-        alone = NGram(tree=tree_policy)
+        alone = prepared(NGram(), tree_policy)
         sequence = decoding(text, row=0, number=row)
         alone.start([sequence])
         assert row_of(alone.draft(step_for([sequence])), 0) == row_of(batch, row)
 
 
 def test_ngram_forgets_a_row_that_has_finished() -> None:
-    drafter = NGram(tree=Chain(budget=3))
+    drafter = prepared(NGram(), Chain(budget=3))
     first = decoding([1, 2, 3, 1, 2, 4, 1, 2], row=0)
     drafter.start([first])
     assert list(drafter.propose(first, 3))
@@ -715,8 +713,8 @@ def test_ngram_forgets_a_row_that_has_finished() -> None:
     [Chain(budget=0), Static(widths=[2, 2], budget=0), Dynamic(budget=0)],
     ids=lambda policy: type(policy).__name__,
 )
-def test_a_budget_of_zero_drafts_roots_alone(policy: BasePolicy) -> None:
-    drafter = NGram(tree=policy)
+def test_a_budget_of_zero_drafts_roots_alone(policy: TreePolicy) -> None:
+    drafter = prepared(NGram(), policy)
     sequences = [decoding([1, 2, 1, 2, 1, 2], row=row, number=row) for row in range(2)]
     drafter.start(sequences)
     tree = drafter.draft(step_for(sequences))
@@ -731,7 +729,7 @@ def test_ngram_scans_only_the_latest_matches(monkeypatch: pytest.MonkeyPatch) ->
     far = [0, 8, 1, 2, 3]
     near = [[7, 1, 2, 4], [6, 1, 2, 5], [5, 1, 2, 6]]
     tokens = [*far, *(token for part in near for token in part), 0, 8, 1, 2]
-    drafter = NGram(tree=Chain(budget=1), matches=8)
+    drafter = NGram(matches=8)
     sequence = decoding(tokens)
     drafter.start([sequence])
     assert [path for path, _ in drafter.propose(sequence, 1)] == [[6], [5], [4]]

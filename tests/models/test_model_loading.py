@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from specdec.cache import KVShape
 from specdec.drafters.small_llama import SmallLlama
-from specdec.drafters.trees.chain import Chain
 from specdec.kernels import reference
 from specdec.kernels.choose import Kernels
 from specdec.models.load import load_model, zoo_path
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
+from tests.decoding import loaded
 
 VOCABULARY = 96
 WINDOW = 12  # longer than the probe at load, shorter than the prompts below
@@ -457,7 +457,7 @@ def test_draft_of_another_vocabulary_is_refused(
 ) -> None:
     target = load(str(folders["target"]))
     with pytest.raises(ValueError, match="its vocabulary is not the target's") as refusal:
-        SmallLlama(target=target, tree=Chain(budget=2), path=str(folders[draft]))
+        loaded(SmallLlama(path=str(folders[draft])), target)
     message = str(refusal.value)
     assert message.startswith(f"drafter.path={folders[draft]}: ")
     assert detail in message
@@ -466,15 +466,15 @@ def test_draft_of_another_vocabulary_is_refused(
 
 def test_draft_of_the_same_vocabulary_is_taken(folders: dict[str, Path]) -> None:
     target = load(str(folders["target"]))
-    drafter = SmallLlama(target=target, tree=Chain(budget=2), path=str(folders["same"]))
+    drafter = loaded(SmallLlama(path=str(folders["same"])), target)
     assert drafter.lm.kv_shape.layers == 1
 
 
 def test_sizes_are_compared_where_a_tokenizer_is_missing(folders: dict[str, Path]) -> None:
     target = PagedLM(tiny("llama"))
-    SmallLlama(target=target, tree=Chain(budget=2), path=str(folders["other words"]))
+    loaded(SmallLlama(path=str(folders["other words"])), target)
     with pytest.raises(ValueError, match="90 and 96 tokens"):
-        SmallLlama(target=target, tree=Chain(budget=2), path=str(folders["smaller"]))
+        loaded(SmallLlama(path=str(folders["smaller"])), target)
 
 
 # --- low precision

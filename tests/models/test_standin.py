@@ -14,10 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from specdec import run as command
-from specdec.decode import Decoder
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
-from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
 from specdec.lab.experiment import stop_tokens
 from specdec.models.load import load_model, zoo_path
@@ -31,12 +29,9 @@ from specdec.models.standin import (
     standin,
     standin_config,
 )
-from specdec.protocols import Drafter
-from specdec.request import Request
-from specdec.sampling import SamplingParams
-from specdec.verifier.greedy import Greedy
+from specdec.protocols import Drafter, TreePolicy
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, outputs_of
 
 ROOT = Path(__file__).parents[2]
 SMALL_VOCABULARY = 8192
@@ -121,29 +116,25 @@ def generate(model: Any, prompts: list[list[int]], new_tokens: int = NEW) -> lis
 
 
 def decode(
-    target: PagedLM, drafter: Drafter, *, temperature: float = 0.0, new_tokens: int = NEW
+    target: PagedLM,
+    drafter: Drafter,
+    tree: TreePolicy | None = None,
+    *,
+    temperature: float = 0.0,
+    new_tokens: int = NEW,
 ) -> list[list[int]]:
-    prompts = tokens_of()
-    decoder = Decoder(
-        verifier=TreeVerifier(target),
-        drafter=drafter,
-        rule=RecursiveRejection() if temperature else Greedy(),
-        sampling=SamplingParams(temperature=temperature, seed=5),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=2,
-        stop_tokens=stop_tokens(target, ignore_eos=False),
+    decoder = decoder_of(
+        target,
+        drafter,
+        tree,
+        RecursiveRejection() if temperature else None,
+        temperature=temperature,
+        seed=5,
+        rows=2,
         max_tokens=128,
+        stop_tokens=stop_tokens(target, ignore_eos=False),
     )
-    requests = [
-        Request(id=i, prompt_ids=ids, max_new_tokens=new_tokens) for i, ids in enumerate(prompts)
-    ]
-    done = {sequence.request.id: sequence.output_ids for sequence in decoder.run(requests)}
-    return [done[i] for i in range(len(prompts))]
-
-
-def plain(target: PagedLM) -> Drafter:
-    return NoDrafter(target=target, tree=Chain(budget=0))
+    return outputs_of(decoder, tokens_of(), new_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +234,7 @@ def test_greedy_tokens_are_those_of_generate(
     assert target._direct is not None
     if not direct:
         monkeypatch.setattr(target, "_direct", None)
-    assert decode(target, plain(target)) == expected
+    assert decode(target, NoDrafter()) == expected
 
 
 @pytest.fixture
@@ -265,9 +256,9 @@ def test_pairs_of_stand_ins_and_zoo_decode_losslessly(
     path: str, draft: str, expected: list[list[int]]
 ) -> None:
     target = load_model(path)
-    drafter = SmallLlama(target=target, tree=Static(widths=[2, 2, 1]), path=draft)
+    drafter = SmallLlama(path=draft)
+    assert decode(target, drafter, Static(widths=[2, 2, 1])) == expected
     assert drafter.vocab_size == min(target.vocab_size, drafter.lm.vocab_size)
-    assert decode(target, drafter) == expected
 
 
 @pytest.mark.usefixtures("small_shapes")
@@ -275,8 +266,7 @@ def test_pairs_of_stand_ins_and_zoo_decode_losslessly(
 def test_pairs_sample_tokens_that_there_are(path: str, draft: str) -> None:
     target = load_model(path)
     tree = Static(widths=[2, 1], children="sample")
-    drafter = SmallLlama(target=target, tree=tree, path=draft)
-    for output in decode(target, drafter, temperature=1.5):
+    for output in decode(target, SmallLlama(path=draft), tree, temperature=1.5):
         assert output
         assert max(output) < SMALL_VOCABULARY
 
@@ -284,7 +274,7 @@ def test_pairs_sample_tokens_that_there_are(path: str, draft: str) -> None:
 def test_the_160m_shape_gives_the_tokens_of_zoo_draft() -> None:
     prompts = tokens_of()
     target = load_model("standin:llama_160m")
-    assert decode(target, plain(target), new_tokens=12) == generate(zoo("draft"), prompts, 12)
+    assert decode(target, NoDrafter(), new_tokens=12) == generate(zoo("draft"), prompts, 12)
 
 
 @torch.no_grad()
@@ -475,7 +465,7 @@ def test_another_architecture_is_refused(tmp_path: Path, kind: str, settings: An
 
 
 def test_what_has_no_room_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.lab.environment.os.sysconf", lambda name: 1000)
+    monkeypatch.setattr("specdec.models.placement.os.sysconf", lambda name: 1000)
     with pytest.raises(ValueError, match="GiB does not fit the") as refusal:
         standin(zoo_path("draft"), "llama_160m", device="cpu", dtype=torch.float32)
     assert "\n" not in str(refusal.value)
