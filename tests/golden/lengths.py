@@ -9,7 +9,6 @@ the target's own token included, over all steps of all prompts.
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from tests.golden import trace
 LENGTHS = trace.HERE / "lengths.json"
 TOLERANCE = 0.01
 NEW = 24
-SETTINGS = f"prompts.limit=4 batch_size=4 max_new_tokens={NEW} {trace.FIXED}"
+SETTINGS = f"batch_size=4 {trace.FIXED}{NEW}"
 TREES = (
     "chain tree.budget=4",
     "static tree.widths=[3,2,1]",
@@ -42,15 +41,11 @@ def measured(cases: Sequence[str]) -> Iterator[tuple[str, float]]:
     """Each case with its accepted length."""
     models = trace.Models()
     for case in cases:
-        kept: list[int] = []
-
-        def count(context: Any, tree: Any, acceptance: Any, again: Any, kept: Any = kept) -> None:
-            if context.sequences[0].request.max_new_tokens == NEW:
-                kept += acceptance.length.tolist()
-
-        code = trace.run(f"{case} {SETTINGS}", count, models)
+        recorder = trace.Recorder(steps=NEW, new=NEW)
+        code = trace.run(f"{case} {SETTINGS}", recorder, models)
         assert code == 0, f"{case}: exit code {code}"
-        yield case, round(sum(kept) / len(kept), 4)
+        steps = sum(map(len, recorder.lines.values()))
+        yield case, round(recorder.tokens.total() / steps, 4)
 
 
 def recorded() -> dict[str, float]:

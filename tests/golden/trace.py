@@ -49,8 +49,10 @@ from specdec.run import main as command
 HERE = Path(__file__).parent
 TRACE, PROMPTS = HERE / "trace.txt", HERE / "prompts.jsonl"
 STEPS, NEW = 5, 10  # recorded of each prompt at most, tokens decoded; more than warming up takes
-FIXED = "dtype=float64 device=cpu tracker=none baseline=false ignore_eos=true"
-SETTINGS = f"prompts=file prompts.path=HERE/prompts.jsonl max_new_tokens={NEW} {FIXED}"
+FIXED = (
+    "prompts=file prompts.path=HERE/prompts.jsonl ignore_eos=true dtype=float64 device=cpu "
+    "tracker=none baseline=false max_new_tokens="
+)
 DRAFTERS = (
     "none",
     "small_llama",
@@ -195,31 +197,36 @@ class Recorder:
     """Writes down the first steps of every prompt.
 
     Args:
-        prompts: how many there are.
+        steps: of each prompt at most.
+        new: tokens that are decoded of each.
         margins: also look for `margin`.
     """
 
-    def __init__(self, prompts: int, margins: bool = False) -> None:
-        self.prompts, self.margin = prompts, 0.1 if margins else 0.0
+    def __init__(self, *, steps: int = STEPS, new: int = NEW, margins: bool = False) -> None:
+        self.steps, self.new, self.margin = steps, new, 0.1 if margins else 0.0
+        self.prompts = len(PROMPTS.read_text().splitlines())
         self.lines: dict[int, list[str]] = defaultdict(list)  # by request
         self.tokens: Counter[int] = Counter()
 
     def __call__(self, context: Any, tree: Any, acceptance: Any, again: Any) -> None:
-        if any(s.request.max_new_tokens != NEW for s in context.sequences):
+        if any(s.request.max_new_tokens != self.new for s in context.sequences):
             return  # warming up
-        new = acceptance.new_tokens(tree).tolist()
+        every = acceptance.new_tokens(tree).tolist()
         parts = (tree.tokens, tree.parents, tree.size, acceptance.path, acceptance.length)
-        rows = zip(context.sequences, new, *(part.tolist() for part in parts), strict=True)
+        rows = zip(context.sequences, every, *(part.tolist() for part in parts), strict=True)
         for sequence, gained, tokens, parents, size, path, length in rows:
             lines = self.lines[sequence.request.id]
             self.tokens[sequence.request.id] += length
-            if len(lines) < STEPS:
+            if len(lines) < self.steps:
                 shape = json.dumps([tokens[:size], parents[:size]]).encode()
-                kept, gained = (",".join(map(str, part[:length])) for part in (path, gained))
-                lines.append(f"{kept} {gained} {hashlib.sha256(shape).hexdigest()[:12]}")
+                kept, new = (",".join(map(str, part[:length])) for part in (path, gained))
+                lines.append(f"{kept} {new} {hashlib.sha256(shape).hexdigest()[:12]}")
         while self.margin and not stable(acceptance, again, self.margin):
             self.margin /= 2
-        ended = [len(self.lines[i]) == STEPS or n >= NEW for i, n in self.tokens.items()]
+        ended = [
+            len(self.lines[request]) == self.steps or tokens >= self.new
+            for request, tokens in self.tokens.items()
+        ]
         if len(ended) == self.prompts and all(ended):
             raise EnoughError
 
@@ -247,10 +254,10 @@ def replay(
     cases: Sequence[str], batch: int, *, margins: bool = False, noise: float = 0.0
 ) -> Iterator[tuple[str, float, list[str]]]:
     """Each case with its margin (0.0 unless asked for) and its lines."""
-    prompts, models = len(PROMPTS.read_text().splitlines()), Models(noise)
+    models = Models(noise)
     for case in cases:
-        recorder = Recorder(prompts, margins)
-        code = run(f"{case} batch_size={batch} {SETTINGS}", recorder, models)
+        recorder = Recorder(margins=margins)
+        code = run(f"{case} batch_size={batch} {FIXED}{NEW}", recorder, models)
         lines = recorder.text()
         if code == 2 and not lines:
             lines = ["refused"]
@@ -282,7 +289,7 @@ def write(reason: str) -> None:
     Raises:
         SystemExit: it would hang on rounding, or on the batch.
     """
-    blocks = [f"last made: {reason}\nall cases: {SETTINGS}"]
+    blocks = [f"last made: {reason}\nall cases: {FIXED}{NEW}"]
     faults = []
     made = replay(CASES, 1, margins=True), replay(CASES, 3, noise=WEIGHTS)
     for (case, margin, lines), (_, _, others) in zip(*made, strict=True):
