@@ -8,9 +8,9 @@ from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
-from specdec.drafters.trees.policy import takes_all
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
-from specdec.protocols import StepContext, TreePolicy
+from specdec.protocols import StepContext
 from specdec.tree import Begun, TokenTree
 
 
@@ -24,8 +24,6 @@ class EarlyExit(GrowingDrafter):
     drafted after go through the first layers when the tree is complete, without the output head.
 
     Args:
-        target: the target model.
-        tree: the tree policy.
         exit_layer: how many layers draft; None is a third of them. Good ones are those the model
             was trained to leave at.
         depth: levels of the tree; None leaves it to the policy.
@@ -41,22 +39,25 @@ class EarlyExit(GrowingDrafter):
     def __init__(
         self,
         *,
-        target: PagedLM,
-        tree: TreePolicy,
         exit_layer: int | None = None,
         depth: int | None = None,
         candidates: int = 64,
     ) -> None:
-        super().__init__(tree=tree, depth=depth, candidates=candidates)
+        super().__init__(depth=depth, candidates=candidates)
+        self.exit_layer = exit_layer
+        self.lm: PagedLM
+        self.layers: int
+        self._nodes: _Nodes  # of the step
+
+    def load(self, target: PagedLM, models: Models) -> None:
         target.check_in_part("drafter=early_exit")
-        layers = max(1, target.layers // 3) if exit_layer is None else exit_layer
+        layers = max(1, target.layers // 3) if self.exit_layer is None else self.exit_layer
         if not 1 <= layers < target.layers:
             raise ValueError(
-                f"drafter.exit_layer={exit_layer}: must be from 1 to {target.layers - 1}, "
+                f"drafter.exit_layer={self.exit_layer}: must be from 1 to {target.layers - 1}, "
                 f"the target has {target.layers} layers"
             )
         self.lm, self.layers = target, layers
-        self._nodes: _Nodes  # of the step
 
     def begin(self, context: StepContext) -> Expand:
         self._nodes = nodes = _Nodes(self.lm, self.layers, context)
@@ -93,10 +94,10 @@ class EarlyExit(GrowingDrafter):
         return replace(tree, begun=Begun(layers=self.layers, hidden=hidden))
 
     def _most_left(self, tree: TokenTree, left: Tensor) -> int:
-        """How many nodes of a tree may not have been expanded. On the CPU a look is free."""
-        if left.device.type == "cpu":
+        """How many nodes of a tree may not have been expanded."""
+        if self.lm.looks:
             return max(1, int(left.sum(1).max()))
-        if takes_all(self.tree):
+        if self.tree.takes_all:
             return max(1, tree.nodes - self._nodes.count)
         return tree.nodes - 1
 

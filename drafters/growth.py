@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdec.drafters.trees.policy import overrides, takes_all
-from specdec.protocols import Drafter, StepContext, TreePolicy
+from specdec.observation import Observation
+from specdec.protocols import Drafter, Growth, StepContext, TreePolicy
+from specdec.request import Capacity
 from specdec.sampling import DRAFT_STREAM, draw, race
 from specdec.tree import PADDING, ROOT, Acceptance, Children, Proposal, TokenTree
 
@@ -43,38 +44,60 @@ probabilities [B, F, K] in descending order, zero where there are fewer than K. 
 children are to be sampled."""
 
 
-def plan(policy: TreePolicy, depth: int | None, candidates: int) -> int:
-    """Levels to grow for the settings of a drafter; 0 if the budget turns drafting off.
-
-    Raises:
-        ValueError: `depth` or `candidates` below 1, or a depth that contradicts the policy.
-    """
-    if depth is not None and depth < 1:
-        raise ValueError(
-            f"drafter.depth={depth}: must be at least 1, or null; tree.budget=0 drafts nothing"
-        )
-    if candidates < 1:
-        raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
-    return policy.levels(depth) if policy.budget else 0
-
-
 class ShapedDrafter(Drafter):
     """A drafter whose trees a policy shapes.
 
     Args:
-        tree: the tree policy.
         depth: levels of the tree; None leaves it to the policy.
         candidates: children considered per node when they are sampled.
+
+    Attributes:
+        composable: False if it cannot guess for trees that others have a part in: because it has
+            a `draft` or, on the host, a `commit` of its own; on the device, a `commit` without
+            `follow`.
+        tree, levels: the policy of the run, and the levels to grow; 0 turns drafting off.
 
     Raises:
         ValueError: a setting out of range.
     """
 
-    composable = True  # False if it cannot guess for trees that others have a part in
+    composable = True
+    tree: TreePolicy
+    levels: int
 
-    def __init__(self, *, tree: TreePolicy, depth: int | None = None, candidates: int) -> None:
-        self.tree, self.depth, self.candidates = tree, depth, candidates
-        self.levels = plan(tree, depth, candidates)
+    def __init__(self, *, depth: int | None = None, candidates: int = 16) -> None:
+        if depth is not None and depth < 1:
+            raise ValueError(
+                f"drafter.depth={depth}: must be at least 1, or null; tree.budget=0 drafts nothing"
+            )
+        if candidates < 1:
+            raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
+        self.depth, self.candidates = depth, candidates
+        self._joined: int | None = None  # levels of the trees it has a part in
+
+    def join(self, levels: int) -> None:
+        """Before `prepare`: it becomes a part of a composition, whose trees have up to so many
+        levels."""
+        self._joined = levels
+
+    def check(self, tree: TreePolicy) -> None:
+        levels_of(tree, self.depth)
+
+    def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
+        self.tree = tree
+        if self._joined is None:
+            self.levels = levels_of(tree, self.depth)
+        else:
+            self.levels = min(self._joined, self.depth or self._joined)
+
+
+def levels_of(tree: TreePolicy, depth: int | None) -> int:
+    """Levels to grow; 0 if the budget turns drafting off.
+
+    Raises:
+        ValueError: a depth that contradicts the policy.
+    """
+    return tree.levels(depth) if tree.budget else 0
 
 
 class GrowingDrafter(ShapedDrafter):
@@ -90,14 +113,13 @@ class GrowingDrafter(ShapedDrafter):
         """Get ready for the trees of this step: what answers their frontiers."""
         raise NotImplementedError
 
-    def join(self, levels: int) -> None:
-        """It becomes a part of a composition, whose trees have up to so many levels."""
-
     def end(self, context: StepContext, tree: TokenTree, expanded: Tensor) -> TokenTree:
         """The trees are grown; `expanded` as `grow` returns it."""
         return tree
 
-    def follow(self, context: StepContext, tree: TokenTree, acceptance: Acceptance) -> None:
+    def follow(
+        self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
+    ) -> None:
         """Instead of `commit`, after a step without `begin`: others drafted these trees."""
 
     def draft(self, context: StepContext) -> TokenTree:
@@ -117,7 +139,8 @@ def grow(
     """Grow one tree per sequence.
 
     On a GPU nothing waits for the device and no shape depends on what is drafted, so that all of
-    it may be captured in a CUDA graph.
+    it may be captured in a CUDA graph. (One long function: a level hands nine lists on to the
+    next, and cut in two the reader would have to carry them.)
 
     Args:
         most: no tree will have more nodes, the root included; None if only the budget is known.
@@ -126,10 +149,9 @@ def grow(
         (the trees; expanded [B, N] int64: each node's number among the expanded nodes, -1 if it
             was not.)
     """
-    if policy.children == "top_k" and takes_all(policy):
+    if policy.children == "top_k" and policy.takes_all:
         return _grow_all(policy, levels, context, expand, most)
     sampled = policy.children != "top_k"
-    selects = overrides(policy, "select")
     kernels = context.kernels
     frontier = _root(context)
     # Of the frontier's nodes: place among the T nodes, log of the cumulative probability.
@@ -139,32 +161,37 @@ def grow(
     tokens, parents, scores = [frontier.tokens], [frontier.parents], [score]
     expanded: list[tuple[Tensor, Tensor]] = []  # [B, F] of each level: index, alive
     supports: list[tuple[Tensor, Tensor]] = []  # ids and probs [B, F, K] of each level
-    total = 1
+    total, offered = 1, tuple[int, ...]()
     for level in range(levels):
         ids, probs = expand(frontier)
         expanded.append((index, frontier.alive))
         supports.append((ids, probs))
         width = min(policy.width(level), ids.shape[2])
+        offered = (*offered, width)
+        at = Growth(level=level, levels=levels, offered=offered, sampled=sampled, kernels=kernels)
         slots = kernels.extend(score, probs[..., :width])  # [B, F, width]
-        chosen = slots > DEAD
-        if selects:
-            chosen &= policy.select(level, levels, slots, sampled=sampled)
+        selected = policy.select(at, slots)
         if sampled:
+            chosen = slots > DEAD
+            if selected is not None:
+                chosen &= selected
             drawn = _draw_children(context, level, policy.children, probs, width)
             ids = ids.gather(2, drawn)
             slots = kernels.extend(score, probs.gather(2, drawn))
             chosen = torch.arange(width, device=ids.device) < chosen.sum(-1, keepdim=True)
         tokens.append(ids[..., :width].flatten(1))
         parents.append(index[..., None].expand(-1, -1, width).flatten(1))
-        if sampled or selects:
+        if sampled:
             slots = slots.masked_fill(~chosen, DEAD)
+        elif selected is not None:
+            slots = slots.masked_fill(~selected, DEAD)
         scores.append(slots.flatten(1))
         if level + 1 == levels:
             break
         if policy.children == "sample_with_replacement":
             slots = slots.masked_fill(_repeated(ids), DEAD)
         growing = slots.flatten(1)  # [B, C]
-        place = policy.expand(level + 1, growing)
+        place = policy.expand(at, growing)
         if place is None:
             score, grown = growing, tokens[-1]
             place = torch.arange(growing.shape[1], device=growing.device).expand_as(growing)
@@ -183,7 +210,7 @@ def grow(
     every = torch.cat(scores, dim=1)  # [B, T]
     kept = every > DEAD
     if not sampled:
-        best = policy.keep(every[:, 1:])  # the root is not theirs to judge
+        best = policy.keep(every[:, 1:], kernels)  # the root is not theirs to judge
         if best is not None:
             kept[:, 1:] &= best
     tree, order = _compact(context, policy.budget + 1, most, levels, tokens, parents, kept)
@@ -271,8 +298,8 @@ def _compact(
         tokens, parents: [B, C] of each level.
         kept: [B, T].
     """
-    # On the CPU a look at the sizes is free, and a smaller tree is cheaper to verify.
-    if kept.device.type == "cpu":
+    # Where a look at the sizes is free, a smaller tree is cheaper to verify.
+    if context.kernels.LOOKS:
         nodes = int(kept.sum(-1).max())
     else:
         nodes = min(budget if most is None else most, budget, kept.shape[1])

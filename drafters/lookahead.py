@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Sequence
 from functools import partial
 from random import Random
-from typing import Any
 
 from specdec.drafters.host import HostDrafter, HostTree, tensors_of
 from specdec.drafters.state import Memory, Reset, check_reset
-from specdec.protocols import Decoding, StepContext, TreePolicy
+from specdec.observation import Observation, Observes
+from specdec.protocols import StepContext, TreePolicy
+from specdec.request import Decoding
 from specdec.tree import Acceptance, TokenTree
 
 EXPLORED = 1e-6  # draft probability of a node of the window: not certain, and not impossible
@@ -33,8 +34,6 @@ class Lookahead(HostDrafter):
     below `ngram` - 2 explores nothing. A node that is both is one.
 
     Args:
-        target: not needed.
-        tree: the tree policy, with top-k children.
         depth: levels of the guesses; None leaves it to the policy.
         window: columns, W in the paper.
         ngram: tokens of an n-gram, N in the paper.
@@ -51,8 +50,6 @@ class Lookahead(HostDrafter):
     def __init__(
         self,
         *,
-        target: Any = None,
-        tree: TreePolicy,
         depth: int | None = None,
         window: int = 8,
         ngram: int = 4,
@@ -60,12 +57,7 @@ class Lookahead(HostDrafter):
         from_prompt: bool = True,
         reset: Reset = "prompt",
     ) -> None:
-        super().__init__(tree=tree, depth=depth)
-        if tree.children != "top_k":
-            raise ValueError(
-                f"tree.children={tree.children}: drafter=lookahead draws no children; "
-                f"use tree.children=top_k with acceptance=target_only"
-            )
+        super().__init__(depth=depth)
         if window < 1:
             raise ValueError(f"drafter.window={window}: must be at least 1")
         if ngram < 2:
@@ -73,10 +65,18 @@ class Lookahead(HostDrafter):
         if guesses < 1:
             raise ValueError(f"drafter.guesses={guesses}: must be at least 1")
         check_reset(reset)
-        self.observes = 1
+        self.observes = Observes(tokens=1)
         self.window, self.ngram, self.from_prompt, self.reset = window, ngram, from_prompt, reset
         self._pools: Memory[_Pool] = Memory(reset, partial(_Pool, guesses))
         self._windows: dict[int, _Window] = {}  # by row
+
+    def check(self, tree: TreePolicy) -> None:
+        super().check(tree)
+        if tree.children != "top_k":
+            raise ValueError(
+                f"tree.children={tree.children}: drafter=lookahead draws no children; "
+                f"use tree.children=top_k with acceptance=target_only"
+            )
 
     def start(self, sequences: Sequence[Decoding]) -> None:
         for sequence in sequences:
@@ -110,11 +110,11 @@ class Lookahead(HostDrafter):
         depth = max(self.levels, self.window + self.ngram - 3)
         return tensors_of(trees, depth, most, context.roots.device)
 
-    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+    def commit(self, context: StepContext, acceptance: Acceptance, seen: Observation) -> None:
         if not self.levels:
             return
-        assert acceptance.candidates is not None
-        best, length = acceptance.candidates[..., 0].tolist(), acceptance.length.tolist()
+        assert seen.tokens is not None
+        best, length = seen.tokens[..., 0].tolist(), acceptance.length.tolist()
         for sequence, after, kept in zip(context.sequences, best, length, strict=True):
             found = self._windows[sequence.row].move(after, kept)
             for ngram in found:

@@ -2,11 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.matches import check_matches, reach, weight
-from specdec.protocols import Decoding, TreePolicy
+from specdec.request import Decoding
 
 
 class NGram(HostDrafter):
@@ -17,8 +16,6 @@ class NGram(HostDrafter):
     Lookup Decoding, Saxena 2023, keeps one). A match counts twice as much as one a token shorter.
 
     Args:
-        target: not needed.
-        tree: the tree policy.
         depth: longest continuation; None leaves it to the policy.
         min_match, max_match: shortest match that counts, and the length after which longer does
             not matter.
@@ -37,8 +34,6 @@ class NGram(HostDrafter):
     def __init__(
         self,
         *,
-        target: Any = None,
-        tree: TreePolicy,
         depth: int | None = None,
         min_match: int = 1,
         max_match: int = 8,
@@ -46,7 +41,7 @@ class NGram(HostDrafter):
         max_spec_factor: float = 2.0,
         candidates: int = 16,
     ) -> None:
-        super().__init__(tree=tree, depth=depth, candidates=candidates)
+        super().__init__(depth=depth, candidates=candidates)
         check_matches(min_match, max_match, max_spec_factor)
         if matches < 1:
             raise ValueError(f"drafter.matches={matches}: must be at least 1")

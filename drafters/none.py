@@ -1,7 +1,5 @@
 """drafter=none: plain autoregressive decoding, the baseline of every comparison."""
 
-from typing import Any
-
 from specdec.protocols import Drafter, StepContext
 from specdec.tree import TokenTree
 
@@ -10,9 +8,6 @@ class NoDrafter(Drafter):
     """Proposes the root alone, so each step is one pass of the target over one token."""
 
     on_device = True
-
-    def __init__(self, *, target: Any = None, tree: Any = None) -> None:
-        """`target` and `tree` are accepted like in any drafter and not needed."""
 
     def draft(self, context: StepContext) -> TokenTree:
         return TokenTree.roots(context.roots)

@@ -2,14 +2,16 @@
 outputs, in a datastore."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from specdec.drafters.automaton import END, Automaton
 from specdec.drafters.datastore import Datastore
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.matches import check_matches, reach, weight
 from specdec.drafters.state import Memory, Reset, check_reset
-from specdec.protocols import Decoding, TreePolicy
+from specdec.models.load import Models
+from specdec.models.paged import PagedLM
+from specdec.request import Decoding
 
 Found = list[tuple[Sequence[int], int]]
 """Continuations, and how often each was met."""
@@ -31,13 +33,11 @@ class Retriever(HostDrafter):
     each token of the source's match.
 
     Args:
-        target: the model to draft for; a datastore must be of its tokenizer.
-        tree: the tree policy.
         depth: longest continuation; None leaves it to the policy.
         min_match, max_match: shortest match that counts, and the length that is looked for at
             most.
         own_text: look in prompt and output.
-        datastore: folder of a datastore to look in; None for none.
+        datastore: folder of a datastore to look in, of the target's tokenizer; None for none.
         reset: after what the outputs of earlier requests are forgotten, as in
             `drafters/state.py`; "prompt" keeps none.
         order: "frequency" drafts all continuations of a match, "recent" only the latest of each
@@ -54,8 +54,6 @@ class Retriever(HostDrafter):
     def __init__(
         self,
         *,
-        target: Any = None,
-        tree: TreePolicy,
         depth: int | None = None,
         min_match: int = 1,
         max_match: int = 16,
@@ -67,7 +65,7 @@ class Retriever(HostDrafter):
         max_spec_factor: float | None = 2.0,
         candidates: int = 16,
     ) -> None:
-        super().__init__(tree=tree, depth=depth, candidates=candidates)
+        super().__init__(depth=depth, candidates=candidates)
         check_matches(min_match, max_match, max_spec_factor)
         check_reset(reset)
         if order not in ("frequency", "recent"):
@@ -82,12 +80,15 @@ class Retriever(HostDrafter):
         self.min_match, self.max_match, self.samples = min_match, max_match, samples
         self.own_text, self.order, self.max_spec_factor = own_text, order, max_spec_factor
         self.reset = reset
-        self.datastore = (
-            None if datastore is None else Datastore.open(datastore, tokenizer=target.tokenizer)
-        )
+        self.folder = datastore
+        self.datastore: Datastore | None = None
         self._history: Memory[Automaton] = Memory(reset, Automaton)
         self._own: dict[int, Automaton] = {}  # by row
         self._matched: dict[int, int] = {}  # by row
+
+    def load(self, target: PagedLM, models: Models) -> None:
+        if self.folder is not None:
+            self.datastore = Datastore.open(self.folder, tokenizer=target.tokenizer)
 
     def start(self, sequences: Sequence[Decoding]) -> None:
         for sequence in sequences:

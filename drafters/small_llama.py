@@ -8,8 +8,11 @@ from torch import Tensor
 from specdec.cached_model import CachedModel
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
-from specdec.protocols import Capacity, Decoding, StepContext, TreePolicy
+from specdec.observation import Observation
+from specdec.protocols import StepContext, TreePolicy
+from specdec.request import Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
 
 
@@ -22,8 +25,6 @@ class SmallLlama(GrowingDrafter):
     tree is one pass over its nodes, whose keys and values go to the tree scratch.
 
     Args:
-        target: the target model.
-        tree: the tree policy.
         path: model folder, hub id, zoo:NAME or standin:NAME.
         depth: levels of the tree; None leaves it to the policy.
         candidates: sampled children are drawn from the `candidates` most probable tokens,
@@ -39,22 +40,14 @@ class SmallLlama(GrowingDrafter):
     def __init__(
         self,
         *,
-        target: PagedLM,
-        tree: TreePolicy,
         path: str,
         depth: int | None = None,
         candidates: int = 64,
     ) -> None:
-        super().__init__(tree=tree, depth=depth, candidates=candidates)
-        self.lm = PagedLM.load(
-            path,
-            dtype=target.dtype,
-            device=target.device,
-            setting="drafter.path",
-            kernels=target.kernels,
-        )
-        self._match(target, path)
-        self.model = CachedModel(self.lm)
+        super().__init__(depth=depth, candidates=candidates)
+        self.path = path
+        self.lm: PagedLM
+        self.model: CachedModel
         # In a composition the tokens of a step are read at its end, while the host is busy, not
         # when the next draft begins; and nodes may lie deeper than this model drafts.
         self._reads_ahead, self._deeper = False, 0
@@ -65,7 +58,18 @@ class SmallLlama(GrowingDrafter):
         # Of the last draft: the trees, and [B, N] the scratch row of each node, -1 for none.
         self._drafted: tuple[TokenTree, Tensor]
 
-    def prepare(self, capacity: Capacity) -> None:
+    def load(self, target: PagedLM, models: Models) -> None:
+        self.lm = models.load(self.path, setting="drafter.path")
+        self._match(target)
+        self.model = CachedModel(self.lm)
+
+    def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
+        super().prepare(capacity, tree)
+        if self._joined is not None:
+            self._reads_ahead, self._deeper = True, self._joined - self.levels
+        self._make_room(capacity)
+
+    def _make_room(self, capacity: Capacity) -> None:
         self.model.prepare(capacity)
         rows, device = capacity.rows + 1, self.lm.device
         width = self._spelled(max(2, self.levels + self._deeper + 1))
@@ -87,9 +91,6 @@ class SmallLlama(GrowingDrafter):
 
     def finish(self, sequence: Decoding) -> None:
         self.model.finish(sequence)
-
-    def join(self, levels: int) -> None:
-        self._reads_ahead, self._deeper = True, levels - self.levels
 
     def begin(self, context: StepContext) -> Expand:
         if self._reads_ahead:
@@ -124,7 +125,7 @@ class SmallLlama(GrowingDrafter):
         self._drafted = tree, slots
         return tree
 
-    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+    def commit(self, context: StepContext, acceptance: Acceptance, seen: Observation) -> None:
         if not self.levels:
             return
         tree, slots = self._drafted
@@ -141,7 +142,9 @@ class SmallLlama(GrowingDrafter):
         place = place.clamp(max=tokens.shape[1] - 1)
         self._note(rows, tokens.gather(1, place), acceptance.length - known)
 
-    def follow(self, context: StepContext, tree: TokenTree, acceptance: Acceptance) -> None:
+    def follow(
+        self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
+    ) -> None:
         self._note(context.rows, acceptance.new_tokens(tree), acceptance.length)
 
     def _note(self, rows: Tensor, tokens: Tensor, count: Tensor) -> None:
@@ -158,7 +161,7 @@ class SmallLlama(GrowingDrafter):
     def _read(self, rows: Tensor, width: int) -> Tensor:
         """Commit what was noted: [B, V] logits after the last token."""
         news, count = self._news[rows, :width], self._count[rows]
-        if news.device.type == "cpu":  # where a look is free, and a narrower pass cheaper
+        if self.lm.looks:  # where a look is free, and a narrower pass cheaper
             news = news[:, : int(count.max())]
         return self.lm.append(self.model.cache, rows, news, count)
 
@@ -186,9 +189,9 @@ class SmallLlama(GrowingDrafter):
 
     # The same tokens as the target's; a draft of another tokenizer knows better.
 
-    def _match(self, target: PagedLM, path: str) -> None:
+    def _match(self, target: PagedLM) -> None:
         """Make sure that the two models speak of the same tokens, `vocab_size` of them."""
-        check_vocabulary(self.lm, target, setting=f"drafter.path={path}")
+        check_vocabulary(self.lm, target, setting=f"drafter.path={self.path}")
         self.vocab_size = min(self.lm.vocab_size, target.vocab_size)
 
     def _reread(self, sequence: Decoding) -> Decoding:

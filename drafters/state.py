@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from typing import Generic, Literal, TypeVar, get_args
 
-from specdec.protocols import Decoding, Request
+from specdec.request import Decoding, Request
 
 T = TypeVar("T")
 Reset = Literal["prompt", "category", "never"]

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.protocols import StepContext, TreePolicy
 
@@ -21,8 +22,6 @@ class Synthetic(GrowingDrafter):
     stop token that was never the target's: `ignore_eos=true` makes them equally long.
 
     Args:
-        target: the model to draft for.
-        tree: the tree policy.
         rates: the chance to accept a node once its parent is accepted. A number is that of the
             only child of every node. A list goes by depth, its last entry serves all deeper
             levels; an entry is a number, or a list by rank, the most probable child first.
@@ -36,25 +35,31 @@ class Synthetic(GrowingDrafter):
     composable = False
     acceptance = "synthetic"  # the rule that makes its rates come true
 
-    def __init__(
-        self, *, target: PagedLM, tree: TreePolicy, rates: Rates = 0.8, depth: int | None = None
-    ) -> None:
-        super().__init__(tree=tree, depth=depth, candidates=1)
+    def __init__(self, *, rates: Rates = 0.8, depth: int | None = None) -> None:
+        super().__init__(depth=depth, candidates=1)
+        self.rates, self._rows = rates, by_depth(rates)
+        self.vocab_size = 0
+        self._rates: Tensor  # [D, K]
+        self._ranks: Tensor  # [K]
+
+    def check(self, tree: TreePolicy) -> None:
+        super().check(tree)
         if tree.children != "top_k":
             raise ValueError(
                 f"tree.children={tree.children}: drafter.rates are chances to be accepted and "
                 f"need not sum to 1, so no child can be drawn from them; use top_k"
             )
-        rows = by_depth(rates)
+
+    def load(self, target: PagedLM, models: Models) -> None:
         self.vocab_size = target.vocab_size
-        most = max(map(len, rows))
+        most = max(map(len, self._rows))
         if most > self.vocab_size:
             raise ValueError(
-                f"drafter.rates={rates}: {most} children of a node, but the target has only "
+                f"drafter.rates={self.rates}: {most} children of a node, but the target has only "
                 f"{self.vocab_size} tokens"
             )
-        padded = [row + [0.0] * (most - len(row)) for row in rows]
-        self._rates = torch.tensor(padded, dtype=torch.float64, device=target.device)  # [D, K]
+        padded = [row + [0.0] * (most - len(row)) for row in self._rows]
+        self._rates = torch.tensor(padded, dtype=torch.float64, device=target.device)
         self._ranks = torch.arange(most, device=target.device)
 
     def begin(self, context: StepContext) -> Expand:

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.state import Reset, check_reset, state_key
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
-from specdec.protocols import Capacity, Decoding, StepContext, TreePolicy
+from specdec.observation import Observation, Observes
+from specdec.protocols import StepContext, TreePolicy
+from specdec.request import Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
 
 UNKNOWN = -1  # in the table, where a token has fewer successors than there is room for
@@ -29,12 +32,12 @@ class TokenRecycling(GrowingDrafter):
     longest is forgotten, of those without a running sequence.
 
     Args:
-        target: the model to draft for.
-        tree: the tree policy.
         depth: levels of the tree; None leaves it to the policy.
         successors: remembered for each token, k in the paper; sampled children come from them.
         decay: how much less probable each rank is than the one before.
         from_prompt: also learn what follows each token of a prompt, where nothing is known yet.
+        prompt_candidates: also learn what the target itself finds probable after each token of a
+            prompt, for which the output head sees all of it.
         reset: after what the table is emptied, as in `drafters/state.py`.
 
     Raises:
@@ -47,38 +50,46 @@ class TokenRecycling(GrowingDrafter):
     def __init__(
         self,
         *,
-        target: PagedLM,
-        tree: TreePolicy,
         depth: int | None = None,
         successors: int = 8,
         decay: float = 0.5,
         from_prompt: bool = True,
+        prompt_candidates: bool = False,
         reset: Reset = "prompt",
     ) -> None:
-        if not 1 <= successors <= target.vocab_size:
-            raise ValueError(
-                f"drafter.successors={successors}: must be from 1 to the vocabulary's "
-                f"{target.vocab_size}"
-            )
+        if successors < 1:
+            raise ValueError(f"drafter.successors={successors}: must be at least 1")
         if not 0 < decay <= 1:
             raise ValueError(f"drafter.decay={decay}: must be above 0 and at most 1")
         check_reset(reset)
-        super().__init__(tree=tree, depth=depth, candidates=successors)
-        self.vocab_size, self.device = target.vocab_size, target.device
-        self.observes, self.from_prompt, self.reset = successors, from_prompt, reset
-        weights = decay ** torch.arange(successors, dtype=torch.float64, device=self.device)
+        super().__init__(depth=depth, candidates=successors)
+        self.observes = Observes(tokens=successors, prompts=prompt_candidates)
+        self.successors, self.from_prompt, self.reset = successors, from_prompt, reset
+        weights = decay ** torch.arange(successors, dtype=torch.float64)
         self._shares = weights / weights.sum()  # [k]
+        self.vocab_size = 0
+        self.device: torch.device
         self._keys: _Slots
         self._slot: Tensor  # [rows] the slot of each cache row
         # [slots * V + 1, k] ids; the last one is written where there is nothing to learn.
         self._table: Tensor
         self._drafted: TokenTree
 
-    def prepare(self, capacity: Capacity) -> None:
+    def load(self, target: PagedLM, models: Models) -> None:
+        self.vocab_size, self.device = target.vocab_size, target.device
+        if self.successors > self.vocab_size:
+            raise ValueError(
+                f"drafter.successors={self.successors}: must be from 1 to the vocabulary's "
+                f"{self.vocab_size}"
+            )
+        self._shares = self._shares.to(self.device)
+
+    def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
+        super().prepare(capacity, tree)
         most = {"prompt": capacity.rows, "category": max(self.CATEGORIES, capacity.rows)}
         self._keys = _Slots(most.get(self.reset, 1))
         self._slot = torch.zeros(capacity.rows + 1, dtype=torch.int64, device=self.device)
-        shape = self._keys.count * self.vocab_size + 1, self.observes
+        shape = self._keys.count * self.vocab_size + 1, self.successors
         self._table = torch.full(shape, UNKNOWN, dtype=torch.int32, device=self.device)
 
     def start(self, sequences: Sequence[Decoding]) -> None:
@@ -89,7 +100,14 @@ class TokenRecycling(GrowingDrafter):
             if fresh:
                 self._table[first : first + self.vocab_size] = UNKNOWN
             if self.from_prompt:
-                self._read(sequence.tokens, first)
+                self._read_text(sequence.tokens, first)
+
+    def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
+        assert seen.tokens is not None
+        inside = torch.arange(tokens.shape[1], device=self.device) < length[:, None]
+        for place in range(len(rows)):  # one by one: what `_learn` compares grows with the square
+            one = slice(place, place + 1)
+            self._learn(rows[one], tokens[one], inside[one], seen.tokens[one])
 
     def finish(self, sequence: Decoding) -> None:
         key = state_key(sequence.request, self.reset)
@@ -103,7 +121,7 @@ class TokenRecycling(GrowingDrafter):
         first = self._slot[context.rows][:, None] * self.vocab_size  # [B, 1]
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
-            count = self.observes
+            count = self.successors
             if self.tree.children == "top_k":
                 count = min(count, self.tree.width(frontier.level))
             ids = self._table[first + frontier.tokens]  # [B, F, k]
@@ -118,33 +136,40 @@ class TokenRecycling(GrowingDrafter):
         self._drafted = tree
         return tree
 
-    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+    def commit(self, context: StepContext, acceptance: Acceptance, seen: Observation) -> None:
         if self.levels:
-            self.follow(context, self._drafted, acceptance)
+            self.follow(context, self._drafted, acceptance, seen)
 
-    def follow(self, context: StepContext, tree: TokenTree, acceptance: Acceptance) -> None:
+    def follow(
+        self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
+    ) -> None:
         """Every node of the trees, kept or not, says what follows its token."""
-        assert acceptance.candidates is not None
+        assert seen.tokens is not None
         node = torch.arange(tree.nodes, device=self.device)
         real = (node < tree.size[:, None]) & (acceptance.length > 0)[:, None]  # [B, N]
-        place = self._slot[context.rows][:, None] * self.vocab_size + tree.tokens
+        self._learn(context.rows, tree.tokens, real, seen.tokens)
+
+    def _learn(self, rows: Tensor, tokens: Tensor, real: Tensor, best: Tensor) -> None:
+        """What is most probable [B, N, K] after tokens [B, N] of the cache rows [B], where they
+        are `real` [B, N]."""
+        place = self._slot[rows][:, None] * self.vocab_size + tokens
         place = torch.where(real, place, len(self._table) - 1).flatten()  # [B * N]
         # Of the nodes with the same token the last one writes: on a GPU it might be any.
         later = (place[:, None] == place).triu(1).any(1)
         place = place.masked_fill(later, len(self._table) - 1)
-        found = acceptance.candidates[..., : self.observes].flatten(0, 1)
+        found = best[..., : self.successors].flatten(0, 1)
         self._table[place] = found.to(self._table.dtype)
 
-    def _read(self, tokens: Sequence[int], first: int) -> None:
+    def _read_text(self, tokens: Sequence[int], first: int) -> None:
         """Learn the successors of each token of a text, the latest one best."""
         follows: dict[int, list[int]] = {}
         for token, after in zip(reversed(tokens[:-1]), reversed(tokens[1:]), strict=True):
             known = follows.setdefault(token, [])
-            if len(known) < self.observes and after not in known:
+            if len(known) < self.successors and after not in known:
                 known.append(after)
         if not follows:
             return
-        new = torch.tensor([k + [UNKNOWN] * (self.observes - len(k)) for k in follows.values()])
+        new = torch.tensor([k + [UNKNOWN] * (self.successors - len(k)) for k in follows.values()])
         place = first + torch.tensor(list(follows), device=self.device)
         old = self._table[place]
         self._table[place] = torch.where(old[:, :1] == UNKNOWN, new.to(old), old)

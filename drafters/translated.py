@@ -8,7 +8,7 @@ from torch import Tensor
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.vocabulary import Translation
 from specdec.models.paged import PagedLM
-from specdec.protocols import Capacity, Decoding, Request, TreePolicy
+from specdec.request import Capacity, Decoding, Request
 
 STRETCH = 2  # draft tokens there is room for, for each of the target's
 
@@ -30,8 +30,6 @@ class Translated(SmallLlama):
     room is used up is not read any more.
 
     Args:
-        target: the target model.
-        tree: the tree policy.
         path: model folder, hub id, zoo:NAME or standin:NAME. With the target's own tokenizer it
             drafts what `SmallLlama` does.
         depth, candidates: as for `SmallLlama`.
@@ -46,8 +44,6 @@ class Translated(SmallLlama):
     def __init__(
         self,
         *,
-        target: PagedLM,
-        tree: TreePolicy,
         path: str,
         depth: int | None = None,
         candidates: int = 64,
@@ -55,16 +51,16 @@ class Translated(SmallLlama):
     ) -> None:
         if not 0 <= min_overlap <= 1:
             raise ValueError(f"drafter.min_overlap={min_overlap}: must be from 0 to 1")
+        super().__init__(path=path, depth=depth, candidates=candidates)
         self.min_overlap = min_overlap
-        super().__init__(target=target, tree=tree, path=path, depth=depth, candidates=candidates)
 
-    def prepare(self, capacity: Capacity) -> None:
+    def _make_room(self, capacity: Capacity) -> None:
         tokens = min(STRETCH * capacity.max_tokens, self.lm.max_context)
         pages = None if capacity.pages is None else STRETCH * capacity.pages
-        super().prepare(replace(capacity, max_tokens=tokens, pages=pages))
+        super()._make_room(replace(capacity, max_tokens=tokens, pages=pages))
 
-    def _match(self, target: PagedLM, path: str) -> None:
-        setting = f"drafter.path={path}"
+    def _match(self, target: PagedLM) -> None:
+        setting = f"drafter.path={self.path}"
         self.translation = Translation(
             target.tokenizer,
             self.lm.tokenizer,

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import index
 
 from specdec.drafters.host import HostDrafter
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
-from specdec.protocols import Decoding, TreePolicy
+from specdec.request import Decoding
 
 Function = Callable[[list[int]], Iterable[Sequence[int]]]
 """From the ids of prompt and output so far to continuations, the best first."""
@@ -22,8 +23,6 @@ class UserFunction(HostDrafter):
 
     Args:
         function: called once for each sequence and step; no continuation at all is a legal answer.
-        target: the model to draft for.
-        tree: the tree policy.
         depth: longest continuation; None leaves it to the policy.
         candidates: children considered per node when they are sampled.
 
@@ -36,14 +35,16 @@ class UserFunction(HostDrafter):
         self,
         *,
         function: Function,
-        target: PagedLM,
-        tree: TreePolicy,
         depth: int | None = None,
         candidates: int = 16,
     ) -> None:
-        super().__init__(tree=tree, depth=depth, candidates=candidates)
-        self.function, self.vocab_size = function, target.vocab_size
+        super().__init__(depth=depth, candidates=candidates)
+        self.function = function
+        self.vocab_size = 0
         self._read: dict[int, int] = {}  # tokens behind the last answer, by row
+
+    def load(self, target: PagedLM, models: Models) -> None:
+        self.vocab_size = target.vocab_size
 
     def match_length(self, sequence: Decoding) -> int:
         return self._read.get(sequence.row, 0)

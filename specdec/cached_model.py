@@ -4,13 +4,14 @@ What the verifier and every drafting model share: taking prompts in (common begi
 giving rows back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from specdec.cache import CacheFullError, PagedKVCache
-from specdec.lab.environment import free_memory
-from specdec.models.paged import PagedLM
-from specdec.protocols import Capacity, Decoding
+from specdec.models.paged import PagedLM, See
+from specdec.models.placement import free_memory
+from specdec.request import Capacity, Decoding
 
+Join = Callable[[list[Decoding]], Sequence[Decoding]]
 MEMORY_SHARE = 0.8  # of the free memory of a GPU that pages may take
 
 
@@ -62,12 +63,18 @@ class CachedModel:
             )
         return pages
 
-    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
+    def start(
+        self, sequences: Sequence[Decoding], join: Join | None = None, see: See | None = None
+    ) -> list[Decoding]:
         """Open rows and prefill all but the last token of each sequence, in order, until the pool
         is full.
 
         A prompt that begins like another of the same call waits until the other's pages can be
         shared.
+
+        Args:
+            join: as in `Verifier.start`.
+            see: as in `PagedLM.prefill`.
 
         Returns:
             The sequences that found room.
@@ -78,29 +85,40 @@ class CachedModel:
         started: list[Decoding] = []
         pending = list(sequences)
         while pending:
-            wave: list[Decoding] = []
-            later: list[Decoding] = []
-            rest: list[list[int]] = []
-            for sequence in pending:
-                prefix = sequence.tokens[:-1]
-                common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
-                if common // self.cache.page_size * self.cache.page_size > self.cache.shareable(
-                    prefix
-                ):
-                    later.append(sequence)
-                    continue
-                tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
-                try:
-                    done = self.cache.open(sequence.row, tokens=tokens, prefix=prefix)
-                except CacheFullError:
-                    later = []
-                    break
-                wave.append(sequence)
-                rest.append(prefix[done:])
-            self.lm.prefill(self.cache, [s.row for s in wave], rest, chunk=self.prefill_chunk)
-            started += wave
-            pending = later
+            wave, rest, pending = self._open(pending)
+            taken = len(join(wave)) if join is not None and wave else len(wave)
+            if taken < len(wave):
+                pending = []
+            for sequence in wave[taken:]:
+                self.finish(sequence)
+            rows = [sequence.row for sequence in wave[:taken]]
+            self.lm.prefill(self.cache, rows, rest[:taken], chunk=self.prefill_chunk, see=see)
+            started += wave[:taken]
         return started
+
+    def _open(
+        self, pending: list[Decoding]
+    ) -> tuple[list[Decoding], list[list[int]], list[Decoding]]:
+        """Rows for those that share nothing with one another but what is in the cache already, as
+        far as there is room: these, what is to be prefilled of each, and who is next."""
+        wave: list[Decoding] = []
+        later: list[Decoding] = []
+        rest: list[list[int]] = []
+        page = self.cache.page_size
+        for sequence in pending:
+            prefix = sequence.tokens[:-1]
+            common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
+            if common // page * page > self.cache.shareable(prefix):
+                later.append(sequence)
+                continue
+            tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
+            try:
+                done = self.cache.open(sequence.row, tokens=tokens, prefix=prefix)
+            except CacheFullError:
+                return wave, rest, []
+            wave.append(sequence)
+            rest.append(prefix[done:])
+        return wave, rest, later
 
     def finish(self, sequence: Decoding) -> None:
         self.cache.close(sequence.row)

@@ -1,62 +1,30 @@
-"""The plug points: Drafter, TreePolicy, AcceptanceRule, Recorder. Each contract is in its
-docstring.
+"""The plug points: Drafter, TreePolicy, AcceptanceRule, and the Verifier they meet. Each contract
+is in its docstring.
 
 Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candidates.
 """
 
+import re
 import traceback
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from specdec.cache import PagedKVCache
 from specdec.kernels import reference
+from specdec.kernels.choose import Kernels
+from specdec.models.load import Models
+from specdec.models.paged import PagedLM
+from specdec.observation import Observation, Observes
+from specdec.request import Capacity, Decoding
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A prompt to decode.
-
-    Args:
-        id: what seeds its random numbers; unique in a run.
-        prompt_ids: at least one token.
-        max_new_tokens: decoding ends there at the latest.
-        category: of prompts, for drafters that learn by category.
-    """
-
-    id: int
-    prompt_ids: Sequence[int]
-    max_new_tokens: int
-    category: str | None = None
-
-    @property
-    def max_tokens(self) -> int:
-        return len(self.prompt_ids) + self.max_new_tokens
-
-
-@dataclass(slots=True, eq=False)
-class Decoding:
-    """A request being decoded: its tokens so far and what it has cost. `row` is its place in every
-    cache."""
-
-    request: Request
-    row: int
-    tokens: list[int]  # prompt and output; the last one has no keys and values yet
-    steps: int = 0
-    drafted: int = 0  # nodes proposed, the root not counted
-    accepted_lengths: list[int] = field(default_factory=list)  # new tokens of each step
-    finish_reason: str | None = None  # "stop", "length" or "context"
-
-    @property
-    def output_ids(self) -> list[int]:
-        return self.tokens[len(self.request.prompt_ids) :]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -117,91 +85,77 @@ class DraftError(RuntimeError):
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
-    """How much the caches of a run must hold.
-
-    Args:
-        rows: sequences at a time.
-        max_tokens: the longest sequence.
-        page_size: tokens of a page.
-        pages: pages of each cache; None is enough for `rows` sequences of `max_tokens`, or what
-            the memory of the GPU holds.
-        kv_dtype: what the pages hold keys and values as; None for the type of each model.
-
-    Raises:
-        ValueError: so few pages that not even one such sequence fits.
-    """
-
-    rows: int
-    max_tokens: int
-    page_size: int = 16
-    pages: int | None = None
-    kv_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        needed = self.pages_of_a_row
-        if self.pages is not None and self.pages < needed:
-            raise ValueError(
-                f"cache.pages={self.pages}: {self.max_tokens} tokens of a sequence need {needed}; "
-                f"raise cache.pages or lower max_new_tokens"
-            )
-
-    @property
-    def pages_of_a_row(self) -> int:
-        return -(-self.max_tokens // self.page_size)
-
-    @property
-    def pool_pages(self) -> int:
-        return self.rows * self.pages_of_a_row if self.pages is None else self.pages
-
-
 class Drafter:
     """Guesses a tree of next tokens for each sequence. `draft` is the only method a drafter must
     have.
 
-    The runner builds it as `YourDrafter(target=..., tree=..., **settings of its YAML)`, where
-    `target` is the target's `PagedLM` and `tree` the tree policy.
+    It is made of the settings of its YAML, `YourDrafter(**settings)`, and may refuse them. Then
+    come `check`, before any model is loaded, `load`, and for every run `prepare`.
 
-    `sampled_children` says what `tree.children=auto` becomes at temperature above 0: True if its
-    probabilities are good enough to sample children from, False to take its most probable tokens.
-
-    `on_device` says where `draft` and `commit` find what they need. False: in the tokens of
-    `context.sequences`; the tensors of the context and of the tree are then the host's, and a step
-    begins when the tokens of the last one have arrived. True: in tensors of the device alone; then
-    on a GPU neither may wait for it, they are captured in CUDA graphs, and the host prepares a
-    step while the last one runs. A drafter that needs both says True and has `variants`: then
-    `look` is called before each `draft`, when the tokens of the last step have arrived; it may
-    look at them and write to tensors, and what it returns, one of the variants, is what `draft`
-    and `commit` depend on besides tensors.
-
-    `most_nodes` is the size of its trees at most, the root included, if it works on the host;
-    None if it cannot say.
-
-    `sources` are the names that the numbers in `TokenTree.source` stand for.
-
-    `observes` is how many of the target's most probable tokens at every node it wants to learn
-    from: `commit` then finds them in `Acceptance.candidates`.
-
-    `reset` says after what it forgets what it learns online ("prompt", "category" or "never", as
-    in `drafters/state.py`); None if it learns nothing. The summary of a run repeats it.
+    Attributes:
+        name: what messages call it; the runner gives that of its YAML.
+        depth: levels it drafts at most, the setting `depth` of most drafters; None leaves it to
+            the tree policy.
+        sampled_children: what `tree.children=auto` becomes at temperature above 0: True if its
+            probabilities are good enough to sample children from, False to take its most probable
+            tokens.
+        acceptance: the one rule that it works with, by name; None for any.
+        on_device: where `draft` and `commit` find what they need. False: in the tokens of
+            `context.sequences`; the tensors of the context and of the tree are then the host's,
+            and a step begins when the tokens of the last one have arrived. True: in tensors of the
+            device alone; then on a GPU neither may wait for it, they are captured in CUDA graphs,
+            and the host prepares a step while the last one runs.
+        variants: for one that needs both, with `on_device`: `look` is called before each `draft`,
+            when the tokens of the last step have arrived; it may look at them and write to
+            tensors, and what it returns, one of the variants, is what `draft` and `commit` depend
+            on besides tensors.
+        most_nodes: the size of its trees at most, the root included, if it works on the host; None
+            if it cannot say.
+        sources: the names that the numbers in `TokenTree.source` stand for.
+        observes: what it wants to see of the target; `commit` and `read` get it.
+        reset: after what it forgets what it learns online ("prompt", "category" or "never", as in
+            `drafters/state.py`); None if it learns nothing. The summary of a run repeats it.
     """
 
+    name = ""
+    depth: int | None = None
     sampled_children = False
+    acceptance: str | None = None
     on_device = False
-    name = ""  # what messages call it; the runner gives that of its YAML
     variants: Sequence[Hashable] = ()
     most_nodes: int | None = None
     sources: Sequence[str] = ()
-    observes = 0
+    observes = Observes()
     reset: str | None = None
 
-    def prepare(self, capacity: Capacity) -> None:
-        """Once per run, before the first prompt: make room for this many sequences."""
+    def check(self, tree: "TreePolicy") -> None:
+        """Raise ValueError, naming the setting, for trees that it cannot draft."""
+
+    def load(self, target: PagedLM, models: Models) -> None:
+        """Once, before the first `prepare`: get what it needs besides its settings, such as the
+        vocabulary of the target, or a model from `models`, which loads each once.
+
+        Raises:
+            ValueError: it cannot draft for this target; one line that names the setting.
+        """
+
+    def prepare(self, capacity: Capacity, tree: "TreePolicy") -> None:
+        """Once per run, before the first prompt: make room for so many sequences, and draft trees
+        of this policy, which `check` has passed."""
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding] | None:
         """These sequences have just joined the batch; all but the last of their tokens are
         context. Returned are those there is room for, in order, or None: all."""
+
+    def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
+        """After `start`, if it `observes` prompts: the target has read more of some of them, in
+        order.
+
+        Args:
+            rows: [B] int64, cache rows.
+            tokens: [B, N] int64, of which `length` [B] count.
+            seen: after each of them.
+        """
 
     def look(self, sequences: Sequence[Decoding], wanted: Any = None) -> Hashable:
         """On the host, for a drafter with `variants`: which of them the next `draft` of these
@@ -213,9 +167,9 @@ class Drafter:
         answer."""
         raise NotImplementedError
 
-    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
-        """The rule has kept this much of the trees of the last `draft`. `context` is that of the
-        draft."""
+    def commit(self, context: StepContext, acceptance: Acceptance, seen: Observation) -> None:
+        """The rule has kept this much of the trees of the last `draft`, at whose nodes so much was
+        `seen`. `context` is that of the draft."""
 
     def finish(self, sequence: Decoding) -> None:
         """This sequence has left the batch."""
@@ -224,16 +178,63 @@ class Drafter:
         """Drop all that was learnt online. Called when a run begins, no sequence is running."""
 
 
-class TreePolicy(Protocol):
-    """Decides which candidates become nodes, level by level (`drafters/growth.py` does the rest).
+@contextmanager
+def part_of(setting: str) -> Iterator[None]:
+    """What a drafter refuses it calls by names outside of any composition; here those of
+    `setting`."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"\bdrafter\.(?!parts\b)", f"{setting}.", str(error))
+        raise ValueError(text) from error
 
-    Attributes:
-        budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
-        children: how children are chosen.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """How far trees have grown when a policy is asked.
+
+    Args:
+        level: depth of the nodes that are getting children; 0 is the root.
+        levels: how many there will be.
+        offered: children offered to each node, of every level up to this one: no more than the
+            policy's width, fewer where the draft has fewer candidates.
+        sampled: whether which tokens the children are is drawn afterwards.
+        kernels: the module that computes.
     """
 
-    budget: int
-    children: Children
+    level: int
+    levels: int
+    offered: tuple[int, ...]
+    sampled: bool
+    kernels: ModuleType
+
+
+class TreePolicy:
+    """Decides which candidates become nodes, level by level (`drafters/growth.py` does the rest).
+    This one makes each a node, expands every node and keeps all.
+
+    A policy is a pure object: its answers depend on what it is asked alone, so that any number of
+    drafters may share it.
+
+    Args:
+        budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
+        children: how children are chosen: "top_k" (a node's most probable tokens), "sample" (drawn
+            without replacement) or "sample_with_replacement".
+
+    Attributes:
+        takes_all: whether `select`, `expand` and `keep` are those of this class, so that nobody
+            need ask.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    takes_all = False
+
+    def __init__(self, *, budget: int, children: str = "top_k") -> None:
+        check_basics(budget, children)
+        self.budget = budget
+        self.children: Children = children  # type: ignore[assignment]  # checked above
 
     def levels(self, depth: int | None) -> int:
         """Levels to grow when the drafter asks for `depth` (None: as the policy likes).
@@ -241,51 +242,70 @@ class TreePolicy(Protocol):
         Raises:
             ValueError: the two contradict each other.
         """
+        raise NotImplementedError
 
     def width(self, level: int) -> int:
         """Children a node of this level may have at most; level 0 is the root."""
+        raise NotImplementedError
 
-    def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
+    def select(self, at: Growth, scores: Tensor) -> Tensor | None:
         """[B, F, width] bool: which child slots of the F nodes of a level become nodes, -inf ones
-        never.
+        never; None for all.
 
         Slot r stands for the r-th most probable child; scores are logs of the cumulative draft
-        probability. With `sampled` children only the number of slots per node counts: which tokens
+        probability. With sampled children only the number of slots per node counts: which tokens
         fill them is drawn afterwards, so that the choice cannot depend on them and the recursive
         rules stay lossless.
         """
+        return None
 
-    def expand(self, level: int, scores: Tensor) -> Tensor | None:
-        """[B, F'] indices of the new nodes ([B, C] scores) that get children in their turn; None
-        for all."""
+    def expand(self, at: Growth, scores: Tensor) -> Tensor | None:
+        """[B, F'] indices of the new nodes below this level ([B, C] scores) that get children in
+        their turn; None for all."""
+        return None
 
-    def keep(self, scores: Tensor) -> Tensor | None:
+    def keep(self, scores: Tensor, kernels: ModuleType) -> Tensor | None:
         """[B, T] bool: which nodes stay, the root left out, given top-k children ([B, T] scores);
         None for all.
 
         Must keep the parent of whatever it keeps. Never called with sampled children.
         """
+        return None
 
 
-class AcceptanceRule(Protocol):
+def check_basics(budget: int, children: str) -> None:
+    """Raise ValueError, naming the setting, unless any policy could have these."""
+    if budget < 0:
+        raise ValueError(f"tree.budget={budget}: must be 0 (no drafting) or positive")
+    if children not in get_args(Children):
+        known = ", ".join(get_args(Children))
+        raise ValueError(f"tree.children={children}: must be one of {known}")
+
+
+class AcceptanceRule:
     """Keeps the longest path of each tree that it may keep, and one token of the target's own.
 
     Attributes:
         name: what records and messages call it.
         needs_proposal: True if it reads the draft probabilities (`TokenTree.proposal`).
         chains: True if above temperature 0 it judges chains alone.
+        synthetic: True if its outputs are not meant to be the target's; everything a run leaves
+            then says so.
     """
 
     name: str
     needs_proposal: bool = False
     chains: bool = False
+    synthetic: bool = False
 
     def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
         """Why outputs would not follow the target's distribution with such children; None: they
         do."""
+        raise NotImplementedError
 
     def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
         """Walk the trees, given the target's logits [B, N, V] at every node."""
+        raise NotImplementedError
 
 
 class Verifier(Protocol):
@@ -293,17 +313,42 @@ class Verifier(Protocol):
     accepted."""
 
     @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def kernels(self) -> Kernels:
+        """Which implementation computes; the loop and the rules use the same."""
+
+    @property
+    def max_context(self) -> int:
+        """Positions the target has."""
+
+    @property
     def cache(self) -> PagedKVCache | None:
         """The target's keys and values, None if it has none."""
 
-    def prepare(self, capacity: Capacity) -> None:
-        """As `Drafter.prepare`."""
+    def prepare(self, capacity: Capacity, observes: Observes) -> None:
+        """Once per run: make room, and know what the drafter wants to see."""
 
-    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
-        """Take these sequences in, in order, as far as there is room; those taken are returned."""
+    def start(
+        self,
+        sequences: Sequence[Decoding],
+        join: Callable[[list[Decoding]], Sequence[Decoding]],
+        read: Callable[[Tensor, Tensor, Tensor, Observation], None],
+    ) -> list[Decoding]:
+        """Take these sequences in, in order, as far as there is room.
 
-    def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
-        """[B, N, V] logits of the target at every node."""
+        Args:
+            join: called with those that found room, before their prompts are read; returns those
+                that the drafter takes too.
+            read: as `Drafter.read`, called if that is asked for.
+
+        Returns:
+            Those taken.
+        """
+
+    def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
+        """[B, N, V] logits of the target at every node, and what the drafter wants to see."""
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
         """The rule has kept this much of the trees of the last `verify`."""

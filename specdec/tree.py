@@ -84,6 +84,11 @@ class TokenTree:
     def nodes(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def support(self) -> int:
+        """Draft candidates kept per node."""
+        return 0 if self.proposal is None else self.proposal.ids.shape[2]
+
     def tensors(self) -> list[Tensor]:
         """All there are, in a fixed order."""
         found = [self.tokens, self.parents, self.size]
@@ -162,14 +167,11 @@ class Acceptance:
         length: [B] int64, nodes kept, the root included; equals the number of new tokens. 0 for an
             idle row.
         next_token: [B] int64, the target's own token after the path (a correction or a bonus).
-        candidates: [B, N, K] int64, the target's most probable tokens after every node, best
-            first, for drafters that learn from them (`Drafter.observes`); else None.
     """
 
     path: Tensor
     length: Tensor
     next_token: Tensor
-    candidates: Tensor | None = None
 
     def new_tokens(self, tree: TokenTree) -> Tensor:
         """[B, depth + 1] int64: the first `length` entries of each row are the tokens gained this

@@ -1,18 +1,14 @@
 """Block verification: the tokens of a chain are accepted together, not one by one."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from specdec.kernels import reference
-from specdec.tree import Proposal, TokenTree
-from specdec.verifier.support import of_parents
-from specdec.verifier.traversal import Traversal
-from specdec.verifier.walk import Path, descend_to
+from specdec.verifier.support import SupportRule, Trial, of_parents
+from specdec.verifier.traversal import traverse
+from specdec.verifier.walk import Path, at, descend_to
 
 
-class Block(Traversal):
+class Block(SupportRule):
     """Block verification of chains (Sun et al. 2024, algorithm 2).
 
     A node has the weight w = min(1, w' * p(x) / q(x)), where w' is that of its parent, and the
@@ -28,41 +24,42 @@ class Block(Traversal):
     name = "block"
     chains = True
 
-    def verdict(
-        self,
-        tree: TokenTree,
-        proposal: Proposal,
-        target: Tensor,
-        coins: Tensor,
-        kernels: ModuleType = reference,
-    ) -> tuple[Path, Tensor]:
-        if kernels is not reference:  # on a chain traversal is the same, and has a kernel
-            return super().verdict(tree, proposal, target, coins, kernels)
-        chance, weight, left = chances(tree, proposal, target)
-        node = torch.arange(tree.nodes, device=chance.device)
-        kept = (coins < chance) & (node < tree.size[:, None])
-        last = (kept * node).amax(1)
-        rows = torch.arange(len(last), device=last.device)
-        share = weight[rows, last].clamp(min=_tiny(weight))[:, None]
-        inner = (last + 1 < tree.size)[:, None]
-        rest = torch.where(inner, left[rows, last] / share, target[rows, last])
-        return descend_to(tree, last, kernels), rest
+    def verdict(self, trial: Trial) -> tuple[Path, Tensor]:
+        return judge_chains(trial)
 
 
-def chances(tree: TokenTree, proposal: Proposal, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def judge_chains(trial: Trial) -> tuple[Path, Tensor]:
+    """The verdict of block verification."""
+    if trial.kernels.LOOKS:
+        last, left = _all_at_once(trial)
+    else:  # on a chain traversal is the same, and has a kernel
+        last, left, _ = traverse(trial)
+    return descend_to(trial.tree, last, trial.kernels), left
+
+
+def _all_at_once(trial: Trial) -> tuple[Tensor, Tensor]:
+    """(last [B], left [B, K]) as in `traverse`."""
+    chance, weight, left = chances(trial)
+    size = trial.tree.size
+    node = torch.arange(trial.tree.nodes, device=chance.device)
+    kept = (trial.coins < chance) & (node < size[:, None])
+    last = (kept * node).amax(1)
+    rest, share, whole = at(last, left, weight[..., None], trial.target)
+    inner = (last + 1 < size)[:, None]
+    return last, torch.where(inner, rest / share.clamp(min=_tiny(share)), whole)
+
+
+def chances(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
     """What the coins are compared with.
-
-    Args:
-        target: [B, N, K], the target's mass on the support of every node.
 
     Returns:
         (chance [B, N]: of each node to be the last one kept, once those after it are not;
         weight [B, N];
         left [B, N, K]: max(w * p - q, 0) on the support of every node.)
     """
-    weight = weights(tree, proposal, target)
+    tree, target, weight = trial.tree, trial.target, weights(trial)
     node = torch.arange(tree.nodes, device=weight.device)
-    left = (weight[..., None] * target - proposal.probs).clamp(min=0.0)
+    left = (weight[..., None] * target - trial.proposal.probs).clamp(min=0.0)
     outside = (1.0 - target.sum(-1)).clamp(min=0.0)
     mass = left.sum(-1) + weight * outside
     # Nothing left at weight 1 means that p equals q: whatever was drafted next has weight 1.
@@ -71,15 +68,15 @@ def chances(tree: TokenTree, proposal: Proposal, target: Tensor) -> tuple[Tensor
     return torch.where(node + 1 < tree.size[:, None], chance, weight), weight, left
 
 
-def weights(tree: TokenTree, proposal: Proposal, target: Tensor) -> Tensor:
+def weights(trial: Trial) -> Tensor:
     """[B, N]: 1 at the root, then the parent's times p(x) / q(x), at most 1.
 
     Unrolled: the logarithm is that of the product of all ratios so far, less the largest such
     logarithm up to there, so no loop over the chain is needed.
     """
-    p, q = of_parents(tree, proposal, target, proposal.probs)
+    p, q = of_parents(trial.tree, trial.proposal, trial.target, trial.proposal.probs)
     ratio = torch.where(p > 0, p / q.clamp(min=_tiny(p)), 0.0)
-    ratio = torch.where(tree.parents >= 0, ratio, 1.0)
+    ratio = torch.where(trial.tree.parents >= 0, ratio, 1.0)
     total = ratio.log().cumsum(1)
     return (total - total.cummax(1).values).exp()
 

@@ -1,7 +1,6 @@
 """What rules that toss a coin for every node share: the target's distribution, the coins, the last
 draw; and how a rule is handed to a kernel."""
 
-import torch
 from torch import Tensor
 
 from specdec.kernels.layout import DraftedTrees
@@ -15,7 +14,7 @@ from specdec.sampling import (
     probabilities,
 )
 from specdec.tree import Acceptance, TokenTree
-from specdec.verifier.walk import walk
+from specdec.verifier.walk import at, walk
 
 
 class CoinRule(AcceptanceRule):
@@ -23,7 +22,8 @@ class CoinRule(AcceptanceRule):
     or by a kernel, where there is one. At temperature 0 the target is certain, and every such rule
     accepts what the target would choose.
 
-    `kernel` is the name of the kernel, if it is not the rule's own.
+    Attributes:
+        kernel: the name of the kernel in `kernels.RULES`; empty for the rule's own.
     """
 
     kernel = ""
@@ -34,6 +34,10 @@ class CoinRule(AcceptanceRule):
         kernel = self.kernel or self.name
         if kernel in context.kernels.RULES:
             return accept_by_kernel(kernel, context, tree, logits)
+        return self.toss(context, tree, logits)
+
+    def toss(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
+        """As `accept`, above temperature 0 and without a kernel that does it all."""
         target = probabilities(logits, context.sampling)  # [B, N, V]
         coins = context.uniforms(ACCEPT_STREAM, tree.nodes)
         path, length, rest = self.judge(tree, target, coins)
@@ -68,7 +72,7 @@ def accept_greedily(context: StepContext, tree: TokenTree, logits: Tensor) -> Ac
 def choose_after(context: StepContext, logits: Tensor, node: Tensor) -> Tensor:
     """[B] int64: the target's own token after `node` ([B]) of each tree, drawn from [B, N, V]
     logits; the most probable one at temperature 0."""
-    after = logits[torch.arange(len(node), device=node.device), node]
+    (after,) = at(node, logits)
     if context.sampling.greedy:
         return after.argmax(-1)
     law = probabilities(after, context.sampling)

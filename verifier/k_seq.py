@@ -1,14 +1,10 @@
 """K-SEQ: independent draws are tried one after the other with one chance for all."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from specdec.kernels import reference
-from specdec.tree import Proposal, TokenTree
-from specdec.verifier.support import SupportRule, of_parents
-from specdec.verifier.walk import Path, child_counts, walk
+from specdec.verifier.support import SupportRule, Trial, of_parents
+from specdec.verifier.walk import Path, at, child_counts, walk
 
 
 class KSeq(SupportRule):
@@ -27,41 +23,31 @@ class KSeq(SupportRule):
     name = "k_seq"
     draws = ("sample_with_replacement",)
 
-    def verdict(
-        self,
-        tree: TokenTree,
-        proposal: Proposal,
-        target: Tensor,
-        coins: Tensor,
-        kernels: ModuleType = reference,
-    ) -> tuple[Path, Tensor]:
-        chance, divisor, count = chances(tree, proposal, target, kernels)
-        path = walk(tree, coins < chance, kernels)
-        draft, tiny = proposal.probs, torch.finfo(target.dtype).tiny
-        rows, last = torch.arange(len(path[2]), device=chance.device), path[2]
-        p, q, draws = target[rows, last], draft[rows, last], count[rows, last][:, None]
-        once = torch.minimum(q, p / divisor[rows, last][:, None])  # accepted by one draw
+    def verdict(self, trial: Trial) -> tuple[Path, Tensor]:
+        chance, divisor, count = chances(trial)
+        path = walk(trial.tree, trial.coins < chance, trial.kernels)
+        tiny = torch.finfo(chance.dtype).tiny
+        p, q, r, draws = at(
+            path[2], trial.target, trial.proposal.probs, divisor[..., None], count[..., None]
+        )
+        once = torch.minimum(q, p / r)  # accepted by one draw
         overlap = once.sum(-1, keepdim=True)
         ever = 1.0 - (1.0 - overlap).clamp(min=0.0) ** draws  # by any of them; 0 for a leaf
         return path, (p - once * ever / overlap.clamp(min=tiny)).clamp(min=0.0)
 
 
-def chances(
-    tree: TokenTree, proposal: Proposal, target: Tensor, kernels: ModuleType = reference
-) -> tuple[Tensor, Tensor, Tensor]:
+def chances(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
     """What the coins are compared with.
-
-    Args:
-        target: [B, N, K], the target's mass on the support of every node.
 
     Returns:
         (chance [B, N]: of each node once its parent is accepted and its elder siblings are not;
         divisor [B, N] of the children of every node;
         count [B, N]: how many children it has.)
     """
+    tree, draft = trial.tree, trial.proposal.probs
     count = child_counts(tree)
-    divisor = kernels.divisor(proposal.probs, target, count)
-    p, q = of_parents(tree, proposal, target, proposal.probs)
+    divisor = trial.kernels.divisor(draft, trial.target, count)
+    p, q = of_parents(tree, trial.proposal, trial.target, draft)
     above = divisor.gather(1, tree.parents.long().clamp(min=0)) * q
     chance = torch.where(p > 0, p / above.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
     return chance.clamp(max=1.0), divisor, count

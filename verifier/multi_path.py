@@ -1,19 +1,17 @@
 """Multi-path block verification: the most promising path of a tree is judged as a block."""
 
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from specdec.kernels import reference
-from specdec.tree import PADDING, Proposal, TokenTree
-from specdec.verifier.block import Block
-from specdec.verifier.support import of_parents
+from specdec.tree import PADDING, TokenTree
+from specdec.verifier.block import judge_chains
+from specdec.verifier.support import SupportRule, Trial, of_parents
 from specdec.verifier.walk import Path, child_counts, elder_siblings, walk
 
 
-class MultiPath(Block):
+class MultiPath(SupportRule):
     """Of the children of every node, drawn independently, the one with the greatest p(x) / q(x) is
     picked, from the root to a leaf, and the path is judged by block verification (after greedy
     multi-path block verification, Thomas and Pal 2026, here for the children of every node).
@@ -29,44 +27,41 @@ class MultiPath(Block):
 
     name = "multi_path"
     draws = ("sample_with_replacement",)
-    chains = False
 
-    def verdict(
-        self,
-        tree: TokenTree,
-        proposal: Proposal,
-        target: Tensor,
-        coins: Tensor,
-        kernels: ModuleType = reference,
-    ) -> tuple[Path, Tensor]:
-        (path, length, _), law = pick(tree, proposal, target, kernels)
-        rows = torch.arange(len(path), device=path.device)[:, None]
-        steps = torch.arange(path.shape[1], device=path.device)
-        above = torch.where(steps < length[:, None], steps - 1, PADDING)
-        chain = TokenTree(
-            tokens=tree.tokens[rows, path],
-            parents=above.to(tree.parents.dtype),
-            size=length,
-            depth=tree.depth,
-        )
-        offered = replace(proposal, ids=proposal.ids[rows, path], probs=law[rows, path])
-        (kept, length, last), left = super().verdict(
-            chain, offered, target[rows, path], coins.gather(1, path), kernels
-        )
+    def verdict(self, trial: Trial) -> tuple[Path, Tensor]:
+        path, chain = pick(trial)
+        (kept, length, last), left = judge_chains(chain)
         return (path.gather(1, kept), length, path.gather(1, last[:, None])[:, 0]), left
 
 
-def pick(
-    tree: TokenTree, proposal: Proposal, target: Tensor, kernels: ModuleType = reference
-) -> tuple[Path, Tensor]:
-    """(the path of picked children; [B, N, K], the law that the picked child of each node has.)
+def pick(trial: Trial) -> tuple[Tensor, Trial]:
+    """([B, depth + 1], the nodes that are picked, from the root on, as in `Path`; what is left to
+    be judged: the chain of them, drawn from the law that the picked child of each node has.)"""
+    tree, proposal = trial.tree, trial.proposal
+    (path, length, _), law = _pick(trial)
+    rows = torch.arange(len(path), device=path.device)[:, None]
+    steps = torch.arange(path.shape[1], device=path.device)
+    above = torch.where(steps < length[:, None], steps - 1, PADDING)
+    chain = TokenTree(
+        tokens=tree.tokens[rows, path],
+        parents=above.to(tree.parents.dtype),
+        size=length,
+        depth=tree.depth,
+    )
+    return path, replace(
+        trial,
+        tree=chain,
+        proposal=replace(proposal, ids=proposal.ids[rows, path], probs=law[rows, path]),
+        target=trial.target[rows, path],
+        coins=trial.coins.gather(1, path),
+    )
 
-    Args:
-        target: [B, N, K], the target's mass on the support of every node.
-    """
-    draft = proposal.probs
+
+def _pick(trial: Trial) -> tuple[Path, Tensor]:
+    """(the path of picked children; [B, N, K], the law that the picked child of each node has.)"""
+    tree, draft = trial.tree, trial.proposal.probs
     count = child_counts(tree)
-    ratio = torch.where(draft > 0, target / draft, -1.0)  # void entries come last
+    ratio = torch.where(draft > 0, trial.target / draft, -1.0)  # void entries come last
     ordered = ratio.argsort(dim=-1, descending=True, stable=True)
     before = draft.gather(2, ordered).cumsum(-1)
     # [B, N, K] mass of the tokens that come after, with a token itself and without it
@@ -78,8 +73,10 @@ def pick(
     place = torch.zeros_like(ordered).scatter(
         2, ordered, torch.arange(draft.shape[2], device=draft.device).expand_as(ordered)
     )
-    (own,) = of_parents(tree, proposal, place)  # [B, N] a node's place among its parent's tokens
+    (own,) = of_parents(
+        tree, trial.proposal, place
+    )  # [B, N] a node's place among its parent's tokens
     siblings = elder_siblings(tree)
     siblings = siblings | siblings.mT
     beaten = (siblings & (own[:, None] < own[..., None])).any(-1)
-    return walk(tree, ~beaten, kernels), law
+    return walk(tree, ~beaten, trial.kernels), law

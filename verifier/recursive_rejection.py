@@ -1,15 +1,12 @@
 """Recursive rejection: a coin per child, weighed by target over draft, the rejected mass removed
 each time."""
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from specdec.kernels import reference
-from specdec.tree import Proposal, TokenTree
-from specdec.verifier.support import SupportRule, on_support, proposal_of
-from specdec.verifier.walk import Path, elder_siblings, walk
+from specdec.tree import TokenTree
+from specdec.verifier.support import SupportRule, Trial
+from specdec.verifier.walk import Path, at, elder_siblings, walk
 
 
 class RecursiveRejection(SupportRule):
@@ -27,18 +24,11 @@ class RecursiveRejection(SupportRule):
 
     name = "recursive_rejection"
 
-    def verdict(
-        self,
-        tree: TokenTree,
-        proposal: Proposal,
-        target: Tensor,
-        coins: Tensor,
-        kernels: ModuleType = reference,
-    ) -> tuple[Path, Tensor]:
-        chance, inside, scale = try_children(tree, proposal, target)
-        path = walk(tree, coins < chance, kernels)
-        rows, last = torch.arange(len(scale), device=scale.device), path[2]
-        return path, inside[rows, last] / scale[rows, last][:, None]
+    def verdict(self, trial: Trial) -> tuple[Path, Tensor]:
+        chance, inside, scale = try_children(trial)
+        path = walk(trial.tree, trial.coins < chance, trial.kernels)
+        left, factor = at(path[2], inside, scale[..., None])
+        return path, left / factor
 
 
 def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,29 +37,24 @@ def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor
     Raises:
         ValueError: a tree with children carries no proposal.
     """
-    proposal = proposal_of(tree, RecursiveRejection.name, target.dtype)
-    return try_children(tree, proposal, on_support(target, proposal))
+    return try_children(Trial.of(RecursiveRejection.name, tree, target))
 
 
-def try_children(
-    tree: TokenTree, proposal: Proposal, target: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def try_children(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
     """The chance to accept each node, and what rejecting all children of a node leaves of the
     target.
 
     Only the K tokens of a proposal's support are touched: outside it the draft has no mass, so
     every step merely rescales the target there.
 
-    Args:
-        target: [B, N, K], the target's mass on the support of every node.
-
     Returns:
         (chance [B, N], as in `target_only`;
         inside [B, N, K]: what is left of the target on the support of each node's proposal;
         scale [B, N]: the factor of the target outside the support.)
     """
+    tree, proposal = trial.tree, trial.proposal
     children = _children(tree)  # [B, N, R], -1 where there are fewer
-    draft, inside = proposal.probs, target  # [B, N, K] each
+    draft, inside = proposal.probs, trial.target  # [B, N, K] each
     outside = (1.0 - inside.sum(-1)).clamp(min=0.0)  # [B, N]
     scale = torch.ones_like(outside)
     chance = torch.zeros_like(outside)
@@ -91,7 +76,7 @@ def try_children(
         inside = torch.where(rejected[..., None], left / mass.clamp(min=tiny)[..., None], inside)
         factor = torch.where(rejected, 1.0 / mass.clamp(min=tiny), 1.0)
         outside, scale = outside * factor, scale * factor
-        if proposal.children != "sample_with_replacement":
+        if not trial.repeats:
             remaining = draft.masked_fill(here, 0.0)
             draft = remaining / remaining.sum(-1, keepdim=True).clamp(min=tiny)
     return chance, inside, scale

@@ -6,7 +6,7 @@ from torch import Tensor
 from specdec.sampling import SamplingParams
 from specdec.tree import Children, TokenTree
 from specdec.verifier.coins import CoinRule
-from specdec.verifier.walk import one_of_siblings, walk
+from specdec.verifier.walk import at, one_of_siblings, walk
 
 
 class TargetOnly(CoinRule):
@@ -44,8 +44,7 @@ def child_probabilities(tree: TokenTree, target: Tensor) -> Tensor:
 def residual(tree: TokenTree, target: Tensor, node: Tensor) -> Tensor:
     """[B, V] unnormalised law of the next token after `node` ([B]), given that none of its
     children was taken."""
-    rows = torch.arange(len(node), device=node.device)
-    rest = target[rows, node]  # a copy: advanced indexing
+    (rest,) = at(node, target)
     child = tree.parents == node[:, None]  # [B, N]
     tried = torch.zeros_like(rest).scatter_add_(1, tree.tokens, child.to(rest.dtype)) > 0
     remaining = rest.masked_fill(tried, 0.0)

@@ -1,12 +1,8 @@
 """Traversal verification: a tree is judged from the leaves to the root."""
 
-from types import ModuleType
-
 from torch import Tensor
 
-from specdec.kernels import reference
-from specdec.tree import Proposal, TokenTree
-from specdec.verifier.support import SupportRule
+from specdec.verifier.support import SupportRule, Trial
 from specdec.verifier.walk import Path, descend_to
 
 
@@ -23,22 +19,22 @@ class Traversal(SupportRule):
 
     name = "traversal"
 
-    def verdict(
-        self,
-        tree: TokenTree,
-        proposal: Proposal,
-        target: Tensor,
-        coins: Tensor,
-        kernels: ModuleType = reference,
-    ) -> tuple[Path, Tensor]:
-        last, left, _ = kernels.traverse(
-            tree.tokens,
-            tree.parents,
-            tree.size,
-            proposal.ids,
-            proposal.probs,
-            target,
-            coins,
-            repeats=proposal.children == "sample_with_replacement",
-        )
-        return descend_to(tree, last, kernels), left
+    def verdict(self, trial: Trial) -> tuple[Path, Tensor]:
+        last, left, _ = traverse(trial)
+        return descend_to(trial.tree, last, trial.kernels), left
+
+
+def traverse(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
+    """What `kernels.traverse` finds."""
+    tree, proposal = trial.tree, trial.proposal
+    found: tuple[Tensor, Tensor, Tensor] = trial.kernels.traverse(
+        tree.tokens,
+        tree.parents,
+        tree.size,
+        proposal.ids,
+        proposal.probs,
+        trial.target,
+        trial.coins,
+        repeats=trial.repeats,
+    )
+    return found

@@ -1,13 +1,17 @@
 """The verifier: one forward pass of the target over all nodes of all trees."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from specdec.cache import PagedKVCache
-from specdec.cached_model import CachedModel
+from specdec.cached_model import CachedModel, Join
+from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
-from specdec.protocols import Capacity, Decoding, StepContext
+from specdec.observation import Observation, Observes, observe
+from specdec.protocols import StepContext
+from specdec.request import Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
 
 
@@ -21,20 +25,34 @@ class TreeVerifier:
 
     def __init__(self, target: PagedLM, *, prefill_chunk: int = 512) -> None:
         self.target = CachedModel(target, prefill_chunk=prefill_chunk)
+        self.device: torch.device = target.device
+        self.kernels: Kernels = target.kernels
+        self.max_context: int = target.max_context
+        self._observes = Observes()
 
-    def prepare(self, capacity: Capacity) -> None:
+    def prepare(self, capacity: Capacity, observes: Observes) -> None:
         self.target.prepare(capacity)
+        self._observes = observes
 
     @property
     def cache(self) -> PagedKVCache:
         return self.target.cache
 
-    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
-        return self.target.start(sequences)
+    def start(
+        self,
+        sequences: Sequence[Decoding],
+        join: Join,
+        read: Callable[[Tensor, Tensor, Tensor, Observation], None],
+    ) -> list[Decoding]:
+        kernels = self.kernels.on(self.device)
 
-    def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
-        """[B, N, V] logits of the target at every node (SpecInfer, Miao et al. 2024, section 4:
-        tree attention)."""
+        def see(rows: Tensor, tokens: Tensor, length: Tensor, logits: Tensor) -> None:
+            read(rows, tokens, length, observe(self._observes, logits, kernels))
+
+        return self.target.start(sequences, join, see if self._observes.prompts else None)
+
+    def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
+        """Logits by tree attention (SpecInfer, Miao et al. 2024, section 4)."""
         structure = context.kernels.tree_structure(tree.parents)
         lm, begun = self.target.lm, tree.begun
         where = (self.cache, context.rows)
@@ -48,7 +66,7 @@ class TreeVerifier:
                 *where, begun.hidden, structure.depths, rest, ancestors=structure.ancestors
             )
         assert logits is not None
-        return logits
+        return logits, observe(self._observes, logits, context.kernels)
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
         self.target.cache.append(context.rows, acceptance.path, acceptance.length)

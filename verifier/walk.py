@@ -22,7 +22,7 @@ def walk(tree: TokenTree, taken: Tensor, kernels: ModuleType = reference) -> Pat
             are not. Where siblings have the same token the eldest of them is entered: it is the
             one that has children.
     """
-    if kernels is reference:  # where launches cost little, and trees are small
+    if kernels.LOOKS:  # where launches cost little, and trees are small
         return _step_by_step(tree, taken)
     elder = elder_siblings(tree)
     first = taken & ~(elder & taken[:, None]).any(-1)
@@ -55,8 +55,7 @@ def _step_by_step(tree: TokenTree, taken: Tensor) -> Path:
 
 def descend_to(tree: TokenTree, last: Tensor, kernels: ModuleType = reference) -> Path:
     """From the root to the node `last` ([B])."""
-    rows = torch.arange(len(last), device=last.device)
-    return _line(tree, _ancestors(tree, kernels)[rows, last])
+    return _line(tree, *at(last, _ancestors(tree, kernels)))
 
 
 def deepest(tree: TokenTree, taken: Tensor, kernels: ModuleType = reference) -> Tensor:
@@ -65,6 +64,12 @@ def deepest(tree: TokenTree, taken: Tensor, kernels: ModuleType = reference) -> 
     barred = ~(taken | (tree.parents == ROOT))
     reached = ~(ancestors & barred[:, None]).any(-1) & _real(tree)
     return (ancestors.sum(-1) * reached).argmax(1)
+
+
+def at(node: Tensor, *values: Tensor) -> list[Tensor]:
+    """[B, ...] each: the entry of `node` ([B]) in [B, N, ...] values."""
+    rows = torch.arange(len(node), device=node.device)
+    return [value[rows, node] for value in values]
 
 
 def one_of_siblings(tree: TokenTree, mass: Tensor) -> Tensor:

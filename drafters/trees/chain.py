@@ -1,11 +1,13 @@
 """tree=chain: one candidate per level."""
 
-from specdec.drafters.trees.policy import BasePolicy
+from specdec.protocols import TreePolicy
 
 
-class Chain(BasePolicy):
+class Chain(TreePolicy):
     """A single path of `budget` nodes, fewer if the drafter's depth is smaller (Leviathan et al.
     2023)."""
+
+    takes_all = True
 
     def levels(self, depth: int | None) -> int:
         return self.budget if depth is None else min(depth, self.budget)

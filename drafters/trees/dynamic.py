@@ -1,11 +1,14 @@
 """tree=dynamic: the budget goes where the draft is confident."""
 
+from types import ModuleType
+
 from torch import Tensor
 
-from specdec.drafters.trees.policy import BasePolicy, check_positive, kernels_on
+from specdec.drafters.trees.policy import check_positive
+from specdec.protocols import Growth, TreePolicy
 
 
-class Dynamic(BasePolicy):
+class Dynamic(TreePolicy):
     """Best-first by cumulative draft probability (EAGLE-2, Li et al. 2024, section 4).
 
     At each level the `width` best new nodes are expanded, each offers its `width` best children,
@@ -39,19 +42,20 @@ class Dynamic(BasePolicy):
     def width(self, level: int) -> int:
         return min(self.candidates, self.budget)
 
-    def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
-        possible = super().select(level, levels, scores, sampled=sampled)
-        if not sampled:
-            return possible
-        share = self.budget // levels + (level < self.budget % levels)
-        best = kernels_on(scores.device).best(scores.flatten(1), share)
-        return possible & best.view_as(scores)
+    def select(self, at: Growth, scores: Tensor) -> Tensor | None:
+        if not at.sampled:
+            return None
+        share = self.budget // at.levels + (at.level < self.budget % at.levels)
+        best: Tensor = at.kernels.best(scores.flatten(1), share)
+        return best.view_as(scores)
 
-    def expand(self, level: int, scores: Tensor) -> Tensor | None:
+    def expand(self, at: Growth, scores: Tensor) -> Tensor | None:
         if scores.shape[1] <= self.expanded:
             return None
-        kernels = kernels_on(scores.device)
-        return kernels.places(kernels.best(scores, self.expanded), self.expanded)
+        best = at.kernels.best(scores, self.expanded)
+        places: Tensor = at.kernels.places(best, self.expanded)
+        return places
 
-    def keep(self, scores: Tensor) -> Tensor | None:
-        return kernels_on(scores.device).best(scores, self.budget)
+    def keep(self, scores: Tensor, kernels: ModuleType) -> Tensor | None:
+        best: Tensor = kernels.best(scores, self.budget)
+        return best

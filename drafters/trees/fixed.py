@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from specdec.drafters.trees.policy import BasePolicy, check_basics, check_positive
+from specdec.drafters.trees.policy import check_positive
 from specdec.drafters.trees.shapes import (
     Node,
     describe,
@@ -13,19 +13,20 @@ from specdec.drafters.trees.shapes import (
     shape_of,
     skipping,
 )
+from specdec.protocols import Growth, TreePolicy, check_basics
 from specdec.rates import AcceptanceRates
 
 MOST_NODES = 512  # of a shape that is searched for, which takes time and memory
 
 
-class FixedShape(BasePolicy):
+class FixedShape(TreePolicy):
     """One shape for all trees: a node of it becomes a node of the tree wherever the draft has that
     many candidates.
 
     Args:
         shape: its nodes as paths of child ranks, as in `shapes.py`; none of them drafts nothing.
         budget: an upper limit of nodes; None takes what the shape has; 0 turns drafting off.
-        children: as in `BasePolicy`. Of sampled children those come first that are drawn first, so
+        children: as in `TreePolicy`. Of sampled children those come first that are drawn first, so
             that the shape may not skip ranks.
 
     Raises:
@@ -60,9 +61,6 @@ class FixedShape(BasePolicy):
         for node in self.shape:
             level = len(node) - 1
             self._widths[level] = max(self._widths[level], node[-1] + 1)
-        # Children there was room for on each level of the tree that is growing: fewer than the
-        # width where the draft has fewer candidates.
-        self._offered: tuple[int, ...] = ()
         self._known: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
 
     def levels(self, depth: int | None) -> int:
@@ -77,25 +75,26 @@ class FixedShape(BasePolicy):
     def width(self, level: int) -> int:
         return self._widths[level]
 
-    def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
-        self._offered = (*self._offered[:level], scores.shape[2])
-        possible = super().select(level, levels, scores, sampled=sampled)
-        return possible & self._tables(scores.device)[0]
+    def select(self, at: Growth, scores: Tensor) -> Tensor:
+        return self._tables(at.offered, scores.device)[0]
 
-    def expand(self, level: int, scores: Tensor) -> Tensor | None:
-        place = self._tables(scores.device)[1]
+    def expand(self, at: Growth, scores: Tensor) -> Tensor | None:
+        place = self._tables(at.offered, scores.device)[1]
         return None if place is None else place.expand(len(scores), -1)
 
-    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """For the level that was selected last: [F, W] bool, which slots are nodes, and [F']
-        int64, which of the F * W slots are to get children, None for all.
+    def _tables(
+        self, offered: tuple[int, ...], device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """For the last of the levels at which so many children were offered: [F, W] bool, which
+        slots are nodes, and [F'] int64, which of the F * W slots are to get children, None for
+        all.
 
         They are made once for each device, before anything is captured in a CUDA graph.
         """
-        key = device, self._offered
+        key = device, offered
         if key not in self._known:
             frontier: list[Node] = [()]
-            for width in self._offered:
+            for width in offered:
                 slots = [[(*node, rank) for rank in range(width)] for node in frontier]
                 flat = [slot for row in slots for slot in row]
                 # One at least, for drafters need not know what to do with an empty level.

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from specdec.drafters.trees.policy import BasePolicy
+from specdec.protocols import TreePolicy
 
 
-class Static(BasePolicy):
+class Static(TreePolicy):
     """Every node of level i has widths[i] children (the expansion configuration of SpecInfer, Miao
     et al. 2024).
 
@@ -16,6 +16,8 @@ class Static(BasePolicy):
     Raises:
         ValueError: a width below 1, or more nodes than the budget.
     """
+
+    takes_all = True
 
     def __init__(
         self, *, widths: Sequence[int], budget: int | None = None, children: str = "top_k"

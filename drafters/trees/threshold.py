@@ -5,6 +5,7 @@ import math
 from torch import Tensor
 
 from specdec.drafters.trees.dynamic import Dynamic
+from specdec.protocols import Growth
 
 
 class Threshold(Dynamic):
@@ -48,6 +49,7 @@ class Threshold(Dynamic):
         # probabilities that sum to 1 only nearly.
         self.expanded = min(budget, int(1.001 / threshold))
 
-    def select(self, level: int, levels: int, scores: Tensor, *, sampled: bool) -> Tensor:
-        possible = super().select(level, levels, scores, sampled=sampled)
-        return possible & (scores >= math.log(self.threshold))
+    def select(self, at: Growth, scores: Tensor) -> Tensor:
+        sure = scores >= math.log(self.threshold)
+        share = super().select(at, scores)
+        return sure if share is None else sure & share

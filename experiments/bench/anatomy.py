@@ -26,17 +26,20 @@ from typing import Any, Literal
 
 import torch
 
-from specdec.decode import Step
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.bench.timeline import breakdown, read_profile
 from specdec.experiments.studies.methods import make_tree
 from specdec.experiments.studies.sessions import DTYPES, Asked, Ours, read_prompts, wait, with_tree
+from specdec.flight import Step
 from specdec.lab.command import option
 from specdec.lab.metrics import VERBS
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, Drafter, Request, TreePolicy
+from specdec.models.placement import Placement
+from specdec.protocols import AcceptanceRule, Drafter, TreePolicy
+from specdec.request import Request
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 
@@ -171,7 +174,8 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
     if options.device == "cuda":
         _warm_up_profiler()
     cases = result.setdefault("cases", {})
-    target = PagedLM.load(options.target, dtype=DTYPES[options.dtype], device=options.device)
+    placement = Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype])
+    target = load_model(options.target, placement)
     prompts = read_prompts(target.tokenizer, options.prompts, "prompt", max(options.batches))
     model: SmallLlama | None = None
     for batch, temperature, case in product(options.batches, options.temperatures, options.cases):

@@ -34,8 +34,10 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.lab.environment import describe_environment
 from specdec.lab.prompts import encode, load_prompts
-from specdec.models.paged import PagedLM, zoo_path
-from specdec.protocols import Drafter, Request, TreePolicy
+from specdec.models.load import load_model, zoo_path
+from specdec.models.paged import PagedLM
+from specdec.protocols import Drafter, TreePolicy
+from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.verifier import TreeVerifier
@@ -91,7 +93,7 @@ def methods(tokens: int) -> dict[str, Generate]:
         model.generation_config.eos_token_id = None  # every output gets its full length
         return model
 
-    target = PagedLM.load("zoo:target", dtype=torch.float32, device="cpu")
+    target = load_model("zoo:target")
     plain = load("target")
     found = {
         "transformers generate": theirs(plain, tokens),
@@ -162,7 +164,7 @@ def main() -> None:
     logging.set_verbosity_error()
     torch.manual_seed(0)
     found = methods(options.tokens)
-    tokenizer = PagedLM.load("zoo:target", dtype=torch.float32, device="cpu").tokenizer
+    tokenizer = load_model("zoo:target").tokenizer
     every = load_prompts(path=None, field=None, limit=None)
     chosen = every[:: max(1, len(every) // options.prompts)][: options.prompts]
     ids = [encode(tokenizer, prompt, chat="auto") for prompt in chosen]

@@ -48,7 +48,9 @@ from specdec.experiments.studies.sessions import DTYPES, Asked, Ours, with_tree
 from specdec.lab.environment import describe_environment
 from specdec.lab.metrics import by_source
 from specdec.lab.prompts import encode, load_prompts
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
 from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
 from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
@@ -245,8 +247,10 @@ def measure(session: Ours, batch: list[Asked], new: int, into: dict[str, Any]) -
 
 def run(options: argparse.Namespace, result: dict[str, Any], save: Callable[[], None]) -> None:
     torch.manual_seed(0)
-    target = PagedLM.load(
-        options.target, dtype=DTYPES[options.dtype], device=options.device, setting="--target"
+    target = load_model(
+        options.target,
+        Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype]),
+        setting="--target",
     )
     sets = read_prompts(target, options)
     asked = [one for of in sets.values() for one in of]

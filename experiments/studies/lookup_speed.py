@@ -37,11 +37,12 @@ from rich.progress import Progress
 
 from specdec.drafters.datastore import METADATA, SUFFIXES, TOKENS, Datastore
 from specdec.drafters.retriever import Retriever
-from specdec.drafters.trees.chain import Chain
 from specdec.experiments.figures import drafters as tables
 from specdec.experiments.tools.build_datastore import build, documents, load_tokenizer
 from specdec.lab.command import head, option, run_main, write
-from specdec.protocols import Decoding, Request
+from specdec.models.load import Models
+from specdec.models.placement import Placement
+from specdec.request import Decoding, Request
 
 HELD_OUT = 50
 LEVELS = 8
@@ -141,7 +142,6 @@ def summary(steps: list[tuple[Us, int]]) -> dict[str, Any]:
 
 def measure(folder: Path, target: Any, texts: list[list[int]], queries: int) -> dict[str, Any]:
     """Look-up times by source."""
-    tree = Chain(budget=LEVELS)
     found: dict[str, Any] = {}
     for part in (TOKENS, SUFFIXES):  # into the page cache
         with (folder / part).open("rb") as file:
@@ -152,8 +152,9 @@ def measure(folder: Path, target: Any, texts: list[list[int]], queries: int) -> 
     past = [flat[i * size : (i + 1) * size] for i in range(min(outputs, len(flat) // 2 // size))]
     later = [flat[i : i + 2 * size] for i in range(len(past) * size, len(flat), 2 * size)]
     for least in MIN_MATCHES:
-        settings = {"tree": tree, "target": target, "min_match": least, "max_spec_factor": None}
+        settings: dict[str, Any] = {"min_match": least, "max_spec_factor": None}
         store = Retriever(own_text=False, datastore=str(folder), **settings)
+        store.load(target, Models(Placement(device=torch.device("cpu"), dtype=torch.float32)))
         steps, _ = lookups(store, texts, queries)
         found[f"datastore, min_match {least}"] = summary(steps)
         for length in OWN_TEXTS:

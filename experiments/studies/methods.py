@@ -21,7 +21,8 @@ from specdec.experiments.studies.sessions import (
     load_plain,
     with_tree,
 )
-from specdec.models.paged import PagedLM
+from specdec.models.load import load_model
+from specdec.models.placement import Placement
 from specdec.protocols import AcceptanceRule, Drafter, TreePolicy
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
@@ -107,7 +108,7 @@ class Models:
         self.dtype, self.device = DTYPES[options.dtype], torch.device(options.device)
         self.drafts = {path.rpartition(":")[2]: path for path in options.draft}
         self.target_path = options.target
-        self.target = PagedLM.load(options.target, dtype=self.dtype, device=self.device)
+        self.target = load_model(options.target, Placement(device=self.device, dtype=self.dtype))
         self.longest = 0
         self._drafters: dict[str, SmallLlama] = {}
         self._plain: dict[str, Any] = {}

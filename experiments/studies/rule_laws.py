@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.kernels import reference
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import SamplingParams, probabilities, uniforms
-from specdec.tree import PADDING, Children, Proposal, TokenTree
-from specdec.verifier import block, k_seq, multi_path, recursive_rejection, support, target_only
+from specdec.tree import Children, Proposal, TokenTree
+from specdec.verifier import block, k_seq, multi_path, recursive_rejection, target_only, traversal
 from specdec.verifier.coins import CoinRule
+from specdec.verifier.support import Trial
 
 ROOT_TOKEN = 1
 BELOW_ONE = math.nextafter(1.0, 0.0)
@@ -230,41 +230,29 @@ def coin_chances(
     """
     if rule.name == "target_only":
         return target_only.child_probabilities(tree, target)
-    proposal = support.proposal_of(tree, rule.name, target.dtype)
-    inside = support.on_support(target, proposal)
+    trial = Trial.of(rule.name, tree, target, coins)
     match rule.name:
         case "recursive_rejection" | "tokenwise":
-            return recursive_rejection.try_children(tree, proposal, inside)[0]
+            return recursive_rejection.try_children(trial)[0]
         case "block":
-            return block.chances(tree, proposal, inside)[0]
+            return block.chances(trial)[0]
         case "k_seq":
-            return k_seq.chances(tree, proposal, inside)[0]
+            return k_seq.chances(trial)[0]
         case "multi_path":
-            return _picked_chances(tree, proposal, inside)
+            return _picked_chances(trial)
         case "traversal" if coins is not None:
-            trees = tree.tokens, tree.parents, tree.size
-            repeats = proposal.children == "sample_with_replacement"
-            weighed = proposal.ids, proposal.probs, inside
-            return reference.traverse(*trees, *weighed, coins, repeats=repeats)[2]
+            return traversal.traverse(trial)[2]
     raise ValueError(f"{rule.name}: it is not known what its coins are compared with")
 
 
-def _picked_chances(tree: TokenTree, proposal: Proposal, inside: Tensor) -> Tensor:
+def _picked_chances(trial: Trial) -> Tensor:
     """[B, N], of the nodes that multi-path block verification picks; nan for all others."""
-    (path, length, _), law = multi_path.pick(tree, proposal, inside)
-    rows = torch.arange(len(path))[:, None]
-    place = torch.arange(path.shape[1])
-    chain = TokenTree(
-        tokens=tree.tokens[rows, path],
-        parents=torch.where(place < length[:, None], place - 1, PADDING).int(),
-        size=length,
-        depth=tree.depth,
-    )
-    offered = replace(proposal, ids=proposal.ids[rows, path], probs=law[rows, path])
-    found = block.chances(chain, offered, inside[rows, path])[0]
+    path, chain = multi_path.pick(trial)
+    found = block.chances(chain)[0]
     # Entries past the end of a path go to an extra last place.
-    to = torch.where(place < length[:, None], path, tree.nodes)
-    chance = found.new_full((len(path), tree.nodes + 1), float("nan"))
+    nodes, inside = trial.tree.nodes, torch.arange(path.shape[1]) < chain.tree.size[:, None]
+    to = torch.where(inside, path, nodes)
+    chance = found.new_full((len(path), nodes + 1), float("nan"))
     return chance.scatter(1, to, found)[:, :-1]
 
 

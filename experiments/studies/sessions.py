@@ -17,9 +17,11 @@ from specdec.decode import Decoder, Step
 from specdec.drafters.growth import plan
 from specdec.drafters.small_llama import SmallLlama
 from specdec.lab.prompts import encode, load_prompts
-from specdec.models.paged import PagedLM, zoo_path
+from specdec.models.load import zoo_path
+from specdec.models.paged import PagedLM
 from specdec.models.standin import named_shape, standin
-from specdec.protocols import AcceptanceRule, Drafter, Request, TreePolicy
+from specdec.protocols import AcceptanceRule, Drafter, TreePolicy
+from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.verifier.verifier import TreeVerifier
 

@@ -42,7 +42,8 @@ from specdec.experiments.studies.drafters import SETS, measure, read_prompts
 from specdec.experiments.studies.files import resume, write
 from specdec.experiments.studies.sessions import DTYPES, Ours, with_tree
 from specdec.lab.environment import describe_environment
-from specdec.models.paged import PagedLM
+from specdec.models.load import load_model
+from specdec.models.placement import Placement
 from specdec.protocols import AcceptanceRule, Drafter, TreePolicy
 from specdec.rates import AcceptanceRates
 from specdec.verifier.block import Block
@@ -233,8 +234,10 @@ class Setup:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.target = PagedLM.load(
-            options.target, dtype=DTYPES[options.dtype], device=options.device, setting="--target"
+        self.target = load_model(
+            options.target,
+            Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype]),
+            setting="--target",
         )
         self.drafter = SmallLlama(
             target=self.target, tree=Chain(budget=1), path=options.draft, candidates=64

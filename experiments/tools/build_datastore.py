@@ -41,7 +41,7 @@ from specdec.drafters.datastore import (
     token_bytes,
 )
 from specdec.lab.command import option, run_main, write
-from specdec.models.paged import zoo_path
+from specdec.models.load import zoo_path
 
 BATCH = 4_000_000  # characters encoded at a time
 SLICE = 2**24  # entries of the suffix array moved at a time

@@ -47,7 +47,9 @@ from specdec.experiments.bench.cases import random_parents
 from specdec.experiments.studies.files import resume, write
 from specdec.experiments.studies.sessions import DTYPES, Asked, Ours, with_tree
 from specdec.lab.environment import describe_environment
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
 from specdec.verifier.recursive_rejection import RecursiveRejection
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -176,7 +178,10 @@ def calibrate_verify(options: argparse.Namespace, seconds: Any, save: Callable[[
     held: tuple[int, int] | None = None
     for batch, nodes, context in cells(options, seconds):
         if lm is None:
-            lm = PagedLM.load(options.target, dtype=DTYPES[options.dtype], device=options.device)
+            lm = load_model(
+                options.target,
+                Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype]),
+            )
         if held != (batch, context):
             cache = None
             cache = filled_cache(lm, batch, context, max(options.nodes))
@@ -201,7 +206,9 @@ def calibrate_draft(options: argparse.Namespace, seconds: Any, save: Callable[[]
     """Fill the table of the draft."""
     if not any("todo" in line for line in seconds):
         return
-    lm = PagedLM.load(options.draft, dtype=DTYPES[options.dtype], device=options.device)
+    lm = load_model(
+        options.draft, Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype])
+    )
     for b, batch in enumerate(options.batch):
         cache = filled_cache(lm, batch, options.draft_context, 2 * max(options.width))
         if cache is None:
@@ -220,7 +227,9 @@ def calibrate_loop(
     loop = result["loop"]
     if "todo" not in str(loop):
         return
-    target = PagedLM.load(options.target, dtype=DTYPES[options.dtype], device=options.device)
+    target = load_model(
+        options.target, Placement(device=torch.device(options.device), dtype=DTYPES[options.dtype])
+    )
     drafter = SmallLlama(target=target, tree=Chain(budget=1), path=options.draft)
     for b, batch in enumerate(options.batch):
         asked = [

@@ -63,9 +63,11 @@ from specdec.experiments.tools.acceptance_watch import Watch
 from specdec.kernels.choose import Kernels
 from specdec.lab.environment import describe_environment
 from specdec.lab.prompts import encode, load_prompts
-from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, Request, TreePolicy
+from specdec.models.load import load_model
+from specdec.models.placement import Placement
+from specdec.protocols import AcceptanceRule, TreePolicy
 from specdec.rates import AcceptanceRates
+from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Children
 from specdec.verifier.greedy import Greedy
@@ -119,12 +121,14 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         # Plain torch: the rule is watched on the host, which no CUDA graph would wait for.
         self.kernels = Kernels(impl="reference")
-        self.target = PagedLM.load(
+        self.target = load_model(
             options.target,
-            dtype=DTYPES[options.dtype],
-            device=options.device,
+            Placement(
+                device=torch.device(options.device),
+                dtype=DTYPES[options.dtype],
+                kernels=self.kernels,
+            ),
             setting="--target",
-            kernels=self.kernels,
         )
         self.options, self._make = options, Makers(self.target, options)
         self.sets: dict[str, list[str]] = {}

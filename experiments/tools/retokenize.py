@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec.lab.command import option, run_main
-from specdec.models.paged import zoo_path
+from specdec.models.load import zoo_path
 
 
 def kept_tokens(description: dict[str, Any], keep: int) -> tuple[list[str], list[list[str]]]:

@@ -28,10 +28,16 @@ from specdec.kernels.reference.layer import (
 from specdec.kernels.reference.traverse import divisor, traverse
 from specdec.kernels.reference.trees import tree_structure
 
+LOOKS = True
+"""Whether the host may look at what was computed, and what follows depend on it: sizes are read,
+passes shrink to them, walks go level by level. Where it is False a step is a fixed sequence of few
+launches, which a CUDA graph can capture."""
+
 RULES: dict[str, Any] = {}
 """None: the rules of `specdec.verifier` are their own definition, in torch."""
 
 __all__ = [
+    "LOOKS",
     "RULES",
     "add_norm",
     "as_stored",

@@ -1,7 +1,5 @@
-"""What a result depends on besides its settings: versions, hardware, the commit. And how much
-memory there is."""
+"""What a result depends on besides its settings: versions, hardware, the commit."""
 
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -61,11 +59,3 @@ def _git() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that tensors may still take on a GPU; on a CPU, all there are."""
-    if device.type != "cuda":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept

@@ -12,12 +12,22 @@ error.txt           the traceback, if the drafter failed
 import json
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
+from specdec.flight import Step
+
 Record = dict[str, Any]
+SCHEMA = 1  # of the files of a run folder, as docs/outputs.md has them
+
+
+def step_record(step: Step) -> Record:
+    """As a line of steps.jsonl; without sources, if there are none to tell apart."""
+    record = asdict(step)
+    return record if any(step.sources) else {k: v for k, v in record.items() if k != "sources"}
 
 
 class RecordFile:
@@ -124,7 +134,7 @@ class RunFolder:
                 f"resume=true continues them, or choose another folder"
             )
         before = yaml.safe_load((path / "config.yaml").read_text())
-        settings = sorted({*before, *config} - volatile)
+        settings = sorted({*before, *config} - volatile - {"schema"})
         changed = [name for name in settings if before.get(name) != config.get(name)]
         if changed:
             raise ValueError(
@@ -132,10 +142,18 @@ class RunFolder:
                 f"use the same settings, or choose another folder"
             )
 
+    @property
+    def finished(self) -> int:
+        """Texts."""
+        return sum(len(side.generations.records) for side in self.sides)
+
     def begin(self) -> None:
         """Write the settings, and forget what an interrupted run left half done."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.path / "config.yaml", yaml.safe_dump(self._config, sort_keys=False))
+        _replace(
+            self.path / "config.yaml",
+            yaml.safe_dump({"schema": SCHEMA, **self._config}, sort_keys=False),
+        )
         (self.path / "error.txt").unlink(missing_ok=True)
         for side in self.sides:
             side.begin()

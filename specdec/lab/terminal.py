@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from specdec.decode import Step
+from specdec.flight import Step
 from specdec.lab.metrics import VERBS
 
 Summary = dict[str, Any]

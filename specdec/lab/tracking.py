@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from specdec.decode import Step
+from specdec.flight import Step
 
 Record = Mapping[str, Any]
 

@@ -22,19 +22,20 @@ Logits = Literal["all", "none"]
 
 
 def can_run_directly(model: Any) -> bool:
-    """Whether the model is of a known family and made of plain linear layers (not quantised, no
-    adapters)."""
+    """Whether the model is of a known family and made of plain linear layers: no adapters, and
+    weights that are plain tensors, neither quantised nor sharded ones."""
     if model.config.model_type not in FAMILIES or model.config.hidden_act != "silu":
         return False
     layers = model.base_model.layers
     if any(layer.mlp.gate_proj.bias is not None for layer in layers):
         return False
     parts = (part for layer in layers for part in (layer.self_attn, layer.mlp))
-    return all(
-        type(child) is nn.Linear
-        for part in parts
-        for name, child in part.named_children()
-        if name.endswith("_proj")
+    projections = [
+        child for part in parts for name, child in part.named_children() if name.endswith("_proj")
+    ]
+    # Quantised and sharded weights are tensors of classes of their own in a plain nn.Linear.
+    return all(type(child) is nn.Linear for child in projections) and all(
+        type(parameter.data) is Tensor for parameter in model.parameters()
     )
 
 

@@ -1,127 +1,22 @@
-"""PagedLM: a transformers causal LM over a paged cache, without touching its modelling code.
+"""PagedLM: a transformers causal LM over a paged cache."""
 
-transformers hands an extra keyword of `model(...)` on to the attention function of every layer.
-One function is registered there; the keyword carries one `ForwardPass`, which knows the cache and
-who sees whom.
-"""
-
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
-from specdec.cache import KVShape, PagedKVCache
-from specdec.kernels import reference
+from specdec.cache import PagedKVCache
 from specdec.kernels.choose import AUTO, Kernels
 from specdec.kernels.layout import TreeLayout
-from specdec.models.direct import FAMILIES, DirectModel, Logits, can_run_directly
-from specdec.models.forward import ForwardPass, passes
-from specdec.models.standin import named_shape, standin
+from specdec.models.direct import FAMILIES, Logits
+from specdec.models.forward import passes
+from specdec.models.hook import UnsupportedError
+from specdec.models.placement import Placement
+from specdec.models.probe import check_config, max_context, probe
 
-ATTENTION = "specdec_paged"
-PROBE_TOKENS = 8
+See = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 PREFILL_STEP = 16  # a prompt is padded to a multiple of this on a GPU
-
-
-class _Probe:
-    """Stands in for a `ForwardPass` at load: plain causal attention that notes which layers came
-    by, and how.
-
-    Args:
-        shape: of keys and values, if they go straight to the scratch.
-    """
-
-    stored = None
-
-    def __init__(self, shape: KVShape | None = None) -> None:
-        self.shapes: dict[int, KVShape] = {}
-        self.windows: dict[int, int | None] = {}
-        self._shape = shape
-        self._tree: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
-
-    def provide(self, like: Tensor) -> Self:
-        """A scratch for one layer at a time."""
-        assert self._shape is not None
-        size = 1, self._shape.kv_heads, PROBE_TOKENS
-        self._tree = (
-            like.new_zeros(*size, self._shape.key_dim),
-            like.new_zeros(*size, self._shape.value_dim),
-        )
-        return self
-
-    def scratch(self, layer: int) -> tuple[Tensor, Tensor, int]:
-        return (*self._tree, 0)
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self._tree = key, value
-
-    def attend(self, layer: int, query: Tensor, **options: Any) -> Tensor:
-        if layer in self.shapes:
-            raise _UnsupportedError("a layer attends more than once")
-        self.windows[layer] = options["window"]
-        key, value = self._tree
-        batch, kv_heads, rows, key_dim = key.shape
-        self.shapes[layer] = KVShape(
-            layers=1, kv_heads=kv_heads, key_dim=key_dim, value_dim=value.shape[-1]
-        )
-        positions = torch.arange(rows, device=query.device).expand(batch, -1)
-        layout = TreeLayout(
-            page_table=torch.zeros(batch, 1, dtype=torch.int32, device=query.device),
-            context_lens=torch.zeros(batch, dtype=torch.int32, device=query.device),
-            max_context=0,
-            positions=positions,
-            key_positions=positions,
-        )
-        no_page = (
-            key.new_zeros(1, kv_heads, 1, key_dim),
-            value.new_zeros(1, kv_heads, 1, value.shape[-1]),
-        )
-        return reference.tree_attention(query, *no_page, key, value, layout, **options)
-
-    def store(self) -> None:
-        """Nothing is kept."""
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    paged: ForwardPass | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    if paged is None:
-        raise _UnsupportedError("its layers do not hand keywords on to the attention function")
-    if attention_mask is not None:
-        raise _UnsupportedError("it masks attention by itself")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = cast(int, module.layer_idx)
-    paged.write(layer, key, value)
-    out = paged.attend(
-        layer,
-        query,
-        scale=scale,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return out.contiguous(), None  # some models take a view of it
-
-
-AttentionInterface.register(ATTENTION, _attention)
-
-
-class _UnsupportedError(Exception):
-    """Why a model cannot run over the paged cache."""
 
 
 class PagedLM:
@@ -149,17 +44,18 @@ class PagedLM:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.name = name
-        self.dtype: torch.dtype = model.dtype
-        self.device: torch.device = model.device
-        self.kernels = kernels.settled(self.device, self.dtype)
+        self.placement = Placement(device=model.device, dtype=model.dtype, kernels=kernels)
+        self.device, self.dtype = self.placement.device, self.placement.dtype
+        self.kernels = self.placement.kernels
         self._kernels = self.kernels.on(self.device)
+        self.looks: bool = self._kernels.LOOKS  # whether the host may look at results for free
         self._begin = passes(self.kernels, self._kernels)
         try:
-            _check_config(model.config)
+            check_config(model.config)
             self.config = model.config.get_text_config()
-            self.max_context = _max_context(self.config)
-            self.kv_shape = self._probe()
-        except _UnsupportedError as reason:
+            self.max_context = max_context(self.config)
+            self.kv_shape, self._direct = probe(model, self.max_context, self._kernels)
+        except UnsupportedError as reason:
             architecture = type(model).__name__
             raise ValueError(
                 f"{name}: {architecture} cannot run over the paged cache: {reason}"
@@ -174,58 +70,6 @@ class PagedLM:
                 f"{setting}: layers of {type(self.model).__name__} cannot be run in part; choose "
                 f"a target of {', '.join(FAMILIES)} with plain linear layers, or another drafter"
             )
-
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        setting: str = "path",
-        kernels: Kernels = AUTO,
-    ) -> Self:
-        """Load a model and its tokenizer from a local folder or the Hugging Face hub; `zoo:NAME`
-        is built in, `standin:NAME` is made from it (`specdec/models/standin.py`).
-
-        Args:
-            setting: the option that gave `path`, for error messages.
-            kernels: as for the class.
-
-        Raises:
-            ValueError: nothing there, or nothing that can be run; one line that names the setting.
-        """
-        if path.startswith("standin:"):
-            shape, zoo = named_shape(path.removeprefix("standin:"), setting)
-            source = zoo_path(zoo)
-            large = standin(source, shape, device=device, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            return cls(large, tokenizer, name=f"{setting}={path}", kernels=kernels)
-        where = (
-            str(zoo_path(path.removeprefix("zoo:"), setting)) if path.startswith("zoo:") else path
-        )
-        if where.startswith(("/", ".", "~")) and not Path(where).expanduser().is_dir():
-            raise ValueError(
-                f"{setting}={path}: no such folder; give a model folder, a hub id or zoo:NAME"
-            )
-        where = str(Path(where).expanduser()) if where.startswith("~") else where
-        try:
-            config = AutoConfig.from_pretrained(where)
-            _check_config(config)
-            transformers.utils.logging.disable_progress_bar()
-            model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(where)
-        except _UnsupportedError as reason:
-            kind = (config.architectures or [config.model_type])[0]
-            raise ValueError(
-                f"{setting}={path}: {kind} cannot run over the paged cache: {reason}"
-            ) from None
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"{setting}={path}: cannot be loaded as a causal LM: {first}"
-            ) from None
-        return cls(model.to(device), tokenizer, name=f"{setting}={path}", kernels=kernels)
 
     # Running
 
@@ -345,8 +189,8 @@ class PagedLM:
     ) -> TreeLayout:
         """Who sees whom, for new nodes at these offsets; there is room for them in the scratch."""
         lengths = cache.lengths.index_select(0, rows)
-        # The kernels need a bound; the reference gathers that much, and is better off with less.
-        longest = int(lengths.max()) if self._kernels is reference else cache.max_tokens
+        # A bound of what is read; the reference gathers that much, and is better off with less.
+        longest = int(lengths.max()) if self._kernels.LOOKS else cache.max_tokens
         # Draft nodes past the end of the context are never kept; they must not reach positions the
         # model does not have.
         positions = (lengths[:, None] + offsets).clamp(max=self.max_context - 1)
@@ -381,7 +225,7 @@ class PagedLM:
     ) -> Tensor:
         """Append tokens to each row and commit them: [B, V] logits after the last token of
         each."""
-        logits = self._extend(cache, rows, tokens, logits=True)
+        logits = self._extend(cache, rows, tokens, last=True)
         assert logits is not None
         return logits
 
@@ -392,14 +236,20 @@ class PagedLM:
         tokens: Sequence[Sequence[int]],
         *,
         chunk: int = 512,
+        see: See | None = None,
     ) -> None:
-        """Append any number of tokens to each row, `chunk` at a time; a row may have none."""
+        """Append any number of tokens to each row, `chunk` at a time; a row may have none.
+
+        Args:
+            see: called after each chunk, with its rows [B], tokens [B, N], how many of them count
+                [B], and the logits [B, N, V] after them.
+        """
         for start in range(0, max(map(len, tokens), default=0), chunk):
             parts = {
                 row: part[start : start + chunk] for row, part in zip(rows, tokens, strict=True)
             }
             parts = {row: part for row, part in parts.items() if part}
-            self._extend(cache, list(parts), list(parts.values()), logits=False)
+            self._extend(cache, list(parts), list(parts.values()), see=see)
 
     def _extend(
         self,
@@ -407,11 +257,12 @@ class PagedLM:
         rows: Sequence[int],
         tokens: Sequence[Sequence[int]],
         *,
-        logits: bool,
+        last: bool = False,
+        see: See | None = None,
     ) -> Tensor | None:
         sizes = [len(part) for part in tokens]
         width = max(sizes)
-        if self._kernels is not reference:  # few sizes, so that few kernels are compiled
+        if not self._kernels.LOOKS:  # few sizes, so that few kernels are compiled
             width = -(-width // PREFILL_STEP) * PREFILL_STEP
         padded = torch.tensor(
             [[*part, *[0] * (width - len(part))] for part in tokens], device=self.device
@@ -419,130 +270,9 @@ class PagedLM:
         chain = torch.arange(width, device=self.device).expand(len(rows), -1)
         length = torch.tensor(sizes, device=self.device)
         with cache.scratch_apart(len(rows), width):
-            out = self.forward(cache, rows, padded, chain, logits=length - 1 if logits else "none")
+            which: Logits | Tensor = length - 1 if last else "none" if see is None else "all"
+            out = self.forward(cache, rows, padded, chain, logits=which)
             cache.commit(rows, None, length)
+        if see is not None and out is not None:
+            see(torch.tensor(rows, device=self.device), padded, length, out)
         return out
-
-    # Loading
-
-    @torch.inference_mode()
-    def _probe(self) -> KVShape:
-        """Run a few tokens through both the model's own attention and ours; the shapes of its keys
-        and values.
-
-        Raises:
-            _UnsupportedError: a layer was not reached, positions are absolute, the two disagree.
-        """
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        tokens = torch.arange(PROBE_TOKENS, device=self.model.device)[None] * 7 % vocabulary
-        positions = torch.arange(PROBE_TOKENS, device=self.model.device)[None]
-        self.model.set_attn_implementation("eager")
-        own = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits.float()
-        self.model.set_attn_implementation(ATTENTION)
-
-        def run(shift: int) -> tuple[Tensor, _Probe]:
-            probe = _Probe()
-            inputs = {"input_ids": tokens, "position_ids": positions + shift, "use_cache": False}
-            try:
-                return self.model(**inputs, paged=probe).logits.float(), probe
-            except TypeError as error:
-                raise _UnsupportedError(f"it refuses extra keywords ({error})") from None
-
-        ours, probe = run(0)
-        layers = self.model.config.get_text_config().num_hidden_layers
-        if sorted(probe.shapes) != list(range(layers)):
-            raise _UnsupportedError(
-                f"only {len(probe.shapes)} of its {layers} layers use the registered attention"
-            )
-        if len(set(probe.shapes.values())) != 1:
-            raise _UnsupportedError("its layers differ in the shape of their keys and values")
-        if probe.windows != _windows(self.model.config.get_text_config()):
-            raise _UnsupportedError("its layers do not hand their sliding window on")
-        bound = 0.1 if self.model.dtype.itemsize == 2 else 1e-3
-        if _distance(run(5)[0], ours) > bound:
-            raise _UnsupportedError(
-                "its positions are absolute (learned or sinusoidal), not rotary"
-            )
-        if not _distance(ours, own) <= bound:
-            raise _UnsupportedError(
-                "its own attention does more than scaling, soft-capping, windows and sinks"
-            )
-        self._direct: DirectModel | None = None
-        if can_run_directly(self.model):
-            windows = [probe.windows[layer] for layer in range(layers)]
-            shorter = DirectModel(self.model, windows, self.max_context, self._kernels)
-            there = _Probe(probe.shapes[0]).provide(shorter.embedding)
-            out = shorter(tokens, positions, there, "all")
-            if out is not None and _distance(out.float(), ours) <= bound:
-                self._direct = shorter
-        shape = probe.shapes[0]
-        return KVShape(
-            layers=layers,
-            kv_heads=shape.kv_heads,
-            key_dim=shape.key_dim,
-            value_dim=shape.value_dim,
-        )
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative distance of logits at the median token: one expert that flips at a near tie, as in
-    mixtures of experts, moves a token far and says nothing about the attention."""
-    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
-
-
-def _check_config(config: Any) -> None:
-    """Refuse by configuration what can be named without running the model."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise _UnsupportedError("it is an encoder-decoder model")
-    attention = getattr(config, "attn_config", None)
-    if (
-        getattr(config, "alibi", False)
-        or getattr(attention, "alibi", False)
-        or config.model_type == "bloom"
-    ):
-        raise _UnsupportedError("it biases attention by distance (ALiBi)")
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise _UnsupportedError(
-            f"layers of type {', '.join(sorted(kinds))} have no paged keys and values"
-        )
-    if not getattr(text, "max_position_embeddings", None):
-        raise _UnsupportedError("its configuration states no max_position_embeddings")
-
-
-def _windows(config: Any) -> dict[int, int | None]:
-    """The sliding window each layer must hand on: one longer than the probe goes unnoticed
-    there."""
-    layers = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-    return {
-        layer: window if kinds[layer] == "sliding_attention" else None for layer in range(layers)
-    }
-
-
-def _max_context(config: Any) -> int:
-    """Positions the model has. LongRoPE turns all keys to other angles once a sequence outgrows
-    the original context, the cached ones excepted, so it ends there."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = [config.max_position_embeddings]
-    for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        if parameters.get("rope_type") == "longrope":
-            limits.append(parameters["original_max_position_embeddings"])
-    return min(limits)
-
-
-def zoo_path(name: str, setting: str = "path") -> Path:
-    """Folder of a built-in model.
-
-    Raises:
-        ValueError: no built-in model of that name.
-    """
-    zoo = Path(__file__).parents[1] / "zoo"
-    if not (zoo / name / "config.json").is_file():
-        names = ", ".join(sorted(p.name for p in zoo.iterdir() if p.is_dir()))
-        raise ValueError(f"{setting}=zoo:{name}: no such built-in model; there are {names}")
-    return zoo / name

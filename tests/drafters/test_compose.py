@@ -27,8 +27,10 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.drafters.tries import TrieTable
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import Decoding, Request, StepContext, TreePolicy
+from specdec.protocols import StepContext, TreePolicy
+from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
@@ -44,7 +46,7 @@ NEW = 32
 
 @pytest.fixture(scope="module")
 def target() -> PagedLM:
-    return PagedLM.load("zoo:target", dtype=torch.float32, device="cpu")
+    return load_model("zoo:target")
 
 
 def decode(

@@ -21,7 +21,7 @@ from specdec.drafters.datastore import METADATA, SUFFIXES, TOKENS, Datastore, fi
 from specdec.experiments.studies import lookup_speed
 from specdec.experiments.tools import build_datastore
 from specdec.experiments.tools.build_datastore import build, documents, main
-from specdec.models.paged import zoo_path
+from specdec.models.load import zoo_path
 
 pytest.importorskip("pydivsufsort")
 

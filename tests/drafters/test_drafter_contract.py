@@ -17,9 +17,17 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
+from specdec.experiments.studies.rule_laws import (
+    DrawnTree,
+    emitted_law,
+    ordered_draws,
+    token_trees,
+)
 from specdec.experiments.tools import build_datastore
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import Drafter, DraftError, Request, StepContext, TreePolicy
+from specdec.protocols import Drafter, DraftError, StepContext, TreePolicy
+from specdec.request import Request
 from specdec.run import CONFIGS, build_drafter
 from specdec.sampling import DRAFT_STREAM, SamplingParams, race
 from specdec.tree import TokenTree
@@ -28,7 +36,6 @@ from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.synthetic import Synthetic
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.verifier import TreeVerifier
-from tests.verifier.test_rules_exact import DrawnTree, emitted_law, ordered_draws, token_trees
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -59,7 +66,7 @@ def echo(tokens: list[int]) -> Iterable[Sequence[int]]:
 
 @pytest.fixture(scope="module")
 def target() -> PagedLM:
-    return PagedLM.load("zoo:target", dtype=torch.float32, device="cpu")
+    return load_model("zoo:target")
 
 
 @pytest.fixture(scope="module")

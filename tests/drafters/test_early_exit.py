@@ -16,20 +16,23 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.models.direct import _Layer
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import Request, StepContext, TreePolicy
+from specdec.models.placement import Placement
+from specdec.protocols import StepContext, TreePolicy
+from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.verifier import TreeVerifier
-from tests.models.test_model_loading import tiny
+from tests.models.tiny import tiny
 
 TEXTS = ("def fibonacci(n):\n    ", "It was a dark night, and the old captain stood at the")
 NEW = 24
 
 
 def load(dtype: torch.dtype) -> PagedLM:
-    return PagedLM.load("zoo:target", dtype=dtype, device="cpu")
+    return load_model("zoo:target", Placement(dtype=dtype))
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,10 @@ from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import (
-    AcceptanceRule,
-    Capacity,
-    Decoding,
-    Drafter,
-    Request,
-    StepContext,
-    TreePolicy,
-)
+from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
+from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.greedy import Greedy
@@ -570,7 +564,7 @@ def test_settings_out_of_range(name: str, settings: dict[str, Any], message: str
 
 @pytest.fixture(scope="module")
 def zoo() -> tuple[PagedLM, list[list[int]], list[list[int]]]:
-    target = PagedLM.load("zoo:target", dtype=torch.float32, device=CPU)
+    target = load_model("zoo:target")
     texts = [
         'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
         "It was a dark night",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,8 +20,10 @@ from specdec.drafters.retriever import Retriever
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.experiments.tools.build_datastore import build
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import Decoding, Drafter, Request
+from specdec.protocols import Drafter
+from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.verifier import TreeVerifier
@@ -263,7 +264,7 @@ def test_own_text_and_history_meet() -> None:
 
 @pytest.fixture(scope="module")
 def target() -> PagedLM:
-    return PagedLM.load("zoo:target", dtype=torch.float32, device=torch.device("cpu"))
+    return load_model("zoo:target")
 
 
 @pytest.fixture(scope="module")

@@ -29,14 +29,16 @@ from specdec.drafters.trees.static import Static
 from specdec.drafters.vocabulary import LONGEST, Translation, Vocabulary, byte_alphabet
 from specdec.experiments.tools import retokenize as script
 from specdec.experiments.tools.retokenize import retokenize
-from specdec.models.paged import PagedLM, zoo_path
-from specdec.protocols import Decoding, Drafter, Request, StepContext, TreePolicy
+from specdec.models.load import load_model, zoo_path
+from specdec.models.paged import PagedLM
+from specdec.protocols import Drafter, StepContext, TreePolicy
+from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.verifier import TreeVerifier
-from tests.verifier.test_rules_exact import tiny_llama
+from tests.tiny import tiny_llama
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 KEPT = 6000
@@ -273,7 +275,7 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def target() -> PagedLM:
-    return PagedLM.load("zoo:target", dtype=torch.float32, device="cpu")
+    return load_model("zoo:target")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.policy import BasePolicy
 from specdec.drafters.trees.static import Static
 from specdec.drafters.user import UserFunction
-from specdec.protocols import Decoding, DraftError, Request, StepContext
+from specdec.protocols import DraftError, StepContext
+from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 

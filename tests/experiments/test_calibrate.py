@@ -13,7 +13,7 @@ from rich.console import Console
 from specdec.costs import CostTable
 from specdec.experiments.figures import pages as readme
 from specdec.experiments.tools import calibrate
-from specdec.models.paged import PagedLM
+from specdec.models.load import load_model
 
 TINY = shlex.split(
     "--target zoo:target --draft zoo:draft --device cpu --dtype float32 --replays 1 "
@@ -61,7 +61,7 @@ def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_passes_are_those_of_a_step() -> None:
     """The tree has random keys before it, and the draft's level sees its parents."""
     torch.manual_seed(0)
-    lm = PagedLM.load("zoo:draft", dtype=torch.float32, device="cpu")
+    lm = load_model("zoo:draft")
     cache = calibrate.filled_cache(lm, 2, 16, 6)
     assert cache is not None
     assert cache.lengths.tolist() == [16, 16, 0]

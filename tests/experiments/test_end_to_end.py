@@ -26,7 +26,9 @@ from specdec.experiments.studies.sessions import (
     load_plain,
     with_tree,
 )
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
 from specdec.protocols import Drafter
 from specdec.verifier.greedy import Greedy
 
@@ -39,7 +41,7 @@ TEXTS = ("def fibonacci(n):\n    ", "It was a dark night, and the old captain st
 @pytest.fixture(scope="module")
 def target() -> PagedLM:
     torch.manual_seed(0)
-    return PagedLM.load("zoo:target", dtype=torch.float32, device="cpu")
+    return load_model("zoo:target")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,7 @@ def test_unit_is_the_distance_to_the_next_number() -> None:
 
 
 def test_noise_is_within_what_the_bound_assumes(prompts: list[Asked]) -> None:
-    rounded = PagedLM.load("zoo:target", dtype=torch.bfloat16, device="cpu")
+    rounded = load_model("zoo:target", Placement(dtype=torch.bfloat16))
     assert agreement.noise(rounded, prompts[1].tokens) <= agreement.BOUND / 2
 
 

@@ -28,13 +28,16 @@ from specdec.experiments.tools.measure_acceptance import (
     static_shape,
     wide_shape,
 )
+from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, Request, StepContext
+from specdec.protocols import AcceptanceRule, StepContext
 from specdec.rates import AcceptanceRates
+from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, TokenTree
 from specdec.verifier.verifier import TreeVerifier
-from tests.verifier.test_rules_exact import ALPHA, PROMPT, exact_law, tiny_llama
+from tests.tiny import PROMPT, tiny_llama
+from tests.verifier.laws import ALPHA, exact_law
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -85,7 +88,7 @@ def decode(
     draft: str = "draft",
 ) -> list[list[int]]:
     """Outputs of the tiny models."""
-    target: PagedLM = PagedLM.load("target", dtype=torch.float32, device="cpu")
+    target: PagedLM = load_model("target")
     tree = FixedShape(shape=shape, children=case.children)
     decoder = Decoder(
         verifier=TreeVerifier(target),

@@ -1,0 +1,159 @@
+"""A step on its way: queued on the device, and landed on the host when its results have come."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.observation import Observation
+from specdec.protocols import StepContext
+from specdec.request import Decoding
+from specdec.timing import Laps
+from specdec.tree import Acceptance, TokenTree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step did, for the B sequences it ran; none if all of them had ended meanwhile.
+
+    Args:
+        requests: [B] ids.
+        nodes: [B] drafted nodes, the root not counted.
+        depths: [B] depth of the drafted trees.
+        accepted: [B] drafted nodes the rule accepted.
+        tokens: [B] new tokens that count: accepted ones and the target's own, up to the stop token
+            or limit.
+        seconds: time of each verb.
+        sources: [B] of trees with several sources, by name: nodes drafted and nodes accepted; else
+            empty.
+    """
+
+    requests: list[int]
+    nodes: list[int]
+    depths: list[int]
+    accepted: list[int]
+    tokens: list[int]
+    seconds: dict[str, float]
+    sources: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Yield:
+    """What a step has yielded, in one tensor, so that one copy brings it to the host.
+
+    Args:
+        packed: [B, W] int64, the parts of `widths` side by side.
+        widths: of new tokens, nodes and next token; parents; path; tokens; then, where there are
+            any, sources and observed tokens of the N nodes.
+    """
+
+    packed: Tensor
+    widths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tree: TokenTree, acceptance: Acceptance, seen: Observation) -> "Yield":
+        """Args:
+        seen: what the host is to know of it.
+        """
+        numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token], dim=1)
+        nothing = numbers[:, :0]
+        parts = [
+            numbers,
+            tree.parents,
+            acceptance.path,
+            acceptance.new_tokens(tree),
+            nothing if tree.source is None else tree.source,
+            nothing if seen.tokens is None else seen.tokens.flatten(1),
+        ]
+        widths = tuple(part.shape[1] for part in parts)
+        return cls(packed=torch.cat(parts, dim=1), widths=widths)
+
+    def sent(self) -> tuple["Yield", torch.cuda.Event | None]:
+        """Itself on the host, and what to wait for until it is there; None: it is."""
+        if not self.packed.is_cuda:
+            return self, None
+        host = torch.empty(self.packed.shape, dtype=self.packed.dtype, pin_memory=True)
+        host.copy_(self.packed, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return replace(self, packed=host), arrived
+
+    def parts(self, batch: int) -> tuple[Tensor, ...]:
+        """As in `widths`, of the first sequences."""
+        return self.packed[:batch].split(self.widths, dim=1)
+
+    def acceptance(self, batch: int) -> tuple[Acceptance, Observation]:
+        """What a drafter that works on the host is told."""
+        numbers, parents, path, _, _, observed = self.parts(batch)
+        tokens = observed.unflatten(1, (parents.shape[1], -1)) if observed.shape[1] else None
+        kept = Acceptance(path=path, length=numbers[:, 0], next_token=numbers[:, 2])
+        return kept, Observation(tokens=tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Flight:
+    """A step whose work is queued and whose results are on their way.
+
+    Args:
+        tree: what it verified.
+        context: what the drafter was given.
+        results: on the host.
+        arrived: None if they are there already.
+    """
+
+    sequences: list[Decoding]
+    tree: TokenTree
+    context: StepContext
+    results: Yield
+    arrived: torch.cuda.Event | None
+    laps: Laps
+
+    def wait(self) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+
+    def land(
+        self, finish: Callable[[Decoding, list[int]], None], sources: Sequence[str]
+    ) -> dict[str, list[Any]]:
+        """Give sequences their new tokens; those that ended in an earlier step get none.
+
+        Args:
+            finish: adds tokens to a sequence, as many as count.
+            sources: names of the numbers in `TokenTree.source`.
+
+        Returns:
+            What a `Step` holds, without the times.
+        """
+        names = ("requests", "nodes", "depths", "accepted", "tokens", "sources")
+        step: dict[str, list[Any]] = {name: [] for name in names}
+        parts = self.results.parts(len(self.sequences))[:5]
+        rows = zip(self.sequences, *(part.tolist() for part in parts), strict=True)
+        for sequence, (length, size, _), parents, path, new, source in rows:
+            if sequence.finish_reason:
+                continue
+            finish(sequence, new[:length])
+            sequence.steps += 1
+            sequence.drafted += size - 1
+            step["requests"].append(sequence.request.id)
+            step["nodes"].append(size - 1)
+            step["depths"].append(_depth(parents[:size]))
+            step["accepted"].append(length - 1)
+            step["tokens"].append(sequence.accepted_lengths[-1])
+            drafted, accepted = source[1:size], [source[n] for n in path[1:length] if source]
+            step["sources"].append(
+                {
+                    name: (drafted.count(number), accepted.count(number))
+                    for number, name in enumerate(sources if source else ())
+                }
+            )
+        return step
+
+
+def _depth(parents: list[int]) -> int:
+    """Edges of the longest path of a tree."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return max(depths)

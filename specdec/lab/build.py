@@ -1,0 +1,251 @@
+"""From settings to the objects they describe. Everything that can be refused without a model is
+refused here, in one line that names the setting."""
+
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from specdec.kernels.choose import Kernels
+from specdec.lab.method import Method
+from specdec.models.placement import Placement
+from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, part_of
+from specdec.request import CacheSettings
+from specdec.sampling import SamplingParams
+from specdec.tree import Children
+
+Settings = Mapping[str, Any]
+RULES = "specdec.verifier"
+PARTS = dict[str, Drafter]  # settings of this type are drafters in their turn
+USER_FUNCTION = "specdec.drafters.user.UserFunction"  # what makes a drafter of a function
+PLAIN = {"_target_": "specdec.drafters.none.NoDrafter"}
+
+
+def method_of(settings: Settings) -> Method:
+    """The method, whose drafter is not loaded yet.
+
+    Raises:
+        ValueError: a setting that cannot be used, a pairing that would change the distribution of
+            outputs, or a tree that the drafter or the rule refuses.
+    """
+    sampling = sampling_of(settings)
+    rule, children = _pair(settings, sampling)
+    shape = {**settings["tree"], "children": children}
+    tree: TreePolicy = build(pkgutil.resolve_name(shape["_target_"]), "tree", shape)
+    choices = settings["choices"]
+    wide = any(tree.width(level) > 1 for level in range(tree.levels(None) if tree.budget else 0))
+    if rule.chains and wide and not sampling.greedy:
+        raise ValueError(
+            f"acceptance={rule.name}: judges chains alone, and a node of tree={choices['tree']} "
+            f"may have several children; use tree=chain, or acceptance=traversal"
+        )
+    drafter = _drafter(choices["drafter"], "drafter", settings["drafter"])
+    drafter.check(tree)
+    return _method(settings, drafter, tree, choices["tree"], rule, sampling)
+
+
+def baseline_of(settings: Settings) -> Method:
+    """Plain decoding with the same sampling."""
+    sampling = sampling_of(settings)
+    rule = _rule("greedy" if sampling.greedy else "target_only")
+    tree: TreePolicy = pkgutil.resolve_name("specdec.drafters.trees.chain.Chain")(budget=0)
+    return _method(settings, _drafter("none", "drafter", PLAIN), tree, "none", rule, sampling)
+
+
+def _method(
+    settings: Settings,
+    drafter: Drafter,
+    tree: TreePolicy,
+    tree_name: str,
+    rule: AcceptanceRule,
+    sampling: SamplingParams,
+) -> Method:
+    verifier = pkgutil.resolve_name(f"{RULES}.verifier.TreeVerifier")
+    return Method(
+        drafter=drafter,
+        tree=tree,
+        tree_name=tree_name,
+        rule=rule,
+        sampling=sampling,
+        verifier=partial(verifier, prefill_chunk=cache_of(settings).prefill_chunk),
+    )
+
+
+def sampling_of(settings: Settings) -> SamplingParams:
+    seed = typed("seed", settings["seed"], int)
+    params: SamplingParams = build(SamplingParams, "sampling", settings["sampling"], seed=seed)
+    return params
+
+
+def cache_of(settings: Settings) -> CacheSettings:
+    cache: CacheSettings = build(CacheSettings, "cache", settings["cache"])
+    return cache
+
+
+def placement_of(settings: Settings) -> Placement:
+    return Placement.named(
+        device=typed("device", settings["device"], str),
+        dtype=typed("dtype", settings["dtype"], str),
+        kernels=build(Kernels, "kernels", settings["kernels"]),
+    )
+
+
+def _pair(settings: Settings, sampling: SamplingParams) -> tuple[AcceptanceRule, str]:
+    """The acceptance rule and how children are chosen, where the settings leave them open.
+
+    Raises:
+        ValueError: the pairing would change the distribution of outputs, and that was not asked
+            for, or the drafter works with another rule only.
+    """
+    acceptance, children = settings["acceptance"], settings["tree"]["children"]
+    rule: AcceptanceRule | None = None
+    if acceptance["_target_"]:
+        options = {name: value for name, value in acceptance.items() if name != "allow_lossy"}
+        rule = build(pkgutil.resolve_name(acceptance["_target_"]), "acceptance", options)
+    drafter = settings["drafter"]
+    only = _class_of("drafter", drafter)[0].acceptance
+    if only is not None:
+        if rule is not None and rule.name != only:
+            raise ValueError(
+                f"acceptance={rule.name}: {drafter['_target_']} works with acceptance={only} "
+                f"alone; use acceptance=auto"
+            )
+        return _rule(only), "top_k" if children == "auto" else children
+    if children == "auto":
+        wanted = rule.needs_proposal if rule else _prefers_sampling("drafter", drafter)
+        kinds: list[Children] = ["sample", "sample_with_replacement"]
+        if not wanted or sampling.greedy:
+            kinds = ["top_k"]
+        fitting = [kind for kind in kinds if not (rule and rule.lossy(kind, sampling))]
+        children = (fitting or kinds)[0]
+    if rule is None:
+        sampled = children != "top_k"
+        name = "greedy" if sampling.greedy else "recursive_rejection" if sampled else "target_only"
+        rule = _rule(name)
+    reason = rule.lossy(children, sampling)
+    if reason and not typed("acceptance.allow_lossy", acceptance["allow_lossy"], bool):
+        raise ValueError(
+            f"acceptance={rule.name}: not lossless, {reason}; use acceptance=auto, or "
+            f"acceptance.allow_lossy=true to run it all the same"
+        )
+    return rule, children
+
+
+def _rule(name: str) -> AcceptanceRule:
+    """A rule by its file in `verifier/`; its class is the name in camel case."""
+    kind = pkgutil.resolve_name(f"{RULES}.{name}.{name.title().replace('_', '')}")
+    rule: AcceptanceRule = kind()
+    return rule
+
+
+def _drafter(name: str | None, setting: str, settings: Any) -> Drafter:
+    """A drafter, a function of the user's, or a composition with all its parts, which are called
+    by the files of their classes."""
+    kind, function = _class_of(setting, settings)
+    target = settings["_target_"]
+    with part_of(setting):
+        drafter: Drafter = build(kind, setting, settings, **function)
+    drafter.name = name or target.split(".")[-2]
+    if function:
+        drafter.name += f" ({target})"
+    return drafter
+
+
+def _class_of(setting: str, settings: Any) -> tuple[type[Drafter], dict[str, Any]]:
+    """The class of a drafter, and what it is given if `_target_` names a mere function.
+
+    Raises:
+        ValueError: it names nothing that drafts.
+    """
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("_target_"), str):
+        raise ValueError(f"{setting}={settings}: must be the settings of a drafter with _target_")
+    target = settings["_target_"]
+    try:
+        found = pkgutil.resolve_name(target)
+    except Exception as error:  # whatever importing a module of the user's raises
+        raise ValueError(
+            f"{setting}._target_={target}: cannot be imported, {type(error).__name__}: {error}; "
+            f"it must be module.name, of an installed package or of a file in {Path.cwd()}"
+        ) from error
+    if isinstance(found, type) and issubclass(found, Drafter):
+        return found, {}
+    if isinstance(found, type) or not callable(found):
+        raise ValueError(
+            f"{setting}._target_={target}: must be a function, or a class derived from Drafter"
+        )
+    return pkgutil.resolve_name(USER_FUNCTION), {"function": found}
+
+
+def _prefers_sampling(setting: str, settings: Any) -> bool:
+    """Whether children are best drawn from its probabilities: from those of all parts of a
+    composition."""
+    kind, _ = _class_of(setting, settings)
+    hints = get_type_hints(kind.__init__)
+    parts = {
+        f"{setting}.{name}.{part}": value
+        for name in settings
+        if hints.get(name) == PARTS
+        for part, value in _parts(f"{setting}.{name}", settings[name]).items()
+    }
+    if parts:
+        return all(_prefers_sampling(*part) for part in parts.items())
+    return kind.sampled_children
+
+
+def _parts(setting: str, parts: Any) -> Mapping[str, Any]:
+    if not isinstance(parts, Mapping) or not parts:
+        raise ValueError(f"{setting}={parts}: must be settings of drafters, by name")
+    return parts
+
+
+def build(kind: type, group: str, settings: Settings, **given: Any) -> Any:
+    """An object from the settings of its config group, each checked against the constructor's
+    types.
+
+    Args:
+        given: further arguments, which are no settings.
+
+    Raises:
+        ValueError: a setting that it does not have, is missing, or has another type.
+    """
+    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    checked = {}
+    for name, value in settings.items():
+        if name == "_target_":
+            continue
+        setting = f"{group}.{name}"
+        if name not in hints or name in given:
+            raise ValueError(f"{setting}={value}: {kind.__name__} has no such setting")
+        if hints[name] == PARTS:
+            checked[name] = {
+                part: _drafter(None, f"{setting}.{part}", own)
+                for part, own in _parts(setting, value).items()
+            }
+        else:
+            checked[name] = typed(setting, value, hints[name])
+    try:
+        inspect.signature(kind).bind(**given, **checked)
+    except TypeError as error:
+        raise ValueError(
+            f"{group}: cannot build {kind.__name__} of these settings, {error}"
+        ) from None
+    return kind(**given, **checked)
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """The value, if it is of that type.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a folder called 7
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{name}={value}: {expected}") from None

@@ -1,0 +1,58 @@
+"""Method: a way to decode, of which a run compares two and a study many."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from specdec.decode import Decoder
+from specdec.models.load import Models
+from specdec.models.paged import PagedLM
+from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, Verifier
+from specdec.request import Capacity
+from specdec.sampling import SamplingParams
+
+MakeVerifier = Callable[[PagedLM], Verifier]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What guesses, what shapes its trees, what is kept of them, and how tokens are chosen.
+
+    Args:
+        tree_name: the option of the group `tree`; drafter and rule know their own names.
+        verifier: makes a verifier of the target.
+    """
+
+    drafter: Drafter
+    tree: TreePolicy
+    tree_name: str
+    rule: AcceptanceRule
+    sampling: SamplingParams
+    verifier: MakeVerifier
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What summaries call its parts."""
+        return {
+            "drafter": self.drafter.name,
+            "tree": self.tree_name,
+            "children": self.tree.children,
+            "acceptance": self.rule.name,
+        }
+
+    def load(self, target: PagedLM, models: Models) -> None:
+        """Load what the drafter needs; once, before `decoder`."""
+        self.drafter.load(target, models)
+
+    def decoder(
+        self, target: PagedLM, capacity: Capacity, stop_tokens: Collection[int] = ()
+    ) -> Decoder:
+        """A decoder of its own; one made before is of no use any more."""
+        return Decoder(
+            verifier=self.verifier(target),
+            drafter=self.drafter,
+            tree=self.tree,
+            rule=self.rule,
+            sampling=self.sampling,
+            capacity=capacity,
+            stop_tokens=stop_tokens,
+        )

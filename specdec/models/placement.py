@@ -1,0 +1,87 @@
+"""Placement: where models compute, in which type and with which kernels. And how much memory there
+is."""
+
+import os
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from specdec.kernels.choose import AUTO, Kernels
+
+CPU = torch.device("cpu")
+TYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a model lies and how it computes; a target and its draft share one.
+
+    Args:
+        device: of weights and caches.
+        dtype: of weights and hidden states.
+        kernels: which implementation computes; auto is replaced by what it stands for there.
+
+    Raises:
+        ValueError: `kernels` cannot run there.
+    """
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    kernels: Kernels = AUTO
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernels", self.kernels.settled(self.device, self.dtype))
+
+    @classmethod
+    def named(cls, *, device: str = "auto", dtype: str = "auto", kernels: Kernels = AUTO) -> Self:
+        """From settings: auto is CUDA where there is some, and bfloat16 there, float32 on a CPU.
+
+        Raises:
+            ValueError: no such device here, not a floating type of models, or kernels that cannot
+                run there.
+        """
+        where = choose_device(device)
+        return cls(device=where, dtype=choose_dtype(dtype, where), kernels=kernels)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto is CUDA where there is some. A GPU chosen by number becomes the current one: Triton
+    launches its kernels there.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device={name}: not available here; use auto, cpu or cuda") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto is float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        ValueError: not a floating type of models.
+    """
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in TYPES:
+        raise ValueError(f"dtype={name}: must be auto, {', '.join(TYPES)}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU; on a CPU, all there are."""
+    if device.type != "cuda":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
