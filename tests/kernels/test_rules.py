@@ -1,18 +1,18 @@
 """Acceptance rules with kernels keep what they keep without."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from specdec.decode import Decoder
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.trees.static import Static
 from specdec.kernels import gpu, reference
 from specdec.kernels.choose import Kernels
-from specdec.protocols import AcceptanceRule, Capacity, Decoding, Request, StepContext
+from specdec.protocols import AcceptanceRule, StepContext
+from specdec.request import Decoding
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, Proposal, TokenTree
 from specdec.verifier.block import Block
@@ -25,6 +25,7 @@ from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.tokenwise import Tokenwise
 from specdec.verifier.traversal import Traversal
 from specdec.verifier.typical import Typical
+from tests.decoding import FakeVerifier, decoder_of, requests_of
 from tests.kernels.cases import DEVICE, Case, context_for, keys_at, random_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
@@ -72,26 +73,16 @@ def test_rules_that_are_kernels_keep_the_same(
         assert torch.equal(found.next_token[busy], plain.next_token[busy])
 
 
-class Bigrams:
-    """A target whose next token depends on the last one alone; it has no cache to keep."""
+class Bigrams(FakeVerifier):
+    """A target whose next token depends on the last one alone."""
 
-    cache = None
-
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, vocab: int, kernels: Kernels) -> None:
+        super().__init__(device=DEVICE, kernels=kernels, max_context=64)
         generator = torch.Generator().manual_seed(2)
         self.table = 2.0 * torch.randn(vocab, vocab, generator=generator).to(DEVICE)
 
-    def prepare(self, capacity: Capacity) -> None: ...
-
-    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
-        return list(sequences)
-
-    def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
+    def logits(self, context: StepContext, tree: TokenTree) -> Tensor:
         return self.table[tree.tokens]
-
-    def commit(self, context: StepContext, acceptance: Acceptance) -> None: ...
-
-    def finish(self, sequence: Decoding) -> None: ...
 
 
 class Guesses(HostDrafter):
@@ -110,17 +101,17 @@ def test_the_loop_gives_the_same_with_and_without_kernels(
 ) -> None:
     outputs, accepted = {}, 0
     for impl in ("triton", "reference"):
-        decoder = Decoder(
-            verifier=Bigrams(12),
-            drafter=Guesses(tree=Static(widths=[2, 1], children="sample")),
-            rule=rule,
-            sampling=SamplingParams(temperature=temperature, seed=5),
-            kernels=Kernels(impl=impl),
-            max_context=64,
-            device=DEVICE,
-            batch_size=2,
+        decoder = decoder_of(
+            Bigrams(12, Kernels(impl=impl)),
+            Guesses(),
+            Static(widths=[2, 1], children="sample"),
+            rule,
+            temperature=temperature,
+            seed=5,
+            rows=2,
+            max_tokens=64,
         )
-        requests = [Request(id=i, prompt_ids=[i, 3], max_new_tokens=5) for i in range(3)]
+        requests = requests_of([[i, 3] for i in range(3)], 5)
         done = sorted(decoder.run(requests), key=lambda s: s.request.id)
         outputs[impl] = [sequence.output_ids for sequence in done]
         accepted += sum(max(sequence.accepted_lengths) > 1 for sequence in done)

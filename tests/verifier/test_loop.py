@@ -5,18 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 from tokenizers import Tokenizer, models
 
-from specdec.decode import Decoder, Step
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.experiments.studies.rule_laws import Tokens
+from specdec.flight import Step
 from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, Request, TreePolicy
+from specdec.protocols import AcceptanceRule, TreePolicy
 from specdec.sampling import SamplingParams
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
@@ -25,7 +24,7 @@ from specdec.verifier.multi_path import MultiPath
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.traversal import Traversal
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, requests_of
 from tests.tiny import MODEL_VOCAB, PROMPT, tiny_llama
 from tests.verifier.laws import ALPHA, chi_square, exact_law
 
@@ -60,18 +59,16 @@ def decoded(
     count: int,
 ) -> tuple[dict[Tokens, int], float]:
     """How often each output came up, and the drafted tokens accepted per step."""
-    drafter = SmallLlama(target=models.target, tree=tree, path=models.draft_path)
-    verifier = TreeVerifier(models.target)
-    decoder = Decoder(
-        verifier=verifier,
-        drafter=drafter,
-        rule=rule,
+    drafter = SmallLlama(path=models.draft_path)
+    decoder = decoder_of(
+        models.target,
+        drafter,
+        tree,
+        rule,
         sampling=params,
-        batch_size=64,
-        max_context=models.target.max_context,
+        rows=64,
         max_tokens=len(PROMPT) + count,
         page_size=4,
-        device=torch.device("cpu"),
     )
     counts: dict[Tokens, int] = {}
     accepted, steps = 0, 0
@@ -81,12 +78,13 @@ def decoded(
         accepted += sum(step.accepted)
         steps += len(step.accepted)
 
-    queue = [Request(id=i, prompt_ids=PROMPT, max_new_tokens=count) for i in range(requests)]
+    queue = requests_of([PROMPT] * requests, count)
     for sequence in decoder.run(queue, on_step=note):
         output = tuple(sequence.output_ids)
         assert len(output) == count
         counts[output] = counts.get(output, 0) + 1
-    verifier.target.cache.check()
+    assert decoder.verifier.cache is not None
+    decoder.verifier.cache.check()
     drafter.model.cache.check()
     assert sum(counts.values()) == requests
     return counts, accepted / steps
