@@ -38,7 +38,7 @@ from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.verifier import TreeVerifier
-from tests.verifier.test_rules_exact import tiny_llama
+from tests.tiny import tiny_llama
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 KEPT = 6000
