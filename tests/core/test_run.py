@@ -288,6 +288,8 @@ MISTAKES = {
     "kernels.shared_prefix=both": "kernels.shared_prefix=both: must be a valid boolean",
     "prompts.path=/no/such/file.jsonl": "/no/such/file.jsonl",
     "prompts.limit=0": "prompts.limit=0",
+    "prompts.samples=0 sampling=sample": "prompts.samples=0: must be at least 1",
+    "prompts.samples=3": "prompts.samples=3: at temperature 0 all of them are the same; use",
     "prompts.chat=loud": "prompts.chat='loud'",
     "prompts=file": "prompts.path: must be given",
     "tracker=wandb tracker.mode=loud": "tracker.mode=loud",
@@ -305,6 +307,16 @@ def test_a_mistake_ends_in_one_line_that_names_it(specdec, tmp_path, mistake):
     assert error.count("\n") == 1
     assert printed == ""
     assert not (tmp_path / "o/generations.jsonl").exists()
+
+
+def test_a_tree_that_cannot_be_drafted_is_refused_before_anything_is_loaded(specdec, tmp_path):
+    code, printed, error = specdec(
+        *("tree=static", "tree.widths=[2,2]", "drafter.depth=1"),
+        *("target.path=/no/such/model", f"out={tmp_path}/o", *QUICK),
+    )
+    assert (code, printed) == (2, "")
+    assert error.startswith("error: drafter.depth=1: tree.widths=[2, 2] has 2 levels; ")
+    assert not any((tmp_path / "o").iterdir())  # Hydra makes the folder itself
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from specdec.drafters.growth import Frontier, grow, levels_of
 from specdec.drafters.ngram import NGram
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
+from specdec.drafters.trees.paths import Paths
 from specdec.drafters.trees.static import Static
 from specdec.protocols import TreePolicy
 from specdec.sampling import uniforms
@@ -20,6 +21,7 @@ from tests.decoding import prepared
 from tests.drafters.scripted import (
     CHILDREN,
     VOCAB,
+    Script,
     context_for,
     decoding,
     grown,
@@ -186,3 +188,29 @@ def test_a_budget_of_zero_drafts_roots_alone(policy: TreePolicy) -> None:
     tree.check()
     assert tree.tokens.tolist() == [[2], [2]]
     assert tree.size.tolist() == [1, 1]
+
+
+SHARED: dict[str, Callable[[str], TreePolicy]] = POLICIES | {
+    "paths": lambda children: Paths(
+        paths=[[0], [1], [2], [0, 0], [0, 1], [1, 0], [2, 0], [0, 1, 0]], children=children
+    )
+}
+
+
+@pytest.mark.parametrize("children", CHILDREN)
+@pytest.mark.parametrize("name", SHARED)
+def test_a_policy_may_be_shared_by_drafts_that_take_turns(name: str, children: str) -> None:
+    """One of six candidates at each node and, between its levels, others of two."""
+    policy = SHARED[name](children)
+    narrow = []
+
+    class Interrupted(Script):
+        def __call__(self, frontier: Frontier) -> tuple[Tensor, Tensor]:
+            narrow.append(row_of(grown(policy, (3,), candidates=2)[0], 0))
+            return super().__call__(frontier)
+
+    levels = levels_of(policy, None)
+    tree, _ = grow(policy, levels, context_for((3,)), Interrupted((3,)))
+    assert row_of(tree, 0) == row_of(grown(SHARED[name](children), (3,))[0], 0)
+    alone = row_of(grown(SHARED[name](children), (3,), candidates=2)[0], 0)
+    assert narrow == [alone] * levels

@@ -39,7 +39,7 @@ def test_a_composition_gets_its_parts_built():
     assert list(built.parts) == ["first", "second"]
     assert isinstance(first, NGram)
     assert (first.name, first.min_match) == ("ngram", 2)
-    assert (second.name, second.depth) == (f"test_run ({__name__}.twice)", 2)
+    assert (second.name, second.depth) == (f"test_build ({__name__}.twice)", 2)
 
     for wrong, expected in {
         "soon": "drafter.parts=soon: must be settings of drafters, by name",

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from specdec.drafters.none import NoDrafter
+from specdec.lab.records import SCHEMA
 from specdec.lab.tracking import NoTracker
 from tests.running import QUICK, lines, outputs, summary_of
 
@@ -56,7 +57,9 @@ def test_what_a_run_leaves(specdec, tmp_path):
     assert summary["mean_accepted_length"]["pooled"] == pytest.approx(pooled)
     ratio = summary["tokens_per_second"] / summary["baseline"]["tokens_per_second"]
     assert summary["speedup"] == pytest.approx(ratio)
-    assert yaml.safe_load((folder / "config.yaml").read_text())["drafter"]["path"] == "zoo:draft"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["drafter"]["path"] == "zoo:draft"
+    assert (config["choices"]["drafter"], config["schema"]) == ("small_llama", SCHEMA)
     assert "speedup" in printed
     assert "3 of 3 outputs equal the baseline" in printed
 

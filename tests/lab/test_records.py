@@ -1,9 +1,16 @@
 """What a run leaves on disk, and what of it is kept when it is resumed."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-from specdec.lab.records import RunFolder
+import yaml
+
+from specdec.lab.records import SCHEMA, RunFolder
 from tests.lab.made import generation, step
+from tests.running import ROOT
 
 
 def test_sources_of_finished_prompts_survive_a_resume(tmp_path: Path):
@@ -24,3 +31,26 @@ def test_sources_of_finished_prompts_survive_a_resume(tmp_path: Path):
     assert other == bare
     assert not (tmp_path / "error.txt").exists()
     folder.close()
+
+
+KILLED = """
+import os, signal
+
+def die(tokens):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_settings_of_a_run_that_was_killed_are_there(tmp_path: Path):
+    (tmp_path / "killed_drafter.py").write_text(KILLED)
+    command = [
+        *(sys.executable, "-m", "specdec.run", "drafter=user", "baseline=false", "tracker=none"),
+        *("drafter._target_=killed_drafter.die", "prompts.limit=1", f"out={tmp_path}/o"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    config = yaml.safe_load((tmp_path / "o/config.yaml").read_text())
+    assert (config["schema"], config["choices"]["drafter"]) == (SCHEMA, "user")
+    assert config["drafter"]["_target_"] == "killed_drafter.die"
+    assert not (tmp_path / "o/summary.json").exists()
