@@ -21,7 +21,7 @@ from rich.console import Console
 from specdec.lab.build import baseline_of, build, cache_of, method_of, placement_of, typed
 from specdec.lab.experiment import Experiment, stop_tokens
 from specdec.lab.prompts import load_prompts
-from specdec.lab.records import RunFolder
+from specdec.lab.runs import RunFolder
 from specdec.lab.settings import CONFIGS, ERRORS, Settings, message_of, resolved
 from specdec.lab.terminal import Live, show_summary, show_sweep
 from specdec.models.load import Models

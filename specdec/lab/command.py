@@ -40,6 +40,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from specdec.lab.environment import describe_environment
+from specdec.lab.records import replace_file
 
 Options = TypeVar("Options")
 VOLATILE = ("out", "resume")  # no settings of a measurement
@@ -199,9 +200,7 @@ def head(
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """Replace a file at once, so that an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partly = path.with_suffix(".tmp")
-    partly.write_text(json.dumps(result, indent=1) + "\n")
-    partly.replace(path)
+    replace_file(path, json.dumps(result, indent=1) + "\n")
 
 
 def resume(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:

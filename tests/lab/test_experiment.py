@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from specdec.drafters.none import NoDrafter
-from specdec.lab.records import SCHEMA
+from specdec.lab.runs import SCHEMA
 from specdec.lab.tracking import NoTracker
 from tests.running import QUICK, lines, outputs, summary_of
 

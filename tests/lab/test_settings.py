@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from specdec.lab.records import SCHEMA
+from specdec.lab.runs import SCHEMA
 from specdec.lab.settings import settings_of
 from tests.running import QUICK
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from specdec.lab.records import SCHEMA, RunFolder
+from specdec.lab.runs import SCHEMA, RunFolder
 from tests.lab.made import generation, step
 from tests.running import ROOT
 
