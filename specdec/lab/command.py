@@ -37,8 +37,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
+from specdec.lab.build import typed
 from specdec.lab.environment import describe_environment
 from specdec.lab.records import replace_file
 
@@ -117,20 +117,6 @@ def parse(kind: type[Options], words: Sequence[str]) -> Options:
         if name not in found and one.default is MISSING:
             raise ValueError(f"{name}: must be given, {name}=...: {one.metadata.get('about')}")
     return kind(**found)
-
-
-def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value, if it is of that type; lists are read as tuples and texts as paths where those
-    are wanted.
-
-    Raises:
-        ValueError: it is not.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
-    except ValidationError as error:
-        expected = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise ValueError(f"{name}={value}: {expected}") from None
 
 
 def _read(name: str, text: str, kind: Any) -> Any:
