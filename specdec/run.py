@@ -8,6 +8,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def _hydra_main(config: DictConfig) -> float | None:
         summary = run(settings, out, console, title=" ".join(words), sweep=sweep)
     except (ValueError, *ERRORS) as error:
         _refuse(message_of(error), words)  # a sweep goes on with its other jobs
+        with suppress(OSError):
+            Path(job.runtime.output_dir).rmdir()  # Hydra made it; what holds anything stays
         return None
     _finished.append((words, summary))
     return summary.get("speedup") or summary["tokens_per_second"]

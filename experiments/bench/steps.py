@@ -137,8 +137,7 @@ def operations(inputs: StepInputs, kernels: ModuleType) -> Iterator[tuple[str, O
     yield "tree_structure", _tree_structure(inputs, kernels)
     for rule in RULES:
         yield rule.name, _rule(inputs, rule, mine)
-    for name in ("commit_path", "compact_path"):
-        yield name, _move(inputs, name, kernels)
+    yield "commit_path", _move(inputs, kernels)
     for rule in RULES:
         ours = partial(_step, inputs, rule, mine)
         yield f"step, {rule.name}", Operation(ours, partial(_step, inputs, rule), lambda: None)
@@ -192,12 +191,10 @@ def _rule(inputs: StepInputs, rule: AcceptanceRule, context: StepContext) -> Ope
     return Operation(ours, define, check)
 
 
-def _move(inputs: StepInputs, name: str, kernels: ModuleType) -> Operation:
+def _move(inputs: StepInputs, kernels: ModuleType) -> Operation:
     def move(module: ModuleType, copy: int, pools: list[Tensor]) -> None:
-        scratch = inputs.scratch[copy] if name == "commit_path" else ()
-        getattr(module, name)(
-            *pools, *scratch, inputs.path, inputs.length, inputs.page_table, inputs.start
-        )
+        where = inputs.page_table, inputs.start
+        module.commit_path(*pools, *inputs.scratch[copy], inputs.path, inputs.length, *where)
 
     def check() -> None:
         mine, wanted = ([pool.clone() for pool in inputs.pools] for _ in range(2))

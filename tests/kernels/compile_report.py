@@ -191,7 +191,6 @@ def move(
     kernels.write_tree(trees[0][1], trees[1][1], new, -new, 3, stored)
     for accepted, behind in ((path, 0), (None, 70)):
         kernels.commit_path(*pool, *trees, accepted, length, table, start + behind, *scales)
-    kernels.compact_path(*pool, path, length, table, start, *scales)
     quantised = kernels.quantise(new, stored) if stored else ()
     return [*pool, *trees, *(tensor for tensor in scales if tensor is not None), *quantised]
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -271,33 +270,6 @@ def accepted_paths(draw: st.DrawFn) -> tuple[Rows, list[list[int]], int]:
     return sequences, paths, nodes
 
 
-def compact_by_hand(target: Tensor, sequences: Rows, paths: list[list[int]]) -> None:
-    source = target.clone()
-    for sequence, path in enumerate(paths):
-        for step, node in enumerate(path):
-            page, offset = sequences.place(sequence, sequences.start[sequence] + node)
-            new_page, new_offset = sequences.place(sequence, sequences.start[sequence] + step)
-            target[:, new_page, :, new_offset] = source[:, page, :, offset]
-
-
-@both
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(case=accepted_paths())
-def test_compaction_moves_the_path_to_the_front(
-    kernels: ModuleType, dtype: torch.dtype, case: tuple[Rows, list[list[int]], int]
-) -> None:
-    sequences, paths, nodes = case
-    padded = [path + [NOWHERE] * (nodes - len(path)) for path in paths]
-    pool = new_pool(sequences.pages, dtype)
-    kernels.compact_path(
-        *pool.pages(), torch.tensor(padded, device=DEVICE), *sequences.tensors(), *pool.scales()
-    )
-    for part in (*pool.numbers, *pool.factors):
-        if part is not None:
-            part.assert_changed_only_by(lambda target: compact_by_hand(target, sequences, paths))
-
-
 # Scratch
 
 
@@ -401,38 +373,3 @@ def test_page_numbers_beyond_32_bits_of_elements(dtype: torch.dtype) -> None:
         assert pages.count_nonzero() == expected[0].count_nonzero()
         if factors is not None:
             assert torch.equal(factors[0, last, 0, 2:5], expected[1])
-    before = [pages[0, last, 0, 2:5].clone() for pages in pool]
-    behind = torch.tensor([[1, 2]], device=DEVICE)
-    gpu.compact_path(*pool, behind, length - 1, table, start, *scales)
-    for pages, old in zip(pool, before, strict=True):
-        assert torch.equal(pages[0, last, 0, 2:5], old[[1, 2, 2]])
-
-
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("head_dim", [32, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-def test_compaction_is_free_of_races(dtype: torch.dtype, head_dim: int) -> None:
-    """Many sequences at once, many times, where most rows are read after a neighbour was
-    written."""
-    generator = torch.Generator().manual_seed(0)
-    batch, layers, heads, nodes, most = 64, 4, 8, 64, 48
-    pages_each = 6
-    shape = (layers, batch * pages_each, heads, 16)
-    deck = torch.randperm(batch * pages_each, generator=generator)
-    table = deck.view(batch, pages_each).int().to(DEVICE)
-    start = torch.randint(0, 17, (batch,), generator=generator).int().to(DEVICE)
-    original = [torch.randn(*shape, head_dim, generator=generator).to(dtype) for _ in range(2)]
-    factors = [torch.rand(shape, generator=generator).to(DEVICE) for _ in range(2)]
-    original = [numbers.to(DEVICE) for numbers in original]
-    for _ in range(20):
-        path = torch.rand(batch, nodes, generator=generator).argsort(-1)[:, :most].sort(-1).values
-        length = torch.randint(0, most + 1, (batch,), generator=generator)
-        path, length = path.to(DEVICE), length.to(DEVICE)
-        expected = [tensor.clone() for tensor in (*original, *factors)]
-        reference.compact_path(*expected[:2], path, length, table, start, *expected[2:])
-        for _ in range(5):
-            found = [tensor.clone() for tensor in (*original, *factors)]
-            gpu.compact_path(*found[:2], path, length, table, start, *found[2:])
-            for ours, theirs in zip(found, expected, strict=True):
-                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
