@@ -201,7 +201,7 @@ class Decoder:
         if not asked:
             return
         self._stopwatch.lap("other")
-        admitted = self.verifier.start(asked, self._start_draft, self._read_prompt)
+        admitted = self.verifier.start(asked, self._start_draft, partial(self._read_prompt, asked))
         if not admitted and not self.running:
             raise ValueError(f"request {asked[0].request.id}: the caches have no room for it")
         self._full = len(admitted) < len(asked)
@@ -218,9 +218,14 @@ class Decoder:
         return sequences if taken is None else taken
 
     def _read_prompt(
-        self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation
+        self,
+        sequences: Sequence[Decoding],
+        rows: Tensor,
+        tokens: Tensor,
+        length: Tensor,
+        seen: Observation,
     ) -> None:
-        with self._blame(self.running):
+        with self._blame(sequences):
             self.drafter.read(rows, tokens, length, seen)
 
     def _retire(self) -> Iterator[Decoding]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from torch import Tensor
 from specdec.cache import PagedKVCache
 from specdec.kernels import reference
 from specdec.kernels.choose import Kernels
-from specdec.models.load import Models
-from specdec.models.paged import PagedLM
 from specdec.observation import Observation, Observes
 from specdec.request import Capacity, Decoding
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
+
+if TYPE_CHECKING:
+    from specdec.models.load import Models
+    from specdec.models.paged import PagedLM
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -131,7 +133,7 @@ class Drafter:
     def check(self, tree: "TreePolicy") -> None:
         """Raise ValueError, naming the setting, for trees that it cannot draft."""
 
-    def load(self, target: PagedLM, models: Models) -> None:
+    def load(self, target: "PagedLM", models: "Models") -> None:
         """Once, before the first `prepare`: get what it needs besides its settings, such as the
         vocabulary of the target, or a model from `models`, which loads each once.
 

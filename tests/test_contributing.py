@@ -64,12 +64,3 @@ def test_the_drafter_of_contributing_drafts_losslessly(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "2 of 2 outputs equal the baseline" in done.stdout
-
-
-def test_the_program_of_the_readme_runs():
-    (program,) = blocks("README.md", "python")
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "accepted length" in done.stdout

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINKS = ("drafters", "verifier", "kernels", "configs")
+LINKS = ("drafters", "verifier", "kernels", "configs", "experiments")
 SOURCES = ("specdec", "drafters", "verifier", "kernels", "experiments", "tests")
+RESULTS = "experiments/results/"  # measured with this repository; no part of the package
 
 pytestmark = pytest.mark.skipif(
     (ROOT / "PKG-INFO").exists(), reason="an unpacked sdist has folders where a checkout has links"
@@ -138,6 +139,9 @@ def within(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+HYDRA = ("specdec.run", "specdec.lab.settings")
+
+
 def broken_rule(module: str, name: str) -> str | None:
     """The rule that `module` breaks by importing `name`, if any."""
     root = name.partition(".")[0]
@@ -145,10 +149,16 @@ def broken_rule(module: str, name: str) -> str | None:
         return f"write specdec.{name}: the bare name belongs to somebody else"
     if within(module, "tests"):
         return None
-    if root in ("hydra", "omegaconf") and module != "specdec.run":
-        return "only specdec/run.py knows Hydra"
+    if root == "argparse":
+        return "specdec.lab.command reads command lines"
+    if root in ("hydra", "omegaconf") and module not in HYDRA:
+        return "only specdec/run.py and specdec/lab/settings.py know Hydra"
     if root == "wandb" and module != "specdec.lab.tracking":
         return "only specdec/lab/tracking.py knows wandb"
+    if within(module, "specdec.experiments"):
+        return None
+    if within(name, "specdec.experiments"):
+        return "nothing is built on experiments"
     if within(module, "specdec.drafters"):
         return "a drafter knows no verifier" if within(name, "specdec.verifier") else None
     if within(module, "specdec.verifier"):
@@ -156,7 +166,7 @@ def broken_rule(module: str, name: str) -> str | None:
     if within(module, "specdec.kernels"):
         allowed = root in {*sys.stdlib_module_names, "torch", "triton"}
         return None if allowed or within(name, "specdec.kernels") else "tensors in, tensors out"
-    if within(module, "specdec") and within(name, "specdec.drafters", "specdec.verifier"):
+    if within(name, "specdec.drafters", "specdec.verifier"):
         return "the core reaches drafters and rules through configs only"
     return None
 
@@ -177,7 +187,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 def test_import_rules_hold() -> None:
     found = dict(modules())
-    for package in ("specdec.drafters", "specdec.verifier", "specdec.kernels", "tests"):
+    for package in (*(f"specdec.{name}" for name in LINKS if name != "configs"), "tests"):
         assert any(within(name, package) for name in found), f"no source file of {package}"
     broken = [
         rule for name, path in found.items() for rule in broken_rules(name, path.read_text())
@@ -202,8 +212,14 @@ def test_import_rules_hold() -> None:
         ("specdec.kernels.x", "from .. import tree"),
         ("specdec.decode", "from omegaconf import DictConfig"),
         ("specdec.lab.tracking", "import hydra.utils"),
-        ("experiments.x", "import wandb"),
-        ("experiments.x", "from kernels import reference"),
+        ("specdec.experiments.x", "import wandb"),
+        ("specdec.experiments.x", "import argparse"),
+        ("specdec.experiments.x", "from hydra import compose"),
+        ("specdec.experiments.x", "from kernels import reference"),
+        ("specdec.experiments.x", "from experiments.bench import peers"),
+        ("specdec.lab.x", "from specdec.experiments.bench import peers"),
+        ("specdec.drafters.x", "from specdec.experiments import tools"),
+        ("tests.test_x", "import experiments.bench.peers"),
         ("tests.test_x", "import drafters.none"),
     ],
 )
@@ -215,6 +231,7 @@ def test_import_rules_catch(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("specdec.run", "import hydra\nfrom omegaconf import DictConfig"),
+        ("specdec.lab.settings", "from omegaconf import OmegaConf"),
         ("specdec.lab.tracking", "def f():\n    import wandb"),
         ("specdec.drafters.x", "from specdec.kernels import reference\nfrom .base import Base"),
         (
@@ -223,7 +240,8 @@ def test_import_rules_catch(module: str, source: str) -> None:
         ),
         ("specdec.kernels.x", "from specdec.kernels.reference import f\nfrom . import reference"),
         ("specdec.decode", "from specdec import kernels, tree"),
-        ("experiments.x", "from specdec.drafters.none import NoDrafter"),
+        ("specdec.experiments.x", "from specdec.drafters.none import NoDrafter"),
+        ("specdec.experiments.x", "from specdec.experiments.bench import peers"),
         ("tests.test_x", "from hydra import compose\nimport specdec.verifier.x"),
     ],
 )
@@ -255,7 +273,7 @@ def package_files() -> set[str]:
         for path in (ROOT / folder).rglob("*"):
             name = path.relative_to(ROOT).as_posix()
             hidden = any(part.startswith((".", "__pycache__")) for part in name.split("/"))
-            if path.is_file() and not hidden:
+            if path.is_file() and not hidden and not name.startswith(RESULTS):
                 files.add(f"specdec/{name}" if folder in LINKS else name)
     return files
 
@@ -267,10 +285,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         assert "specdec = specdec.run:main" in archive.read(entry_points).decode()
     assert wheel.name.startswith("specdec_lab-")
     assert files == package_files()
+    assert {name.partition("/")[0] for name in files} == {"specdec"}
     for folder, suffix in [
         ("drafters", ".py"),
         ("verifier", ".py"),
         ("kernels", ".py"),
+        ("experiments/tools", ".py"),
         ("configs", ".yaml"),
         ("zoo/target", ".safetensors"),
         ("zoo/draft", ".safetensors"),
@@ -289,9 +309,30 @@ def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
         }
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        top = {name.split("/")[1] for name in archive.getnames()}
-    assert top >= {"specdec", "tests", "pyproject.toml", "README.md", "LICENSE"}
-    assert top.isdisjoint(LINKS)
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert {name.partition("/")[0] for name in names} >= {
+        *("specdec", "tests", "pyproject.toml", "README.md", "LICENSE"),
+    }
+    assert f"{RESULTS}cpu_speed.json" in names
+    assert not [n for n in names if within(n.replace("/", "."), *LINKS) and RESULTS not in n]
+
+
+RUN_TOOL = """
+import json
+from specdec.experiments.tools import build_datastore
+
+print(json.dumps({
+    "help": build_datastore.main(["--help"]),
+    "refused": build_datastore.main(["out=here"]),
+}))
+"""
+
+
+def test_tools_of_the_installed_wheel_run(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    found = run_python(RUN_TOOL, cwd=tmp_path, path=tmp_path / "site")
+    assert found == {"help": 0, "refused": 2}
 
 
 LOAD_ZOO = """

@@ -26,22 +26,32 @@ from typing import Any, Literal
 
 import torch
 
-from specdec.decode import Step
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
+from specdec.drafters.trees.chain import Chain
+from specdec.drafters.trees.dynamic import Dynamic
+from specdec.drafters.trees.static import Static
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.bench.timeline import breakdown, read_profile
-from specdec.experiments.studies.methods import make_tree
-from specdec.experiments.studies.sessions import DTYPES, Asked, Ours, read_prompts, wait, with_tree
+from specdec.flight import Step
 from specdec.lab.command import option
+from specdec.lab.method import Method
 from specdec.lab.metrics import VERBS
+from specdec.lab.prompts import encode, load_prompts
+from specdec.lab.session import Asked, OurSession, wait
+from specdec.models.load import Models, load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, Drafter, Request, TreePolicy
+from specdec.models.placement import Placement
+from specdec.protocols import TreePolicy
+from specdec.request import Capacity, Request
+from specdec.sampling import SamplingParams
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
+from specdec.verifier.verifier import TreeVerifier
 
 SKIPPED = 4  # steps before the steady ones
 TOLERANCE = 0.03
+PAGE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +86,13 @@ def parse_case(text: str, temperature: float) -> TreePolicy | None:
             f"cases={text}: must be none, chain:BUDGET, dynamic:BUDGET,WIDTH,DEPTH or "
             f"static:WIDTHS"
         )
-    return make_tree(kind, numbers, "sample" if temperature else "top_k")
+    children = "sample" if temperature else "top_k"
+    if kind == "static":
+        return Static(widths=numbers, children=children)
+    if kind == "chain":
+        return Chain(budget=numbers[0], children=children)
+    budget, width, depth = numbers
+    return Dynamic(budget=budget, width=width, depth=depth, children=children)
 
 
 def steady(steps: Sequence[Step], batch: int) -> list[Step]:
@@ -84,7 +100,7 @@ def steady(steps: Sequence[Step], batch: int) -> list[Step]:
     return [s for s in steps[SKIPPED:] if len(s.requests) == batch and "prefill" not in s.seconds]
 
 
-def by_verbs(session: Ours, batch: Sequence[Asked], tokens: int) -> dict[str, Any]:
+def by_verbs(session: OurSession, batch: Sequence[Asked], tokens: int) -> dict[str, Any]:
     """Milliseconds of each verb, and the sum of all steps against the clock."""
     session.decode(batch, tokens)
     done = session.decode(batch, tokens)
@@ -100,13 +116,15 @@ def by_verbs(session: Ours, batch: Sequence[Asked], tokens: int) -> dict[str, An
         "verbs_ms": {
             verb: seconds / len(inside) * 1e3 for verb, seconds in verbs.items() if seconds
         },
-        "accepted_length": sum(map(len, done.outputs)) / done.passes,
+        "accepted_length": sum(map(len, done.outputs)) / sum(done.passes),
         "sum_over_clock": ratio,
         "adds_up": abs(ratio - 1) <= TOLERANCE,
     }
 
 
-def by_kernels(session: Ours, batch: Sequence[Asked], tokens: int, steps: int) -> dict[str, Any]:
+def by_kernels(
+    session: OurSession, batch: Sequence[Asked], tokens: int, steps: int
+) -> dict[str, Any]:
     """`breakdown` of some steady steps. At the report of a step the same number of later ones is
     queued, in steady state; so between the waits at two reports lies the work of as many steps as
     were reported."""
@@ -134,18 +152,12 @@ def by_kernels(session: Ours, batch: Sequence[Asked], tokens: int, steps: int) -
 
 
 def measure(
-    target: PagedLM, drafter: Drafter, sampled: bool, batch: Sequence[Asked], options: Options
+    method: Method, target: PagedLM, batch: Sequence[Asked], options: Options
 ) -> dict[str, Any]:
     """One case at a temperature and a batch."""
-    rule: AcceptanceRule = RecursiveRejection() if sampled else Greedy()
-    session = Ours(
-        target,
-        drafter,
-        rule,
-        temperature=float(sampled),
-        batch=len(batch),
-        longest=max(len(asked.tokens) for asked in batch) + options.tokens,
-    )
+    longest = max(len(asked.tokens) for asked in batch) + options.tokens
+    capacity = Capacity(rows=len(batch), max_tokens=longest, page_size=PAGE)
+    session = OurSession(method, target, capacity)
     session.warm_up(batch[0].tokens)
     found = by_verbs(session, batch, options.tokens) | session.notes()
     if target.device.type == "cuda":
@@ -171,21 +183,30 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
     if options.device == "cuda":
         _warm_up_profiler()
     cases = result.setdefault("cases", {})
-    target = PagedLM.load(options.target, dtype=DTYPES[options.dtype], device=options.device)
-    prompts = read_prompts(target.tokenizer, options.prompts, "prompt", max(options.batches))
-    model: SmallLlama | None = None
+    placement = Placement(device=torch.device(options.device), dtype=getattr(torch, options.dtype))
+    target, models = load_model(options.target, placement, setting="target"), Models(placement)
+    prompts = [
+        Asked(number, f"prompt/{number}", encode(target.tokenizer, prompt, chat="never"))
+        for number, prompt in enumerate(
+            load_prompts(path=options.prompts, field=None, limit=max(options.batches))
+        )
+    ]
     for batch, temperature, case in product(options.batches, options.temperatures, options.cases):
         name = f"{case}, batch {batch}" + (f", T={temperature:g}" if temperature else "")
         if "wall_ms" in cases.get(name, {}):
             continue
         tree = parse_case(case, temperature)
-        drafter: Drafter = NoDrafter()
+        method = Method(
+            drafter=SmallLlama(path=options.draft) if tree else NoDrafter(),
+            tree=tree or Chain(budget=0),
+            tree_name=case,
+            rule=RecursiveRejection() if temperature else Greedy(),
+            sampling=SamplingParams(temperature=float(temperature)),
+            verifier=TreeVerifier,
+        )
         try:
-            if tree is not None:
-                if model is None:
-                    model = SmallLlama(target=target, tree=tree, path=options.draft)
-                drafter = with_tree(model, tree)
-            cases[name] = measure(target, drafter, bool(temperature), prompts[:batch], options)
+            method.load(target, models)
+            cases[name] = measure(method, target, prompts[:batch], options)
         except Exception as fault:
             traceback.print_exc()
             cases[name] = {"fault": describe(fault)}
@@ -195,7 +216,7 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
                 return 1
         finally:
             save()
-        del drafter
+        del method
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()

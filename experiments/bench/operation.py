@@ -46,6 +46,14 @@ def measure(operation: Operation, copies: int, clock: GraphClock) -> dict[str, A
         return {"fault": describe(fault)}
 
 
+def unlike(mine: Acceptance, wanted: Acceptance) -> Tensor:
+    """[B] bool: where two acceptances differ, nodes after the accepted ones aside."""
+    past = torch.arange(mine.path.shape[1], device=mine.path.device) >= wanted.length[:, None]
+    same = ((mine.path == wanted.path) | past).all(1)
+    same &= (mine.length == wanted.length) & (mine.next_token == wanted.next_token)
+    return ~same
+
+
 def _leading(found: Any) -> Tensor | None:
     """One tensor that stands for what an operation gives."""
     if isinstance(found, Acceptance):

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from specdec.experiments.bench.cases import random_parents
 from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache, describe
-from specdec.experiments.bench.operation import Operation, measure, wall_us
+from specdec.experiments.bench.operation import Operation, measure, unlike, wall_us
 from specdec.kernels import reference
 from specdec.lab.command import option
 from specdec.protocols import AcceptanceRule, StepContext
@@ -157,10 +157,7 @@ def compare(
     for step in range(-(-COMPARED // inputs.sizes.batch)):
         mine = rule.accept(inputs.context(kernels, step), tree, inputs.logits[0])
         wanted = rule.accept(inputs.context(reference, step), tree, exact)
-        past = torch.arange(mine.path.shape[1], device=mine.path.device) >= wanted.length[:, None]
-        same = ((mine.path == wanted.path) | past).all(1)
-        same &= (mine.length == wanted.length) & (mine.next_token == wanted.next_token)
-        compared, differ = compared + len(same), differ + int((~same).sum())
+        compared, differ = compared + len(mine.path), differ + int(unlike(mine, wanted).sum())
         length += int(mine.length.sum())
     if differ > DIFFERENT:
         raise ArithmeticError(f"wrong: {differ} of {compared} sequences differ")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.experiments.bench.cases import TREE_DEPTH, random_parents
 from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache
-from specdec.experiments.bench.operation import Operation, measure
+from specdec.experiments.bench.operation import Operation, measure, unlike
 from specdec.kernels import reference
 from specdec.lab.command import option
 from specdec.protocols import AcceptanceRule, StepContext
@@ -137,8 +137,7 @@ def operations(inputs: StepInputs, kernels: ModuleType) -> Iterator[tuple[str, O
     yield "tree_structure", _tree_structure(inputs, kernels)
     for rule in RULES:
         yield rule.name, _rule(inputs, rule, mine)
-    for name in ("commit_path", "compact_path"):
-        yield name, _move(inputs, name, kernels)
+    yield "commit_path", _move(inputs, kernels)
     for rule in RULES:
         ours = partial(_step, inputs, rule, mine)
         yield f"step, {rule.name}", Operation(ours, partial(_step, inputs, rule), lambda: None)
@@ -185,22 +184,17 @@ def _rule(inputs: StepInputs, rule: AcceptanceRule, context: StepContext) -> Ope
         return rule.accept(inputs.context, inputs.tree, inputs.logits[0])
 
     def check() -> None:
-        mine, wanted = ours(0), define()
-        past = torch.arange(mine.path.shape[1], device=mine.path.device) >= mine.length[:, None]
-        same = ((mine.path == wanted.path) | past).all(1)
-        same &= (mine.length == wanted.length) & (mine.next_token == wanted.next_token)
-        if not bool(same.all()):
-            raise ArithmeticError(f"wrong: {int((~same).sum())} of {len(same)} sequences differ")
+        wrong = unlike(ours(0), define())
+        if bool(wrong.any()):
+            raise ArithmeticError(f"wrong: {int(wrong.sum())} of {len(wrong)} sequences differ")
 
     return Operation(ours, define, check)
 
 
-def _move(inputs: StepInputs, name: str, kernels: ModuleType) -> Operation:
+def _move(inputs: StepInputs, kernels: ModuleType) -> Operation:
     def move(module: ModuleType, copy: int, pools: list[Tensor]) -> None:
-        scratch = inputs.scratch[copy] if name == "commit_path" else ()
-        getattr(module, name)(
-            *pools, *scratch, inputs.path, inputs.length, inputs.page_table, inputs.start
-        )
+        where = inputs.page_table, inputs.start
+        module.commit_path(*pools, *inputs.scratch[copy], inputs.path, inputs.length, *where)
 
     def check() -> None:
         mine, wanted = ([pool.clone() for pool in inputs.pools] for _ in range(2))

@@ -20,7 +20,7 @@ GROUPS = {
     "rules, top tokens": r"^(_scan|_law|_greedy|judge|race|rest|_prepare|_traverse|_divisor"
     r"|_merge|_uniforms)_kernel",
     "trees": r"^(tree_structure|_extend|_best|_compact)_kernel",
-    "cache": r"^(commit_path|compact_path)_kernel",
+    "cache": r"^commit_path_kernel",
     "copies": r"^mem(cpy|set)",
 }
 OTHER = "other torch"

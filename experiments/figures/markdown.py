@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-Result = dict[str, Any]  # of a JSON file
+Result = Mapping[str, Any]  # of a JSON file
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -21,7 +21,7 @@ def number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def device(result: Mapping[str, Any]) -> str:
+def device(result: Result) -> str:
     """What it was measured on."""
     hardware = result["hardware"]
     name: str = hardware.get("gpu") or hardware["cpu"]

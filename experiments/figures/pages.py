@@ -11,94 +11,87 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import specdec
 from specdec.experiments.figures import kernels
-from specdec.experiments.figures.decoding import calibrate, cpu_speed, end_to_end, gain
+from specdec.experiments.figures.decoding import calibrate, cpu_speed
 from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, lookup_speed
+from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
 from specdec.experiments.figures.trees_and_rules_plot import tree_lengths, tree_speed
 from specdec.lab.command import run_main
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(specdec.__file__).parents[1]  # of a checkout, which has the results
 RESULTS = ROOT / "experiments" / "results"
 GENERATED = "Generated from the JSON files by `python -m specdec.experiments.figures.pages`."
 
 
-@dataclass(frozen=True)
-class Page:
-    """A page of docs/results: its title, what it is, its tables by their JSON files, and its
-    plots, by what they show, each below the table of a file."""
+Table = tuple[str, Callable[[Result], str], dict[str, str]]
+"""JSON file, what describes it, and the plots below it, by what they show."""
 
-    title: str
-    about: str
-    tables: dict[str, Callable[[Result], str]]
-    plots: dict[str, dict[str, str]]
-
-
-PAGES = {
-    "cpu": Page(
+PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
+    "cpu": (
         "Speed on a CPU",
         "What speculation gains with the built-in pair of models, beside transformers.",
-        {"cpu_speed": cpu_speed},
-        {},
+        [("cpu_speed", cpu_speed, {})],
     ),
-    "end_to_end": Page(
+    "end_to_end": (
         "Speed on a GPU",
         "Whole decoding beside plain decoding and transformers, where a step goes, and what a "
         "pass over a tree costs.",
-        {"end_to_end": end_to_end, "step_anatomy": kernels.anatomy, "calibrate": calibrate},
-        {
-            "end_to_end": {"end_to_end": "Tokens per second by method and by batch"},
-            "step_anatomy": {"step_anatomy": "Where a step goes"},
-        },
+        [
+            ("end_to_end", end_to_end, {"Tokens per second by method and batch": "end_to_end"}),
+            ("step_anatomy", kernels.anatomy, {"Where a step goes": "step_anatomy"}),
+            ("calibrate", calibrate, {}),
+        ],
     ),
-    "drafters": Page(
+    "drafters": (
         "Drafters compared",
         "Accepted lengths and speed of every drafter, and what a look-up of `retriever` takes. "
         "`early_exit anew` verifies the trees of `early_exit` from the first layer: what going on "
         "is worth. `rest` needs a datastore that resembles what is asked for; this one is small "
         "and holds library code.",
-        {
-            "drafter_lengths": drafter_lengths,
-            "drafter_speed": drafter_speed,
-            "lookup_speed": lookup_speed,
-        },
-        {},
+        [
+            ("drafter_lengths", drafter_lengths, {}),
+            ("drafter_speed", drafter_speed, {}),
+            ("lookup_speed", lookup_speed, {}),
+        ],
     ),
-    "trees_and_rules": Page(
+    "trees_and_rules": (
         "Trees and rules compared",
         "What tree policies and acceptance rules are worth over a tuned chain with token-wise "
-        "sampling, and what the rules cost. How often children are accepted: "
-        "[JSON](../../specdec/data/acceptance/zoo.json).",
-        {
-            "tree_lengths": tree_lengths,
-            "tree_speed": tree_speed,
-            "tree_speed_batch8": tree_speed,
-            "rule_steps": kernels.rules,
-        },
-        {
-            "tree_lengths": {
-                "trees": "What tree policies are worth over a tuned chain",
-                "rules": "What acceptance rules are worth over token-wise sampling",
-            },
-            "tree_speed_batch8": {
-                "acceptance_rates": "How often the child of each rank is accepted, by depth: what "
-                "`optimal`, `accuracy` and `cost_aware` choose by"
-            },
-        },
+        "sampling, how often children are accepted, which `optimal`, `accuracy` and `cost_aware` "
+        "choose by ([JSON](../../specdec/data/acceptance/zoo.json)), and what the rules cost.",
+        [
+            (
+                "tree_lengths",
+                tree_lengths,
+                {
+                    "What tree policies are worth over a tuned chain": "trees",
+                    "What acceptance rules are worth over token-wise sampling": "rules",
+                },
+            ),
+            ("tree_speed", tree_speed, {}),
+            (
+                "tree_speed_batch8",
+                tree_speed,
+                {"Acceptance by rank": "acceptance_rates"},
+            ),
+            ("rule_steps", kernels.rules, {}),
+        ],
     ),
-    "kernels": Page(
+    "kernels": (
         "Kernels",
         "Tree attention beside its peers and the roof, and the other operations of a step.",
-        {
-            "kernel_attention": kernels.attention,
-            "kernel_grid": kernels.grid,
-            "kernel_steps": kernels.steps,
-            "kernel_elementwise": kernels.elementwise,
-        },
-        {
-            "kernel_attention": {"kernel_attention": "Fraction of the roof by shape"},
-            "kernel_grid": {"kernel_grid": "By batch, context, tree and heads"},
-        },
+        [
+            (
+                "kernel_attention",
+                kernels.attention,
+                {"Fraction of the roof by shape": "kernel_attention"},
+            ),
+            ("kernel_grid", kernels.grid, {"By batch, context, tree and heads": "kernel_grid"}),
+            ("kernel_steps", kernels.steps, {}),
+            ("kernel_elementwise", kernels.elementwise, {}),
+        ],
     ),
 }
 
@@ -109,12 +102,12 @@ def read(file: str) -> Result:
     return result
 
 
-def written(page: Page) -> str:
+def written(title: str, about: str, tables: list[Table]) -> str:
     """A whole page."""
-    pieces = [f"# {page.title}", page.about, GENERATED]
-    for file, describe in page.tables.items():
+    pieces = [f"# {title}", about, GENERATED]
+    for file, describe, plots in tables:
         pieces.append(describe(read(file)))
-        for plot, shown in page.plots.get(file, {}).items():
+        for shown, plot in plots.items():
             pieces.append(f"![{shown}](../../experiments/results/{plot}.png)")
     return "\n\n".join(pieces) + "\n"
 
@@ -144,16 +137,16 @@ def _on_a_gpu(result: Result) -> Iterator[list[str]]:
     parts = [part for part in result["parts"].values() if part["temperature"] == 0]
     for batch in sorted({part["batch"] for part in parts}):
         able = [
-            (part["part"], name.removeprefix("small_llama"), method["figures"]["all"])
+            (method["figures"]["all"], f"{part['part']}:{name.removeprefix('small_llama')}")
             for part in parts
             if part["batch"] == batch
-            for name, method in part["methods"].items()
-            if name.startswith("small_llama") and "figures" in method
+            for name, method in [best(part, "small_llama") or ("", {})]
+            if name
         ]
-        draft, tree, found = max(able, key=lambda one: one[2]["tokens_per_second"])
+        found, tree = max(able, key=lambda one: one[0]["tokens_per_second"])
         yield [
             f"`{result['settings']['target']}` on an {device(result)}, {batch}",
-            f"`small_llama`, {draft}:{tree}",
+            f"`small_llama`, {tree}",
             number(found["tokens_per_second"], 0),
             number(found["accepted_length"]),
             gain(found),
@@ -163,7 +156,7 @@ def _on_a_gpu(result: Result) -> Iterator[list[str]]:
 def documents() -> dict[Path, str]:
     """Every generated page, and the README with its block, by path."""
     found = {
-        ROOT / "docs" / "results" / f"{name}.md": written(page) for name, page in PAGES.items()
+        ROOT / "docs" / "results" / f"{name}.md": written(*page) for name, page in PAGES.items()
     }
     readme = ROOT / "README.md"
     block = rf"\g<1>\n{summary()}\n\g<2>"
@@ -177,6 +170,8 @@ class Options:
 
 
 def work(options: Options) -> None:
+    if not RESULTS.is_dir():
+        raise ValueError(f"{RESULTS}: no such folder; run it in a checkout of the repository")
     for path, text in documents().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -1,6 +1,7 @@
 """Tables and plots of what `trees_and_rules.py` measures: what tree policies and acceptance rules
 are worth over a tuned chain with token-wise sampling. Needs no GPU."""
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from specdec.experiments.figures.markdown import device, interval, source, table
 from specdec.lab.metrics import pooled
 from specdec.lab.statistics import Ratio, ratio
 
-Entry = dict[str, Any]
+Entry = Mapping[str, Any]
 SHORT = {"top_k": "top-k", "sample": "sampled", "sample_with_replacement": "with replacement"}
 TITLES = {"policy": "trees, recursive rejection", "rule": "rules, the measured optimal tree"}
 

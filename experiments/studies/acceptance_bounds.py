@@ -10,10 +10,8 @@ target goes), of the drafted tokens that a step keeps under each rule, and of th
 lossless rule can keep of such trees. The plot is drawn beside it.
 """
 
-import argparse
-import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +25,7 @@ from rich.table import Table as Listing
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from specdec.experiments.figures.canvas import COLOURS
-from specdec.experiments.studies.files import write
+from specdec.experiments.figures.canvas import COLOURS, canvas, save
 from specdec.experiments.studies.rule_laws import (
     CONCENTRATION,
     DrawnTree,
@@ -42,7 +39,7 @@ from specdec.experiments.studies.rule_laws import (
     token_trees,
     widths,
 )
-from specdec.lab.environment import describe_environment
+from specdec.lab.command import head, option, run_main, write
 from specdec.tree import Children
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
@@ -53,7 +50,6 @@ from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.tokenwise import Tokenwise
 from specdec.verifier.traversal import Traversal
 
-RESULTS = Path(__file__).parents[1] / "results"
 VOCAB = 6
 MOST = "any lossless rule, at most"
 
@@ -189,10 +185,7 @@ def measure(panel: Panel, worlds: Iterable[int], steps: int) -> dict[str, Any]:
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Accepted tokens by distance, a part for each shape."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-    parts = figure.subplots(1, len(result["panels"]))
+    figure, (parts,) = canvas(10.5, 4.2, 1, len(result["panels"]))
     for axes, (name, panel) in zip(parts, result["panels"].items(), strict=True):
         lines = [line for line in LINES if line in panel["accepted"]]
         for line in lines:
@@ -205,7 +198,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def listing(name: str, panel: Mapping[str, Any]) -> Listing:
@@ -216,39 +209,31 @@ def listing(name: str, panel: Mapping[str, Any]) -> Listing:
     return shown
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--worlds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=9, help="distances, 0 among them")
-    parser.add_argument("--out", type=Path, default=RESULTS / "acceptance_bounds.json")
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(given)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    worlds: int = option(8, "random ones")
+    steps: int = option(9, "distances, 0 among them")
+    out: Path = option(Path("acceptance_bounds.json"), "result file")
+
+
+def work(options: Options) -> None:
     torch.set_num_threads(1)
-    panels: dict[str, dict[str, Any]] = {}
+    result = head(options, torch.device("cpu"))
+    result["settings"] |= {"vocab": VOCAB, "concentration": CONCENTRATION}
+    result["versions"]["scipy"] = version("scipy")
+    panels = result["panels"] = {}
     for name, panel in PANELS.items():
         worlds = track(range(options.worlds), description=name, transient=True)
         panels[name] = measure(panel, worlds, options.steps)
-    result: dict[str, Any] = {
-        "command": shlex.join(
-            ["python", "-m", "specdec.experiments.studies.acceptance_bounds", *given]
-        ),
-        "settings": {
-            "worlds": options.worlds,
-            "steps": options.steps,
-            "vocab": VOCAB,
-            "concentration": CONCENTRATION,
-        },
-        "panels": panels,
-        **describe_environment(torch.device("cpu")),
-    }
-    result["versions"]["scipy"] = version("scipy")
     write(options.out, result)
     plot(result, options.out.with_suffix(".png"))
     for name, found in panels.items():
         Console(width=130).print(listing(name, found))
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(Options, work, arguments, doc=__doc__)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """How long does drafter=retriever take to look a text up?
 
-    python -m specdec.experiments.studies.lookup_speed --texts docs.jsonl.xz novels/ --tokens 100000000
+    python -m specdec.experiments.studies.lookup_speed docs.jsonl.xz novels/ tokens=100000000
 
 Builds a datastore of so many tokens, opens it again, and times `propose` over steps of texts that
 were held out (one document in `HELD_OUT`), in one thread and with the files in the page cache.
@@ -12,37 +12,38 @@ that found a match and those that did not, and what a first step or a finished r
 the clock, and of the processor (`cpu_`), which other programs disturb less.
 """
 
-import argparse
 import json
 import os
 import random
 import re
-import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import Progress
-from rich.table import Table
 
 from specdec.drafters.datastore import METADATA, SUFFIXES, TOKENS, Datastore
 from specdec.drafters.retriever import Retriever
-from specdec.drafters.trees.chain import Chain
-from specdec.experiments.studies.files import write
+from specdec.experiments.figures import drafters as tables
 from specdec.experiments.tools.build_datastore import build, documents, load_tokenizer
-from specdec.lab.environment import describe_environment
+from specdec.lab.command import head, option, run_main, write
+from specdec.models.load import Models
+from specdec.models.placement import Placement
 from specdec.request import Decoding, Request
 
-RESULTS = Path(__file__).parents[1] / "results"
 HELD_OUT = 50
 LEVELS = 8
 STEP = 2  # tokens that a text grows by between look-ups
@@ -54,7 +55,7 @@ Us = tuple[float, float]
 """Microseconds by the clock, and of the processor."""
 
 
-def training_texts(sources: list[str], rounds: list[int]) -> Iterator[str]:
+def training_texts(sources: Sequence[str], rounds: list[int]) -> Iterator[str]:
     """Documents but those held out, without end; `rounds[0]` counts how often they came."""
     generator = random.Random(0)
     for turn in count():
@@ -72,7 +73,7 @@ def rearranged(text: str, generator: random.Random) -> str:
     return "".join(parts)
 
 
-def held_out(sources: list[str], tokenizer: Any, tokens: int) -> list[list[int]]:
+def held_out(sources: Sequence[str], tokenizer: Any, tokens: int) -> list[list[int]]:
     """Documents that are not in the datastore, a share from each source."""
     found = []
     for source in sources:
@@ -141,7 +142,6 @@ def summary(steps: list[tuple[Us, int]]) -> dict[str, Any]:
 
 def measure(folder: Path, target: Any, texts: list[list[int]], queries: int) -> dict[str, Any]:
     """Look-up times by source."""
-    tree = Chain(budget=LEVELS)
     found: dict[str, Any] = {}
     for part in (TOKENS, SUFFIXES):  # into the page cache
         with (folder / part).open("rb") as file:
@@ -152,8 +152,9 @@ def measure(folder: Path, target: Any, texts: list[list[int]], queries: int) -> 
     past = [flat[i * size : (i + 1) * size] for i in range(min(outputs, len(flat) // 2 // size))]
     later = [flat[i : i + 2 * size] for i in range(len(past) * size, len(flat), 2 * size)]
     for least in MIN_MATCHES:
-        settings = {"tree": tree, "target": target, "min_match": least, "max_spec_factor": None}
+        settings: dict[str, Any] = {"min_match": least, "max_spec_factor": None}
         store = Retriever(own_text=False, datastore=str(folder), **settings)
+        store.load(target, Models(Placement(device=torch.device("cpu"), dtype=torch.float32)))
         steps, _ = lookups(store, texts, queries)
         found[f"datastore, min_match {least}"] = summary(steps)
         for length in OWN_TEXTS:
@@ -174,83 +175,72 @@ def measure(folder: Path, target: Any, texts: list[list[int]], queries: int) -> 
     return found
 
 
-def table(result: dict[str, Any]) -> Table:
-    kinds = ("median", "p90", "p99", "max", "cpu median", "cpu p90", "cpu p99")
-    shown = Table("us", "steps", *kinds)
-    for name, parts in result["lookup_us"].items():
-        for part, values in parts.items():
-            if isinstance(values, dict) and values["steps"]:
-                shown.add_row(f"{name}: {part}", *(f"{value:,.0f}" for value in values.values()))
-    return shown
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    texts: tuple[str, ...] = option(about="as for build_datastore", free=True)
+    tokenizer: str = option("zoo:target", "model folder, hub id or zoo:NAME")
+    tokens: Annotated[int, Field(ge=100)] = option(100_000_000, "of the datastore")
+    queries: Annotated[int, Field(ge=100)] = option(5000, "steps timed for each source")
+    store: Path | None = option(None, "keep the datastore there; used if it is one")
+    out: Path = option(Path("lookup_speed.json"), "result file")
 
 
-def settings_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--texts", nargs="+", required=True, help="as for build_datastore")
-    parser.add_argument("--tokenizer", default="zoo:target")
-    parser.add_argument("--tokens", type=int, default=100_000_000)
-    parser.add_argument("--queries", type=int, default=5000, help="steps timed for each source")
-    parser.add_argument("--store", type=Path, help="keep the datastore there; used if it is one")
-    parser.add_argument("--out", type=Path, default=RESULTS / "lookup_speed.json")
-    options = parser.parse_args(arguments)
-    for name in ("tokens", "queries"):
-        if getattr(options, name) < 100:
-            parser.error(f"--{name} {getattr(options, name)}: must be at least 100")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = settings_of(arguments)
-    names = sys.argv[1:] if arguments is None else arguments
-    shown = [Path(name).name if "/" in name else name for name in names]
-    target = argparse.Namespace(tokenizer=load_tokenizer(options.tokenizer))
+def work(options: Options) -> None:
+    target = SimpleNamespace(tokenizer=load_tokenizer(options.tokenizer))
     with tempfile.TemporaryDirectory() as temporary, Progress() as progress:
         folder = options.store or Path(temporary) / "store"
-        about: dict[str, Any] = {}
-        if not (folder / METADATA).exists():
-            rounds = [0]
-            begun = time.perf_counter()
-            made = build(
-                training_texts(options.texts, rounds),
-                folder,
-                tokenizer=target.tokenizer,
-                name=options.tokenizer,
-                sources=[Path(source).name for source in options.texts],
-                max_tokens=options.tokens,
-                progress=progress,
-            )
-            about = {
-                "tokens": made["tokens"],
-                "documents": made["documents"],
-                "bytes": sum(made["files"].values()),
-                "rounds": rounds[0],
-                "rounds_note": "after the first, lines and sentences of documents are shuffled",
-                "build_seconds": round(time.perf_counter() - begun, 1),
-            }
-            write(folder / "built.json", about)
-        else:
+        if (folder / METADATA).exists():
             about = json.loads((folder / "built.json").read_text())
+        else:
+            about = _build(options, folder, target.tokenizer, progress)
+            write(folder / "built.json", about)
         begun = time.perf_counter()
         Datastore.open(folder, tokenizer=target.tokenizer)
         about["open_seconds"] = round(time.perf_counter() - begun, 3)
         room = 40 * options.queries + 2 * HISTORY[0] * HISTORY[1]
         texts = held_out(options.texts, target.tokenizer, room)
-        result = {
-            "command": shlex.join(
-                ["python", "-m", "specdec.experiments.studies.lookup_speed", *shown]
-            ),
-            "settings": {"levels": LEVELS, "step": STEP, "samples": 32, "max_match": 16},
-            "datastore": about,
-            "lookup_us": measure(folder, target, texts, options.queries),
-            **describe_environment(torch.device("cpu")),
-        }
+        shown = replace(  # where the files lie is nobody's business
+            options,
+            texts=tuple(Path(text).name for text in options.texts),
+            store=options.store and Path(options.store.name),
+            out=Path(options.out.name),
+        )
+        result = head(shown, torch.device("cpu"))
+        result["settings"] |= {"levels": LEVELS, "step": STEP, "samples": 32, "max_match": 16}
+        result["datastore"] = about
+        result["lookup_us"] = measure(folder, target, texts, options.queries)
         result["hardware"]["load"] = os.getloadavg()[0]  # 1 is this program's own
         result["versions"]["pydivsufsort"] = version("pydivsufsort")
         write(options.out, result)
-    Console(width=130).print(table(result))
+    Console(width=130).print(Markdown(tables.lookup_speed(result)))
+
+
+def _build(options: Options, folder: Path, tokenizer: Any, progress: Progress) -> dict[str, Any]:
+    """Make the datastore; returns what there is to say of it."""
+    rounds = [0]
+    begun = time.perf_counter()
+    made = build(
+        training_texts(options.texts, rounds),
+        folder,
+        tokenizer=tokenizer,
+        name=options.tokenizer,
+        sources=[Path(source).name for source in options.texts],
+        max_tokens=options.tokens,
+        progress=progress,
+    )
+    return {
+        "tokens": made["tokens"],
+        "documents": made["documents"],
+        "bytes": sum(made["files"].values()),
+        "rounds": rounds[0],
+        "rounds_note": "after the first, lines and sentences of documents are shuffled",
+        "build_seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(Options, work, arguments, doc=__doc__)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

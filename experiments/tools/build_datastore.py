@@ -1,11 +1,12 @@
 """Make a datastore for drafter=retriever and drafter=rest out of texts.
 
-    python -m specdec.experiments.tools.build_datastore --tokenizer zoo:target --out stores/code src/ notes.txt
-    python -m specdec.experiments.tools.build_datastore --tokenizer Qwen/Qwen3-8B --out stores/chat \
-        HuggingFaceH4/ultrachat_200k --split train_sft --field prompt --limit 100000
+    python -m specdec.experiments.tools.build_datastore tokenizer=zoo:target out=stores/code \
+        src/ notes.txt
+    python -m specdec.experiments.tools.build_datastore tokenizer=Qwen/Qwen3-8B out=stores/chat \
+        HuggingFaceH4/ultrachat_200k split=train_sft field=prompt limit=100000
 
-A source is a file, a folder of files or the id of a data set that the `datasets` library can
-load. In `.jsonl` and `.parquet` files and in data sets every record's `--field` is a document;
+A text is a file, a folder of files or the id of a data set that the `datasets` library can
+load. In `.jsonl` and `.parquet` files and in data sets every record's `field` is a document;
 any other file is one document. `.xz` and `.gz` are unpacked.
 
 Tokens go to the file as they come. The suffix array is sorted in memory, which takes some 5 bytes
@@ -14,18 +15,20 @@ for each byte of the tokens (10 bytes a token below 65,535 different tokens, els
 build is never taken for one.
 """
 
-import argparse
 import gzip
 import json
 import lzma
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import datasets
 import numpy as np
+from pydantic import Field
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoTokenizer
 
@@ -37,6 +40,7 @@ from specdec.drafters.datastore import (
     fingerprint,
     token_bytes,
 )
+from specdec.lab.command import option, run_main, write
 from specdec.models.load import zoo_path
 
 BATCH = 4_000_000  # characters encoded at a time
@@ -93,7 +97,7 @@ def _fields(records: Iterable[Any], field: str, source: str) -> Iterator[str]:
     for number, record in enumerate(records, 1):
         text = record.get(field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise ValueError(f"{source}: record {number} has no text in --field {field}")
+            raise ValueError(f"{source}: record {number} has no text in field={field}")
         yield text
 
 
@@ -159,7 +163,7 @@ def build(
             "pydivsufsort is not installed; pip install 'specdec-lab[datastore]'"
         ) from None
     if (folder / METADATA).exists():
-        raise ValueError(f"--out {folder}: holds a datastore; remove it or choose another folder")
+        raise ValueError(f"out={folder}: holds a datastore; remove it or choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     progress = progress or Progress(disable=True)
     width = token_bytes(len(tokenizer))
@@ -196,9 +200,7 @@ def build(
         "sources": list(sources),
         "files": {part: (folder / part).stat().st_size for part in (TOKENS, SUFFIXES)},
     }
-    partly = folder / f"{METADATA}.tmp"
-    partly.write_text(json.dumps(metadata, indent=1) + "\n")
-    partly.replace(folder / METADATA)
+    write(folder / METADATA, metadata)
     return metadata
 
 
@@ -223,57 +225,49 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         ValueError: there is none.
     """
-    where = zoo_path(path[4:], "--tokenizer") if path.startswith("zoo:") else path
+    where = zoo_path(path[4:], "tokenizer") if path.startswith("zoo:") else path
     try:
         return AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"--tokenizer {path}: cannot be loaded: {first}") from None
+        raise ValueError(f"tokenizer={path}: cannot be loaded: {first}") from None
 
 
-def settings_of(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("sources", nargs="+", help="files, folders or ids of data sets")
-    parser.add_argument("--tokenizer", required=True, help="model folder, hub id or zoo:NAME")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the datastore")
-    parser.add_argument("--field", default="text", help="of a record, that holds the document")
-    parser.add_argument("--split", default="train", help="of data sets")
-    parser.add_argument("--name", help="configuration, for data sets that have several")
-    parser.add_argument("--limit", type=int, help="documents of each source at most")
-    parser.add_argument("--max-tokens", type=int, help="stop there")
-    options = parser.parse_args(arguments)
-    for name, least in (("limit", 1), ("max_tokens", 2)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    return options
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    texts: tuple[str, ...] = option(about="files, folders or ids of data sets", free=True)
+    tokenizer: str = option(about="model folder, hub id or zoo:NAME")
+    out: Path = option(about="folder of the datastore")
+    field: str = option("text", "of a record, that holds the document")
+    split: str = option("train", "of data sets")
+    name: str | None = option(None, "configuration, for data sets that have several")
+    limit: Annotated[int, Field(ge=1)] | None = option(None, "documents of each text at most")
+    max_tokens: Annotated[int, Field(ge=2)] | None = option(None, "stop there")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = settings_of(arguments)
-    which = {name: getattr(options, name) for name in ("field", "split", "name")}
+def work(options: Options) -> None:
+    read = partial(documents, field=options.field, split=options.split, name=options.name)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description} {task.fields[note]}"),
         TimeElapsedColumn(),
     )
-    try:
-        with Progress(*columns) as progress:
-            build(
-                (t for s in options.sources for t in islice(documents(s, **which), options.limit)),
-                options.out,
-                tokenizer=load_tokenizer(options.tokenizer),
-                name=options.tokenizer,
-                sources=options.sources,
-                max_tokens=options.max_tokens,
-                progress=progress,
-            )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    with Progress(*columns) as progress:
+        build(
+            (t for s in options.texts for t in islice(read(s), options.limit)),
+            options.out,
+            tokenizer=load_tokenizer(options.tokenizer),
+            name=options.tokenizer,
+            sources=options.texts,
+            max_tokens=options.max_tokens,
+            progress=progress,
+        )
     print(f"datastore in {options.out}: drafter.datastore={options.out}")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(Options, work, arguments, doc=__doc__)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

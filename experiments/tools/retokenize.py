@@ -1,18 +1,19 @@
 """Give a model a smaller tokenizer, to study drafts whose tokens are not the target's.
 
-    python -m specdec.experiments.tools.retokenize --source zoo:draft --keep 6000 --seed 0 --out drafts/6000
+    python -m specdec.experiments.tools.retokenize source=zoo:draft keep=6000 out=drafts/6000
     python -m specdec.run drafter=translated drafter.path=drafts/6000
 
 Of a byte-level BPE model this keeps single bytes, added tokens and the first merges, up to
-`--keep` tokens, and gives them other ids, by `--seed`. The rows of the embedding and of the head
+`keep` tokens, and gives them other ids, by `seed`. The rows of the embedding and of the head
 go with their tokens. So it is the same network: a text whose tokens are all kept is encoded as
 before and gets the same logits, less those of the tokens that are gone. It was not trained on the
 shorter tokens that the others fall apart into, which a model made for its tokenizer would be.
 """
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from specdec.lab.command import option, run_main
 from specdec.models.load import zoo_path
 
 
@@ -34,7 +36,7 @@ def kept_tokens(description: dict[str, Any], keep: int) -> tuple[list[str], list
     """
     model, decoder = description["model"], description["decoder"] or {}
     if model["type"] != "BPE" or "ByteLevel" not in json.dumps(decoder):
-        raise ValueError("its tokenizer is not a byte-level BPE; choose another --source")
+        raise ValueError("its tokenizer is not a byte-level BPE; choose another source")
     merges = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
     made = {"".join(pair) for pair in merges}
     added = {token["content"] for token in description["added_tokens"]}
@@ -43,7 +45,7 @@ def kept_tokens(description: dict[str, Any], keep: int) -> tuple[list[str], list
     most = len(model["vocab"].keys() | added)
     if not len(tokens) <= keep <= most:
         raise ValueError(
-            f"--keep {keep}: must be from {len(tokens)}, its bytes and added tokens, to {most}"
+            f"keep={keep}: must be from {len(tokens)}, its bytes and added tokens, to {most}"
         )
     used = []
     for pair in merges:
@@ -123,22 +125,22 @@ def retokenize(source: str, folder: Path, *, keep: int, seed: int) -> None:
             a folder in use.
     """
     if (folder / "config.json").exists():
-        raise ValueError(f"--out {folder}: holds a model; remove it or choose another folder")
-    where = zoo_path(source[4:], "--source") if source.startswith("zoo:") else source
+        raise ValueError(f"out={folder}: holds a model; remove it or choose another folder")
+    where = zoo_path(source[4:], "source") if source.startswith("zoo:") else source
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype="auto")
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"--source {source}: cannot be loaded: {first}") from None
+        raise ValueError(f"source={source}: cannot be loaded: {first}") from None
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"--source {source}: it has no tokenizer.json; choose another --source")
+        raise ValueError(f"source={source}: it has no tokenizer.json; choose another source")
     try:
         description = json.loads(tokenizer.backend_tokenizer.to_str())
         description, new = renumber(description, keep, seed)
     except ValueError as error:
-        raise ValueError(f"--source {source}: {error}") from None
+        raise ValueError(f"source={source}: {error}") from None
     renumber_model(model, new)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -148,21 +150,22 @@ def retokenize(source: str, folder: Path, *, keep: int, seed: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", default="zoo:draft", help="model folder, hub id or zoo:NAME")
-    parser.add_argument("--keep", type=int, required=True, help="tokens that stay")
-    parser.add_argument("--seed", type=int, default=0, help="of the new ids")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new model")
-    options = parser.parse_args(arguments)
-    try:
-        retokenize(options.source, options.out, keep=options.keep, seed=options.seed)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    source: str = option("zoo:draft", "model folder, hub id or zoo:NAME")
+    keep: int = option(about="tokens that stay")
+    seed: int = option(0, "of the new ids")
+    out: Path = option(about="folder of the new model")
+
+
+def work(options: Options) -> None:
+    retokenize(options.source, options.out, keep=options.keep, seed=options.seed)
     print(f"model in {options.out}: drafter=translated drafter.path={options.out}")
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_main(Options, work, arguments, doc=__doc__)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

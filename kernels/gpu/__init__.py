@@ -6,7 +6,7 @@ from device tensors when it runs.
 
 from specdec.kernels.gpu.accept import RULES
 from specdec.kernels.gpu.attend import tree_attention
-from specdec.kernels.gpu.cache import commit_path, compact_path, write_tree
+from specdec.kernels.gpu.cache import commit_path, write_tree
 from specdec.kernels.gpu.draft import top_tokens, uniforms
 from specdec.kernels.gpu.growth import best, compact, extend, places
 from specdec.kernels.gpu.layer import add_norm, rotate_and_write
@@ -27,7 +27,6 @@ __all__ = [
     "best",
     "commit_path",
     "compact",
-    "compact_path",
     "divisor",
     "draw_rest",
     "extend",

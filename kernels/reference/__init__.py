@@ -12,7 +12,6 @@ from specdec.kernels.reference.attend import attention, gather_context, tree_att
 from specdec.kernels.reference.cache import (
     as_stored,
     commit_path,
-    compact_path,
     quantise,
     write_tree,
 )
@@ -45,7 +44,6 @@ __all__ = [
     "best",
     "commit_path",
     "compact",
-    "compact_path",
     "divisor",
     "draw_rest",
     "extend",

@@ -78,32 +78,6 @@ def commit_path(
         pages[:, page, :, offset] = rows
 
 
-def compact_path(
-    key_pages: Tensor,
-    value_pages: Tensor,
-    path: Tensor,
-    length: Tensor,
-    page_table: Tensor,
-    start: Tensor,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> None:
-    """Move accepted tokens to the front of a tree that was written behind its context, in place.
-
-    The other way to keep draft nodes, for comparison: node i of a sequence lies in the sequence's
-    own pages at position start + i, and entry k of the path moves to position start + k.
-
-    Args:
-        path: [B, A] int64, ascending nodes, so that path[k] >= k.
-        others: as in `commit_path`; pages that hold a node must be in the table.
-    """
-    owner, _, source, offset, target, new_offset = _moves(path, length, start, key_pages.shape[3])
-    page, new_page = page_table[owner, source], page_table[owner, target]
-    for tensor in (key_pages, value_pages, key_scales, value_scales):
-        if tensor is not None:
-            tensor[:, new_page, :, new_offset] = tensor[:, page, :, offset]
-
-
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Symmetric quantisation with one scale, a power of two, for each row of the last dimension.
 

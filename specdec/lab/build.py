@@ -2,6 +2,7 @@
 refused here, in one line that names the setting."""
 
 import inspect
+import json
 import pkgutil
 from collections.abc import Mapping
 from functools import partial
@@ -237,7 +238,7 @@ def build(kind: type, group: str, settings: Settings, **given: Any) -> Any:
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value, if it is of that type.
+    """The value, if it is of that type; a list serves as a tuple, and a text as a path.
 
     Raises:
         ValueError: it is not.
@@ -245,7 +246,7 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # a folder called 7
     try:
-        return TypeAdapter(kind).validate_python(value, strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         expected = error.errors()[0]["msg"].replace("Input should be", "must be")
         raise ValueError(f"{name}={value}: {expected}") from None

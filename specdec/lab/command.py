@@ -31,15 +31,16 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
+from specdec.lab.build import typed
 from specdec.lab.environment import describe_environment
+from specdec.lab.records import replace_file
 
 Options = TypeVar("Options")
 VOLATILE = ("out", "resume")  # no settings of a measurement
@@ -67,14 +68,10 @@ def run_main(
     *,
     doc: str | None,
 ) -> int:
-    """Read the command line and do the work; returns the exit code.
-
-    A ValueError becomes one line on stderr and exit code 2.
+    """Read the command line, of the process if left out, and do the work; returns the exit code
+    of the work (None is 0). A ValueError becomes one line on stderr and exit code 2.
 
     Args:
-        kind: dataclass of options.
-        work: its exit code, None for 0.
-        arguments: those of the process if left out.
         doc: what `--help` says before the options.
     """
     words = sys.argv[1:] if arguments is None else arguments
@@ -96,7 +93,7 @@ def parse(kind: type[Options], words: Sequence[str]) -> Options:
     Raises:
         ValueError: an unknown or repeated name, a value of another type, or one is missing.
     """
-    known = _fields(kind)
+    known = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
     free = next((name for name, one in known.items() if one.metadata.get("free")), None)
     kinds = get_type_hints(kind, include_extras=True)
     found: dict[str, Any] = {}
@@ -122,20 +119,6 @@ def parse(kind: type[Options], words: Sequence[str]) -> Options:
     return kind(**found)
 
 
-def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value, if it is of that type; lists are read as tuples and texts as paths where those
-    are wanted.
-
-    Raises:
-        ValueError: it is not.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
-    except ValidationError as error:
-        expected = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise ValueError(f"{name}={value}: {expected}") from None
-
-
 def _read(name: str, text: str, kind: Any) -> Any:
     """What a word says: YAML, or the text itself where a text is wanted and YAML has a number."""
     try:
@@ -155,28 +138,22 @@ def _read(name: str, text: str, kind: Any) -> Any:
 def usage(kind: type, doc: str | None) -> str:
     """The docstring, and every option with its default, or with `...` if it must be given."""
     lines = [(doc or "").strip(), "", "Options, as name=value:"]
-    for name, one in _fields(kind).items():
+    for one in fields(kind):
         default = "..." if one.default is MISSING else _text(one.default)
         about = one.metadata.get("about", "")
-        if one.metadata.get("free"):
-            about += ", also as words without a name"
-        lines.append(f"  {f'{name}={default}':<28} {about}".rstrip())
+        about += ", also as words without a name" if one.metadata.get("free") else ""
+        lines.append(f"  {f'{one.name}={default}':<28} {about}".rstrip())
     return "\n".join(lines)
 
 
 def command_line(options: Any, program: str | None = None) -> str:
-    """The command that gives these options; those that have their defaults are left out.
-
-    Args:
-        program: what follows `python -m`; the module of the options if left out.
-    """
+    """The command that gives these options, less those that have their defaults. `program` is what
+    follows `python -m`: the module of the options if left out."""
     module = type(options).__module__
     spec = sys.modules[module].__spec__  # where __main__ has its name
     words = (program or (spec.name if spec else module)).split()
-    for name, one in _fields(type(options)).items():
-        value = getattr(options, name)
-        if value != one.default:
-            words.append(f"{name}={_text(value)}")
+    given = ((one.name, getattr(options, one.name), one.default) for one in fields(options))
+    words += [f"{name}={_text(value)}" for name, value, default in given if value != default]
     return shlex.join(["python", "-m", *words])
 
 
@@ -187,29 +164,21 @@ def _text(value: Any) -> str:
     return json.dumps(value, default=str, separators=(",", ":"))
 
 
-def _fields(kind: type) -> dict[str, Field[Any]]:
-    return {one.name: one for one in fields(kind)}
-
-
 def head(
     options: Any,
     device: torch.device,
     program: str | None = None,
 ) -> dict[str, Any]:
     """What every result file begins with: command, settings, versions, hardware and git. Settings
-    are the options, but for `out`, `resume` and those that vary.
-
-    Args:
-        program: as for `command_line`.
-    """
-    kept = {
-        name: getattr(options, name)
-        for name, one in _fields(type(options)).items()
-        if name not in VOLATILE and not one.metadata.get("varies")
+    are the options, but for `out`, `resume` and those that vary. `program`: see `command_line`."""
+    settings = {
+        one.name: getattr(options, one.name)
+        for one in fields(options)
+        if one.name not in VOLATILE and not one.metadata.get("varies")
     }
     return {
         "command": command_line(options, program),
-        "settings": json.loads(json.dumps(kept, default=str)),
+        "settings": json.loads(json.dumps(settings, default=str)),
         **describe_environment(device),
     }
 
@@ -217,9 +186,7 @@ def head(
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """Replace a file at once, so that an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partly = path.with_suffix(".tmp")
-    partly.write_text(json.dumps(result, indent=1) + "\n")
-    partly.replace(path)
+    replace_file(path, json.dumps(result, indent=1) + "\n")
 
 
 def resume(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:

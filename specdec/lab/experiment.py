@@ -16,7 +16,8 @@ from specdec.lab.lossless import compare, follow
 from specdec.lab.method import Method
 from specdec.lab.metrics import summarise
 from specdec.lab.prompts import Prompt, encode
-from specdec.lab.records import SCHEMA, Record, RunFolder, Side, step_record
+from specdec.lab.records import Record, step_record
+from specdec.lab.runs import SCHEMA, RunFolder, Side
 from specdec.lab.session import OurSession
 from specdec.lab.terminal import Live
 from specdec.lab.tracking import Tracker

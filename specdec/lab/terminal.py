@@ -85,6 +85,8 @@ def show_summary(summary: Summary, console: Console) -> None:
     def row(name: str, values: list[str]) -> None:
         table.add_row(name, *values)
 
+    if summary["samples"] > 1:
+        row("samples of a prompt", [str(summary["samples"])] * len(sides))
     row("tokens", [f"{s['tokens']:,}" for s in sides])
     row("seconds", [f"{s['seconds']:.2f}" for s in sides])
     row("tokens/s", [f"{s['tokens_per_second']:.1f}" for s in sides])

@@ -13,7 +13,7 @@ from specdec.kernels.layout import TreeLayout
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
-from specdec.request import KV_DTYPES, Capacity
+from specdec.request import KV_DTYPES, CacheSettings, Capacity
 from tests.core.cache_life import GPU_DEVICE, QUANTISED
 
 

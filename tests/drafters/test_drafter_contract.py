@@ -17,6 +17,12 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
+from specdec.experiments.studies.rule_laws import (
+    DrawnTree,
+    emitted_law,
+    ordered_draws,
+    token_trees,
+)
 from specdec.experiments.tools import build_datastore
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
@@ -30,7 +36,6 @@ from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.synthetic import Synthetic
 from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.verifier import TreeVerifier
-from tests.verifier.test_rules_exact import DrawnTree, emitted_law, ordered_draws, token_trees
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -69,7 +74,7 @@ def datastore(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("datastore")
     (folder / "text.txt").write_text(CODE * 3 + "It was a dark night, and the sea was calm.\n")
     out = folder / "built"
-    build_datastore.main(["--tokenizer", "zoo:target", "--out", str(out), f"{folder}/text.txt"])
+    build_datastore.main(["tokenizer=zoo:target", f"out={out}", f"{folder}/text.txt"])
     return out
 
 

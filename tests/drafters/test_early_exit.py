@@ -25,7 +25,7 @@ from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.verifier import TreeVerifier
-from tests.models.test_model_loading import tiny
+from tests.models.tiny import tiny
 
 TEXTS = ("def fibonacci(n):\n    ", "It was a dark night, and the old captain stood at the")
 NEW = 24

@@ -46,7 +46,7 @@ from specdec.drafters.trees.threshold import Threshold
 from specdec.rates import AcceptanceRates
 from specdec.tables import DATA
 from specdec.tree import TokenTree
-from tests.core.test_trees import (
+from tests.drafters.scripted import (
     CHILDREN,
     Listed,
     Script,

@@ -41,14 +41,13 @@ def test_the_readme_shows_six_rows() -> None:
     ]
 
 
-def test_every_plot_of_a_page_can_be_drawn_from_its_file(tmp_path: Path) -> None:
-    for page in pages.PAGES.values():
-        for file, plots in page.plots.items():
-            if "acceptance_rates" in plots:
-                continue
+def test_every_plot_of_a_page_can_be_drawn_from_its_file() -> None:
+    for _, _, tables in pages.PAGES.values():
+        for file, _, plots in tables:
             path = pages.RESULTS / f"{file}.json"
-            found = draw.plots(json.loads(path.read_text()), path)
-            assert {picture.stem for picture in found} == set(plots)
+            if plots and "acceptance_rates" not in plots.values():
+                found = draw.plots(json.loads(path.read_text()), path)
+                assert {picture.stem for picture in found} == set(plots.values())
 
 
 def test_a_file_without_a_plot_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -419,10 +419,8 @@ def test_steps_that_disagree_get_no_time() -> None:
         def commit_path(*given: Any) -> None:
             given[0].zero_()
 
-        compact_path = commit_path
-
     for name, found in steps.operations(inputs, Wrong):  # type: ignore[arg-type]
-        if name in ("tree_structure", "commit_path", "compact_path"):
+        if name in ("tree_structure", "commit_path"):
             assert "wrong" in operation.measure(found, 1, ScriptedClock())["fault"], name
 
 

@@ -40,7 +40,8 @@ from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
 from tests.decoding import decoder_of, outputs_of
-from tests.verifier.test_rules_exact import ALPHA, PROMPT, exact_law, tiny_llama
+from tests.tiny import PROMPT, tiny_llama
+from tests.verifier.laws import ALPHA, exact_law
 
 pytestmark = pytest.mark.usefixtures("load_once")
 

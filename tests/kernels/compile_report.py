@@ -35,7 +35,8 @@ from specdec.kernels import gpu
 from specdec.kernels.gpu.linear import gate
 from specdec.kernels.gpu.stream import choose_stream
 from specdec.kernels.layout import DraftedTrees
-from tests.kernels.attention_cases import DEVICE, random_case
+from tests.kernels.attention_cases import random_case
+from tests.kernels.memory import DEVICE
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
@@ -190,7 +191,6 @@ def move(
     kernels.write_tree(trees[0][1], trees[1][1], new, -new, 3, stored)
     for accepted, behind in ((path, 0), (None, 70)):
         kernels.commit_path(*pool, *trees, accepted, length, table, start + behind, *scales)
-    kernels.compact_path(*pool, path, length, table, start, *scales)
     quantised = kernels.quantise(new, stored) if stored else ()
     return [*pool, *trees, *(tensor for tensor in scales if tensor is not None), *quantised]
 

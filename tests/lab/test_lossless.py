@@ -11,16 +11,7 @@ from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.sampling import SamplingParams, probabilities
-
-
-def generation(prompt: int, output: list[int], turn: int = 0, sample: int = 0) -> dict:
-    return {
-        "prompt": prompt,
-        "sample": sample,
-        "turn": turn,
-        "prompt_ids": [1, 2],
-        "output_ids": output,
-    }
+from tests.lab.made import generation
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +29,8 @@ def target() -> PagedLM:
 
 
 def test_divergences_are_placed_and_their_gap_is_the_models_own(target):
-    mine = [generation(0, [3, 4, 5]), generation(1, [3, 4]), generation(2, [7])]
-    theirs = [generation(0, [3, 6, 5]), generation(1, [3, 4, 9]), generation(2, [7])]
+    mine = [generation(0, [3, 4, 5], 1), generation(1, [3, 4], 1), generation(2, [7], 1)]
+    theirs = [generation(0, [3, 6, 5], 1), generation(1, [3, 4, 9], 1), generation(2, [7], 1)]
     report = compare(mine, theirs, target)
     assert (report["checked"], report["identical"]) == (3, 1)
     first, second = report["divergences"]
@@ -57,7 +48,7 @@ def test_divergences_are_placed_and_their_gap_is_the_models_own(target):
 
 
 def test_the_gap_is_that_of_the_cache_that_was_decoded_over(target):
-    sides = [generation(0, [3, 4])], [generation(0, [3, 6])]
+    sides = [generation(0, [3, 4], 1)], [generation(0, [3, 6], 1)]
     cache = target.new_cache(
         rows=1, pages=1, page_size=4, max_tokens=4, kv_dtype=torch.float8_e4m3fn
     )
@@ -71,13 +62,13 @@ def test_the_gap_is_that_of_the_cache_that_was_decoded_over(target):
 
 
 def test_turns_with_another_history_are_not_compared(target):
-    other = {**generation(0, [4], turn=1), "prompt_ids": [1, 3]}
-    assert compare([generation(0, [3], turn=1)], [other], target)["checked"] == 0
+    other = {**generation(0, [4], 1, turn=1), "prompt_ids": [1, 3]}
+    assert compare([generation(0, [3], 1, turn=1)], [other], target)["checked"] == 0
 
 
 def test_samples_of_a_prompt_are_compared_with_their_own(target):
     mine, theirs = (
-        [generation(0, [3], sample=sample) for sample in order] for order in ((0, 1), (1, 0))
+        [generation(0, [3], 1, sample=sample) for sample in order] for order in ((0, 1), (1, 0))
     )
     theirs[0]["output_ids"] = [4]
     (divergence,) = compare(mine, theirs, target)["divergences"]
@@ -89,7 +80,7 @@ def test_a_gap_within_rounding_is_explained(target):
     logits = next_logits(rounded, [1, 2])
     for token in range(3):
         bound = BOUND * unit(float(logits[[token, 5]].abs().max()), torch.bfloat16)
-        sides = [generation(0, [token])], [generation(0, [5])]
+        sides = [generation(0, [token], 1)], [generation(0, [5], 1)]
         (found,) = compare(*sides, rounded)["divergences"]
         assert found["bound"] == bound
         assert found["explained"] == (abs(float(logits[token] - logits[5])) <= bound)

@@ -1,33 +1,7 @@
-"""Figures against hand-made records."""
-
-from pathlib import Path
+"""Figures against records made by hand."""
 
 from specdec.lab.metrics import acceptance_by_depth, summarise
-from specdec.lab.records import RunFolder
-
-
-def generation(prompt: int, output: list[int], steps: int, turn: int = 0) -> dict:
-    return {
-        "prompt": prompt,
-        "turn": turn,
-        "prompt_ids": [1, 2],
-        "output_ids": output,
-        "tokens": len(output),
-        "steps": steps,
-        "drafted": 3 * steps,
-        "finish_reason": "length",
-    }
-
-
-def step(requests: list[int], depths: list[int], accepted: list[int], tokens: list[int]) -> dict:
-    seconds = {"draft": 0.25, "verify": 0.5, "prefill": 0.25}
-    return {
-        "requests": requests,
-        "depths": depths,
-        "accepted": accepted,
-        "tokens": tokens,
-        "seconds": seconds,
-    }
+from tests.lab.made import generation, step
 
 
 def test_pooled_and_per_request_lengths_differ_as_defined():
@@ -68,23 +42,3 @@ def test_sources_are_summed_where_trees_have_several():
     assert summarise([], steps)["sources"] == expected
     assert "sources" not in summarise([], steps[2:])
     assert "sources" not in summarise([], [{**steps[2], "sources": [{}]}])
-
-
-def test_sources_of_finished_prompts_survive_a_resume(tmp_path: Path):
-    folder = RunFolder(tmp_path, config={}, resume=False)
-    folder.begin()
-    shared = {**step([7, 8], [1, 1], [1, 0], [2, 1]), "sources": [{"a": [1, 1]}, {"a": [1, 0]}]}
-    bare = {**step([8], [1], [0], [1]), "sources": []}
-    for record in (shared, bare):
-        folder.main.steps.append(record)
-    folder.main.generations.append({**generation(0, [5], 1), "request": 8})
-    folder.close()
-
-    folder = RunFolder(tmp_path, config={}, resume=True)
-    folder.write_error(ValueError("of the run before"))
-    folder.begin()
-    kept, other = folder.main.steps.records
-    assert (kept["requests"], kept["sources"]) == ([8], [{"a": [1, 0]}])
-    assert other == bare
-    assert not (tmp_path / "error.txt").exists()
-    folder.close()

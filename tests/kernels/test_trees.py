@@ -4,15 +4,18 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec.kernels import gpu, reference
-from specdec.kernels.layout import TreeStructure, words
+from specdec.kernels.layout import TreeStructure, unpack_bits, words
+from specdec.kernels.reference import tree_structure
+from tests.kernels.reference_cases import ancestors_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256]
 GUARD = 1024
-
 both = pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
 
 
@@ -143,3 +146,37 @@ def test_a_captured_graph_follows_new_parents() -> None:
         parents.copy_(torch.tensor(batch, dtype=torch.int32))
         graph.replay()
         assert_describes(found, batch)
+
+
+@st.composite
+def padded_trees(draw: st.DrawFn) -> list[list[int]]:
+    """A batch of parents with padding; long chains are as likely as bushes."""
+    nodes = draw(st.integers(1, 70))
+    batch = []
+    for _ in range(draw(st.integers(1, 3))):
+        size = draw(st.integers(0, nodes))
+        reach = draw(st.sampled_from([1, 2, 100]))
+        tree = [draw(st.integers(max(0, i - reach), i - 1)) for i in range(1, size)]
+        batch.append([*[-1][:size], *tree, *[-2] * (nodes - size)])
+    return batch
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(batch=padded_trees())
+def test_structure_of_any_trees(batch: list[list[int]]) -> None:
+    structure = tree_structure(torch.tensor(batch, dtype=torch.int32))
+    nodes = len(batch[0])
+    dense = unpack_bits(structure.ancestors, nodes)
+    for row, parents in enumerate(batch):
+        for node in range(nodes):
+            walk = ancestors_of(parents, node)
+            assert dense[row, node].nonzero().flatten().tolist() == sorted(walk)
+            assert structure.depths[row, node] == len(walk) - 1
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 33, 128, 129, 130])
+def test_structure_of_the_longest_chain(nodes: int) -> None:
+    structure = tree_structure(torch.arange(-1, nodes - 1)[None])
+    assert structure.depths[0].tolist() == list(range(nodes))
+    dense = unpack_bits(structure.ancestors, nodes)[0]
+    assert torch.equal(dense, torch.ones(nodes, nodes, dtype=torch.bool).tril())

@@ -1,0 +1,61 @@
+"""Taking sequences in, when the drafter takes fewer of them than the verifier has room for."""
+
+from collections.abc import Sequence
+
+import pytest
+from torch import Tensor
+
+from specdec.models.paged import PagedLM
+from specdec.observation import Observation, Observes
+from specdec.request import Capacity, Decoding, Request
+from specdec.verifier.verifier import TreeVerifier
+from tests.models.tiny import texts, tiny
+
+NEW, PAGE_SIZE = 8, 4
+
+
+@pytest.fixture(scope="module")
+def target() -> PagedLM:
+    return PagedLM(tiny("llama"))
+
+
+def sequences() -> list[Decoding]:
+    """Four, of which the last two begin like the first two, so that they wait for their pages."""
+    first, second = texts()
+    prompts = [first, second, [*first[:13], *second[:4]], [*second[:9], *first[:4]]]
+    requests = [Request(id=i, prompt_ids=p, max_new_tokens=NEW) for i, p in enumerate(prompts)]
+    return [Decoding(r, r.id, list(r.prompt_ids)) for r in requests]
+
+
+@pytest.mark.parametrize("most", range(5))
+def test_rows_that_the_drafter_does_not_take_are_given_back(target: PagedLM, most: int) -> None:
+    verifier = TreeVerifier(target, prefill_chunk=5)
+    verifier.prepare(Capacity(rows=4, max_tokens=40, page_size=PAGE_SIZE), Observes(prompts=True))
+    cache, asked = verifier.cache, sequences()
+    taken: list[Decoding] = []
+    read: set[int] = set()
+
+    def join(wave: list[Decoding]) -> Sequence[Decoding]:
+        assert all(cache.allocated(s.row) for s in wave)  # there is room for them, but
+        assert not any(cache.committed(s.row) % PAGE_SIZE for s in wave)  # nothing is read yet
+        part = wave[: most - len(taken)]
+        taken.extend(part)
+        return part
+
+    def see(rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
+        read.update(rows.tolist())
+
+    started = verifier.start(asked, join, see)
+    assert started == taken == asked[:most]
+    assert read == {s.row for s in started}
+    cache.check()
+    for s in started:
+        assert cache.committed(s.row) == len(s.tokens) - 1
+    most = len(asked)
+    started += verifier.start(asked[len(started) :], join, see)  # the rows of the others are free
+    assert started == asked
+    cache.check()
+    for s in asked:
+        verifier.finish(s)
+    cache.check()
+    assert cache.free_pages == cache.pages

@@ -1,0 +1,48 @@
+"""Settings without Hydra's command line: the same as a run's."""
+
+import pytest
+import yaml
+
+from specdec.lab.runs import SCHEMA
+from specdec.lab.settings import settings_of
+from tests.running import QUICK
+
+pytestmark = pytest.mark.usefixtures("load_once")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "drafter=pld tree=static 'tree.widths=[2, 1]' sampling=nucleus seed=7",
+        "experiment=sampled target=standin/llama3_8b target.path=zoo:target tree.budget=44",
+    ],
+)
+def test_words_stand_for_what_a_run_of_them_notes(specdec, tmp_path, words):
+    settings = settings_of(f"{words} {' '.join(QUICK)} baseline=false")
+    typed = [word.strip("'") for word in words.replace(", ", ",").split()]
+    assert specdec(*typed, *QUICK, "baseline=false", f"out={tmp_path}/o")[0] == 0
+    config = yaml.safe_load((tmp_path / "o/config.yaml").read_text())
+    assert config.pop("schema") == SCHEMA
+    assert config.pop("out") != settings.pop("out")
+    assert settings == config
+
+
+def test_the_options_that_were_taken_are_named():
+    choices = settings_of(["drafter=pld", "target=standin/llama3_8b"])["choices"]
+    assert choices["drafter"] == "pld"
+    assert choices["target"] == "standin/llama3_8b"
+    assert choices["tree"] == settings_of("")["choices"]["tree"] == "chain"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("nonsense=1", "nonsense: no such setting; python -m specdec.run --cfg job lists them"),
+        ("drafter=nonsense", "Could not find 'drafter/nonsense'"),
+        ("drafter=user", "drafter._target_: must be given; its file in configs/ shows how"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        settings_of(words)
+    assert "\n" not in str(refusal.value)

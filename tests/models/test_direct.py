@@ -1,0 +1,87 @@
+"""Models that must not be run operation by operation, though their family is known: weights that
+are quantised or sharded."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specdec.models.load import load_model
+from specdec.models.paged import PagedLM
+from tests.models.tiny import FLOAT32_ROUNDING, error, own_attention, paged_and_own, save, tiny
+
+# Not in the environment itself: transformers would import it, with its warnings, at every start.
+APART = Path(sys.prefix) / "apart"
+
+
+def test_plain_weights_go_the_direct_way() -> None:
+    assert PagedLM(tiny("llama"))._direct is not None
+
+
+def test_quantised_weights_go_the_general_way(tmp_path: Path) -> None:
+    if find_spec("torchao") is None:
+        if not APART.is_dir():
+            pytest.skip("torchao is not installed; make setup puts it apart")
+        name = "test_quantised_weights_go_the_general_way"
+        command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{name}"]
+        found = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": str(APART)}, capture_output=True, text=True
+        )
+        assert "1 passed" in found.stdout, found.stdout + found.stderr
+        return
+    from torchao import quantization
+    from transformers import TorchAoConfig
+
+    plain = save(tiny("llama"), tmp_path / "plain")
+    method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=method)
+    kinds = {type(parameter.data) for parameter in model.parameters()}
+    assert kinds > {torch.Tensor}
+    folder = tmp_path / "quantised"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(plain).save_pretrained(folder)
+    lm = load_model(str(folder))
+    assert {type(parameter.data) for parameter in lm.model.parameters()} == kinds
+    assert lm._direct is None
+    own = own_attention(model)
+    for ours, expected in paged_and_own(lm, own):
+        assert error(ours, expected) < FLOAT32_ROUNDING
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_go_the_general_way(mesh: Any) -> None:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    own, model = own_attention(tiny("llama")), tiny("llama")
+    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj")
+    plan = {f"model.layers.*.{name}": ColwiseParallel() for name in (*columns, "mlp.up_proj")}
+    plan |= {
+        f"model.layers.*.{name}": RowwiseParallel()
+        for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    parallelize_module(model, mesh, plan)
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight.data, DTensor)
+    lm = PagedLM(model)
+    assert lm._direct is None
+    for ours, expected in paged_and_own(lm, own):
+        assert error(ours, expected) < FLOAT32_ROUNDING
