@@ -26,32 +26,18 @@ from typing import Any, Literal
 
 import torch
 
-from specdec.drafters.none import NoDrafter
-from specdec.drafters.small_llama import SmallLlama
-from specdec.drafters.trees.chain import Chain
-from specdec.drafters.trees.dynamic import Dynamic
-from specdec.drafters.trees.static import Static
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.bench.timeline import breakdown, read_profile
 from specdec.flight import Step
 from specdec.lab.command import option
-from specdec.lab.method import Method
 from specdec.lab.metrics import VERBS
-from specdec.lab.prompts import encode, load_prompts
-from specdec.lab.session import Asked, OurSession, wait
-from specdec.models.load import Models, load_model
-from specdec.models.paged import PagedLM
-from specdec.models.placement import Placement
-from specdec.protocols import TreePolicy
-from specdec.request import Capacity, Request
-from specdec.sampling import SamplingParams
-from specdec.verifier.greedy import Greedy
-from specdec.verifier.recursive_rejection import RecursiveRejection
-from specdec.verifier.verifier import TreeVerifier
+from specdec.lab.prompts import Asked, ask
+from specdec.lab.session import OurSession, wait
+from specdec.lab.workshop import PLAIN, Workshop, tree, word
+from specdec.request import Request
 
 SKIPPED = 4  # steps before the steady ones
 TOLERANCE = 0.03
-PAGE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +56,24 @@ class Options:
     resume: bool = option(False, "what the file has stays, faults excepted")
 
 
-def parse_case(text: str, temperature: float) -> TreePolicy | None:
-    """The tree of a case, None for plain decoding.
+def words_of(case: str, temperature: float, draft: str) -> str:
+    """A case in the words of `specdec.run`.
 
     Raises:
         ValueError: not a case.
     """
-    if text == "none":
-        return None
-    kind, _, sizes = text.partition(":")
+    sampling = f"sampling.temperature={temperature}"
+    if case == "none":
+        return f"{PLAIN} {sampling}"
+    kind, _, sizes = case.partition(":")
     numbers = tuple(int(size) for size in sizes.split(",") if size.isdigit())
     wanted = {"chain": 1, "dynamic": 3, "static": max(1, len(numbers))}
     if len(numbers) != wanted.get(kind) or len(numbers) != len(sizes.split(",")):
         raise ValueError(
-            f"cases={text}: must be none, chain:BUDGET, dynamic:BUDGET,WIDTH,DEPTH or "
+            f"cases={case}: must be none, chain:BUDGET, dynamic:BUDGET,WIDTH,DEPTH or "
             f"static:WIDTHS"
         )
-    children = "sample" if temperature else "top_k"
-    if kind == "static":
-        return Static(widths=numbers, children=children)
-    if kind == "chain":
-        return Chain(budget=numbers[0], children=children)
-    budget, width, depth = numbers
-    return Dynamic(budget=budget, width=width, depth=depth, children=children)
+    return f"drafter=small_llama {word('drafter.path', draft)} {tree(kind, *numbers)} {sampling}"
 
 
 def steady(steps: Sequence[Step], batch: int) -> list[Step]:
@@ -152,15 +133,14 @@ def by_kernels(
 
 
 def measure(
-    method: Method, target: PagedLM, batch: Sequence[Asked], options: Options
+    words: str, shop: Workshop, batch: Sequence[Asked], options: Options
 ) -> dict[str, Any]:
     """One case at a temperature and a batch."""
     longest = max(len(asked.tokens) for asked in batch) + options.tokens
-    capacity = Capacity(rows=len(batch), max_tokens=longest, page_size=PAGE)
-    session = OurSession(method, target, capacity)
+    session = shop.session(words, rows=len(batch), longest=longest)
     session.warm_up(batch[0].tokens)
     found = by_verbs(session, batch, options.tokens) | session.notes()
-    if target.device.type == "cuda":
+    if shop.target.device.type == "cuda":
         try:
             found["kernels"] = by_kernels(session, batch, options.tokens, options.profiled)
             found["host_gap"] = max(0.0, 1 - found["kernels"]["busy_ms"] / found["wall_ms"])
@@ -179,34 +159,22 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
         ValueError: a case or a temperature that is none, or a model that cannot be loaded.
     """
     for temperature, case in product(options.temperatures, options.cases):
-        parse_case(case, temperature)
+        words_of(case, temperature, options.draft)
     if options.device == "cuda":
         _warm_up_profiler()
+    shop = Workshop(
+        word("target.path", options.target), f"device={options.device} dtype={options.dtype}"
+    )
     cases = result.setdefault("cases", {})
-    placement = Placement(device=torch.device(options.device), dtype=getattr(torch, options.dtype))
-    target, models = load_model(options.target, placement, setting="target"), Models(placement)
-    prompts = [
-        Asked(number, f"prompt/{number}", encode(target.tokenizer, prompt, chat="never"))
-        for number, prompt in enumerate(
-            load_prompts(path=options.prompts, field=None, limit=max(options.batches))
-        )
-    ]
+    paths = {"prompt": options.prompts}
+    prompts = ask(shop.target.tokenizer, paths, limit=max(options.batches), chat="never")["prompt"]
     for batch, temperature, case in product(options.batches, options.temperatures, options.cases):
         name = f"{case}, batch {batch}" + (f", T={temperature:g}" if temperature else "")
         if "wall_ms" in cases.get(name, {}):
             continue
-        tree = parse_case(case, temperature)
-        method = Method(
-            drafter=SmallLlama(path=options.draft) if tree else NoDrafter(),
-            tree=tree or Chain(budget=0),
-            tree_name=case,
-            rule=RecursiveRejection() if temperature else Greedy(),
-            sampling=SamplingParams(temperature=float(temperature)),
-            verifier=TreeVerifier,
-        )
+        words = words_of(case, temperature, options.draft)
         try:
-            method.load(target, models)
-            cases[name] = measure(method, target, prompts[:batch], options)
+            cases[name] = measure(words, shop, prompts[:batch], options)
         except Exception as fault:
             traceback.print_exc()
             cases[name] = {"fault": describe(fault)}
@@ -216,7 +184,6 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
                 return 1
         finally:
             save()
-        del method
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()

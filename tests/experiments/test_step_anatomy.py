@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from specdec.drafters.trees.chain import Chain
-from specdec.drafters.trees.dynamic import Dynamic
 from specdec.experiments.bench import anatomy, run, timeline
 from specdec.experiments.bench.timeline import OTHER, Piece
 from specdec.experiments.figures import draw, kernels
+from specdec.lab.build import method_of
+from specdec.lab.settings import settings_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,16 +69,17 @@ def test_every_kernel_of_ours_has_a_group() -> None:
 
 
 def test_cases() -> None:
-    assert anatomy.parse_case("none", 0.0) is None
-    chain = anatomy.parse_case("chain:4", 1.0)
-    assert isinstance(chain, Chain)
-    assert (chain.budget, chain.children) == (4, "sample")
-    tree = anatomy.parse_case("dynamic:12,3,4", 0.0)
-    assert isinstance(tree, Dynamic)
-    assert (tree.budget, tree.candidates, tree.depth) == (12, 3, 4)
+    for case, budget, children in (
+        ("none", 0, "top_k"),
+        ("chain:4", 4, "sample"),
+        ("dynamic:12,3,4", 12, "sample"),
+    ):
+        method = method_of(settings_of(anatomy.words_of(case, 1.0, "zoo:draft")))
+        assert method.labels["tree"] == ("chain" if case == "none" else case.partition(":")[0])
+        assert (method.tree.budget, method.tree.children) == (budget, children)
     for wrong in ("chain", "chain:", "chain:x", "dynamic:1,2", "star:3"):
         with pytest.raises(ValueError, match="cases="):
-            anatomy.parse_case(wrong, 0.0)
+            anatomy.words_of(wrong, 0.0, "zoo:draft")
 
 
 def test_verbs_of_the_zoo_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
