@@ -11,6 +11,7 @@ from specdec.drafters.trees.chain import Chain
 from specdec.kernels.choose import Kernels
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
 from specdec.observation import Observation, Observes, observe
 from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy, Verifier
 from specdec.request import Capacity, Decoding, Request
@@ -26,6 +27,17 @@ D = TypeVar("D", bound=Drafter)
 def loaded(drafter: D, target: PagedLM) -> D:
     """The drafter, ready for this target."""
     drafter.load(target, Models(target.placement))
+    return drafter
+
+
+def prepared(
+    drafter: D, tree: TreePolicy, target: Any = None, *, rows: int = 4, max_tokens: int = 64
+) -> D:
+    """The drafter, ready to draft outside a decoder; `target` has what it asks of one."""
+    drafter.check(tree)
+    if target is not None:
+        drafter.load(target, Models(getattr(target, "placement", Placement())))
+    drafter.prepare(Capacity(rows=rows, max_tokens=max_tokens), tree)
     return drafter
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.decode import Decoder, Step
 from specdec.drafters.bandit import Bandit
-from specdec.drafters.compose import TRUSTED_HALF, Compose
+from specdec.drafters.choosers import TRUSTED_HALF, Pulls
+from specdec.drafters.compose import Compose
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.growth import Frontier
 from specdec.drafters.host import HostDrafter, Trie
@@ -27,15 +27,16 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.drafters.tries import TrieTable
+from specdec.flight import Step
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import StepContext, TreePolicy
+from specdec.observation import Observation
+from specdec.protocols import Drafter, StepContext, TreePolicy
 from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
-from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, requests_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -50,22 +51,23 @@ def target() -> PagedLM:
 
 
 def decode(
-    target: PagedLM, drafter: Any, *, batch_size: int = 1, temperature: float = 0.0
+    target: PagedLM,
+    drafter: Drafter,
+    tree: TreePolicy | None = None,
+    *,
+    batch_size: int = 1,
+    temperature: float = 0.0,
 ) -> tuple[list[list[int]], list[Step]]:
-    decoder = Decoder(
-        verifier=TreeVerifier(target),
-        drafter=drafter,
-        rule=RecursiveRejection() if temperature else Greedy(),
-        sampling=SamplingParams(temperature=temperature, seed=1),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=batch_size,
-        max_tokens=256,
+    rule = RecursiveRejection() if temperature else None
+    decoder = decoder_of(
+        target, drafter, tree, rule, temperature=temperature, seed=1, rows=batch_size
     )
     prompts = [target.tokenizer(text).input_ids for text in TEXTS]
-    requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
     steps: list[Step] = []
-    done = {s.request.id: s.output_ids for s in decoder.run(requests, on_step=steps.append)}
+    done = {
+        s.request.id: s.output_ids
+        for s in decoder.run(requests_of(prompts, NEW), on_step=steps.append)
+    }
     return [done[i] for i in range(len(TEXTS))], steps
 
 
@@ -198,8 +200,8 @@ def test_a_small_table_keeps_the_most_probable_nodes() -> None:
 class Scripted(HostDrafter):
     """Proposes nothing, or a path with a match as long as it is told."""
 
-    def __init__(self, *, tree: TreePolicy, matches: Sequence[int]) -> None:
-        super().__init__(tree=tree)
+    def __init__(self, *, matches: Sequence[int]) -> None:
+        super().__init__()
         self.matches, self.asked = list(matches), -1
 
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
@@ -213,10 +215,10 @@ class Scripted(HostDrafter):
 
 def test_a_cascade_asks_the_model_where_no_match_is_long_enough(target: PagedLM) -> None:
     tree = Chain(budget=2)
-    searching = Scripted(tree=tree, matches=[0, 3, 4, 5])
-    model = SmallLlama(target=target, tree=tree, path="zoo:draft")
+    searching = Scripted(matches=[0, 3, 4, 5])
+    model = SmallLlama(path="zoo:draft")
     parts = {"text": searching, "model": model}
-    drafter = Compose(target=target, tree=tree, parts=parts, mode="cascade", min_match=4)
+    drafter = Compose(parts=parts, mode="cascade", min_match=4)
     chosen = []
     look = drafter.look
 
@@ -226,7 +228,7 @@ def test_a_cascade_asks_the_model_where_no_match_is_long_enough(target: PagedLM)
         return variant
 
     drafter.look = noted  # type: ignore[method-assign]
-    _, steps = decode(target, drafter)
+    _, steps = decode(target, drafter, tree)
     assert chosen[:8] == [(1,), (1,), (0,), (0,)] * 2
     for used, step in zip(chosen, steps, strict=True):
         idle = ("model", "text")[used[0]]
@@ -244,19 +246,19 @@ def test_rows_of_a_batch_draft_as_if_alone(target: PagedLM, mode: str, children:
     for batch_size in (1, 2):
         tree = Static(widths=[2, 1, 1], children=children)
         parts = {
-            "ngram": NGram(tree=tree),
-            "small_llama": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+            "ngram": NGram(),
+            "small_llama": SmallLlama(path="zoo:draft"),
         }
         drafter = Compose(
-            target=target,
-            tree=tree,
             parts=parts,
             mode=mode,
             min_match=2,
             costs=[1.0, 1.4],
             reset="prompt",
         )
-        outputs, steps = decode(target, drafter, batch_size=batch_size, temperature=temperature)
+        outputs, steps = decode(
+            target, drafter, tree, batch_size=batch_size, temperature=temperature
+        )
         credit = [
             (request, sources)
             for step in steps
@@ -274,10 +276,10 @@ def test_a_model_that_waits_reads_what_others_have_drafted(target: PagedLM) -> N
 
     def trees(matches: list[int]) -> list[Any]:
         parts = {
-            "text": Scripted(tree=tree, matches=matches),
-            "model": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+            "text": Scripted(matches=matches),
+            "model": SmallLlama(path="zoo:draft"),
         }
-        drafter = Compose(target=target, tree=tree, parts=parts, mode="cascade", min_match=1)
+        drafter = Compose(parts=parts, mode="cascade", min_match=1)
         seen, draft = {}, drafter.draft
 
         def recorded(context: StepContext) -> TokenTree:
@@ -288,7 +290,7 @@ def test_a_model_that_waits_reads_what_others_have_drafted(target: PagedLM) -> N
             return made
 
         drafter.draft = recorded  # type: ignore[method-assign]
-        decode(target, drafter)
+        decode(target, drafter, tree)
         return seen  # type: ignore[return-value]
 
     alone, mixed = trees([0]), trees([5, 5, 0])
@@ -303,11 +305,11 @@ def test_in_a_union_a_long_match_counts_more(target: PagedLM) -> None:
     weights = []
     for match in (0, 1, TRUSTED_HALF, 1000):
         parts = {
-            "text": Scripted(tree=tree, matches=[match]),
-            "model": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+            "text": Scripted(matches=[match]),
+            "model": SmallLlama(path="zoo:draft"),
         }
-        drafter = Compose(target=target, tree=tree, parts=parts, mode="union", weights=[3.0, 1.0])
-        decode(target, drafter)
+        drafter = Compose(parts=parts, mode="union", weights=[3.0, 1.0])
+        decode(target, drafter, tree)
         weights.append(drafter._weights[0].tolist())
     assert weights[0] == [0.0, 1.0]
     assert [w[0] for w in weights[1:]] == pytest.approx([3 / 9, 1.5, 3.0], rel=0.01)
@@ -345,18 +347,19 @@ def test_classes_of_match_lengths_are_told_apart(target: PagedLM) -> None:
     """Where its matches are long the text pays, elsewhere the model."""
     tree = Chain(budget=2)
     parts = {
-        "ngram": NGram(tree=tree),
-        "small_llama": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+        "ngram": NGram(),
+        "small_llama": SmallLlama(path="zoo:draft"),
     }
-    drafter = Compose(target=target, tree=tree, parts=parts, mode="bandit", costs=[1.0, 1.3])
+    drafter = Compose(parts=parts, mode="bandit", costs=[1.0, 1.3])
     assert drafter.reset == "never"
-    _, steps = decode(target, drafter)
-    assert {math.isinf(arm.cost) for arm in drafter._bandits.of(_sequence()).arms.values()} == {
-        False
-    }
-    assert len(drafter._bandits.of(_sequence()).arms) > 3
+    _, steps = decode(target, drafter, tree)
+    chooser = drafter.chooser
+    assert isinstance(chooser, Pulls)
+    arms = chooser._bandits.of(_sequence()).arms
+    assert len(arms) > 3
+    assert not any(math.isinf(arm.cost) for arm in arms.values())
     drafter.forget()
-    assert not drafter._bandits.of(_sequence()).arms
+    assert not chooser._bandits.of(_sequence()).arms
     assert steps
 
 
@@ -378,42 +381,39 @@ def _sequence() -> Decoding:
         ({"depth": 0}, r"drafter\.depth=0: must be at least 1"),
     ],
 )
-def test_settings_out_of_range_are_named(
-    target: PagedLM, change: dict[str, Any], message: str
-) -> None:
-    tree = Chain(budget=2)
-    parts = {"one": NGram(tree=tree), "two": NGram(tree=tree)}
+def test_settings_out_of_range_are_named(change: dict[str, Any], message: str) -> None:
+    parts = {"one": NGram(), "two": NGram()}
     with pytest.raises(ValueError, match=message):
-        Compose(target=target, tree=tree, parts=parts, **change)  # type: ignore[arg-type]
+        Compose(parts=parts, **change)  # type: ignore[arg-type]
 
 
-def test_parts_that_cannot_be_composed_are_refused(target: PagedLM) -> None:
-    tree = Chain(budget=2)
+def test_parts_that_cannot_be_composed_are_refused() -> None:
     with pytest.raises(ValueError, match=r"drafter\.parts=\['one'\]: name at least two"):
-        Compose(target=target, tree=tree, parts={"one": NGram(tree=tree)})
-    parts = {"one": NGram(tree=tree), "two": Lookahead(tree=tree)}
+        Compose(parts={"one": NGram()})
+    parts = {"one": NGram(), "two": Lookahead()}
     with pytest.raises(ValueError, match=r"drafter\.parts\.two: Lookahead needs trees of its own"):
-        Compose(target=target, tree=tree, parts=parts)
+        Compose(parts=parts)
 
 
 class Told(NGram):
     """Wants to know what became of its own trees."""
 
-    def commit(self, context: StepContext, acceptance: Any) -> None: ...
+    composable = False
+
+    def commit(self, context: StepContext, acceptance: Any, seen: Observation) -> None: ...
 
 
-def test_parts_that_would_be_told_nothing_or_never_be_asked_are_refused(target: PagedLM) -> None:
-    tree = Chain(budget=2)
-    text, model = NGram(tree=tree), SmallLlama(target=target, tree=tree, path="zoo:draft")
-    rates = Synthetic(target=target, tree=tree)
-    for part in (Told(tree=tree), rates):
+def test_parts_that_would_be_told_nothing_or_never_be_asked_are_refused() -> None:
+    text, model = NGram(), SmallLlama(path="zoo:draft")
+    rates = Synthetic()
+    for part in (Told(), rates):
         with pytest.raises(ValueError, match=r"drafter\.parts\.two: .* needs trees of its own"):
-            Compose(target=target, tree=tree, parts={"one": text, "two": part})
+            Compose(parts={"one": text, "two": part})
     with pytest.raises(ValueError, match=r"drafter\.parts\.one: a model is always sure"):
-        Compose(target=target, tree=tree, parts={"one": model, "two": text})
-    exits = {f"exit {n}": EarlyExit(target=target, tree=tree, exit_layer=n) for n in (1, 2)}
+        Compose(parts={"one": model, "two": text})
+    exits = {f"exit {n}": EarlyExit(exit_layer=n) for n in (1, 2)}
     with pytest.raises(ValueError, match=r"two early exits need the same scratch"):
-        Compose(target=target, tree=tree, parts=exits, mode="union")
+        Compose(parts=exits, mode="union")
 
 
 class Plain(HostDrafter):
@@ -427,21 +427,21 @@ class Plain(HostDrafter):
 def test_a_drafter_that_knows_of_no_matches_is_asked(target: PagedLM, mode: str) -> None:
     tree = Static(widths=[2, 1])
     parts: Any = {
-        "plain": Plain(tree=tree),
-        "small_llama": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+        "plain": Plain(),
+        "small_llama": SmallLlama(path="zoo:draft"),
     }
-    drafter = Compose(target=target, tree=tree, parts=parts, mode=mode, costs=[1.0, 1.0])
-    _, steps = decode(target, drafter)
+    drafter = Compose(parts=parts, mode=mode, costs=[1.0, 1.0])
+    _, steps = decode(target, drafter, tree)
     assert sum(step.sources[0]["plain"][0] for step in steps) > 0
 
 
 def test_a_part_goes_as_deep_as_it_may(target: PagedLM) -> None:
     tree = Dynamic(budget=16, depth=4)
-    text = NGram(tree=tree, depth=2)
-    model = SmallLlama(target=target, tree=tree, path="zoo:draft")
-    drafter = Compose(target=target, tree=tree, parts={"a": text, "b": model}, depth=8)
+    text = NGram(depth=2)
+    model = SmallLlama(path="zoo:draft")
+    drafter = Compose(parts={"a": text, "b": model}, depth=8)
+    _, steps = decode(target, drafter, tree)
     assert (drafter.levels, text.levels, model.levels) == (8, 2, 8)
-    _, steps = decode(target, drafter)
     assert max(depth for step in steps for depth in step.depths) == 8
 
 
@@ -449,16 +449,14 @@ def test_a_part_goes_as_deep_as_it_may(target: PagedLM) -> None:
 def test_any_drafters_make_a_union(target: PagedLM, parts: tuple[str, str]) -> None:
     tree = Dynamic(budget=8)
     kinds: Any = {
-        "small_llama": lambda: SmallLlama(target=target, tree=tree, path="zoo:draft"),
-        "early_exit": lambda: EarlyExit(target=target, tree=tree),
-        "token_recycling": lambda: TokenRecycling(target=target, tree=tree),
-        "ngram": lambda: NGram(tree=tree),
+        "small_llama": lambda: SmallLlama(path="zoo:draft"),
+        "early_exit": EarlyExit,
+        "token_recycling": TokenRecycling,
+        "ngram": NGram,
     }
-    drafter = Compose(
-        target=target, tree=tree, parts={name: kinds[name]() for name in parts}, mode="union"
-    )
+    drafter = Compose(parts={name: kinds[name]() for name in parts}, mode="union")
+    outputs, steps = decode(target, drafter, tree, batch_size=2)
     assert bool(drafter.variants) == ("ngram" in parts)  # else nothing to look at
-    outputs, steps = decode(target, drafter, batch_size=2)
     plain, _ = decode(target, NoDrafter())
     assert outputs == plain
     credit = {name: sum(s[name][1] for step in steps for s in step.sources) for name in parts}

@@ -9,27 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from specdec.decode import Decoder
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.experiments.tools import build_datastore
+from specdec.lab.build import method_of
+from specdec.lab.settings import CONFIGS, settings_of
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter, DraftError, StepContext, TreePolicy
-from specdec.request import Request
-from specdec.run import CONFIGS, build_drafter
-from specdec.sampling import DRAFT_STREAM, SamplingParams, race
+from specdec.sampling import DRAFT_STREAM, race
 from specdec.tree import TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.synthetic import Synthetic
 from specdec.verifier.target_only import TargetOnly
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, requests_of
 from tests.verifier.test_rules_exact import DrawnTree, emitted_law, ordered_draws, token_trees
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -97,62 +94,43 @@ class Recording:
 
 
 @cache
-def settings_of(name: str) -> dict[str, Any]:
+def settings_for(name: str, datastore: Path) -> dict[str, Any]:
     """What the command line makes of `drafter=name`."""
-    overrides = [f"drafter={name}"]
+    words = [f"drafter={name}", "tree=chain"]
     if name == "rest":
-        overrides.append("drafter.datastore=datastore")
+        words.append(f"drafter.datastore={datastore}")
     if name == "user":
-        overrides.append(f"drafter._target_={__name__}.echo")
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = compose("run", overrides)
-    found: Any = OmegaConf.to_container(config.drafter, resolve=True, throw_on_missing=True)
-    return dict(found)
+        words.append(f"drafter._target_={__name__}.echo")
+    return settings_of(words)
 
 
-def build(
-    name: str, target: PagedLM, tree: TreePolicy, datastore: Path, **settings: Any
-) -> Drafter:
+def build(name: str, datastore: Path, **settings: Any) -> Drafter:
     """As the command line does."""
-    chosen = settings_of(name) | settings
-    if name == "rest":
-        chosen["datastore"] = str(datastore)
-    return build_drafter(name, "drafter", chosen, target=target, tree=tree)
+    found = settings_for(name, datastore)
+    return method_of({**found, "drafter": found["drafter"] | settings}).drafter
 
 
 def decode(
     target: PagedLM,
     drafter: Drafter,
+    tree: TreePolicy | None,
     *,
     batch_size: int,
     temperature: float = 0.0,
     rule: Any,
     warm_up: bool = False,
 ) -> list[list[int]]:
-    decoder = Decoder(
-        verifier=TreeVerifier(target),
-        drafter=drafter,
-        rule=rule,
-        sampling=SamplingParams(temperature=temperature, seed=3),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=batch_size,
-        max_tokens=256,
-    )
+    decoder = decoder_of(target, drafter, tree, rule, temperature=temperature, rows=batch_size)
     prompts = [target.tokenizer(text).input_ids for text in TEXTS]
     if warm_up:
         decoder.warm_up(prompts[0])
-    requests = [
-        Request(id=i, prompt_ids=ids, max_new_tokens=NEW, category="ab"[i % 2])
-        for i, ids in enumerate(prompts)
-    ]
-    done = {sequence.request.id: sequence.output_ids for sequence in decoder.run(requests)}
-    return [done[i] for i in range(len(requests))]
+    done = {s.request.id: s.output_ids for s in decoder.run(requests_of(prompts, NEW, "abab"))}
+    return [done[i] for i in range(len(prompts))]
 
 
 @pytest.fixture(scope="module")
 def plain(target: PagedLM) -> list[list[int]]:
-    return decode(target, NoDrafter(), batch_size=1, rule=Greedy())
+    return decode(target, NoDrafter(), None, batch_size=1, rule=Greedy())
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -167,9 +145,9 @@ def test_greedy_outputs_are_those_of_plain_decoding_and_trees_are_valid(
     batch_size: int,
 ) -> None:
     policy = TREES[tree]("top_k")
-    drafter = build(name, target, policy, datastore)
+    drafter = build(name, datastore)
     recording = Recording(drafter, policy)
-    assert decode(target, drafter, batch_size=batch_size, rule=Greedy()) == plain
+    assert decode(target, drafter, policy, batch_size=batch_size, rule=Greedy()) == plain
     assert any(tree.nodes > 1 for tree in recording.trees)
 
 
@@ -178,35 +156,37 @@ def test_a_budget_of_nothing_drafts_nothing(
     target: PagedLM, plain: list[list[int]], datastore: Path, name: str
 ) -> None:
     policy = Chain(budget=0)
-    drafter = build(name, target, policy, datastore)
+    drafter = build(name, datastore)
     recording = Recording(drafter, policy)
     rule = Synthetic() if name == "synthetic" else Greedy()
-    assert decode(target, drafter, batch_size=2, rule=rule) == plain
+    assert decode(target, drafter, policy, batch_size=2, rule=rule) == plain
     assert all(tree.nodes == 1 for tree in recording.trees)
 
 
-def sampled_policy(name: str, tree: str, target: PagedLM, datastore: Path) -> TreePolicy | None:
+def sampled_policy(name: str, tree: str, datastore: Path) -> TreePolicy | None:
     """A tree of sampled children, None if the drafter has none."""
     policy = TREES[tree]("sample")
     if name in UNDRAWN:
         with pytest.raises(ValueError, match=r"tree\.children=sample"):
-            build(name, target, policy, datastore)
+            build(name, datastore).check(policy)
         return None
     return policy
 
 
 @pytest.mark.parametrize("name", DRAFTING)
 def test_the_same_seed_gives_the_same_trees(target: PagedLM, datastore: Path, name: str) -> None:
-    policy = sampled_policy(name, "dynamic", target, datastore)
+    policy = sampled_policy(name, "dynamic", datastore)
     rule: Any = Synthetic() if name == "synthetic" else RecursiveRejection()
     if policy is None:
         policy = TREES["dynamic"]("top_k")
         rule = rule if name == "synthetic" else TargetOnly()
     seen = []
     for batch_size in (3, 3):
-        drafter = build(name, target, policy, datastore)
+        drafter = build(name, datastore)
         recording = Recording(drafter, policy)
-        outputs = decode(target, drafter, batch_size=batch_size, temperature=1.0, rule=rule)
+        outputs = decode(
+            target, drafter, policy, batch_size=batch_size, temperature=1.0, rule=rule
+        )
         seen.append((outputs, recording.lists()))
     assert seen[0] == seen[1]
 
@@ -216,13 +196,13 @@ def test_nothing_leaks_from_one_run_into_the_next(
     target: PagedLM, datastore: Path, name: str
 ) -> None:
     policy = TREES["static"]("top_k")
-    drafter = build(name, target, policy, datastore)
+    drafter = build(name, datastore)
     rule: Any = Synthetic() if name == "synthetic" else Greedy()
     recording = Recording(drafter, policy)
-    outputs = decode(target, drafter, batch_size=2, rule=rule)
+    outputs = decode(target, drafter, policy, batch_size=2, rule=rule)
     first = recording.lists()
     recording.trees.clear()
-    assert decode(target, drafter, batch_size=2, rule=rule, warm_up=True) == outputs
+    assert decode(target, drafter, policy, batch_size=2, rule=rule, warm_up=True) == outputs
     assert recording.lists()[-len(first) :] == first
 
 
@@ -234,17 +214,16 @@ def test_the_law_of_what_comes_out_of_sampled_trees_is_the_target_s(
     token follows the target."""
     width = 2
     policy = Static(widths=[width], children="sample")
-    if sampled_policy(name.split()[0], "static", target, datastore) is None:
+    if sampled_policy(name.split()[0], "static", datastore) is None:
         return
     name, _, mode = name.partition(" ")
-    settings = {key: 4 for key in ("candidates", "successors") if key in settings_of(name)}
-    drafter = build(
-        name, target, policy, datastore, **settings, **({"mode": mode} if mode else {})
-    )
+    known = settings_for(name, datastore)["drafter"]
+    settings = {key: 4 for key in ("candidates", "successors") if key in known}
+    drafter = build(name, datastore, **settings, **({"mode": mode} if mode else {}))
     for part in getattr(drafter, "parts", ()):
         part.candidates = 4
     recording = Recording(drafter, policy)
-    decode(target, drafter, batch_size=2, temperature=1.0, rule=RecursiveRejection())
+    decode(target, drafter, policy, batch_size=2, temperature=1.0, rule=RecursiveRejection())
     checked = 0
     for tree, context in zip(recording.trees, recording.contexts, strict=True):
         proposal = tree.proposal
@@ -290,7 +269,7 @@ def assert_law(vocab: int, ids: torch.Tensor, probs: torch.Tensor, width: int, s
 def test_a_failing_drafter_is_named_with_what_it_drafted_for(
     target: PagedLM, datastore: Path, name: str
 ) -> None:
-    drafter = build(name, target, TREES["chain"]("top_k"), datastore)
+    policy, drafter = TREES["chain"]("top_k"), build(name, datastore)
     draft, calls = drafter.draft, itertools.count()
 
     def failing(context: StepContext) -> TokenTree:
@@ -301,4 +280,4 @@ def test_a_failing_drafter_is_named_with_what_it_drafted_for(
     drafter.draft = failing  # type: ignore[method-assign]
     rule: Any = Synthetic() if name == "synthetic" else Greedy()
     with pytest.raises(DraftError, match=rf"^{name}.* failed on request 0: IndexError"):
-        decode(target, drafter, batch_size=1, rule=rule)
+        decode(target, drafter, policy, batch_size=1, rule=rule)

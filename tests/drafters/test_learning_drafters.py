@@ -24,14 +24,15 @@ from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
+from specdec.observation import Observation
 from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
-from specdec.request import Capacity, Decoding, Request
+from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import FakeVerifier, decoder_of, prepared, requests_of
 
 CPU = torch.device("cpu")
 V = 40
@@ -40,23 +41,12 @@ SMALL = SimpleNamespace(vocab_size=V, device=CPU)
 Build = Callable[..., Any]
 
 
-class Scripted:
+class Scripted(FakeVerifier):
     """A target whose next token depends on the last one alone."""
 
-    cache: Any = None
-
-    def prepare(self, capacity: Capacity) -> None: ...
-
-    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
-        return list(sequences)
-
-    def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
+    def logits(self, context: StepContext, tree: TokenTree) -> Tensor:
         tree.check()
         return SCORES[tree.tokens]
-
-    def commit(self, context: StepContext, acceptance: Acceptance) -> None: ...
-
-    def finish(self, sequence: Decoding) -> None: ...
 
 
 def ranked(token: int, count: int) -> list[int]:
@@ -72,27 +62,25 @@ def following(token: int, count: int) -> list[int]:
     return text[1:]
 
 
-def decoder(drafter: Drafter, *, batch_size: int = 1, target: PagedLM | None = None, **more: Any):
-    return Decoder(
-        verifier=Scripted() if target is None else TreeVerifier(target),
-        drafter=drafter,
-        rule=more.pop("rule", None) or Greedy(),
-        sampling=SamplingParams(temperature=more.pop("temperature", 0.0), seed=3),
-        max_context=400,
-        device=CPU,
-        batch_size=batch_size,
+def decoder(
+    drafter: Drafter,
+    tree: TreePolicy | None = None,
+    *,
+    batch_size: int = 1,
+    target: PagedLM | None = None,
+    **more: Any,
+) -> Decoder:
+    """Over the scripted target, or a real one."""
+    if target is None:
+        drafter.load(SMALL, None)  # type: ignore[arg-type]
+    return decoder_of(
+        Scripted() if target is None else target,
+        drafter,
+        tree,
+        rows=batch_size,
         max_tokens=200,
+        **more,
     )
-
-
-def requests(
-    prompts: Sequence[Sequence[int]], new: int = 30, categories: Sequence[str | None] = ()
-) -> list[Request]:
-    named = [*categories, *[None] * (len(prompts) - len(categories))]
-    return [
-        Request(id=i, prompt_ids=prompt, max_new_tokens=new, category=category)
-        for i, (prompt, category) in enumerate(zip(prompts, named, strict=True))
-    ]
 
 
 def spied(kind: type, **settings: Any) -> Any:
@@ -100,7 +88,7 @@ def spied(kind: type, **settings: Any) -> Any:
 
     class Spied(kind):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
-            super().__init__(target=settings.pop("target", SMALL), **settings)
+            super().__init__(**settings)
             self.trees: list[TokenTree] = []
             self.noted: list[tuple[list[int], list[list[int]], list[int]]] = []
             self.kept: list[list[int]] = []
@@ -119,8 +107,8 @@ def spied(kind: type, **settings: Any) -> Any:
             self.noted.append((ids, rows, parents))
             return tree
 
-        def commit(self, context: StepContext, acceptance: Acceptance) -> None:
-            super().commit(context, acceptance)
+        def commit(self, context: StepContext, acceptance: Acceptance, seen: Observation) -> None:
+            super().commit(context, acceptance, seen)
             self.kept.append(acceptance.length.tolist())
             self.learnt()
 
@@ -134,9 +122,11 @@ PROMPTS = [[3, 7, 3, 9, 3, 7, 1, 3], [5, 6], [8], [11, 12, 13, 11, 12, 14, 11]]
 KINDS = {"token_recycling": TokenRecycling, "lookahead": Lookahead}
 
 
-def run(drafter: Drafter, prompts: Sequence[Sequence[int]], **more: Any) -> list[list[int]]:
+def run(
+    drafter: Drafter, prompts: Sequence[Sequence[int]], tree: TreePolicy | None = None, **more: Any
+) -> list[list[int]]:
     new, categories = more.pop("new", 30), more.pop("categories", ())
-    done = decoder(drafter, **more).run(requests(prompts, new, categories))
+    done = decoder(drafter, tree, **more).run(requests_of(prompts, new, categories))
     return [s.output_ids for s in sorted(done, key=lambda s: s.request.id)]
 
 
@@ -157,10 +147,10 @@ def test_trees_are_valid_within_budget_and_the_same_again(
     name: str, tree: str, budget: int
 ) -> None:
     expected = [following(prompt[-1], 30) for prompt in PROMPTS]
-    drafters = [spied(KINDS[name], tree=TREES[tree](budget)) for _ in range(2)]
+    drafters = [spied(KINDS[name]) for _ in range(2)]
     for drafter in drafters:
         for _ in range(2):  # a second run of the same drafter begins with nothing
-            assert run(drafter, PROMPTS, batch_size=3) == expected
+            assert run(drafter, PROMPTS, TREES[tree](budget), batch_size=3) == expected
     first, second = (drafter.noted for drafter in drafters)
     assert first == second
     assert first[: len(first) // 2] == first[len(first) // 2 :]
@@ -171,8 +161,8 @@ def test_trees_are_valid_within_budget_and_the_same_again(
 @pytest.mark.parametrize("name", KINDS)
 def test_a_row_of_a_batch_is_the_row_alone(name: str) -> None:
     def trees(batch_size: int) -> dict[int, list[Any]]:
-        drafter = spied(KINDS[name], tree=Dynamic(budget=20, width=4, depth=5))
-        run(drafter, PROMPTS, batch_size=batch_size)
+        drafter = spied(KINDS[name])
+        run(drafter, PROMPTS, Dynamic(budget=20, width=4, depth=5), batch_size=batch_size)
         found: dict[int, list[Any]] = {}
         for ids, tokens, parents in drafter.noted:
             for i, *row in zip(ids, tokens, parents, strict=True):
@@ -193,7 +183,6 @@ def test_the_table_holds_what_the_target_named_last(reset: str, from_prompt: boo
     count = 4
     drafter = spied(
         TokenRecycling,
-        tree=Dynamic(budget=12, width=3, depth=4),
         successors=count,
         reset=reset,
         from_prompt=from_prompt,
@@ -226,14 +215,13 @@ def test_the_table_holds_what_the_target_named_last(reset: str, from_prompt: boo
                 assert table[token] == (mine.get(token, []) + [-1] * count)[:count]
 
     drafter.learnt = check
-    loop = decoder(drafter)
-    assert len(list(loop.run(requests(PROMPTS, 12, categories)))) == 4
+    loop = decoder(drafter, Dynamic(budget=12, width=3, depth=4))
+    assert len(list(loop.run(requests_of(PROMPTS, 12, categories)))) == 4
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
 def test_of_several_nodes_with_a_token_the_last_is_remembered(last: int) -> None:
-    drafter = TokenRecycling(target=SMALL, tree=Chain(budget=3), successors=2, reset="never")
-    drafter.prepare(Capacity(rows=2, max_tokens=50))
+    drafter = prepared(TokenRecycling(successors=2, reset="never"), Chain(budget=3), SMALL)
     tokens = torch.tensor([[7, 7, 7, 7], [7, 8, 7, 9]])
     sizes = torch.tensor([4, last], dtype=torch.int32)
     tree = TokenTree(tokens=tokens, parents=torch.tensor([[-1, 0, 1, 2]] * 2), size=sizes, depth=3)
@@ -245,8 +233,8 @@ def test_of_several_nodes_with_a_token_the_last_is_remembered(last: int) -> None
             path=torch.zeros(2, 4, dtype=torch.int64),
             length=torch.tensor([1, min(last, 1)]),  # a size of 0 is an idle row
             next_token=torch.zeros(2, dtype=torch.int64),
-            candidates=candidates,
         ),
+        Observation(tokens=candidates),
     )
     flat = [(7, [0, 1]), (7, [3, 4]), (7, [6, 7]), (7, [9, 10])]
     flat += [(7, [12, 13]), (8, [15, 16]), (7, [18, 19]), (9, [21, 22])][:last]
@@ -267,14 +255,11 @@ def context_of(rows: Sequence[int], roots: Sequence[int] | None = None) -> StepC
 
 @pytest.mark.parametrize("children", ["top_k", "sample"])
 def test_probabilities_are_a_prior_over_the_known_ranks(children: Children) -> None:
-    drafter = TokenRecycling(
-        target=SMALL,
-        tree=Static(widths=[2, 1], children=children),
-        successors=3,
-        decay=0.5,
-        reset="never",
+    drafter = prepared(
+        TokenRecycling(successors=3, decay=0.5, reset="never"),
+        Static(widths=[2, 1], children=children),
+        SMALL,
     )
-    drafter.prepare(Capacity(rows=1, max_tokens=50))
     drafter._table[4] = torch.tensor([9, 8, 7])
     drafter._table[5] = torch.tensor([6, -1, -1])
     expand = drafter.begin(context_of([0], roots=[4]))
@@ -301,8 +286,7 @@ class NoLook(TorchDispatchMode):
 
 
 def test_table_lookups_and_updates_can_be_captured() -> None:
-    drafter = TokenRecycling(target=SMALL, tree=Chain(budget=3), successors=2)
-    drafter.prepare(Capacity(rows=2, max_tokens=50))
+    drafter = prepared(TokenRecycling(successors=2), Chain(budget=3), SMALL, rows=2)
     there = drafter._table.data_ptr()
     tokens = torch.tensor([[4, 5, 6], [4, 4, 4]])
     tree = TokenTree(
@@ -312,8 +296,8 @@ def test_table_lookups_and_updates_can_be_captured() -> None:
         path=torch.zeros(2, 3, dtype=torch.int64),
         length=torch.tensor([2, 0]),
         next_token=torch.tensor([1, 1]),
-        candidates=torch.arange(18).view(2, 3, 3),
     )
+    seen = Observation(tokens=torch.arange(18).view(2, 3, 3))
     context = context_of([0, 2])  # the last one is idle
     frontier = Frontier(
         level=0, first=0, tokens=tokens, parents=tokens, alive=torch.ones_like(tokens).bool()
@@ -321,7 +305,7 @@ def test_table_lookups_and_updates_can_be_captured() -> None:
     with NoLook():
         drafter.begin(context)(frontier)
         drafter.end(context, tree, tokens)
-        drafter.commit(context, acceptance)
+        drafter.commit(context, acceptance, seen)
     assert drafter._table.data_ptr() == there
     assert (drafter._table[:-1] >= 0).any(1).nonzero()[:, 0].tolist() == [4, 5, 6]
 
@@ -361,10 +345,9 @@ class Window:
 
 @pytest.mark.parametrize(("columns", "n"), [(1, 2), (4, 2), (3, 3), (6, 4), (2, 5)])
 def test_the_pool_is_that_of_the_paper(columns: int, n: int) -> None:
-    guesses = 3
+    guesses, tree = 3, Dynamic(budget=400, width=8, depth=n)
     drafter = spied(
         Lookahead,
-        tree=Dynamic(budget=400, width=8, depth=n),
         window=columns,
         ngram=n,
         guesses=guesses,
@@ -380,14 +363,14 @@ def test_the_pool_is_that_of_the_paper(columns: int, n: int) -> None:
                 assert pool.after(token) == plain.after(token, guesses)
 
         drafter.learnt = check
-        assert run(drafter, [prompt]) == [following(prompt[-1], 30)]
+        assert run(drafter, [prompt], tree) == [following(prompt[-1], 30)]
         # From the second token on an n-gram is the target's own text.
         assert all(list(gram[2:]) == following(gram[1], n - 2) for gram in plain.pool)
 
 
 def test_lookahead_learns_a_target_that_repeats_itself() -> None:
-    drafter = spied(Lookahead, tree=Dynamic(budget=60, width=8, depth=4), from_prompt=False)
-    run(drafter, [[8, 1, 2, 4]], new=60)
+    drafter = spied(Lookahead, from_prompt=False)
+    run(drafter, [[8, 1, 2, 4]], Dynamic(budget=60, width=8, depth=4), new=60)
     lengths = [kept for (kept,) in drafter.kept]
     assert lengths[0] <= 2  # only a column may have been right by chance
     assert sum(lengths[4:]) / len(lengths[4:]) > 1.5
@@ -395,8 +378,8 @@ def test_lookahead_learns_a_target_that_repeats_itself() -> None:
 
 
 def test_the_text_goes_into_the_pool() -> None:
-    drafter = Lookahead(tree=Chain(budget=3), window=1, ngram=3, guesses=2)
-    sequence = Decoding(requests([[1, 2, 3, 1, 2, 4, 1, 2, 5, 1]])[0], 0, [])
+    drafter = Lookahead(window=1, ngram=3, guesses=2)
+    sequence = Decoding(requests_of([[1, 2, 3, 1, 2, 4, 1, 2, 5, 1]], 30)[0], 0, [])
     sequence.tokens += sequence.request.prompt_ids
     drafter.start([sequence])
     assert [path for path, _ in drafter.propose(sequence, 2)] == [(2, 5), (2, 4)]
@@ -409,10 +392,9 @@ def test_columns_fill_what_guesses_leave() -> None:
     """Budgets from nothing to all: the guesses come first, then whole columns, nothing twice."""
     window, n = 4, 4
     for budget in range(1, 20):
-        drafter = spied(
-            Lookahead, tree=Dynamic(budget=budget, width=3, depth=5), window=window, ngram=n
-        )
-        run(drafter, PROMPTS[:1], new=20)
+        policy = Dynamic(budget=budget, width=3, depth=5)
+        drafter = spied(Lookahead, window=window, ngram=n)
+        run(drafter, PROMPTS[:1], policy, new=20)
         for tree in drafter.trees:
             assert tree.proposal is not None
             listed = tree.proposal.ids, tree.proposal.probs
@@ -420,14 +402,8 @@ def test_columns_fill_what_guesses_leave() -> None:
                 parent, token = int(tree.parents[0, node]), tree.tokens[0, node]
                 here = (listed[0][0, parent] == token) & (listed[1][0, parent] > 0)
                 assert here.sum() == 1
-        unguessed = spied(
-            Lookahead,
-            tree=Dynamic(budget=budget, width=3, depth=5),
-            window=window,
-            ngram=n,
-            from_prompt=False,
-        )
-        run(unguessed, [[20, 21, 22, 23, 24, 25, 26, 27]], new=1)
+        unguessed = spied(Lookahead, window=window, ngram=n, from_prompt=False)
+        run(unguessed, [[20, 21, 22, 23, 24, 25, 26, 27]], policy, new=1)
         (tree,) = unguessed.trees
         columns = 0 if budget < n - 2 else min(window, 1 + (budget - n + 2) // (n - 1))
         most = n - 2 + (columns - 1) * (n - 1) if columns else 0
@@ -437,8 +413,9 @@ def test_columns_fill_what_guesses_leave() -> None:
 
 @pytest.mark.parametrize("rule", [Greedy(), TargetOnly(), RecursiveRejection()])
 def test_lookahead_with_every_rule_at_temperature_zero(rule: AcceptanceRule) -> None:
-    drafter = spied(Lookahead, tree=Dynamic(budget=30, width=4, depth=4))
-    found = run(drafter, PROMPTS, rule=rule, batch_size=2)
+    drafter = spied(Lookahead)
+    tree = Dynamic(budget=30, width=4, depth=4)
+    found = run(drafter, PROMPTS, tree, rule=rule, batch_size=2)
     assert found == [following(prompt[-1], 30) for prompt in PROMPTS]
     assert sum(map(sum, drafter.kept)) > sum(map(len, drafter.kept))
 
@@ -448,13 +425,9 @@ def test_lookahead_with_every_rule_at_temperature_zero(rule: AcceptanceRule) -> 
 
 def first_kept(name: str, reset: str, categories: Sequence[str]) -> list[int]:
     """Tokens of the first step of each of three requests, all of whom ask the same."""
-    drafter = spied(
-        KINDS[name],
-        tree=Dynamic(budget=30, width=4, depth=3),
-        reset=reset,
-        from_prompt=False,
-    )
-    done = decoder(drafter).run(requests([[3, 9]] * 3, 20, categories))
+    drafter = spied(KINDS[name], reset=reset, from_prompt=False)
+    loop = decoder(drafter, Dynamic(budget=30, width=4, depth=3))
+    done = loop.run(requests_of([[3, 9]] * 3, 20, categories))
     return [s.accepted_lengths[0] for s in sorted(done, key=lambda s: s.request.id)]
 
 
@@ -471,12 +444,12 @@ def test_knowledge_lasts_as_long_as_reset_says(name: str) -> None:
 @pytest.mark.parametrize("reset", ["prompt", "category", "never"])
 @pytest.mark.parametrize("name", KINDS)
 def test_forgetting_leaves_nothing(name: str, reset: str) -> None:
-    drafter = spied(KINDS[name], tree=Dynamic(budget=20, width=4, depth=4), reset=reset)
-    loop = decoder(drafter, batch_size=2)
+    drafter = spied(KINDS[name], reset=reset)
+    loop = decoder(drafter, Dynamic(budget=20, width=4, depth=4), batch_size=2)
     found = []
     for _ in range(3):
         before = len(drafter.noted)
-        outputs = [s.output_ids for s in loop.run(requests(PROMPTS, 20, ["a", "b", "a", "b"]))]
+        outputs = [s.output_ids for s in loop.run(requests_of(PROMPTS, 20, ["a", "b", "a", "b"]))]
         found.append((outputs, drafter.noted[before:]))
         if len(found) == 1:
             drafter.forget()
@@ -486,8 +459,7 @@ def test_forgetting_leaves_nothing(name: str, reset: str) -> None:
 
 def test_the_category_unused_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenRecycling, "CATEGORIES", 3)
-    drafter = TokenRecycling(target=SMALL, tree=Chain(budget=2), reset="category")
-    drafter.prepare(Capacity(rows=2, max_tokens=50))
+    drafter = prepared(TokenRecycling(reset="category"), Chain(budget=2), SMALL, rows=2)
     assert len(drafter._table) == 3 * V + 1
 
     def begin(category: str | None, row: int = 0) -> Decoding:
@@ -526,8 +498,8 @@ def test_the_category_unused_for_longest_is_forgotten(monkeypatch: pytest.Monkey
 
 def test_more_rows_than_categories_are_kept_all_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TokenRecycling, "CATEGORIES", 1)
-    drafter = spied(TokenRecycling, tree=Chain(budget=2), reset="category")
-    found = run(drafter, PROMPTS, batch_size=4, categories=["a", "b", "c", "d"])
+    drafter = spied(TokenRecycling, reset="category")
+    found = run(drafter, PROMPTS, Chain(budget=2), batch_size=4, categories=["a", "b", "c", "d"])
     assert found == [following(prompt[-1], 30) for prompt in PROMPTS]
 
 
@@ -537,7 +509,7 @@ def test_more_rows_than_categories_are_kept_all_run(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("token_recycling", {"successors": 0}, "drafter.successors=0: must be from 1 to"),
+        ("token_recycling", {"successors": 0}, "drafter.successors=0: must be at least 1"),
         ("token_recycling", {"successors": V + 1}, f"drafter.successors={V + 1}: must be"),
         ("token_recycling", {"decay": 0.0}, "drafter.decay=0.0: must be above 0"),
         ("token_recycling", {"decay": 1.1}, "drafter.decay=1.1: must be"),
@@ -555,8 +527,10 @@ def test_more_rows_than_categories_are_kept_all_run(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_settings_out_of_range(name: str, settings: dict[str, Any], message: str) -> None:
+    own = dict(settings)
+    tree = own.pop("tree", Chain(budget=2))
     with pytest.raises(ValueError, match=message):
-        KINDS[name](target=SMALL, **{"tree": Chain(budget=2), **settings})
+        prepared(KINDS[name](**own), tree, SMALL)
 
 
 # --- a real target
@@ -582,8 +556,9 @@ def test_outputs_are_those_of_plain_decoding(
     zoo: Any, name: str, tree: str, batch_size: int
 ) -> None:
     target, prompts, expected = zoo
-    drafter = spied(KINDS[name], target=target, tree=TREES[tree](9))
-    assert run(drafter, prompts, target=target, new=16, batch_size=batch_size) == expected
+    drafter = spied(KINDS[name])
+    found = run(drafter, prompts, TREES[tree](9), target=target, new=16, batch_size=batch_size)
+    assert found == expected
     assert sum(map(len, drafter.kept)) < 4 * 16
 
 
@@ -594,8 +569,9 @@ def test_a_seed_decides_what_is_sampled(zoo: Any, name: str, reset: str) -> None
     target, prompts, _ = zoo
     found = [
         run(
-            KINDS[name](target=target, tree=Dynamic(budget=12), reset=reset),
+            KINDS[name](reset=reset),
             prompts[:2],
+            Dynamic(budget=12),
             target=target,
             new=8,
             rule=TargetOnly(),
@@ -610,9 +586,9 @@ def test_a_seed_decides_what_is_sampled(zoo: Any, name: str, reset: str) -> None
 @pytest.mark.parametrize("children", ["sample", "sample_with_replacement"])
 def test_recycled_tokens_can_be_sampled(zoo: Any, children: Children) -> None:
     target, prompts, _ = zoo
-    settings: dict[str, Any] = {"tree": Static(widths=[3, 2], children=children)}
-    drafter = spied(TokenRecycling, target=target, **settings)
+    tree = Static(widths=[3, 2], children=children)
+    drafter = spied(TokenRecycling)
     more: dict[str, Any] = {"rule": RecursiveRejection(), "temperature": 1.0, "new": 8}
-    found = [run(drafter, prompts[:2], target=target, batch_size=b, **more) for b in (1, 2)]
+    found = [run(drafter, prompts[:2], tree, target=target, batch_size=b, **more) for b in (1, 2)]
     assert found[0] == found[1]
     assert max(tree.nodes for tree in drafter.trees) > 4

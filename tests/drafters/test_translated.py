@@ -1,8 +1,8 @@
 """drafter=translated: which tokens correspond, how the others are spelled, what is proposed, and
 that nothing of it changes the outputs.
 
-A draft of another tokenizer is made of the built-in one by `experiments/tools/retokenize.py`: the same
-network, so that what corresponds, and what it should propose, is known by construction.
+A draft of another tokenizer is made of the built-in one by `experiments/tools/retokenize.py`: the
+same network, so that what corresponds, and what it should propose, is known by construction.
 """
 
 import copy
@@ -19,7 +19,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from specdec.decode import Decoder
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.translated import Translated
@@ -32,12 +31,10 @@ from specdec.experiments.tools.retokenize import retokenize
 from specdec.models.load import load_model, zoo_path
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter, StepContext, TreePolicy
-from specdec.request import Decoding, Request
-from specdec.sampling import SamplingParams
+from specdec.request import Decoding
 from specdec.tree import TokenTree
-from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, loaded, requests_of
 from tests.verifier.test_rules_exact import tiny_llama
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
@@ -347,7 +344,7 @@ def test_retokenize_overwrites_no_model(drafts: dict[int, str]) -> None:
 def test_the_retokenized_pair_corresponds_as_it_was_made(
     target: PagedLM, drafts: dict[int, str], renamed: dict
 ) -> None:
-    drafter = Translated(target=target, tree=Chain(budget=3), path=drafts[KEPT])
+    drafter = loaded(Translated(path=drafts[KEPT]), target)
     assert drafter.translation.pairs == renamed
     assert drafter.vocab_size == KEPT
     own = Vocabulary(drafter.lm.tokenizer, KEPT, name="draft")
@@ -360,7 +357,7 @@ def test_the_retokenized_pair_corresponds_as_it_was_made(
 def test_tokens_are_spelled_one_after_the_other(
     target: PagedLM, drafts: dict[int, str], counts: list[int]
 ) -> None:
-    drafter = Translated(target=target, tree=Chain(budget=3), path=drafts[KEPT])
+    drafter = loaded(Translated(path=drafts[KEPT]), target)
     spellings = drafter.translation.spellings
     generator = torch.Generator().manual_seed(0)
     long = [i for i, ids in enumerate(spellings) if len(ids) == drafter._longest]
@@ -392,6 +389,7 @@ class Spy(Translated):
 def decode(
     target: PagedLM,
     drafter: Drafter,
+    tree: TreePolicy | None,
     prompts: Sequence[Sequence[int]],
     *,
     new: int = NEW,
@@ -399,24 +397,23 @@ def decode(
     temperature: float = 0.0,
     pages: int | None = None,
 ) -> list[Decoding]:
-    verifier = TreeVerifier(target)
-    decoder = Decoder(
-        verifier=verifier,
-        drafter=drafter,
-        rule=RecursiveRejection() if temperature else Greedy(),
-        sampling=SamplingParams(temperature=temperature, seed=3),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=batch_size,
+    decoder = decoder_of(
+        target,
+        drafter,
+        tree,
+        RecursiveRejection() if temperature else None,
+        temperature=temperature,
+        rows=batch_size,
         max_tokens=max(map(len, prompts)) + new,
         page_size=4,
         pages=pages,
     )
-    requests = [Request(id=i, prompt_ids=p, max_new_tokens=new) for i, p in enumerate(prompts)]
-    caches = [verifier.target.cache]
+    caches: Any = [decoder.verifier.cache]
     if isinstance(drafter, SmallLlama):
         caches.append(drafter.model.cache)
-    finished = decoder.run(requests, on_step=lambda step: [cache.check() for cache in caches])
+    finished = decoder.run(
+        requests_of(prompts, new), on_step=lambda step: [cache.check() for cache in caches]
+    )
     done = sorted(finished, key=lambda s: s.request.id)
     assert all(cache.free_pages == cache.pages for cache in caches)
     return done
@@ -437,7 +434,7 @@ def prompts(target: PagedLM) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def plain(target: PagedLM, prompts: list[list[int]]) -> list[list[int]]:
-    return outputs(decode(target, NoDrafter(), prompts, batch_size=4))
+    return outputs(decode(target, NoDrafter(), None, prompts, batch_size=4))
 
 
 TREES: dict[str, TreePolicy] = {
@@ -457,8 +454,8 @@ def test_greedy_outputs_are_those_of_the_target(
     tree: str,
     batch_size: int,
 ) -> None:
-    drafter = Translated(target=target, tree=TREES[tree], path=drafts[KEPT])
-    done = decode(target, drafter, prompts, batch_size=batch_size)
+    drafter = Translated(path=drafts[KEPT])
+    done = decode(target, drafter, TREES[tree], prompts, batch_size=batch_size)
     assert outputs(done) == plain
     assert accepted_length(done) > 1.5
 
@@ -468,8 +465,9 @@ def test_it_drafts_nearly_as_well_as_with_the_same_tokenizer(
 ) -> None:
     length = {}
     for keep, path in {8192: "zoo:draft", **drafts}.items():
-        drafter = Translated(target=target, tree=TREES["dynamic"], path=path, min_overlap=0.3)
-        length[keep] = accepted_length(decode(target, drafter, prompts, new=32, batch_size=4))
+        drafter = Translated(path=path, min_overlap=0.3)
+        done = decode(target, drafter, TREES["dynamic"], prompts, new=32, batch_size=4)
+        length[keep] = accepted_length(done)
     assert length[KEPT] > 0.85 * length[8192]
     assert length[3000] > 2
 
@@ -479,10 +477,10 @@ def test_with_the_same_tokenizer_it_is_small_llama(
     target: PagedLM, prompts: list[list[int]], temperature: float
 ) -> None:
     tree = Static(widths=[2, 2], children="sample" if temperature else "top_k")
-    spy = Spy(target=target, tree=tree, path="zoo:draft")
+    spy = Spy(path="zoo:draft")
     seen, trees = [], []
     spy.seen = seen
-    small = SmallLlama(target=target, tree=tree, path="zoo:draft")
+    small = SmallLlama(path="zoo:draft")
     draft = small.draft
 
     def noting(context: StepContext) -> TokenTree:
@@ -491,7 +489,7 @@ def test_with_the_same_tokenizer_it_is_small_llama(
 
     small.draft = noting  # type: ignore[method-assign]
     same, expected = (
-        outputs(decode(target, d, prompts[:3], batch_size=3, temperature=temperature))
+        outputs(decode(target, d, tree, prompts[:3], batch_size=3, temperature=temperature))
         for d in (spy, small)
     )
     assert same == expected
@@ -510,10 +508,10 @@ def test_it_can_read_ahead(
     """As in a composition: the tokens of a step are read at its end."""
     lengths = []
     for ahead in (False, True):
-        drafter = Translated(target=target, tree=TREES["chain"], path=drafts[KEPT])
+        drafter, tree = Translated(path=drafts[KEPT]), TREES["chain"]
         if ahead:
-            drafter.join(drafter.levels)
-        done = decode(target, drafter, prompts[1:3], batch_size=2)
+            drafter.join(tree.levels(None))
+        done = decode(target, drafter, tree, prompts[1:3], batch_size=2)
         assert outputs(done) == plain[1:3]
         lengths.append([s.accepted_lengths for s in done])
     assert lengths[0] == lengths[1]
@@ -522,9 +520,9 @@ def test_it_can_read_ahead(
 def test_rows_wait_for_pages(
     target: PagedLM, drafts: dict[int, str], prompts: list[list[int]], plain: list[list[int]]
 ) -> None:
-    drafter = Translated(target=target, tree=TREES["chain"], path=drafts[KEPT])
+    drafter = Translated(path=drafts[KEPT])
     longest = -(-(max(map(len, prompts)) + NEW) // 4)
-    done = decode(target, drafter, prompts, batch_size=4, pages=longest * 3 // 2)
+    done = decode(target, drafter, TREES["chain"], prompts, batch_size=4, pages=longest * 3 // 2)
     assert outputs(done) == plain
 
 
@@ -543,9 +541,9 @@ def test_it_proposes_the_drafts_distribution_over_shared_tokens(
     target: PagedLM, drafts: dict[int, str], prompts: list[list[int]], candidates: int
 ) -> None:
     tree = Static(widths=[2, 1], children="sample")
-    drafter = Spy(target=target, tree=tree, path=drafts[KEPT], candidates=candidates)
+    drafter = Spy(path=drafts[KEPT], candidates=candidates)
     drafter.seen = []
-    decode(target, drafter, prompts[:3], batch_size=3, new=10, temperature=0.8)
+    decode(target, drafter, tree, prompts[:3], batch_size=3, new=10, temperature=0.8)
     model = AutoModelForCausalLM.from_pretrained(drafts[KEPT], dtype=torch.float64)
     translated, spellings = drafter.translation, drafter.translation.spellings
     names, columns = (torch.tensor(part) for part in zip(*translated.pairs.items(), strict=True))
@@ -599,9 +597,9 @@ def test_sampled_outputs_follow_the_target(tree: TreePolicy, tmp_path: Path) -> 
     tiny_llama(1, layers=2).save_pretrained(tmp_path)
     TINY_DRAFT.save_pretrained(tmp_path)
     lm = PagedLM(copy.deepcopy(model), TINY)
-    drafter = Translated(target=lm, tree=tree, path=str(tmp_path))
+    drafter = Translated(path=str(tmp_path))
+    done = decode_many(lm, drafter, tree, count)
     assert (drafter.vocab_size, drafter.translation.ordinary) == (5, 8)
-    done = decode_many(lm, drafter, count)
     with torch.inference_mode():
         first = model(torch.tensor([PROMPT])).logits[0, -1].double().softmax(-1)
         longer = torch.tensor([[*PROMPT, token] for token in range(8)])
@@ -620,20 +618,19 @@ def test_sampled_outputs_follow_the_target(tree: TreePolicy, tmp_path: Path) -> 
     assert share > 0.1
 
 
-def decode_many(lm: PagedLM, drafter: Drafter, count: int) -> list[list[int]]:
-    decoder = Decoder(
-        verifier=TreeVerifier(lm),
-        drafter=drafter,
-        rule=RecursiveRejection(),
-        sampling=SamplingParams(temperature=1.0, seed=5),
-        batch_size=64,
-        max_context=lm.max_context,
+def decode_many(lm: PagedLM, drafter: Drafter, tree: TreePolicy, count: int) -> list[list[int]]:
+    decoder = decoder_of(
+        lm,
+        drafter,
+        tree,
+        RecursiveRejection(),
+        temperature=1.0,
+        seed=5,
+        rows=64,
         max_tokens=len(PROMPT) + 2,
         page_size=4,
-        device=lm.device,
     )
-    requests = [Request(id=i, prompt_ids=PROMPT, max_new_tokens=2) for i in range(count)]
-    done = list(decoder.run(requests))
+    done = list(decoder.run(requests_of([PROMPT] * count, 2)))
     assert accepted_length(done) > 1.05
     return outputs(done)
 
@@ -649,23 +646,25 @@ def test_a_text_beyond_the_drafts_context_stays_lossless(
     plain: list[list[int]],
     context: int,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for file in Path(drafts[KEPT]).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     config["max_position_embeddings"] = context
     (tmp_path / "config.json").write_text(json.dumps(config))
-    drafter = Translated(target=target, tree=TREES["dynamic"], path=str(tmp_path))
+    drafter, tree = Translated(path=str(tmp_path)), TREES["dynamic"]
     highest = 0
-    begin = drafter.lm._begin
+    begin = PagedLM._begin
 
-    def watching(cache: Any, layout: Any, *rest: Any) -> Any:
+    def watching(lm: PagedLM, cache: Any, layout: Any, *rest: Any) -> Any:
         nonlocal highest
-        highest = max(highest, int(layout.positions.max()))
-        return begin(cache, layout, *rest)
+        if lm is drafter.lm:
+            highest = max(highest, int(layout.positions.max()))
+        return begin(lm, cache, layout, *rest)
 
-    drafter.lm._begin = watching  # type: ignore[method-assign]
-    done = decode(target, drafter, prompts, batch_size=2)
+    monkeypatch.setattr(PagedLM, "_begin", watching)
+    done = decode(target, drafter, tree, prompts, batch_size=2)
     assert outputs(done) == plain
     assert drafter.model.cache.max_tokens == context
     assert highest == context - 1
@@ -674,24 +673,29 @@ def test_a_text_beyond_the_drafts_context_stays_lossless(
 def test_a_row_that_is_full_drafts_on(target: PagedLM, drafts: dict[int, str]) -> None:
     """Texts that take more than twice as many tokens in the draft."""
     prompt = target.tokenizer("a b").input_ids
-    drafter = Translated(target=target, tree=TREES["chain"], path=drafts[KEPT])
-    drafter.translation.spellings = [[5] * LONGEST for _ in range(target.vocab_size)]
-    drafter._spellings = torch.full((target.vocab_size, LONGEST), 5)
-    drafter._sizes = torch.full((target.vocab_size,), LONGEST)
-    drafter._longest = LONGEST
-    done = decode(target, drafter, [prompt], new=12)
-    assert outputs(done) == outputs(decode(target, NoDrafter(), [prompt], new=12))
+
+    class Wordy(Translated):
+        def _match(self, target: PagedLM) -> None:
+            super()._match(target)
+            self.translation.spellings = [[5] * LONGEST for _ in range(target.vocab_size)]
+            self._spellings = torch.full((target.vocab_size, LONGEST), 5)
+            self._sizes = torch.full((target.vocab_size,), LONGEST)
+            self._longest = LONGEST
+
+    drafter = Wordy(path=drafts[KEPT])
+    done = decode(target, drafter, TREES["chain"], [prompt], new=12)
+    assert outputs(done) == outputs(decode(target, NoDrafter(), None, [prompt], new=12))
 
 
 def test_a_small_overlap_is_refused(target: PagedLM, drafts: dict[int, str]) -> None:
-    options: dict[str, Any] = {"target": target, "tree": Chain(budget=2), "path": drafts[3000]}
+    options: dict[str, Any] = {"path": drafts[3000]}
     with pytest.raises(ValueError, match=r"min_overlap=0.5; choose a draft") as refusal:
-        Translated(**options)
+        loaded(Translated(**options), target)
     shared = 3000 - 16
     assert f"its 3000 tokens include {shared} (36.5%) of the target's 8176" in str(refusal.value)
     assert f"drafter.path={drafts[3000]}: " in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    assert Translated(**options, min_overlap=0.36).vocab_size == 3000
+    assert loaded(Translated(**options, min_overlap=0.36), target).vocab_size == 3000
     for value in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"drafter.min_overlap={value}: must be from 0 to 1"):
             Translated(**options, min_overlap=value)
@@ -703,11 +707,13 @@ def test_stories_have_too_few_tokens_in_common(
     """A trained model of the sentencepiece kind: refused, and lossless if one insists."""
     if not STORIES.is_dir():
         pytest.skip(f"no model in {STORIES}")
-    options: dict[str, Any] = {"target": target, "tree": Chain(budget=2), "path": str(STORIES)}
+    options: dict[str, Any] = {"path": str(STORIES)}
     with pytest.raises(ValueError, match=r"its 512 tokens include \d+ \(\d\.\d%\)"):
-        Translated(**options)
+        loaded(Translated(**options), target)
     drafter = Translated(**options, min_overlap=0.0)
-    assert outputs(decode(target, drafter, prompts[:2], batch_size=2)) == plain[:2]
+    assert (
+        outputs(decode(target, drafter, Chain(budget=2), prompts[:2], batch_size=2)) == plain[:2]
+    )
 
 
 def test_no_token_in_common_is_refused(tmp_path: Path) -> None:
@@ -715,4 +721,4 @@ def test_no_token_in_common_is_refused(tmp_path: Path) -> None:
     byte_level([*"ABCDEFGH"]).save_pretrained(tmp_path)
     lm = PagedLM(tiny_llama(0, layers=2), TINY)
     with pytest.raises(ValueError, match=r"include 0 \(0.0%\) of the target's 8"):
-        Translated(target=lm, tree=Chain(budget=2), path=str(tmp_path), min_overlap=0.0)
+        loaded(Translated(path=str(tmp_path), min_overlap=0.0), lm)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from specdec import run as command
 from specdec.costs import CostTable
-from specdec.drafters.growth import Frontier, grow, plan
+from specdec.drafters.growth import Frontier, grow, levels_of
 from specdec.drafters.host import Trie
 from specdec.drafters.trees import cost_aware, fixed
 from specdec.drafters.trees.accuracy import Accuracy
@@ -57,6 +57,7 @@ from tests.core.test_trees import (
     row_of,
     step_for,
 )
+from tests.decoding import prepared
 
 NEW = ("paths", "threshold", "optimal", "accuracy", "cost_aware")
 
@@ -406,7 +407,7 @@ def test_tables_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_host_drafters_grow_the_shape(name: str) -> None:
     shape = (SHAPES | SKIPPING)[name]
     generator = np.random.default_rng(5)
-    drafter = Listed(tree=FixedShape(shape=shape))
+    drafter = prepared(Listed(), FixedShape(shape=shape))
     drafter.proposals = [
         [(generator.integers(0, 5, 4).tolist(), float(w)) for w in generator.random(60)],
         [(generator.integers(0, 3, 3).tolist(), float(w)) for w in generator.random(9)],
@@ -430,7 +431,7 @@ def test_host_drafters_grow_the_shape(name: str) -> None:
             if here is not None:
                 expected.append(tokens)
         assert paths_of(tree, row)[1:] == expected
-    sampled = Listed(tree=FixedShape(shape=SHAPES["bushy"], children="sample"))
+    sampled = prepared(Listed(), FixedShape(shape=SHAPES["bushy"], children="sample"))
     sampled.proposals = drafter.proposals
     tree = sampled.draft(step_for([decoding([9], row=0)]))
     assert ranks_of(tree, 0) == ordered(SHAPES["bushy"])
@@ -447,8 +448,8 @@ def test_no_nodes_are_no_drafting() -> None:
         Threshold(threshold=0.5, budget=0),
     ):
         assert policy.budget == 0
-        assert plan(policy, None, 1) == policy.levels(None) == 0
-        drafter = Listed(tree=policy)
+        assert levels_of(policy, None) == policy.levels(None) == 0
+        drafter = prepared(Listed(), policy)
         assert drafter.draft(step_for([decoding([1, 2])])).nodes == 1
 
 
@@ -592,7 +593,8 @@ def test_beyond_what_was_measured() -> None:
         ("{", "is not JSON"),
         (
             "{}",
-            "is no such table, it has no 'cases'; python -m specdec.experiments.tools.measure_acceptance",
+            "is no such table, it has no 'cases'; "
+            "python -m specdec.experiments.tools.measure_acceptance",
         ),
         ('{"cases": 3}', "not iterable"),
         (
