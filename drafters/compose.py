@@ -77,18 +77,7 @@ class Compose(ShapedDrafter):
         depth: int | None = None,
     ) -> None:
         super().__init__(depth=depth)
-        if mode not in MODES:
-            raise ValueError(f"drafter.mode={mode}: must be one of {', '.join(MODES)}")
-        if len(parts) < 2:
-            raise ValueError(f"drafter.parts={list(parts)}: name at least two")
-        for name, values in {"weights": weights, "costs": costs}.items():
-            if values is not None and (len(values) != len(parts) or min(values) <= 0):
-                raise ValueError(
-                    f"drafter.{name}={values}: must be a positive number for each of "
-                    f"{', '.join(parts)}"
-                )
-        if min_match < 1:
-            raise ValueError(f"drafter.min_match={min_match}: must be at least 1")
+        _check(parts, mode, min_match, weights=weights, costs=costs)
         check_reset(reset)
         count = len(parts)
         self._start_weights = [1.0 / count] * count if weights is None else weights
@@ -100,19 +89,7 @@ class Compose(ShapedDrafter):
         names = [part.name or name for name, part in parts.items()]
         self.sources = tuple(names if len(set(names)) == count else parts)
         self.names = list(parts)
-        self.parts = [_checked(name, part) for name, part in parts.items()]
-        if mode == "cascade":
-            for name, part in list(zip(parts, self.parts, strict=True))[:-1]:
-                if isinstance(part, GrowingDrafter):
-                    raise ValueError(
-                        f"drafter.parts.{name}: a model is always sure, so in a cascade nothing "
-                        f"after it is ever asked; put it last, or use drafter.mode=union"
-                    )
-        if sum(isinstance(p, GrowingDrafter) and p.fills_scratch for p in self.parts) > 1:
-            raise ValueError(
-                f"drafter.parts={list(parts)}: two early exits need the same scratch of the "
-                f"target's cache; leave one out"
-            )
+        self.parts = [p for p in parts.values() if isinstance(p, HostDrafter | GrowingDrafter)]
         for part in self.parts:
             self.observes |= part.observes
         learning = [*(part.reset for part in self.parts), self.chooser.reset]
@@ -306,11 +283,36 @@ class Compose(ShapedDrafter):
                 part.follow(context, self._tree, acceptance, seen)
 
 
-def _checked(name: str, part: Drafter) -> HostDrafter | GrowingDrafter:
-    """The part, if it can guess for trees that others have a part in."""
-    if not isinstance(part, HostDrafter | GrowingDrafter) or not part.composable:
+def _check(
+    parts: dict[str, Drafter], mode: str, min_match: int, **lists: list[float] | None
+) -> None:
+    """Raise ValueError for settings out of range, and for parts that cannot be composed."""
+    if mode not in MODES:
+        raise ValueError(f"drafter.mode={mode}: must be one of {', '.join(MODES)}")
+    if len(parts) < 2:
+        raise ValueError(f"drafter.parts={list(parts)}: name at least two")
+    for name, values in lists.items():
+        if values is not None and (len(values) != len(parts) or min(values) <= 0):
+            raise ValueError(
+                f"drafter.{name}={values}: must be a positive number for each of "
+                f"{', '.join(parts)}"
+            )
+    if min_match < 1:
+        raise ValueError(f"drafter.min_match={min_match}: must be at least 1")
+    last = len(parts) - 1
+    for place, (name, part) in enumerate(parts.items()):
+        if not isinstance(part, HostDrafter | GrowingDrafter) or not part.composable:
+            raise ValueError(
+                f"drafter.parts.{name}: {type(part).__name__} needs trees of its own and cannot "
+                f"be composed; choose another drafter"
+            )
+        if mode == "cascade" and isinstance(part, GrowingDrafter) and place < last:
+            raise ValueError(
+                f"drafter.parts.{name}: a model is always sure, so in a cascade nothing after it "
+                f"is ever asked; put it last, or use drafter.mode=union"
+            )
+    if sum(isinstance(p, GrowingDrafter) and p.fills_scratch for p in parts.values()) > 1:
         raise ValueError(
-            f"drafter.parts.{name}: {type(part).__name__} needs trees of its own and cannot be "
-            f"composed; choose another drafter"
+            f"drafter.parts={list(parts)}: two early exits need the same scratch of the target's "
+            f"cache; leave one out"
         )
-    return part

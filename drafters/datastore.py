@@ -22,6 +22,7 @@ from typing import Any
 
 FORMAT = 1
 TOKENS, SUFFIXES, METADATA = "tokens.bin", "suffixes.bin", "metadata.json"
+METADATA_KEYS = ("format", "files", "token_bytes", "position_bytes", "tokenizer")
 PROBES = (
     "Hello, world! It's 12:30, isn't it?",
     "def f(x):\n\treturn  x ** 2  # y\r\n",
@@ -83,23 +84,8 @@ class Datastore:
         build = (
             f"python -m specdec.experiments.tools.build_datastore --tokenizer {_name(tokenizer)}"
         )
-        if not where.is_dir():
-            raise ValueError(f"{named}: no such folder; {build} --out {folder} TEXTS makes one")
-        try:
-            about = json.loads((where / METADATA).read_text())
-            found, files = about["format"], about["files"]
-            width, position, maker = (
-                about[name] for name in ("token_bytes", "position_bytes", "tokenizer")
-            )
-        except FileNotFoundError:
-            raise ValueError(
-                f"{named}: not a datastore, or one whose build was interrupted: {METADATA} is "
-                f"missing; {build} --out {folder} TEXTS makes one"
-            ) from None
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"{named}: {METADATA} is damaged; remove the folder and build it anew"
-            ) from None
+        about = _metadata(where, named, f"{build} --out {folder} TEXTS makes one")
+        found, files, width, position, maker = (about[key] for key in METADATA_KEYS)
         if found != FORMAT:
             raise ValueError(f"{named}: format {found}, but {FORMAT} is read; build it anew")
         for name in (TOKENS, SUFFIXES):
@@ -183,3 +169,21 @@ def _mapped(path: Path) -> mmap.mmap:
 
 def _name(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "name_or_path", "")) or "TOKENIZER"
+
+
+def _metadata(where: Path, named: str, mend: str) -> dict[str, Any]:
+    """What a folder says of its datastore; all of `METADATA_KEYS` is there."""
+    if not where.is_dir():
+        raise ValueError(f"{named}: no such folder; {mend}")
+    try:
+        about: dict[str, Any] = json.loads((where / METADATA).read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{named}: not a datastore, or one whose build was interrupted: {METADATA} is "
+            f"missing; {mend}"
+        ) from None
+    except ValueError:
+        about = {}
+    if not isinstance(about, dict) or not about.keys() >= set(METADATA_KEYS):
+        raise ValueError(f"{named}: {METADATA} is damaged; remove the folder and build it anew")
+    return about

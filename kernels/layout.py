@@ -133,17 +133,10 @@ class TreeStructure(NamedTuple):
         ancestors: [B, N, W] int32, bit m set if node m is an ancestor of the node or itself. A
             padding node sees itself only.
         depths: [B, N] int64, edges from the root; 0 for padding.
-        positions: [B, N] int64, depths counted from the committed tokens of each sequence.
-        first_child: [B, N] int32, the eldest child of each node, -1 for none.
-        next_sibling: [B, N] int32, the next younger child of the same parent, -1 for none. Both
-            are None unless asked for.
     """
 
     ancestors: Tensor
     depths: Tensor
-    positions: Tensor
-    first_child: Tensor | None
-    next_sibling: Tensor | None
 
 
 class DraftedTrees(NamedTuple):

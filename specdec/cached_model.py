@@ -85,37 +85,40 @@ class CachedModel:
         started: list[Decoding] = []
         pending = list(sequences)
         while pending:
-            wave: list[Decoding] = []
-            later: list[Decoding] = []
-            rest: list[list[int]] = []
-            for sequence in pending:
-                prefix = sequence.tokens[:-1]
-                common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
-                if common // self.cache.page_size * self.cache.page_size > self.cache.shareable(
-                    prefix
-                ):
-                    later.append(sequence)
-                    continue
-                tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
-                try:
-                    done = self.cache.open(sequence.row, tokens=tokens, prefix=prefix)
-                except CacheFullError:
-                    later = []
-                    break
-                wave.append(sequence)
-                rest.append(prefix[done:])
+            wave, rest, pending = self._open(pending)
             taken = len(join(wave)) if join is not None and wave else len(wave)
             if taken < len(wave):
-                later = []
+                pending = []
             for sequence in wave[taken:]:
                 self.finish(sequence)
-            wave = wave[:taken]
-            self.lm.prefill(
-                self.cache, [s.row for s in wave], rest[:taken], chunk=self.prefill_chunk, see=see
-            )
-            started += wave
-            pending = later
+            rows = [sequence.row for sequence in wave[:taken]]
+            self.lm.prefill(self.cache, rows, rest[:taken], chunk=self.prefill_chunk, see=see)
+            started += wave[:taken]
         return started
+
+    def _open(
+        self, pending: list[Decoding]
+    ) -> tuple[list[Decoding], list[list[int]], list[Decoding]]:
+        """Rows for those that share nothing with one another but what is in the cache already, as
+        far as there is room: these, what is to be prefilled of each, and who is next."""
+        wave: list[Decoding] = []
+        later: list[Decoding] = []
+        rest: list[list[int]] = []
+        page = self.cache.page_size
+        for sequence in pending:
+            prefix = sequence.tokens[:-1]
+            common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
+            if common // page * page > self.cache.shareable(prefix):
+                later.append(sequence)
+                continue
+            tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
+            try:
+                done = self.cache.open(sequence.row, tokens=tokens, prefix=prefix)
+            except CacheFullError:
+                return wave, rest, []
+            wave.append(sequence)
+            rest.append(prefix[done:])
+        return wave, rest, later
 
     def finish(self, sequence: Decoding) -> None:
         self.cache.close(sequence.row)

@@ -27,13 +27,8 @@ from specdec.lab.terminal import Live, show_summary, show_sweep
 from specdec.models.load import Models
 
 VOLATILE = frozenset({"resume", "tracker", "out", "choices"})  # may differ when a run is resumed
-SCALARS: dict[str, Any] = {
-    "max_new_tokens": int,
-    "ignore_eos": bool,
-    "batch_size": int,
-    "baseline": bool,
-    "resume": bool,
-}
+LIMITS = ("max_new_tokens", "batch_size")
+FLAGS = ("ignore_eos", "baseline", "resume")
 # What the jobs of this process came to: one, or all of a sweep.
 _finished: list[tuple[list[str], dict[str, Any]]] = []
 _refused: list[tuple[list[str], str]] = []
@@ -91,51 +86,50 @@ def run(
     Raises:
         ValueError: a setting that cannot be used; the message names it.
     """
-    scalars = {name: typed(name, settings[name], kind) for name, kind in SCALARS.items()}
     method = method_of(settings)
-    baseline = baseline_of(settings) if scalars["baseline"] else None
-    follows = settings["tracker"]
-    tracker = build(pkgutil.resolve_name(follows["_target_"]), "tracker", follows)
-    placement = placement_of(settings)
-    source = dict(settings["prompts"])
-    chat, samples = source.pop("chat"), typed("prompts.samples", source.pop("samples"), int)
-    prompts = load_prompts(**source)
-    folder = RunFolder(out, config=settings, resume=scalars["resume"], volatile=VOLATILE)
-
-    models, path = Models(placement), str(settings["target"]["path"])
-    target = models.load(path, setting="target.path")
-    for side in (method, baseline):
-        if side is not None:
-            side.load(target, models)
+    limits = {name: typed(name, settings[name], int) for name in LIMITS}
+    flags = {name: typed(name, settings[name], bool) for name in FLAGS}
+    kind = pkgutil.resolve_name(settings["tracker"]["_target_"])
+    tracker = build(kind, "tracker", settings["tracker"])
+    models, asked = Models(placement_of(settings)), _asked(settings)
+    folder = RunFolder(out, config=settings, resume=flags["resume"], volatile=VOLATILE)
+    target = models.load(str(settings["target"]["path"]), setting="target.path")
+    method.load(target, models)
     experiment = Experiment(
         target=target,
         method=method,
-        baseline=baseline,
-        prompts=prompts,
-        samples=samples,
+        baseline=baseline_of(settings) if flags["baseline"] else None,
         cache=cache_of(settings),
-        max_new_tokens=scalars["max_new_tokens"],
-        batch_size=scalars["batch_size"],
-        stop_tokens=stop_tokens(target, ignore_eos=scalars["ignore_eos"]),
-        chat=chat,
-        label=path,
+        stop_tokens=stop_tokens(target, ignore_eos=flags["ignore_eos"]),
+        label=str(settings["target"]["path"]),
+        **limits,
+        **asked,
     )
-    name, config = title or method.drafter.name, settings
-    if method.rule.synthetic:
-        name, config = f"SYNTHETIC {name}", {**settings, "synthetic": True}
-    group = "-".join(out.parent.parts[-2:]) if sweep else None
-    tracker.start(config=config, folder=out, group=group, name=name)
+    mark = {"synthetic": True} if method.rule.synthetic else {}
+    tracker.start(
+        config={**settings, **mark},
+        folder=out,
+        group="-".join(out.parent.parts[-2:]) if sweep else None,
+        name=("SYNTHETIC " if mark else "") + (title or method.drafter.name),
+    )
     try:
         summary = experiment.run(folder, tracker, Live(console))
     except KeyboardInterrupt:
-        done = sum(len(side.generations.records) for side in folder.sides)
         console.print(
-            f"interrupted: {done} finished texts are in {out}; resume=true out={out} continues"
+            f"interrupted: {folder.finished} finished texts are in {out}; "
+            f"resume=true out={out} continues"
         )
         raise
     show_summary(summary, console)
     console.print(f"results in {out}")
     return summary
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    """What is decoded: prompts, samples of each, and whether a chat template is applied."""
+    source = dict(settings["prompts"])
+    chat, samples = source.pop("chat"), typed("prompts.samples", source.pop("samples"), int)
+    return {"prompts": load_prompts(**source), "samples": samples, "chat": chat}
 
 
 def _refuse(message: str, words: Sequence[str] = ()) -> None:

@@ -85,8 +85,9 @@ class FixedShape(TreePolicy):
     def _tables(
         self, offered: tuple[int, ...], device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
-        """For the last of the levels at which so many children were offered: [F, W] bool, which slots are nodes, and [F']
-        int64, which of the F * W slots are to get children, None for all.
+        """For the last of the levels at which so many children were offered: [F, W] bool, which
+        slots are nodes, and [F'] int64, which of the F * W slots are to get children, None for
+        all.
 
         They are made once for each device, before anything is captured in a CUDA graph.
         """

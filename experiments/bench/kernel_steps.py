@@ -140,7 +140,7 @@ def _step(
     inputs: StepInputs, rule: AcceptanceRule, context: StepContext | None = None, copy: int = 0
 ) -> Acceptance:
     context = inputs.context if context is None else context
-    context.kernels.tree_structure(inputs.tree.parents, inputs.start)
+    context.kernels.tree_structure(inputs.tree.parents)
     kept = rule.accept(context, inputs.tree, inputs.logits[copy])
     context.kernels.commit_path(
         *inputs.pools,
@@ -154,19 +154,17 @@ def _step(
 
 
 def _tree_structure(inputs: StepInputs, kernels: ModuleType) -> Operation:
-    parents, start = inputs.tree.parents, inputs.start
+    parents = inputs.tree.parents
 
     def check() -> None:
-        mine, wanted = (
-            k.tree_structure(parents, start, links=True)._asdict() for k in (kernels, reference)
-        )
+        mine, wanted = (k.tree_structure(parents)._asdict() for k in (kernels, reference))
         for name, tensor in wanted.items():
             if not torch.equal(mine[name], tensor):
                 raise ArithmeticError(f"wrong: {name} differ")
 
     return Operation(
-        lambda _: kernels.tree_structure(parents, start, links=True),
-        lambda: reference.tree_structure(parents, start, links=True),
+        lambda _: kernels.tree_structure(parents),
+        lambda: reference.tree_structure(parents),
         check,
     )
 

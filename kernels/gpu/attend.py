@@ -8,6 +8,8 @@ second kernel merges them (flash-decoding, Dao et al. 2023; packing the heads of
 sharing prefixes as in FlashInfer, Ye et al. 2025, section 3).
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -45,6 +47,7 @@ def tree_attention(
     blocks: Blocks | None = None,
 ) -> Tensor:
     """As `reference.tree_attention`, for queries that do not stand before the end of the context.
+    (Long for its parameters and what it hands to the kernel.)
 
     Args:
         blocks: launch parameters, for tuning; None chooses them by the shape.
@@ -52,83 +55,49 @@ def tree_attention(
     Raises:
         ValueError: a type that has no kernels, or a scale that is not positive.
     """
-    batch, query_heads, nodes, key_dim = query.shape
+    batch, query_heads, nodes, _ = query.shape
     kv_heads, page_size, value_dim = key_pages.shape[1], key_pages.shape[2], value_pages.shape[3]
-    if query.dtype not in TYPES:
-        raise ValueError(
-            f"kernels.impl=triton: no kernels for {query.dtype}; use kernels=reference"
-        )
-    if scale <= 0:
-        raise ValueError(f"scale={scale}: must be positive")
+    _check(query.dtype, scale)
     out = query.new_empty(batch, nodes, query_heads, value_dim)
     if not out.numel():
         return out
-    group = query_heads // kv_heads
-    rows = group * nodes
-    if blocks is None:
-        plain = key_pages.dtype == query.dtype and all(
-            pages.is_contiguous() and pages.stride(2) * pages.itemsize % BULK_ALIGNMENT == 0
-            for pages in (key_pages, value_pages)
-        )
-        blocks = choose_blocks(
-            rows=rows,
-            head_dim=max(key_dim, value_dim),
-            dtype=query.dtype,
-            page_size=page_size,
-            plain=plain,
-        )
-    key = ("pieces", blocks, rows, kv_heads, page_size, window, fixed_splits, shared_prefix)
-    # The list of pieces must be there when the kernel starts early.
-    planned = layout.remembers(key)
-    pieces: Pieces = layout.remember(
-        key,
-        lambda: plan_pieces(
-            layout,
-            blocks=blocks,
-            rows=rows,
-            kv_heads=kv_heads,
-            page_size=page_size,
-            window=window,
-            fixed_splits=fixed_splits,
-            shared_prefix=shared_prefix,
-        ),
+    rows = query_heads // kv_heads * nodes
+    blocks = blocks or _blocks(query, key_pages, value_pages, rows)
+    pieces, planned = _pieces(
+        layout,
+        blocks=blocks,
+        rows=rows,
+        kv_heads=kv_heads,
+        page_size=page_size,
+        window=window,
+        fixed_splits=fixed_splits,
+        shared_prefix=shared_prefix,
     )
     row_blocks = triton.cdiv(rows, blocks.rows)
     padded_rows = row_blocks * blocks.rows
-    partials = None
-    if pieces.most > 1:
-        partials = layout.remember(
-            ("partials", pieces.slots, kv_heads, padded_rows, value_dim),
-            lambda: _partials(pieces, kv_heads, padded_rows, value_dim),
-        )
+    partials = _partials(layout, pieces, kv_heads, padded_rows, value_dim)
     interpreting = triton.knobs.runtime.interpret
-    ancestors = layout.ancestors
     early = planned and not interpreting and batch * layout.max_context <= EARLY_TOKENS
     passes = [(pieces.items, row_blocks, False)]
     if pieces.shared_items is not None:
         early = False
         passes.insert(0, (pieces.shared_items, 1, True))
+    read = query, key_pages, value_pages, key_tree, value_tree
+    strides, constants = _strides(*read, key_scales, layout), _constants(*read, layout, blocks)
     for items, blocks_of_an_item, shared in passes:
         attention_kernel[(len(items) * kv_heads * blocks_of_an_item,)](
             out,
             *(partials or (None, None)),
-            query,
-            key_pages,
-            value_pages,
+            *read[:3],
             _descriptor(key_pages, blocks),
             _descriptor(value_pages, blocks),
-            key_tree,
-            value_tree,
+            *read[3:],
             key_scales,
             value_scales,
             sinks,
             items,
             pieces.spans,
-            layout.page_table,
-            layout.context_lens,
-            layout.positions,
-            layout.key_positions,
-            ancestors,
+            *_tables(layout),
             scale,
             window or 0,
             softcap or 0.0,
@@ -137,47 +106,119 @@ def tree_attention(
             padded_rows,
             layout.key_positions.shape[1],
             layout.first,
-            *query.stride()[:3],
-            *key_pages.stride()[:2],
-            *value_pages.stride()[:2],
-            *key_tree.stride()[:2],
-            *value_tree.stride()[:2],
-            *((0, 0) if key_scales is None else key_scales.stride()[:2]),
-            layout.page_table.stride(0),
-            *layout.positions.stride(),
-            *layout.key_positions.stride(),
-            *((0, 0) if ancestors is None else ancestors.stride()[:2]),
-            KEY_STEP=key_pages.stride(2),
-            VALUE_STEP=value_pages.stride(2),
-            KEY_TREE_STEP=key_tree.stride(2),
-            VALUE_TREE_STEP=value_tree.stride(2),
-            KV_HEADS=kv_heads,
-            GROUP=group,
-            KEY_DIM=key_dim,
-            VALUE_DIM=value_dim,
-            KEY_PAD=padded(key_dim),
-            VALUE_PAD=padded(value_dim),
-            PAGE=page_size,
-            BLOCK_M=blocks.rows,
-            BLOCK_N=blocks.keys,
-            TREE_BLOCK=blocks.tree_keys,
-            TREE_COST=blocks.tree_cost,
-            STAGES=blocks.stages,
-            BULK=blocks.bulk,
+            *strides,
             SHARED=shared,
-            CAUSAL=ancestors is None,
             WINDOW=window is not None,
             SOFTCAP=softcap is not None,
-            PRECISION="ieee" if query.dtype == torch.float32 else None,
-            UPCAST=interpreting and query.dtype == torch.bfloat16,
             OVERLAP=not shared and not interpreting,
             EARLY=early,
-            num_warps=blocks.warps,
             launch_pdl=early,
+            **constants,
         )
     if partials is not None:
         merge(out, *partials, sinks, pieces)
     return out
+
+
+def _check(dtype: torch.dtype, scale: float) -> None:
+    if dtype not in TYPES:
+        raise ValueError(f"kernels.impl=triton: no kernels for {dtype}; use kernels=reference")
+    if scale <= 0:
+        raise ValueError(f"scale={scale}: must be positive")
+
+
+def _pieces(layout: TreeLayout, **how: Any) -> tuple[Pieces, bool]:
+    """The pieces, by the arguments of `plan_pieces`; whether an earlier layer had them made. Only
+    then they are there for sure when a kernel starts early."""
+    key = ("pieces", *how.values())
+    planned = layout.remembers(key)
+    return layout.remember(key, lambda: plan_pieces(layout, **how)), planned
+
+
+def _tables(layout: TreeLayout) -> tuple[Tensor | None, ...]:
+    return (
+        layout.page_table,
+        layout.context_lens,
+        layout.positions,
+        layout.key_positions,
+        layout.ancestors,
+    )
+
+
+def _blocks(query: Tensor, key_pages: Tensor, value_pages: Tensor, rows: int) -> Blocks:
+    """Launch parameters by the shape."""
+    plain = key_pages.dtype == query.dtype and all(
+        pages.is_contiguous() and pages.stride(2) * pages.itemsize % BULK_ALIGNMENT == 0
+        for pages in (key_pages, value_pages)
+    )
+    return choose_blocks(
+        rows=rows,
+        head_dim=max(query.shape[3], value_pages.shape[3]),
+        dtype=query.dtype,
+        page_size=key_pages.shape[2],
+        plain=plain,
+    )
+
+
+def _strides(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    key_tree: Tensor,
+    value_tree: Tensor,
+    key_scales: Tensor | None,
+    layout: TreeLayout,
+) -> tuple[int, ...]:
+    """As the kernel takes them, in its order."""
+    return (
+        *query.stride()[:3],
+        *key_pages.stride()[:2],
+        *value_pages.stride()[:2],
+        *key_tree.stride()[:2],
+        *value_tree.stride()[:2],
+        *((0, 0) if key_scales is None else key_scales.stride()[:2]),
+        layout.page_table.stride(0),
+        *layout.positions.stride(),
+        *layout.key_positions.stride(),
+        *((0, 0) if layout.ancestors is None else layout.ancestors.stride()[:2]),
+    )
+
+
+def _constants(
+    query: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    key_tree: Tensor,
+    value_tree: Tensor,
+    layout: TreeLayout,
+    blocks: Blocks,
+) -> dict[str, Any]:
+    """What the kernel is compiled for: shapes, types and launch parameters."""
+    kv_heads, page_size, value_dim = key_pages.shape[1], key_pages.shape[2], value_pages.shape[3]
+    interpreting = triton.knobs.runtime.interpret
+    return {
+        "KEY_STEP": key_pages.stride(2),
+        "VALUE_STEP": value_pages.stride(2),
+        "KEY_TREE_STEP": key_tree.stride(2),
+        "VALUE_TREE_STEP": value_tree.stride(2),
+        "KV_HEADS": kv_heads,
+        "GROUP": query.shape[1] // kv_heads,
+        "KEY_DIM": query.shape[3],
+        "VALUE_DIM": value_dim,
+        "KEY_PAD": padded(query.shape[3]),
+        "VALUE_PAD": padded(value_dim),
+        "PAGE": page_size,
+        "BLOCK_M": blocks.rows,
+        "BLOCK_N": blocks.keys,
+        "TREE_BLOCK": blocks.tree_keys,
+        "TREE_COST": blocks.tree_cost,
+        "STAGES": blocks.stages,
+        "BULK": blocks.bulk,
+        "CAUSAL": layout.ancestors is None,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else None,
+        "UPCAST": interpreting and query.dtype == torch.bfloat16,
+        "num_warps": blocks.warps,
+    }
 
 
 def _descriptor(pages: Tensor, blocks: Blocks) -> TensorDescriptor | None:
@@ -189,9 +230,16 @@ def _descriptor(pages: Tensor, blocks: Blocks) -> TensorDescriptor | None:
 
 
 def _partials(
-    pieces: Pieces, kv_heads: int, padded_rows: int, value_dim: int
-) -> tuple[Tensor, Tensor]:
-    """Workspace for unmerged results and their log-sum-exp, shared by all layers of a pass."""
-    shape, device = (pieces.slots, kv_heads, padded_rows), pieces.items.device
-    partial = torch.empty(*shape, value_dim, dtype=torch.float32, device=device)
-    return partial, torch.empty(shape, dtype=torch.float32, device=device)
+    layout: TreeLayout, pieces: Pieces, kv_heads: int, padded_rows: int, value_dim: int
+) -> tuple[Tensor, Tensor] | None:
+    """Workspace for unmerged results and their log-sum-exp, shared by all layers of a pass; None
+    where nothing is to be merged."""
+    if pieces.most <= 1:
+        return None
+
+    def make() -> tuple[Tensor, Tensor]:
+        shape, device = (pieces.slots, kv_heads, padded_rows), pieces.items.device
+        partial = torch.empty(*shape, value_dim, dtype=torch.float32, device=device)
+        return partial, torch.empty(shape, dtype=torch.float32, device=device)
+
+    return layout.remember(("partials", pieces.slots, kv_heads, padded_rows, value_dim), make)

@@ -6,38 +6,96 @@ K draft candidates, C chunks of the vocabulary; p is the target's distribution a
 draft distribution its children were drawn from.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from specdec.kernels.gpu.philox import uniform_at
-
-NOTHING = tl.constexpr(float("-inf"))
-LOWEST = tl.constexpr(-3e38)
-TINY = tl.constexpr(1e-37)  # a divisor that is not zero
-
-
-@triton.jit
-def weight(logits, top, inverse_temperature):
-    """exp((logit - top) / temperature), 0 where both are -inf."""
-    return tl.exp((logits - tl.maximum(top, LOWEST)) * inverse_temperature)
+from specdec.kernels.gpu.philox import key_of, uniform_at
+from specdec.kernels.gpu.scan import scan
+from specdec.kernels.gpu.softmax import NOTHING, TINY, joined, support_block, weight
+from specdec.kernels.layout import DraftedTrees
 
 
-@triton.jit
-def key_of(keys_ptr, row):
-    """(seed, sequence, step) of a row."""
-    keys_ptr += row * 3
-    return tl.load(keys_ptr), tl.load(keys_ptr + 1), tl.load(keys_ptr + 2)
+class Judged(NamedTuple):
+    """What becomes of the children of every node, should it be reached.
+
+    Attributes:
+        enter: [B, N] int32, the child that is accepted, -1 for none.
+        debt: [B, N] float32, how many times q is taken off p once all children are rejected.
+        top: [B, N] float32, the largest logit.
+        total: [B, N] float32, sum of exp((logit - top) / temperature).
+        arrived: [B] int32, zeros, for the race.
+        drafted: whether q was looked at.
+        ids: [B, N, K] int64, the support of q, dense; without q, something to point at.
+        probs: [B, N, K] float, likewise.
+    """
+
+    enter: Tensor
+    debt: Tensor
+    top: Tensor
+    total: Tensor
+    arrived: Tensor
+    drafted: bool
+    ids: Tensor
+    probs: Tensor
 
 
-@triton.jit
-def joined(tops_ptr, totals_ptr, here, chunks, inverse_temperature, C_BLOCK: tl.constexpr):
-    """(largest logit; sum of exp((logit - largest) / temperature)) of a node, from those of its
-    chunks."""
-    offs_c = tl.arange(0, C_BLOCK)
-    tops = tl.load(tops_ptr + here * chunks + offs_c, mask=offs_c < chunks, other=NOTHING)
-    totals = tl.load(totals_ptr + here * chunks + offs_c, mask=offs_c < chunks, other=0.0)
-    top = tl.max(tops)
-    return top, tl.sum(totals * weight(tops, top, inverse_temperature))
+def judge(
+    tree: DraftedTrees, logits: Tensor, *, temperature: float, keys: Tensor, stream: int
+) -> Judged:
+    """Toss the coins of all nodes: by p and q, or by p alone where the trees do not have q. (Long
+    for what it hands to the kernel.)
+
+    Args:
+        tree: the trees, dense.
+        logits: [B, N, V], dense in V.
+        stream: of the coins.
+    """
+    batch, nodes, _ = logits.shape
+    tops, totals, _ = scan(logits, tree.size, 1.0 / temperature, torch.float32)
+    chunks = tops.shape[2]
+    device = logits.device
+    debt, top, total = (
+        torch.empty(batch, nodes, dtype=torch.float32, device=device) for _ in range(3)
+    )
+    enter = torch.empty(batch, nodes, dtype=torch.int32, device=device)
+    arrived = torch.empty(batch, dtype=torch.int32, device=device)
+    drafted, ids, probs = False, tree.tokens[..., None], top[..., None]
+    if tree.draft_ids is not None and tree.draft_probs is not None:
+        drafted, ids, probs = True, tree.draft_ids.contiguous(), tree.draft_probs.contiguous()
+    judge_kernel[(nodes, batch)](
+        enter,
+        debt,
+        top,
+        total,
+        arrived,
+        logits,
+        tops,
+        totals,
+        ids,
+        probs,
+        tree.tokens,
+        tree.parents,
+        tree.size,
+        keys,
+        nodes,
+        chunks,
+        ids.shape[2],
+        1.0 / temperature,
+        logits.stride(0),
+        logits.stride(1),
+        STREAM=stream,
+        DRAFTED=drafted,
+        REPEATS=tree.repeats,
+        N_BLOCK=triton.next_power_of_2(nodes),
+        C_BLOCK=triton.next_power_of_2(chunks),
+        K_BLOCK=support_block(ids.shape[2]),
+        num_warps=1,
+    )
+    return Judged(enter, debt, top, total, arrived, drafted, ids, probs)
 
 
 @triton.jit(do_not_specialize=["nodes", "chunks"])

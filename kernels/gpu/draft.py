@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels import reference
-from specdec.kernels.gpu.coins import NOTHING, weight
-from specdec.kernels.gpu.philox import UNIT, philox_block
+from specdec.kernels.gpu.philox import UNIT, key_of, philox_block
+from specdec.kernels.gpu.softmax import NOTHING, weight
 
 DRAW_BLOCKS = 64  # blocks of four numbers of a program
 CHUNK = 4096  # logits of a program
@@ -38,8 +38,7 @@ def uniforms(keys: Tensor, stream: int, count: int) -> Tensor:
 def _uniforms_kernel(out_ptr, keys_ptr, stream, count, BLOCKS: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCKS
-    keys_ptr += row * 3
-    seed, sequence, step = tl.load(keys_ptr), tl.load(keys_ptr + 1), tl.load(keys_ptr + 2)
+    seed, sequence, step = key_of(keys_ptr, row)
     block = first + tl.arange(0, BLOCKS)
     zeroth, one, two, three = philox_block(seed, sequence, step, stream, block)
     bits = tl.interleave(tl.interleave(zeroth, two), tl.interleave(one, three))
@@ -62,20 +61,18 @@ def top_tokens(
         return reference.top_tokens(logits, count, temperature=temperature, vocab=vocab)
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    device = logits.device
     keys_each = triton.next_power_of_2(count)
     chunk = WIDE_CHUNK if keys_each >= MANY else CHUNK
     chunk = min(chunk, max(triton.next_power_of_2(vocab), GROUP * keys_each))
     chunks = triton.cdiv(vocab, chunk)
-    keys = torch.empty(rows, chunks, keys_each, dtype=torch.int64, device=device)
-    tops = torch.empty(rows, chunks, dtype=torch.float32, device=device)
+    keys = torch.empty(rows, chunks, keys_each, dtype=torch.int64, device=logits.device)
+    tops = torch.empty(rows, chunks, dtype=torch.float32, device=logits.device)
     totals = torch.empty_like(tops)
-    ids = torch.empty(rows, count, dtype=torch.int64, device=device)
-    probs = torch.empty(rows, count, dtype=torch.float32, device=device)
+    ids = torch.empty(rows, count, dtype=torch.int64, device=logits.device)
+    probs = torch.empty(rows, count, dtype=torch.float32, device=logits.device)
+    found = keys, tops, totals
     _scan_kernel[(chunks, rows)](
-        keys,
-        tops,
-        totals,
+        *found,
         logits,
         vocab,
         1.0 / temperature,
@@ -89,9 +86,7 @@ def top_tokens(
     _merge_kernel[(rows,)](
         ids,
         probs,
-        keys,
-        tops,
-        totals,
+        *found,
         count,
         chunks,
         1.0 / temperature,

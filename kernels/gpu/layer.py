@@ -63,7 +63,7 @@ def rotate_and_write(
     stored: torch.dtype | None = None,
 ) -> Tensor:
     """As `specdec.kernels.reference.rotate_and_write`; the last dimension of the trees must be
-    dense."""
+    dense. (Long for what it hands to the kernel.)"""
     batch, nodes, dim = cos.shape
     kv_heads = key_tree.shape[1]
     _dense(parts, cos, sin)

@@ -121,7 +121,7 @@ def _chunks(inputs: int, blocks: Stream) -> tuple[int, int]:
 def _stream(
     out: Tensor, x: Tensor, weight: Tensor, blocks: Stream, chunk: int, with_gate: bool = False
 ) -> None:
-    """Launch the kernel.
+    """Launch the kernel, by the ring or not. (Long for what it hands to either.)
 
     Args:
         out: [S, M, N] or [M, N], dense.
@@ -136,11 +136,7 @@ def _stream(
         return
     width = out.shape[-1]
     block_m = padded_rows(rows)
-    bulk = blocks.bulk and all(
-        tensor.stride(0) * tensor.itemsize % BULK_ALIGNMENT == 0
-        and tensor.data_ptr() % BULK_ALIGNMENT == 0
-        for tensor in (x, weight)
-    )
+    bulk = blocks.bulk and _aligned(x) and _aligned(weight)
     interpreting = triton.knobs.runtime.interpret
     grid = (triton.cdiv(width, blocks.rows), triton.cdiv(inputs, chunk))
     shared = {
@@ -173,6 +169,12 @@ def _stream(
         OVERLAP=not interpreting,
         **shared,
     )
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether the bulk copy engine can read its rows."""
+    row = tensor.stride(0) * tensor.itemsize
+    return row % BULK_ALIGNMENT == 0 and tensor.data_ptr() % BULK_ALIGNMENT == 0
 
 
 @triton.jit(do_not_specialize=["rows"])

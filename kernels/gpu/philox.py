@@ -12,6 +12,13 @@ UNIT = tl.constexpr(2.0**-53)
 
 
 @triton.jit
+def key_of(keys_ptr, row):
+    """(seed, sequence, step) of a row."""
+    keys_ptr += row * 3
+    return tl.load(keys_ptr), tl.load(keys_ptr + 1), tl.load(keys_ptr + 2)
+
+
+@triton.jit
 def philox_block(seed, sequence, step, stream, block):
     """The 53 bits of each of the four words of a block, as four int64 tensors.
 

@@ -55,6 +55,7 @@ def plan_pieces(
     shared_prefix: bool,
 ) -> Pieces:
     """Divide the keys of all sequences into pieces that keep the GPU busy; nothing is read back.
+    (Long for what it hands to the kernel.)
 
     Args:
         rows: query rows of a sequence and key-value head.
@@ -77,35 +78,7 @@ def plan_pieces(
     spans = torch.empty(batch, 2, dtype=torch.int32, device=device)
     shared, shared_items, shared_pieces = None, None, 0
     if shared_prefix and batch > 1 and window is None:
-        row_blocks = triton.cdiv(batch * rows, blocks.rows)
-        shared_pieces = max(1, min(SHARED_PIECES, slots // (kv_heads * row_blocks)))
-        shared = torch.empty(batch, dtype=torch.int32, device=device)
-        # Every group may leave its last row block partly empty.
-        shared_items = torch.empty(
-            (row_blocks + batch // 2) * shared_pieces,
-            FIELDS.value,
-            dtype=torch.int32,
-            device=device,
-        )
-        _share_kernel[(1,)](
-            shared,
-            shared_items,
-            layout.page_table,
-            layout.context_lens,
-            batch,
-            rows,
-            layout.page_table.shape[1],
-            layout.page_table.stride(0),
-            shared_items.shape[0],
-            B_PAD=triton.next_power_of_2(batch),
-            W_PAD=triton.next_power_of_2(shared_items.shape[0]),
-            PAGE=page_size,
-            BLOCK_M=blocks.rows,
-            BLOCK_N=blocks.keys,
-            LEAST=SHARED_BLOCKS,
-            PIECES=shared_pieces,
-            num_warps=4,
-        )
+        shared, shared_items, shared_pieces = _share(layout, blocks, rows, kv_heads, page_size)
     _plan_kernel[(1,)](
         items,
         spans,
@@ -129,6 +102,41 @@ def plan_pieces(
         slots=target + batch * shared_pieces,
         most=most + shared_pieces,
     )
+
+
+def _share(
+    layout: TreeLayout, blocks: Blocks, rows: int, kv_heads: int, page_size: int
+) -> tuple[Tensor, Tensor, int]:
+    """(shared [B] int32: key blocks that the group of each sequence shares, 0 for none; their
+    pieces, as `Pieces.shared_items`; in how many pieces each group is read.)"""
+    batch, device = len(layout.context_lens), layout.context_lens.device
+    row_blocks = triton.cdiv(batch * rows, blocks.rows)
+    slots = processors(device) * blocks.per_processor
+    pieces = max(1, min(SHARED_PIECES, slots // (kv_heads * row_blocks)))
+    shared = torch.empty(batch, dtype=torch.int32, device=device)
+    # Every group may leave its last row block partly empty.
+    count = (row_blocks + batch // 2) * pieces
+    items = torch.empty(count, FIELDS.value, dtype=torch.int32, device=device)
+    _share_kernel[(1,)](
+        shared,
+        items,
+        layout.page_table,
+        layout.context_lens,
+        batch,
+        rows,
+        layout.page_table.shape[1],
+        layout.page_table.stride(0),
+        count,
+        B_PAD=triton.next_power_of_2(batch),
+        W_PAD=triton.next_power_of_2(count),
+        PAGE=page_size,
+        BLOCK_M=blocks.rows,
+        BLOCK_N=blocks.keys,
+        LEAST=SHARED_BLOCKS,
+        PIECES=pieces,
+        num_warps=4,
+    )
+    return shared, items, pieces
 
 
 @triton.jit(do_not_specialize=["batch", "target", "tree_units", "window", "fixed"])

@@ -5,14 +5,134 @@ Draws are the numbers of `specdec.sampling.uniforms`. Legend: B sequences, N nod
 K draft candidates, C chunks of the vocabulary; p is the target's distribution at the node.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from specdec.kernels.gpu.coins import NOTHING, TINY, key_of, weight
-from specdec.kernels.gpu.philox import arrivals
+from specdec.kernels.gpu.coins import Judged
+from specdec.kernels.gpu.philox import arrivals, key_of
+from specdec.kernels.gpu.scan import in_rows
+from specdec.kernels.gpu.softmax import NOTHING, TINY, support_block, weight
+from specdec.kernels.layout import DraftedTrees, TargetLaw
 
+RACE_CHUNK = 1024  # tokens of a program, which computes more for each than a scan
 INDICES = tl.constexpr(2**31)  # a rank is a time and, below it, an index smaller than this
 NO_RANK = tl.constexpr(2**63 - 1)
+
+
+def walk_and_draw(
+    tree: DraftedTrees,
+    logits: Tensor,
+    judged: Judged,
+    *,
+    temperature: float,
+    keys: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the root enter what was accepted after each node, and draw the next token from what is
+    left at the last: (path, length, next token) as in `specdec.tree.Acceptance`."""
+    batch, nodes, vocab = logits.shape
+    chunk, taken, ranks = _track(logits)
+    chunks = ranks.shape[1]
+    path, length, next_token = results(tree)
+    race_kernel[(chunks, batch)](
+        path,
+        length,
+        next_token,
+        taken,
+        ranks,
+        judged.arrived,
+        logits,
+        judged.enter,
+        judged.debt,
+        judged.top,
+        judged.total,
+        judged.ids,
+        judged.probs,
+        tree.tokens,
+        tree.parents,
+        tree.size,
+        keys,
+        nodes,
+        vocab,
+        judged.ids.shape[2],
+        tree.depth,
+        1.0 / temperature,
+        logits.stride(0),
+        logits.stride(1),
+        STREAM=stream,
+        DRAFTED=judged.drafted,
+        N_BLOCK=triton.next_power_of_2(nodes),
+        K_BLOCK=support_block(judged.ids.shape[2]),
+        C_BLOCK=triton.next_power_of_2(chunks),
+        CHUNK=chunk,
+        num_warps=4,
+    )
+    return path, length, next_token
+
+
+def draw_rest(
+    logits: Tensor,
+    law: TargetLaw,
+    node: Tensor,
+    length: Tensor,
+    *,
+    ids: Tensor,
+    taken: Tensor,
+    keys: Tensor,
+    stream: int,
+) -> Tensor:
+    """As `specdec.kernels.reference.draw_rest`."""
+    logits = in_rows(logits)
+    batch, nodes, vocab = logits.shape
+    support = ids.shape[1]
+    chunk, scratch, ranks = _track(logits)
+    next_token = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    arrived = torch.zeros(batch, dtype=torch.int32, device=logits.device)
+    rest_kernel[(ranks.shape[1], batch)](
+        next_token,
+        scratch,
+        ranks,
+        arrived,
+        logits,
+        law.top.contiguous(),
+        law.total.contiguous(),
+        node.contiguous(),
+        length.contiguous(),
+        ids.contiguous(),
+        taken.contiguous(),
+        keys,
+        nodes,
+        vocab,
+        support,
+        1.0 / law.temperature,
+        logits.stride(0),
+        logits.stride(1),
+        STREAM=stream,
+        K_BLOCK=support_block(support),
+        C_BLOCK=triton.next_power_of_2(ranks.shape[1]),
+        CHUNK=chunk,
+        num_warps=4,
+    )
+    return next_token
+
+
+def results(tree: DraftedTrees) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for (path, length, next token)."""
+    batch, device = len(tree.tokens), tree.tokens.device
+    path = torch.empty(batch, tree.depth + 1, dtype=torch.int64, device=device)
+    length = torch.empty(batch, dtype=torch.int64, device=device)
+    return path, length, torch.empty(batch, dtype=torch.int64, device=device)
+
+
+def _track(logits: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Tokens of a program of the race, and its scratch: [B, V] float32, [B, C] int64."""
+    batch, _, vocab = logits.shape
+    chunk = min(RACE_CHUNK, max(triton.next_power_of_2(vocab), 16))
+    taken = torch.empty(batch, vocab, dtype=torch.float32, device=logits.device)
+    ranks = torch.empty(batch, triton.cdiv(vocab, chunk), dtype=torch.int64, device=logits.device)
+    return chunk, taken, ranks
 
 
 @triton.jit(do_not_specialize=["nodes", "edges"])

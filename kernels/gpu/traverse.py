@@ -3,12 +3,14 @@
 Legend: B sequences, N nodes, K draft candidates.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.coins import TINY
+from specdec.kernels.gpu.softmax import TINY
 
 NEVER = tl.constexpr(float("inf"))
 MOST = tl.constexpr(1e37)  # a debt that nothing is left beside, and finite still
@@ -32,39 +34,17 @@ def traverse(
     support, device = ids.shape[2], tokens.device
     draft, target, parents = draft.contiguous(), target.contiguous(), parents.contiguous()
     size = size.contiguous()
-    ratio, share, beyond, chance = (
-        torch.empty(batch, nodes, dtype=torch.float32, device=device) for _ in range(4)
-    )
-    first_child, next_sibling = (
-        torch.empty(batch, nodes, dtype=torch.int32, device=device) for _ in range(2)
-    )
-    rest = torch.empty(batch, nodes, dtype=torch.float64, device=device)
+    k_block = triton.next_power_of_2(support)
+    launch = {
+        "REPEATS": repeats,
+        "K_BLOCK": k_block,
+        "num_warps": min(max(k_block // WARP_CANDIDATES, 1), 8),
+    }
+    prepared = _prepare(tokens, parents, size, ids.contiguous(), draft, target, launch)
+    ratio, share, beyond, rest, chance, first_child, next_sibling = prepared
     saved = torch.empty(batch, nodes, 4, dtype=torch.float32, device=device)
     last = torch.empty(batch, dtype=torch.int64, device=device)
     left = torch.empty(batch, support, dtype=torch.float32, device=device)
-    k_block = triton.next_power_of_2(support)
-    warps = min(max(k_block // WARP_CANDIDATES, 1), 8)
-    _prepare_kernel[(nodes, batch)](
-        ratio,
-        share,
-        beyond,
-        rest,
-        chance,
-        first_child,
-        next_sibling,
-        ids.contiguous(),
-        draft,
-        target,
-        tokens.contiguous(),
-        parents,
-        size,
-        nodes,
-        support,
-        REPEATS=repeats,
-        N_BLOCK=triton.next_power_of_2(nodes),
-        K_BLOCK=k_block,
-        num_warps=warps,
-    )
     _traverse_kernel[(batch,)](
         last,
         left,
@@ -83,11 +63,44 @@ def traverse(
         size,
         nodes,
         support,
-        REPEATS=repeats,
-        K_BLOCK=k_block,
-        num_warps=warps,
+        **launch,
     )
     return last, left, chance
+
+
+def _prepare(
+    tokens: Tensor,
+    parents: Tensor,
+    size: Tensor,
+    ids: Tensor,
+    draft: Tensor,
+    target: Tensor,
+    launch: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """The outputs of `_prepare_kernel`, in its order."""
+    batch, nodes, support = ids.shape
+    ratio, share, beyond, chance = (
+        torch.empty(batch, nodes, dtype=torch.float32, device=ids.device) for _ in range(4)
+    )
+    first_child, next_sibling = (
+        torch.empty(batch, nodes, dtype=torch.int32, device=ids.device) for _ in range(2)
+    )
+    rest = torch.empty(batch, nodes, dtype=torch.float64, device=ids.device)
+    outputs = ratio, share, beyond, rest, chance, first_child, next_sibling
+    _prepare_kernel[(nodes, batch)](
+        *outputs,
+        ids,
+        draft,
+        target,
+        tokens.contiguous(),
+        parents,
+        size,
+        nodes,
+        support,
+        N_BLOCK=triton.next_power_of_2(nodes),
+        **launch,
+    )
+    return outputs
 
 
 def divisor(draft: Tensor, target: Tensor, count: Tensor) -> Tensor:

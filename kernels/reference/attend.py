@@ -90,7 +90,6 @@ def attention(
         if view.blind is not None:
             out = out.masked_fill(view.blind, 0.0)
         return out.transpose(1, 2).to(given)
-
     grouped = query.reshape(batch, keys.shape[1], -1, query.shape[-1])
     scores = (grouped @ keys.mT).mul_(scale)  # [B, HKV, G * N, K]
     if softcap is not None:

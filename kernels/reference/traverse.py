@@ -22,7 +22,7 @@ def traverse(
     a child w * p(x) / q(x), at most 1, where w is its parent's. A rejected node leaves its parent
     with the weight m / (m + 1 - w) and the target max(w * p - q, 0) / m, where m is the mass of
     max(w * p - q, 0), and, where children are drawn without replacement, with q without the
-    token, renormalised.
+    token, renormalised. (Long because it is the paper's loop, written out as one.)
 
     Args:
         tokens: [B, N] int64.

@@ -130,9 +130,25 @@ def encode(
             "use auto or never"
         )
 
-    messages = _dialogue(prompt, answers)
+    templated = chat == "always" or (chat == "auto" and has_template and prompt.conversation)
+    ids = _ids(tokenizer, prompt, _dialogue(prompt, answers), chat if templated else None)
+    if not ids:
+        raise ValueError(
+            f"prompts.chat={chat!r}: prompt {prompt.id!r} encodes to no tokens with this "
+            "tokenizer; remove the prompt or use another tokenizer"
+        )
+    return ids
+
+
+def _ids(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Prompt,
+    messages: list[dict[str, str]],
+    chat: str | None,
+) -> list[int]:
+    """The messages under the chat template, if `chat` asked for it, else joined."""
     encoded: Any
-    if chat == "always" or (chat == "auto" and has_template and prompt.conversation):
+    if chat is not None:
         try:
             encoded = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True
@@ -145,13 +161,7 @@ def encode(
             ) from error
     else:
         encoded = tokenizer("\n\n".join(message["content"] for message in messages))
-    ids = [int(token) for token in encoded["input_ids"]]
-    if not ids:
-        raise ValueError(
-            f"prompts.chat={chat!r}: prompt {prompt.id!r} encodes to no tokens with this "
-            "tokenizer; remove the prompt or use another tokenizer"
-        )
-    return ids
+    return [int(token) for token in encoded["input_ids"]]
 
 
 def _dialogue(prompt: Prompt, answers: Sequence[str]) -> list[dict[str, str]]:

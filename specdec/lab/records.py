@@ -142,6 +142,11 @@ class RunFolder:
                 f"use the same settings, or choose another folder"
             )
 
+    @property
+    def finished(self) -> int:
+        """Texts."""
+        return sum(len(side.generations.records) for side in self.sides)
+
     def begin(self) -> None:
         """Write the settings, and forget what an interrupted run left half done."""
         self.path.mkdir(parents=True, exist_ok=True)

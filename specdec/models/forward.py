@@ -66,7 +66,7 @@ def passes(
 ) -> Callable[[PagedKVCache, TreeLayout, range], ForwardPass]:
     """How a forward pass through some layers begins, for the implementation in `module` (from
     `kernels.on`)."""
-    if module is reference:
+    if module.LOOKS:
         return GatheredPass
     return partial(
         PagedPass,

@@ -234,12 +234,6 @@ def standin(
     config = standin_config(AutoConfig.from_pretrained(source), shape)
     exact = torch.promote_types(dtype, torch.float32)
     small = AutoModelForCausalLM.from_pretrained(source, dtype=exact).to(device)
-    own = small.config
-    places = placed_layers(own.num_hidden_layers, shape.num_hidden_layers)
-    heads = placed_heads(
-        (own.num_attention_heads, own.num_key_value_heads),
-        (shape.num_attention_heads, shape.num_key_value_heads),
-    )
     with torch.device("meta"):
         large = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _check_memory(sum(parameter.nbytes for parameter in large.parameters()), torch.device(device))
@@ -250,6 +244,19 @@ def standin(
     random = torch.Generator(device).manual_seed(seed)
     for layer in large.model.layers:
         _fill_identity(layer, random)
+    _place_model(large, small, shape)
+    return large.eval()
+
+
+@torch.no_grad()
+def _place_model(large: Any, small: Any, shape: Shape) -> None:
+    """The small model's weights into the large one, and what keeps padded vocabulary away."""
+    own = small.config
+    places = placed_layers(own.num_hidden_layers, shape.num_hidden_layers)
+    heads = placed_heads(
+        (own.num_attention_heads, own.num_key_value_heads),
+        (shape.num_attention_heads, shape.num_key_value_heads),
+    )
     for place, layer in zip(places, small.model.layers, strict=True):
         _place_layer(large.model.layers[place], layer, heads)
     _place_norm(large.model.norm, small.model.norm)
@@ -260,7 +267,6 @@ def standin(
     gain = math.sqrt(FAR_BELOW / constant * math.sqrt(width / shape.hidden_size))
     large.model.norm.weight[width] = gain
     large.lm_head.weight[vocabulary:, width] = -gain
-    return large.eval()
 
 
 def _constant(source: Any) -> float:

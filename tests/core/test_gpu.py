@@ -28,14 +28,13 @@ from specdec.lab.lossless import compare
 from specdec.models.load import load_model, zoo_path
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
-from specdec.protocols import AcceptanceRule, Drafter, StepContext
+from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
 from specdec.request import Request
-from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,52 +98,51 @@ def prompts_of(target: PagedLM) -> list[list[int]]:
     return [target.tokenizer(text).input_ids for text in TEXTS]
 
 
-def build(kind: str, tree: str, target: PagedLM) -> Drafter:
+def build(kind: str) -> Drafter:
     if kind == "none":
         return NoDrafter()
     if kind == "ngram":
-        return NGram(tree=TREES[tree])
+        return NGram()
     if kind == "early_exit":
-        return EarlyExit(target=target, tree=TREES[tree])
+        return EarlyExit()
     if kind == "token_recycling":
-        return TokenRecycling(target=target, tree=TREES[tree])
-    small = SmallLlama(target=target, tree=TREES[tree], path="zoo:draft")
+        return TokenRecycling()
+    small = SmallLlama(path="zoo:draft")
     if kind == "small_llama":
         return small
-    parts = {"ngram": NGram(tree=TREES[tree]), "small_llama": small}
-    mode = kind.removeprefix("compose ")
-    return Compose(target=target, tree=TREES[tree], parts=parts, mode=mode, min_match=2)
+    parts = {"ngram": NGram(), "small_llama": small}
+    return Compose(parts=parts, mode=kind.removeprefix("compose "), min_match=2)
 
 
 def new_decoder(
     target: PagedLM,
     drafter: Drafter,
+    tree: TreePolicy | None,
+    rule: AcceptanceRule | None = None,
     *,
     batch_size: int,
     temperature: float = 0.0,
-    rule: AcceptanceRule | None = None,
     **options: Any,
 ) -> Decoder:
-    return Decoder(
-        verifier=TreeVerifier(target),
-        drafter=drafter,
-        rule=rule or (RecursiveRejection() if temperature else Greedy()),
-        sampling=SamplingParams(temperature=temperature, seed=1),
-        max_context=target.max_context,
-        device=target.device,
-        kernels=target.kernels,
-        batch_size=batch_size,
+    return decoder_of(
+        target,
+        drafter,
+        tree,
+        rule or (RecursiveRejection() if temperature else None),
+        temperature=temperature,
+        seed=1,
+        rows=batch_size,
         max_tokens=1024,
         **options,
     )
 
 
 def decode(
-    target: PagedLM, drafter: Drafter, **options: Any
+    target: PagedLM, drafter: Drafter, tree: TreePolicy | None, **options: Any
 ) -> tuple[list[dict[str, Any]], list[Step]]:
     """Records of the outputs, in the order of the prompts, and the steps."""
     steps: list[Step] = []
-    decoder = new_decoder(target, drafter, **options)
+    decoder = new_decoder(target, drafter, tree, **options)
     prompts = prompts_of(target)
     requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
     done = {s.request.id: s for s in decoder.run(requests, on_step=steps.append)}
@@ -163,7 +161,7 @@ def outputs_of(records: list[dict[str, Any]]) -> list[list[int]]:
 def test_greedy_equals_generate(
     exact: PagedLM, generated: list[list[int]], kind: str, tree: str, batch_size: int
 ) -> None:
-    records, steps = decode(exact, build(kind, tree, exact), batch_size=batch_size)
+    records, steps = decode(exact, build(kind), TREES[tree], batch_size=batch_size)
     assert outputs_of(records) == generated
     assert (sum(sum(step.accepted) for step in steps) > 0) == (kind != "none")
 
@@ -174,16 +172,16 @@ def test_however_the_work_is_divided(
     generated: list[list[int]], kind: str, tree: str, settings: dict[str, Any]
 ) -> None:
     target = load(torch.float32, impl="triton", **settings)
-    records, _ = decode(target, build(kind, tree, target), batch_size=4)
+    records, _ = decode(target, build(kind), TREES[tree], batch_size=4)
     assert outputs_of(records) == generated
 
 
 @pytest.mark.parametrize("children", ["sample", "sample_with_replacement"])
 def test_sampling_does_not_depend_on_the_batch(exact: PagedLM, children: Any) -> None:
     tree = Dynamic(budget=12, children=children)
-    drafter = SmallLlama(target=exact, tree=tree, path="zoo:draft")
-    alone, _ = decode(exact, drafter, batch_size=1, temperature=1.0)
-    together, _ = decode(exact, drafter, batch_size=4, temperature=1.0)
+    drafter = SmallLlama(path="zoo:draft")
+    alone, _ = decode(exact, drafter, tree, batch_size=1, temperature=1.0)
+    together, _ = decode(exact, drafter, tree, batch_size=4, temperature=1.0)
     assert alone == together
 
 
@@ -200,8 +198,8 @@ def rounded(request: pytest.FixtureRequest) -> PagedLM:
 def test_bfloat16_differs_at_near_ties_only(
     rounded: PagedLM, kind: str, tree: str, batch_size: int
 ) -> None:
-    records, _ = decode(rounded, build(kind, tree, rounded), batch_size=batch_size)
-    plain, _ = decode(rounded, NoDrafter(), batch_size=1)
+    records, _ = decode(rounded, build(kind), TREES[tree], batch_size=batch_size)
+    plain, _ = decode(rounded, NoDrafter(), None, batch_size=1)
     divergences = compare(records, plain, rounded)["divergences"]
     # bfloat16 keeps 8 bits: of logits around 20, neighbours are an eighth apart.
     assert all(abs(d["logit_gap"]) <= 0.25 for d in divergences)
@@ -211,9 +209,9 @@ def test_bfloat16_differs_at_near_ties_only(
 def test_quantised_caches_differ_at_near_ties_only(exact: PagedLM, kv_dtype: torch.dtype) -> None:
     """From plain decoding over the same cache. Where float32 rounds a key otherwise, it may fall
     on the other side of a tie between two numbers of the pages: a step of one of them."""
-    drafter = build("small_llama", "dynamic", exact)
-    records, steps = decode(exact, drafter, batch_size=4, kv_dtype=kv_dtype)
-    plain, _ = decode(exact, NoDrafter(), batch_size=1, kv_dtype=kv_dtype)
+    drafter = build("small_llama")
+    records, steps = decode(exact, drafter, TREES["dynamic"], batch_size=4, kv_dtype=kv_dtype)
+    plain, _ = decode(exact, NoDrafter(), None, batch_size=1, kv_dtype=kv_dtype)
     divergences = compare(records, plain, exact, kv_dtype=kv_dtype)["divergences"]
     assert all(abs(d["logit_gap"]) <= 0.05 for d in divergences)
     assert sum(sum(step.accepted) for step in steps) > 0
@@ -224,7 +222,7 @@ def test_quantised_caches_differ_at_near_ties_only(exact: PagedLM, kv_dtype: tor
 
 @pytest.mark.parametrize("kind", ["none", "small_llama", "ngram"])
 def test_step_times_add_up_to_the_clock(exact: PagedLM, kind: str) -> None:
-    decoder = new_decoder(exact, build(kind, "chain", exact), batch_size=2)
+    decoder = new_decoder(exact, build(kind), TREES["chain"], batch_size=2)
     prompts = prompts_of(exact)
     decoder.warm_up(prompts[0])
     requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
@@ -259,7 +257,8 @@ def test_graphs_change_nothing(
     outputs = [
         decode(
             target,
-            build(kind, tree, target),
+            build(kind),
+            TREES[tree],
             batch_size=batch_size,
             temperature=temperature,
             rule=rule,
@@ -274,7 +273,7 @@ def test_after_warming_up_everything_is_replayed(exact: PagedLM, kind: str) -> N
     """At every size of batch, that of the last sequences included."""
     if exact.kernels.impl != "triton":
         pytest.skip("graphs are captured over the kernels only")
-    decoder = new_decoder(exact, build(kind, "chain", exact), batch_size=3)
+    decoder = new_decoder(exact, build(kind), TREES["chain"], batch_size=3)
     prompts = prompts_of(exact)
     decoder.warm_up(prompts[0])
     before = {verb: dict(counts) for verb, counts in decoder.graphs.counts.items()}
@@ -303,7 +302,7 @@ def test_texts_end_exactly_where_they_should(
     for output in generated:
         end = next((i + 1 for i, token in enumerate(output) if token in stops), NEW)
         wanted.append(output[:end])
-    decoder = new_decoder(exact, build(kind, "chain", exact), batch_size=2, stop_tokens=stops)
+    decoder = new_decoder(exact, build(kind), TREES["chain"], batch_size=2, stop_tokens=stops)
     prompts = prompts_of(exact)
     requests = [
         Request(id=i, prompt_ids=prompts[i % 4], max_new_tokens=NEW - i // 4) for i in range(8)
@@ -324,8 +323,8 @@ def test_what_cannot_be_captured_is_called(exact: PagedLM) -> None:
 
     if exact.kernels.impl != "triton":
         pytest.skip("graphs are captured over the kernels only")
-    plain, _ = decode(exact, NoDrafter(), batch_size=2)
-    decoder = new_decoder(exact, NoDrafter(), batch_size=2, rule=Waiting())
+    plain, _ = decode(exact, NoDrafter(), None, batch_size=2)
+    decoder = new_decoder(exact, NoDrafter(), None, batch_size=2, rule=Waiting())
     prompts = prompts_of(exact)
     requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
     done = {s.request.id: s.output_ids for s in decoder.run(requests)}
@@ -335,11 +334,11 @@ def test_what_cannot_be_captured_is_called(exact: PagedLM) -> None:
 
 def test_a_recursive_rule_over_trees_of_the_host(exact: PagedLM) -> None:
     """Where nothing matches there is no proposal, while the next tree has one."""
-    drafter = NGram(tree=Dynamic(budget=6, children="sample"))
-    decoder = new_decoder(exact, drafter, batch_size=2, temperature=1.0)
+    drafter, tree = NGram(), Dynamic(budget=6, children="sample")
+    decoder = new_decoder(exact, drafter, tree, batch_size=2, temperature=1.0)
     prompts = prompts_of(exact)
     decoder.warm_up(prompts[0])
     requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
     outputs = {s.request.id: s.output_ids for s in decoder.run(requests)}
-    again, _ = decode(exact, drafter, batch_size=1, temperature=1.0)
+    again, _ = decode(exact, drafter, tree, batch_size=1, temperature=1.0)
     assert [outputs[i] for i in range(len(prompts))] == outputs_of(again)

@@ -1,38 +1,27 @@
-"""The command line as a user types it: results on disk, sweeps, resuming, mistakes."""
+"""The command line as a user types it: every drafter, tree and rule; sweeps, mistakes."""
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
 
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
 from specdec import run as command
-from specdec.drafters.ngram import NGram
-from specdec.drafters.none import NoDrafter
-from specdec.drafters.trees.chain import Chain
-from specdec.lab.tracking import NoTracker
 from specdec.models.load import zoo_path
-from specdec.models.paged import PagedLM
-from specdec.protocols import Drafter
+from tests.running import QUICK, ROOT, SHARED, lines, outputs, summary_of
 
-ROOT = Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared"
-QUICK = ("tracker=none", "prompts.limit=3", "max_new_tokens=10", "dtype=float32")
-
-
-def options(group: str) -> list[str]:
-    return sorted(p.stem for p in (ROOT / "configs" / group).glob("*.yaml") if p.stem[0] != "_")
+pytestmark = pytest.mark.usefixtures("load_once")
 
 
 def twice(tokens: list[int]) -> list[Sequence[int]]:
     """A drafter of the user's."""
     return [tokens[-2:], tokens[-1:]]
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in (ROOT / "configs" / group).glob("*.yaml") if p.stem[0] != "_")
 
 
 @pytest.fixture(scope="session")
@@ -56,32 +45,7 @@ def needed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str
     return settings
 
 
-@pytest.fixture
-def specdec(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["specdec", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            command.main()
-        out, err = capsys.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return call
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def outputs(folder: Path) -> dict[tuple[int, int], list[int]]:
-    return {(g["prompt"], g["turn"]): g["output_ids"] for g in lines(folder / "generations.jsonl")}
-
-
-# Each drafter once, each tree with the default one; tests/drafters/test_drafter_contract.py has all pairs.
+# Each drafter once, each tree with the default one; tests/drafters has all pairs.
 LOSSLESS = [name for name in options("drafter") if name != "synthetic"]
 PAIRS = [(name, tree) for name, tree in zip(LOSSLESS, itertools.cycle(options("tree")))]
 PAIRS += [("small_llama", tree) for tree in options("tree")]
@@ -100,7 +64,7 @@ def test_drafters_and_trees_equal_the_baseline(
         f"out={tmp_path}/o",
         *QUICK,
     )
-    summary = json.loads((tmp_path / "o/summary.json").read_text())
+    summary = summary_of(tmp_path / "o")
     assert code == 0
     assert summary["lossless"] == {"checked": 3, "identical": 3, "divergences": []}
     assert outputs(tmp_path / "o") == outputs(tmp_path / "o/baseline")
@@ -126,28 +90,6 @@ def test_every_rule_samples_reproducibly(specdec, tmp_path, needed, drafter, rul
         found.append(outputs(tmp_path / name))
     assert found[0] == found[1]
     assert found[2:] != found[:1]  # another seed, other texts
-
-
-def test_automatic_pairing(specdec, tmp_path):
-    def chosen(*arguments: str) -> tuple[str, str]:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        code, _, _ = specdec(*arguments, "baseline=false", f"out={folder}", *QUICK)
-        assert code == 0
-        summary = json.loads((folder / "summary.json").read_text())
-        return summary["acceptance"], summary["children"]
-
-    assert chosen("drafter=small_llama") == ("greedy", "top_k")
-    assert chosen("drafter=small_llama", "sampling=sample") == ("recursive_rejection", "sample")
-    assert chosen("drafter=ngram", "sampling=sample") == ("target_only", "top_k")
-    assert chosen("drafter=ngram", "sampling=sample", "tree.children=sample") == (
-        "recursive_rejection",
-        "sample",
-    )
-    assert chosen("acceptance=k_seq", "sampling=sample", "tree=static") == (
-        "k_seq",
-        "sample_with_replacement",
-    )
-    assert chosen("acceptance=k_seq") == ("k_seq", "top_k")
 
 
 def test_the_grid_has_all_policies_and_rules():
@@ -191,51 +133,6 @@ def test_a_grid_verifies_what_is_lossless_and_refuses_the_rest(specdec, tmp_path
     assert refused.count("acceptance=typical") >= 3  # a reason, and the runs it is the reason for
 
 
-def test_what_a_run_leaves(specdec, tmp_path):
-    code, printed, _ = specdec("drafter=small_llama", "batch_size=2", f"out={tmp_path}/o", *QUICK)
-    folder = tmp_path / "o"
-    summary = json.loads((folder / "summary.json").read_text())
-    generations, steps = lines(folder / "generations.jsonl"), lines(folder / "steps.jsonl")
-    assert code == 0
-    assert {
-        *(
-            "drafter",
-            "target",
-            "acceptance",
-            "kernels",
-            "temperature",
-            "seed",
-            "batch_size",
-            "prompts",
-            "tokens",
-        ),
-        *("steps", "seconds", "tokens_per_second", "mean_accepted_length", "acceptance_by_depth"),
-        *("time", "baseline", "speedup", "lossless", "versions", "hardware", "git"),
-    } <= set(summary)
-    assert set(summary["time"]) == {"prefill", "draft", "verify", "accept", "commit", "other"}
-    assert sum(summary["time"].values()) == pytest.approx(summary["seconds"])
-    assert len(generations) == summary["prompts"] == 3
-    assert summary["tokens"] == sum(len(g["output_ids"]) for g in generations)
-    assert summary["tokens"] == sum(sum(step["tokens"]) for step in steps)
-    assert summary["steps"] == len(steps)
-    for generation in generations:
-        mine = [
-            tokens
-            for step in steps
-            for request, tokens in zip(step["requests"], step["tokens"], strict=True)
-            if request == generation["request"]
-        ]
-        assert mine == generation["accepted_lengths"]
-        assert sum(mine) == len(generation["output_ids"])
-    pooled = sum(map(sum, (s["tokens"] for s in steps))) / sum(len(s["tokens"]) for s in steps)
-    assert summary["mean_accepted_length"]["pooled"] == pytest.approx(pooled)
-    ratio = summary["tokens_per_second"] / summary["baseline"]["tokens_per_second"]
-    assert summary["speedup"] == pytest.approx(ratio)
-    assert yaml.safe_load((folder / "config.yaml").read_text())["drafter"]["path"] == "zoo:draft"
-    assert "speedup" in printed
-    assert "3 of 3 outputs equal the baseline" in printed
-
-
 def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"text": "def f(x):"}\n{"text": "It was a"}\n')
@@ -247,7 +144,7 @@ def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
             "baseline=false",
         )
         assert (code, error) == (0, "")
-        summary = json.loads((tmp_path / kernels / "summary.json").read_text())
+        summary = summary_of(tmp_path / kernels)
         assert summary["kernels"] == kernels
         assert summary["graphs"]["obstacle"] is None
         assert summary["graphs"]["counts"]["verify"]["called"] >= summary["steps"]
@@ -257,7 +154,7 @@ def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
 
 def test_triton_is_refused_where_it_cannot_run(specdec, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(PagedLM, "load", None)  # before any model is loaded
+    monkeypatch.setattr(command.Models, "load", None)  # before any model is loaded
     for where, reason in {
         "device=cpu": "device=cpu is none",
         "dtype=float64": "has no kernels for float64",
@@ -273,48 +170,10 @@ def test_triton_is_refused_where_it_cannot_run(specdec, tmp_path, monkeypatch):
 def test_budget_zero_drafts_nothing(specdec, tmp_path):
     for drafter in ("small_llama", "ngram"):
         specdec(f"drafter={drafter}", "tree.budget=0", f"out={tmp_path}/{drafter}", *QUICK)
-        summary = json.loads((tmp_path / drafter / "summary.json").read_text())
+        summary = summary_of(tmp_path / drafter)
         assert summary["drafted_per_step"] == 0
         assert summary["mean_accepted_length"]["pooled"] == 1
         assert summary["lossless"]["identical"] == 3
-
-
-@pytest.mark.parametrize("stop_after", [1, 5, 11])
-def test_an_interrupted_run_resumes_to_the_same_outputs(
-    specdec, tmp_path, monkeypatch, stop_after
-):
-    arguments = ("sampling=sample", "batch_size=2", "prompts.limit=5", "max_new_tokens=12")
-    arguments += ("tracker=none", "drafter=small_llama")
-    assert specdec(*arguments, f"out={tmp_path}/whole")[0] == 0
-
-    steps = 0
-
-    def interrupt(self: NoTracker, step: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == stop_after:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(NoTracker, "step", interrupt)
-        code, printed, _ = specdec(*arguments, f"out={tmp_path}/cut")
-    assert code == 130
-    assert "resume=true" in printed
-    assert json.loads((tmp_path / "cut/summary.json").read_text())["interrupted"]
-    lines(tmp_path / "cut/steps.jsonl")
-
-    code, _, error = specdec(*arguments, f"out={tmp_path}/cut")
-    assert code == 2
-    assert "resume=true" in error
-    code, _, error = specdec(*arguments, "seed=9", "resume=true", f"out={tmp_path}/cut")
-    assert code == 2
-    assert "seed" in error
-
-    assert specdec(*arguments, "resume=true", f"out={tmp_path}/cut")[0] == 0
-    assert outputs(tmp_path / "cut") == outputs(tmp_path / "whole")
-    summary = json.loads((tmp_path / "cut/summary.json").read_text())
-    assert not summary["interrupted"]
-    assert summary["tokens"] == sum(sum(s["tokens"]) for s in lines(tmp_path / "cut/steps.jsonl"))
 
 
 def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(specdec, tmp_path):
@@ -329,183 +188,9 @@ def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(specdec, tmp_path
     assert "drafter=ngram" in printed
 
 
-class Pair(Drafter):
-    """A composition, as far as the runner is concerned."""
-
-    def __init__(self, *, target: Any, tree: Any, parts: dict[str, Drafter]) -> None:
-        self.parts = parts
-
-
-NGRAM = {"_target_": "specdec.drafters.ngram.NGram", "min_match": 2}
-MODEL = {"_target_": "specdec.drafters.small_llama.SmallLlama", "path": "zoo:draft"}
-
-
-def test_a_composition_gets_its_parts_built():
-    settings = {
-        "_target_": f"{__name__}.Pair",
-        "parts": {"first": NGRAM, "second": {"_target_": f"{__name__}.twice", "depth": 2}},
-    }
-    target, tree = SimpleNamespace(vocab_size=10), Chain(budget=4)
-    built = command.build_drafter("pair", "drafter", settings, target=target, tree=tree)
-    assert built.name == "pair"
-    first, second = built.parts.values()
-    assert list(built.parts) == ["first", "second"]
-    assert isinstance(first, NGram)
-    assert (first.name, first.min_match, first.tree) == ("ngram", 2, tree)
-    assert (second.name, second.levels) == (f"test_run ({__name__}.twice)", 2)
-
-    for wrong, expected in {
-        "soon": "drafter.parts=soon: must be settings of drafters, by name",
-        ("first", 3): "drafter.parts.first=3: must be the settings of a drafter",
-        ("first", "min_match", "few"): "drafter.parts.first.min_match=few: must be a valid int",
-        ("first", "min_match", 99): "drafter.parts.first.min_match=99, drafter.parts.first.max",
-        ("first", "nonsense", 1): "drafter.parts.first.nonsense=1: NGram has no such setting",
-        ("first", "_target_", "a.b"): "drafter.parts.first._target_=a.b: cannot be imported",
-    }.items():
-        parts: Any = wrong
-        if isinstance(wrong, tuple):
-            name, *setting, value = wrong
-            parts = {name: {**NGRAM, setting[0]: value} if setting else value}
-        with pytest.raises(ValueError, match=f"^{expected}".replace("[", r"\[")):
-            command.build_drafter(
-                "pair", "drafter", {**settings, "parts": parts}, target=target, tree=tree
-            )
-
-
-def test_children_are_sampled_if_all_parts_are_good_at_it():
-    def samples(*parts: dict[str, Any]) -> bool:
-        named = {str(number): part for number, part in enumerate(parts)}
-        return command._samples("drafter", {"_target_": f"{__name__}.Pair", "parts": named})
-
-    assert samples(MODEL, MODEL)
-    assert not samples(MODEL, NGRAM)
-    assert command._samples("drafter", MODEL)
-    assert not command._samples("drafter", NGRAM)
-
-
-class Learner(NoDrafter):
-    reset = "category"
-    seen: ClassVar[set[str | None]] = set()
-
-    def start(self, sequences: Sequence[Any]) -> None:
-        self.seen |= {sequence.request.category for sequence in sequences}
-
-
-def test_a_resumed_run_says_what_its_drafter_no_longer_knows(specdec, tmp_path, monkeypatch):
-    arguments = ("drafter=none", f"drafter._target_={__name__}.Learner", f"out={tmp_path}/o")
-
-    def interrupt(self: NoTracker, step: Any) -> None:
-        if step.requests[0] >= 1000:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(NoTracker, "step", interrupt)
-        assert specdec(*arguments, *QUICK, "baseline=false")[0] == 130
-    summary = json.loads((tmp_path / "o/summary.json").read_text())
-    assert (summary["state"], summary["resumed"]) == ({"reset": "category"}, False)
-    code, printed, _ = specdec(*arguments, *QUICK, "baseline=false", "resume=true")
-    assert code == 0
-    assert "resumed: what the 1 finished texts taught the drafter" in printed
-    assert json.loads((tmp_path / "o/summary.json").read_text())["resumed"]
-    categories = {g["category"] for g in lines(tmp_path / "o/generations.jsonl")}
-    assert categories <= Learner.seen
-    assert None not in categories
-
-
-def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkeypatch):
-    started: dict[str, Any] = {}
-    monkeypatch.setattr(NoTracker, "start", lambda self, **kwargs: started.update(kwargs))
-    code, printed, _ = specdec("drafter=synthetic", "ignore_eos=true", f"out={tmp_path}/o", *QUICK)
-    summary = json.loads((tmp_path / "o/summary.json").read_text())
-    assert code == 0
-    assert (summary["synthetic"], summary["acceptance"]) == (True, "synthetic")
-    assert summary["lossless"] == {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
-    assert all(g["synthetic"] for g in lines(tmp_path / "o/generations.jsonl"))
-    assert not any("synthetic" in g for g in lines(tmp_path / "o/baseline/generations.jsonl"))
-    assert printed.count("SYNTHETIC") == 2  # the title, and instead of the lossless check
-    assert started["config"]["synthetic"]
-    assert started["name"].startswith("SYNTHETIC ")
-
-    code, printed, _ = specdec(
-        "-m", "drafter=ngram,synthetic", "baseline=false", f"out={tmp_path}/s", *QUICK
-    )
-    assert code == 0
-    (row,) = (line for line in printed.splitlines() if "drafter=synthetic" in line and "│" in line)
-    assert "SYNTHETIC" in row
-    (row,) = (line for line in printed.splitlines() if "drafter=ngram" in line and "│" in line)
-    assert "SYNTHETIC" not in row
-    assert not json.loads((tmp_path / "s/0/summary.json").read_text())["synthetic"]
-
-
-def test_the_probabilities_of_another_drafter_are_taken_for_rates_on_demand(specdec, tmp_path):
-    arguments = ("drafter=small_llama", "acceptance=synthetic", "acceptance.allow_lossy=true")
-    assert specdec(*arguments, "baseline=false", f"out={tmp_path}/o", *QUICK)[0] == 0
-    assert json.loads((tmp_path / "o/summary.json").read_text())["synthetic"]
-
-
-FAILING = """
-def repeat(tokens):
-    return [tokens[-4:]]
-
-def fail(tokens):
-    if len(tokens) > {limit}:
-        return [[tokens[len(tokens)]]]
-    return repeat(tokens)
-"""
-
-
-@pytest.fixture
-def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, which the search path does not hold yet."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, own_folder):
-    own_folder.joinpath("failing_drafter.py").write_text(FAILING.format(limit=50))
-    texts = {"a/1": "def f(x):", "a/2": "It was a dark night. " * 12, "a/3": "The end"}
-    records = [json.dumps({"id": name, "text": text}) for name, text in texts.items()]
-    own_folder.joinpath("prompts.jsonl").write_text("\n".join(records))
-    # A warm-up sees the first prompt alone.
-    arguments = (
-        *("drafter=user", "prompts.path=prompts.jsonl", "max_new_tokens=8", "tracker=none"),
-        *("batch_size=3", "baseline=false", "dtype=float32"),
-    )
-    code, printed, error = specdec(
-        *arguments, "drafter._target_=failing_drafter.fail", "batch_size=1", "out=o"
-    )
-    assert code == 2
-    assert error == (
-        "error: drafter=user (failing_drafter.fail) failed on prompt a/2: IndexError: list index "
-        f"out of range (failing_drafter.py:7); the traceback is in {own_folder}/o/error.txt, and "
-        f"resume=true out={own_folder}/o continues\n"
-    )
-    assert "Traceback" not in printed
-    written = (own_folder / "o/error.txt").read_text()
-    assert "return [[tokens[len(tokens)]]]" in written
-    assert [g["id"] for g in lines(own_folder / "o/generations.jsonl")] == ["a/1"]
-    assert json.loads((own_folder / "o/summary.json").read_text())["interrupted"]
-
-    code, printed, error = specdec(
-        "-m", *arguments, "drafter._target_=failing_drafter.fail,failing_drafter.repeat", "out=s"
-    )
-    assert code == 2
-    assert error.count("failed on prompt a/2: IndexError") == 1
-    assert error.count("\n") == 1
-    assert not json.loads((own_folder / "s/1/summary.json").read_text())["interrupted"]
-    assert len(lines(own_folder / "s/1/generations.jsonl")) == 3
-
-    own_folder.joinpath("failing_at_once.py").write_text(FAILING.format(limit=0))
-    code, _, error = specdec(*arguments, "drafter._target_=failing_at_once.fail", "out=w")
-    assert code == 2
-    assert "failed on prompt a/1: " in error
-    assert ", while warming up; " in error
-
-
 def test_experiments_compose(specdec, tmp_path):
     code, _, _ = specdec("experiment=sampled", f"out={tmp_path}/o", *QUICK)
-    summary = json.loads((tmp_path / "o/summary.json").read_text())
+    summary = summary_of(tmp_path / "o")
     assert code == 0
     assert (summary["tree"], summary["acceptance"]) == ("static", "recursive_rejection")
 

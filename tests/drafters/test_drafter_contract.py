@@ -14,6 +14,12 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
+from specdec.experiments.studies.rule_laws import (
+    DrawnTree,
+    emitted_law,
+    ordered_draws,
+    token_trees,
+)
 from specdec.experiments.tools import build_datastore
 from specdec.lab.build import method_of
 from specdec.lab.settings import CONFIGS, settings_of
@@ -27,7 +33,6 @@ from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.synthetic import Synthetic
 from specdec.verifier.target_only import TargetOnly
 from tests.decoding import decoder_of, requests_of
-from tests.verifier.test_rules_exact import DrawnTree, emitted_law, ordered_draws, token_trees
 
 pytestmark = pytest.mark.usefixtures("load_once")
 

@@ -24,7 +24,7 @@ from specdec.protocols import StepContext, TreePolicy
 from specdec.tree import TokenTree
 from specdec.verifier.verifier import TreeVerifier
 from tests.decoding import decoder_of, loaded, outputs_of, requests_of
-from tests.models.test_model_loading import tiny
+from tests.models.tiny import tiny
 
 TEXTS = ("def fibonacci(n):\n    ", "It was a dark night, and the old captain stood at the")
 NEW = 24

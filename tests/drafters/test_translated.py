@@ -35,7 +35,7 @@ from specdec.request import Decoding
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from tests.decoding import decoder_of, loaded, requests_of
-from tests.verifier.test_rules_exact import tiny_llama
+from tests.tiny import tiny_llama
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 KEPT = 6000

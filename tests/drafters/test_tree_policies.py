@@ -46,7 +46,8 @@ from specdec.drafters.trees.threshold import Threshold
 from specdec.rates import AcceptanceRates
 from specdec.tables import DATA
 from specdec.tree import TokenTree
-from tests.core.test_trees import (
+from tests.decoding import prepared
+from tests.drafters.scripted import (
     CHILDREN,
     Listed,
     Script,
@@ -57,7 +58,6 @@ from tests.core.test_trees import (
     row_of,
     step_for,
 )
-from tests.decoding import prepared
 
 NEW = ("paths", "threshold", "optimal", "accuracy", "cost_aware")
 
@@ -672,9 +672,7 @@ def test_names_that_are_none() -> None:
         ValueError, match=r"^tree.rates=mine: no such table; known are .*zoo.*, a f"
     ):
         Optimal(rates="mine", budget=3)
-    with pytest.raises(
-        ValueError, match=r"^tree.rates=./zoo: no such file; python -m experiments"
-    ):
+    with pytest.raises(ValueError, match=r"^tree.rates=./zoo: no such file; python -m specdec"):
         Optimal(rates="./zoo", budget=3)
     with pytest.raises(ValueError, match=r"^tree.costs=zoo.json: no such file; experiments/calib"):
         CostAware(rates="zoo", costs="zoo.json", budget=3)

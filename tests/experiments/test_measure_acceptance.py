@@ -36,7 +36,8 @@ from specdec.request import Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, TokenTree
 from specdec.verifier.verifier import TreeVerifier
-from tests.verifier.test_rules_exact import ALPHA, PROMPT, exact_law, tiny_llama
+from tests.tiny import PROMPT, tiny_llama
+from tests.verifier.laws import ALPHA, exact_law
 
 pytestmark = pytest.mark.usefixtures("load_once")
 

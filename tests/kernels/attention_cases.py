@@ -8,21 +8,19 @@ Legend: B sequences, N queries, M scratch rows, HKV key-value heads, G query hea
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
+import pytest
 import torch
 import triton
 from torch import Tensor
 
 from specdec.kernels import gpu, reference
 from specdec.kernels.layout import TreeLayout
+from tests.kernels.memory import DEVICE, bits, guarded, part_of_wider, poison, poisoned_allocations
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GUARD = 1024  # elements before and behind a tensor; keeps it aligned
 NOWHERE = 2**30
 # Relative error that float32 is always allowed, 16 units in the last place: a kernel adds block
 # after block where torch adds in pairs, and the exp2 of a GPU is good to two units.
@@ -200,82 +198,6 @@ def cuts_off(dtype: torch.dtype) -> bool:
     return triton.knobs.runtime.interpret and dtype == torch.bfloat16
 
 
-# Memory
-
-
-def guarded(content: Tensor) -> Tensor:
-    """A dense copy on the device in the middle of poisoned memory."""
-    memory = poison(content.numel() + 2 * GUARD, content.dtype)
-    memory[GUARD : GUARD + content.numel()] = content.flatten().to(DEVICE)
-    return memory[GUARD : GUARD + content.numel()].view(content.shape)
-
-
-def part_of_wider(content: Tensor) -> Tensor:
-    """A copy on the device that is part of a poisoned tensor, wider at both ends of every
-    dimension but the last."""
-    *outer, last = content.shape
-    shape = [size + 2 for size in outer] + [last]
-    wide = poison(math.prod(shape), content.dtype).view(shape)
-    inner = wide[tuple(slice(1, -1) for _ in outer)]
-    inner.copy_(content)
-    return inner
-
-
-def poison(count: int, dtype: torch.dtype) -> Tensor:
-    if dtype.is_floating_point:
-        return torch.full((count,), math.nan, device=DEVICE).to(dtype)
-    return torch.full((count,), -77, dtype=dtype, device=DEVICE)
-
-
-@contextmanager
-def poisoned_allocations() -> Iterator[None]:
-    """Within the block new memory is full of NaN or of small numbers, so that an element nobody
-    writes is noticed, and lies between guards.
-
-    Raises:
-        AssertionError: something was written to a guard.
-    """
-    given: list[tuple[Tensor, int]] = []
-
-    def fill(count: int, dtype: torch.dtype) -> Tensor:
-        if dtype.is_floating_point:
-            return poison(count, dtype)
-        return (torch.arange(count, device=DEVICE) % 5).to(dtype)  # could be meant
-
-    def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        count = math.prod(shape)
-        given.append((fill(count + 2 * GUARD, dtype), count))
-        return given[-1][0][GUARD : GUARD + count].view(shape)
-
-    def shape_of(size: tuple[Any, ...]) -> tuple[int, ...]:
-        return tuple(size) if not size or isinstance(size[0], int) else tuple(size[0])
-
-    def empty(*size: Any, dtype: torch.dtype = torch.float32, **_: Any) -> Tensor:
-        return allocate(shape_of(size), dtype)
-
-    def empty_like(like: Tensor, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        return allocate(like.shape, dtype or like.dtype)
-
-    def new_empty(like: Tensor, *size: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        return allocate(shape_of(size), dtype or like.dtype)
-
-    with (
-        mock.patch.object(torch, "empty", empty),
-        mock.patch.object(torch, "empty_like", empty_like),
-        mock.patch.object(Tensor, "new_empty", new_empty),
-    ):
-        yield
-    for memory, count in given:
-        before = fill(len(memory), memory.dtype)
-        for guard in (slice(GUARD), slice(GUARD + count, None)):
-            assert torch.equal(bits(memory[guard]), bits(before[guard]))
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bytes: NaN equals itself, and 0 differs from -0."""
-    return tensor.contiguous().view(torch.uint8)
-
-
 # Cases
 
 
@@ -429,3 +351,34 @@ def _pack(line: list[int], words: int) -> list[int]:
     number = sum(1 << row for row in line)
     unsigned = [number >> 32 * word & 0xFFFFFFFF for word in range(words)]
     return [word - 2**32 if word >= 2**31 else word for word in unsigned]
+
+
+ON_GPU = DEVICE.type == "cuda"
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+QUANTISED = [torch.float8_e4m3fn, torch.int8]
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+# One type is enough to see a wrong mask or address; what differs between them is the hardware's.
+each_dtype = pytest.mark.parametrize("dtype", [BF16, FP16, FP32] if ON_GPU else [BF16], ids=str)
+# To merge pieces takes a program for every few rows, and most of the interpreter's time.
+SPLITS = [1, None] if ON_GPU else [1]
+
+
+def attend(case: Case, **options: Any) -> Tensor:
+    """What the kernels make of it, in poisoned memory."""
+    with poisoned_allocations():
+        return case.attend(**options)
+
+
+def assert_right(
+    case: Case, *, fixed_splits: int | None = None, shared_prefix: bool = False, **options: Any
+) -> None:
+    found = attend(case, fixed_splits=fixed_splits, shared_prefix=shared_prefix, **options)
+    batch, heads, queries, _ = case.query.shape
+    assert found.shape == (batch, queries, heads, case.value_tree.shape[3])
+    assert found.dtype == case.query.dtype
+    error, bound = error_and_bound(found, case, **options)
+    assert error <= bound
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(bits(a), bits(b))

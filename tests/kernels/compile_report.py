@@ -4,7 +4,7 @@ A function of `specdec.kernels.gpu` is called as usual, with small tensors in ho
 of every launch its kernel is compiled for sm_90 with the arguments it was given, and what the
 assembler reports about it is kept.
 
-    python -m tests.kernels.compile_report        compiles the calls of `calls` and prints a JSON list
+    python -m tests.kernels.compile_report        compiles what `calls` lists, prints JSON
 
 It must not run under TRITON_INTERPRET, which takes the place of the compiler.
 """
@@ -35,7 +35,8 @@ from specdec.kernels import gpu
 from specdec.kernels.gpu.linear import gate
 from specdec.kernels.gpu.stream import choose_stream
 from specdec.kernels.layout import DraftedTrees
-from tests.kernels.attention_cases import DEVICE, random_case
+from tests.kernels.attention_cases import random_case
+from tests.kernels.memory import DEVICE
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
@@ -200,7 +201,7 @@ def structure(
 ) -> list[Tensor]:
     parents = torch.arange(nodes, dtype=torch.int32, device=device).repeat(2, 1) // 3 - 1
     parents[1, nodes // 2 :] = -2
-    return list(kernels.tree_structure(parents, torch.arange(2, device=device), links=True))
+    return list(kernels.tree_structure(parents))
 
 
 def accept(rule: str, dtype: torch.dtype, repeats: bool = False) -> list[Tensor]:

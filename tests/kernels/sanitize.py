@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import gpu, reference
-from tests.kernels.attention_cases import DEVICE, bits, error_and_bound, random_case
+from tests.kernels.attention_cases import error_and_bound, random_case
 from tests.kernels.compile_report import accept, judge, move, structure
+from tests.kernels.memory import DEVICE, bits
 
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn

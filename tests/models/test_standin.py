@@ -1,8 +1,6 @@
 """Stand-ins: large shapes that compute what a small model computes, judged by transformers' own
 run of the small one."""
 
-import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +9,10 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specdec import run as command
-from specdec.decode import Decoder
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
-from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
 from specdec.lab.experiment import stop_tokens
 from specdec.models.load import load_model, zoo_path
@@ -25,34 +20,19 @@ from specdec.models.paged import PagedLM
 from specdec.models.standin import (
     SHAPES,
     Shape,
-    named_shape,
-    placed_heads,
     placed_layers,
-    standin,
-    standin_config,
 )
-from specdec.protocols import Drafter
-from specdec.request import Request
-from specdec.sampling import SamplingParams
-from specdec.verifier.greedy import Greedy
+from specdec.protocols import Drafter, TreePolicy
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, outputs_of
+from tests.models.standins import BASE, build
+from tests.running import summary_of
 
 ROOT = Path(__file__).parents[2]
 SMALL_VOCABULARY = 8192
 WIDTH = 384  # of zoo:target
 FLOAT32_ROUNDING = 1e-5  # relative; a misplaced head or norm changes logits by more than 1e-2
 
-# Of zoo:target, which has 6 layers and 4 query heads on 1 key-value head.
-BASE = Shape(
-    hidden_size=512,
-    intermediate_size=1536,
-    num_hidden_layers=12,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=128,
-    vocab_size=9001,
-)
 FITS = {
     "same groups": BASE,
     "larger groups, as in 70B": replace(BASE, num_key_value_heads=1),
@@ -90,11 +70,6 @@ def zoo(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(zoo_path(name), dtype=dtype).eval()
 
 
-def build(shape: str | Shape, name: str = "target", **options: Any) -> Any:
-    settings: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, **options}
-    return standin(zoo_path(name), shape, **settings)
-
-
 @torch.no_grad()
 def hidden_states(model: Any, tokens: Tensor) -> list[Tensor]:
     """The hidden state before the first layer and after each; before the last norm."""
@@ -121,29 +96,25 @@ def generate(model: Any, prompts: list[list[int]], new_tokens: int = NEW) -> lis
 
 
 def decode(
-    target: PagedLM, drafter: Drafter, *, temperature: float = 0.0, new_tokens: int = NEW
+    target: PagedLM,
+    drafter: Drafter,
+    tree: TreePolicy | None = None,
+    *,
+    temperature: float = 0.0,
+    new_tokens: int = NEW,
 ) -> list[list[int]]:
-    prompts = tokens_of()
-    decoder = Decoder(
-        verifier=TreeVerifier(target),
-        drafter=drafter,
-        rule=RecursiveRejection() if temperature else Greedy(),
-        sampling=SamplingParams(temperature=temperature, seed=5),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=2,
-        stop_tokens=stop_tokens(target, ignore_eos=False),
+    decoder = decoder_of(
+        target,
+        drafter,
+        tree,
+        RecursiveRejection() if temperature else None,
+        temperature=temperature,
+        seed=5,
+        rows=2,
         max_tokens=128,
+        stop_tokens=stop_tokens(target, ignore_eos=False),
     )
-    requests = [
-        Request(id=i, prompt_ids=ids, max_new_tokens=new_tokens) for i, ids in enumerate(prompts)
-    ]
-    done = {sequence.request.id: sequence.output_ids for sequence in decoder.run(requests)}
-    return [done[i] for i in range(len(prompts))]
-
-
-def plain(target: PagedLM) -> Drafter:
-    return NoDrafter(target=target, tree=Chain(budget=0))
+    return outputs_of(decoder, tokens_of(), new_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +214,7 @@ def test_greedy_tokens_are_those_of_generate(
     assert target._direct is not None
     if not direct:
         monkeypatch.setattr(target, "_direct", None)
-    assert decode(target, plain(target)) == expected
+    assert decode(target, NoDrafter()) == expected
 
 
 @pytest.fixture
@@ -265,9 +236,9 @@ def test_pairs_of_stand_ins_and_zoo_decode_losslessly(
     path: str, draft: str, expected: list[list[int]]
 ) -> None:
     target = load_model(path)
-    drafter = SmallLlama(target=target, tree=Static(widths=[2, 2, 1]), path=draft)
+    drafter = SmallLlama(path=draft)
+    assert decode(target, drafter, Static(widths=[2, 2, 1])) == expected
     assert drafter.vocab_size == min(target.vocab_size, drafter.lm.vocab_size)
-    assert decode(target, drafter) == expected
 
 
 @pytest.mark.usefixtures("small_shapes")
@@ -275,8 +246,7 @@ def test_pairs_of_stand_ins_and_zoo_decode_losslessly(
 def test_pairs_sample_tokens_that_there_are(path: str, draft: str) -> None:
     target = load_model(path)
     tree = Static(widths=[2, 1], children="sample")
-    drafter = SmallLlama(target=target, tree=tree, path=draft)
-    for output in decode(target, drafter, temperature=1.5):
+    for output in decode(target, SmallLlama(path=draft), tree, temperature=1.5):
         assert output
         assert max(output) < SMALL_VOCABULARY
 
@@ -284,7 +254,7 @@ def test_pairs_sample_tokens_that_there_are(path: str, draft: str) -> None:
 def test_the_160m_shape_gives_the_tokens_of_zoo_draft() -> None:
     prompts = tokens_of()
     target = load_model("standin:llama_160m")
-    assert decode(target, plain(target), new_tokens=12) == generate(zoo("draft"), prompts, 12)
+    assert decode(target, NoDrafter(), new_tokens=12) == generate(zoo("draft"), prompts, 12)
 
 
 @torch.no_grad()
@@ -325,56 +295,6 @@ def test_the_seed_decides_the_dropped_weights_only(large: Any, tokens: Tensor) -
     assert torch.equal(other(tokens).logits.argmax(-1), large(tokens).logits.argmax(-1))
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("llama3_8b", 8_030_261_248),
-        ("llama3_70b", 70_553_706_496),
-        # Published with a tied head: 1,235,814,400.
-        ("llama3_1b", 1_235_814_400 + 128_256 * 2048),
-        # Published with 12 key-value heads and 32,000 tokens: 162,417,408.
-        ("llama_160m", 162_417_408 + 2 * 96_256 * 768 - 12 * 2 * 9 * 64 * 768),
-    ],
-)
-def test_parameter_counts_are_the_published_ones(name: str, parameters: int) -> None:
-    shape, source = named_shape(name)
-    config = standin_config(AutoConfig.from_pretrained(zoo_path(source)), shape)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-
-
-# --- where parts go
-
-
-@pytest.mark.parametrize(
-    ("small", "large", "places"),
-    [
-        (6, 6, [0, 1, 2, 3, 4, 5]),
-        (6, 32, [4, 9, 15, 20, 25, 31]),
-        (6, 80, [12, 25, 39, 52, 65, 79]),
-        (2, 12, [5, 11]),
-        (1, 3, [2]),
-    ],
-)
-def test_placed_layers(small: int, large: int, places: list[int]) -> None:
-    assert placed_layers(small, large) == places
-
-
-@pytest.mark.parametrize(
-    ("small", "large"),
-    [((4, 1), (32, 8)), ((4, 1), (64, 8)), ((4, 1), (4, 4)), ((6, 2), (8, 4)), ((8, 8), (16, 8))],
-)
-def test_a_query_head_keeps_its_keys(small: tuple[int, int], large: tuple[int, int]) -> None:
-    queries, kv_heads = placed_heads(small, large)
-    assert len(set(queries)) == small[0]
-    assert max(queries) < large[0]
-    filled = dict(kv_heads)
-    assert len(filled) == len(kv_heads)
-    for head, place in enumerate(queries):
-        assert filled[place // (large[0] // large[1])] == head // (small[0] // small[1])
-
-
 # --- by name
 
 
@@ -404,88 +324,29 @@ def test_every_config_names_a_stand_in() -> None:
         assert yaml.safe_load(file.read_text()) == {"path": f"standin:{file.stem}"}
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    quick = ("tracker=none", "prompts.limit=2", "max_new_tokens=8", "dtype=float32", "device=cpu")
-    monkeypatch.setattr(sys, "argv", ["specdec", *arguments, *quick])
-    with pytest.raises(SystemExit) as stop:
-        command.main()
-    return int(stop.value.code or 0)
+QUICK = ("tracker=none", "prompts.limit=2", "max_new_tokens=8", "dtype=float32", "device=cpu")
 
 
 @pytest.mark.usefixtures("small_shapes")
-def test_the_command_line_knows_stand_ins(monkeypatch, tmp_path) -> None:
+def test_the_command_line_knows_stand_ins(specdec, tmp_path):
     arguments = ("target=standin/llama3_8b", "drafter.path=standin:llama_160m")
-    assert run_command(monkeypatch, *arguments, f"out={tmp_path}/o") == 0
-    summary = json.loads((tmp_path / "o/summary.json").read_text())
+    assert specdec(*arguments, f"out={tmp_path}/o", *QUICK)[0] == 0
+    summary = summary_of(tmp_path / "o")
     assert summary["target"] == "standin:llama3_8b"
     assert summary["lossless"] == {"checked": 2, "identical": 2, "divergences": []}
 
 
 @pytest.mark.parametrize("setting", ["target.path", "drafter.path"])
-def test_an_unknown_name_is_refused_in_one_line(monkeypatch, tmp_path, capsys, setting) -> None:
-    assert run_command(monkeypatch, f"{setting}=standin:lion", f"out={tmp_path}/o") == 2
-    assert capsys.readouterr().err.strip() == (
+def test_an_unknown_name_is_refused_in_one_line(specdec, tmp_path, setting):
+    code, _, error = specdec(f"{setting}=standin:lion", f"out={tmp_path}/o", *QUICK)
+    assert code == 2
+    assert error.strip() == (
         f"error: {setting}=standin:lion: no such stand-in; "
         "there are llama3_1b, llama3_70b, llama3_8b, llama_160m"
     )
 
 
-# --- what does not fit
-
-MISFITS: dict[str, dict[str, int]] = {
-    "hidden_size=384: must be more than the source's 384": {"hidden_size": 384},
-    "intermediate_size=1151: must be at least the source's 1152": {"intermediate_size": 1151},
-    "num_hidden_layers=5: must be at least the source's 6": {"num_hidden_layers": 5},
-    "head_dim=64: must be the source's 128": {"head_dim": 64},
-    "vocab_size=8000: must be at least the source's 8192": {"vocab_size": 8000},
-    "num_key_value_heads=3: 4 query heads in groups of 4 need 4 groups of 1": {
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-    },
-}
-
-
-@pytest.mark.parametrize("message", MISFITS)
-def test_a_shape_that_is_too_small_is_refused(message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build(replace(BASE, **MISFITS[message]))
-
-
-def test_an_impossible_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="hidden_size=0: must be at least 1"):
-        replace(BASE, hidden_size=0)
-    with pytest.raises(ValueError, match="num_attention_heads=8: must be a multiple"):
-        replace(BASE, num_key_value_heads=3)
-
-
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="shape=standin:lion: no such stand-in"):
-        build("lion")
-    with pytest.raises(ValueError, match="nowhere: no such model folder"):
-        standin(tmp_path / "nowhere", BASE, device="cpu", dtype=torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"), [("qwen3", {}), ("llama", {"attention_bias": True})]
-)
-def test_another_architecture_is_refused(tmp_path: Path, kind: str, settings: Any) -> None:
-    AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"source of type {kind}: must be a Llama without"):
-        standin(tmp_path, BASE, device="cpu", dtype=torch.float32)
-
-
-def test_what_has_no_room_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.lab.environment.os.sysconf", lambda name: 1000)
-    with pytest.raises(ValueError, match="GiB does not fit the") as refusal:
-        standin(zoo_path("draft"), "llama_160m", device="cpu", dtype=torch.float32)
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_wrong_name_in_a_folder_of_options_names_those_there_are(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["specdec", "target=standin/llama3_9b"])
-    with pytest.raises(SystemExit) as end:
-        command.main()
-    assert end.value.code == 2
-    assert "standin/llama3_70b; standin/llama3_8b" in capsys.readouterr().err
+def test_a_wrong_name_in_a_folder_of_options_names_those_there_are(specdec):
+    code, _, error = specdec("target=standin/llama3_9b")
+    assert code == 2
+    assert "standin/llama3_70b; standin/llama3_8b" in error

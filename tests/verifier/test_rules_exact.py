@@ -1,37 +1,21 @@
-"""The law of what the acceptance rules emit, worked out by enumeration, and the sampling under it.
+"""The law of what the acceptance rules emit, worked out by enumeration.
 
-`experiments/studies/rule_laws.py` lists all trees a drafter could draw in a tiny world, and all ways the
-coins of a rule could fall; the tokens that come out must then follow the target. What holds of
-single rules is in `test_acceptance_rules.py`. Random draws only enter where the real loop is run.
+`experiments/studies/rule_laws.py` lists all trees a drafter could draw in a tiny world, and all
+ways the coins of a rule could fall; the tokens that come out must then follow the target. What
+holds of single rules is in `test_acceptance_rules.py`, the real loop in `test_loop.py`.
 """
 
-import copy
 import itertools
-import math
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from scipy import stats
-from tokenizers import Tokenizer, models
 
-from specdec.decode import Decoder, Step
-from specdec.drafters.small_llama import SmallLlama
-from specdec.drafters.trees.chain import Chain
-from specdec.drafters.trees.dynamic import Dynamic
-from specdec.drafters.trees.static import Static
 from specdec.experiments.studies.rule_laws import (
     BELOW_ONE,
     ROOT_TOKEN,
     Counts,
     DrawnTree,
-    Law,
     Table,
     Tokens,
     coin_chances,
@@ -41,97 +25,28 @@ from specdec.experiments.studies.rule_laws import (
     drawn_trees,
     emitted_law,
     extend_law,
-    ordered_draws,
     target_at_nodes,
     token_trees,
     widths,
 )
-from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, TreePolicy
-from specdec.request import Request
-from specdec.sampling import SamplingParams, draw, probabilities, race, uniforms
-from specdec.tree import Children, Proposal, TokenTree
-from specdec.verifier.block import Block
+from specdec.protocols import AcceptanceRule
+from specdec.sampling import SamplingParams, draw, probabilities
+from specdec.tree import Proposal, TokenTree
 from specdec.verifier.coins import CoinRule
 from specdec.verifier.greedy import Greedy
-from specdec.verifier.k_seq import KSeq
-from specdec.verifier.multi_path import MultiPath
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.relaxed import Relaxed
 from specdec.verifier.support import SupportRule
 from specdec.verifier.target_only import TargetOnly
-from specdec.verifier.tokenwise import Tokenwise
-from specdec.verifier.traversal import Traversal
 from specdec.verifier.typical import Typical
-from specdec.verifier.verifier import TreeVerifier
-
-ALPHA = 1e-6  # how often a statistical test may fail by chance; the seeds are fixed anyway
-RULES = (
-    TargetOnly(),
-    RecursiveRejection(),
-    Tokenwise(),
-    KSeq(),
-    Block(),
-    Traversal(),
-    MultiPath(),
+from tests.verifier.laws import (
+    RULES,
+    draws_of,
+    logits_table,
+    naive_probabilities,
+    shaped,
+    split_table,
 )
-
-
-def draws_of(rule: CoinRule) -> list[Children]:
-    """Ways of sampling children that a rule is lossless for."""
-    drawn: tuple[Children, ...] = ("sample", "sample_with_replacement")
-    params = SamplingParams(temperature=1.0)
-    return [children for children in drawn if rule.lossy(children, params) is None]
-
-
-def shaped(rule: CoinRule, *numbers: int) -> tuple[Counts, int]:
-    """Children by level, one each for rules for chains; and how many levels."""
-    chain = getattr(rule, "chains", False)
-    return widths(*(1 if chain else number for number in numbers)), len(numbers)
-
-
-# Worlds and their distributions
-
-
-def logits_table(seed: int, vocab: int) -> Table:
-    """Random logits after each context."""
-
-    def at(context: Tokens) -> np.ndarray:
-        return 1.5 * np.random.default_rng([seed, *(t + 1 for t in context)]).normal(size=vocab)
-
-    return at
-
-
-def split_table(vocab: int, *, low: bool) -> Table:
-    """Uniform over the lower or the upper part of the vocabulary, so the two never overlap."""
-    probs = np.zeros(vocab)
-    chosen = slice(None, vocab // 2) if low else slice(vocab // 2, None)
-    probs[chosen] = 1.0
-    return lambda context: probs / probs.sum()
-
-
-def naive_probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Temperature, top-k, top-p, then min-p, one token at a time."""
-    scores = logits / params.temperature
-    probs = np.exp(scores - scores.max())
-    probs /= probs.sum()
-    ranked = sorted(range(len(probs)), key=lambda token: -probs[token])
-    if params.top_k is not None:
-        ranked = ranked[: params.top_k]
-    if params.top_p is not None:
-        total, mass, kept = sum(probs[t] for t in ranked), 0.0, []
-        for token in ranked:
-            if kept and mass >= params.top_p * total:
-                break
-            kept.append(token)
-            mass += probs[token]
-        ranked = kept
-    if params.min_p is not None:
-        ranked = [t for t in ranked if probs[t] >= params.min_p * probs[ranked[0]]]
-    out = np.zeros_like(probs)
-    out[ranked] = probs[ranked]
-    return out / out.sum()
-
 
 # The law of what comes out
 
@@ -172,8 +87,6 @@ SHAPES: dict[str, tuple[Counts, int]] = {
     "uneven": (uneven, 2),
     "no_repeats": (no_children_of_repeats, 2),
 }
-
-
 DRAWN = [
     (shape, children)
     for shape in SHAPES
@@ -495,364 +408,3 @@ def test_a_proposal_is_asked_for_only_where_there_are_children(rule: SupportRule
     tree = token_trees(drawn_trees(widths(1), 1, dirichlet_table(0, 2), "top_k"), None)
     with pytest.raises(ValueError, match=rf"acceptance={rule.name}: .*no draft prob"):
         rule.accept(context_for(params, 1), tree, torch.zeros(1, 2, 2))
-
-
-# Sampling
-
-
-def rows_of_logits(vocab: int = 7) -> st.SearchStrategy[np.ndarray]:
-    return hnp.arrays(
-        np.float64,
-        (3, vocab),
-        elements=st.floats(-8, 8, allow_nan=False),
-        unique=True,
-    )
-
-
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    logits=rows_of_logits(),
-    temperature=st.sampled_from([0.3, 1.0, 1.6]),
-    top_k=st.none() | st.integers(1, 9),
-    top_p=st.none() | st.floats(0.05, 1.0),
-    min_p=st.none() | st.floats(0.0, 1.0),
-)
-def test_probabilities_equal_the_warpers_of_transformers(
-    logits: np.ndarray,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-) -> None:
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    scores = torch.tensor(logits)
-    warpers: list[transformers.LogitsProcessor] = []
-    if temperature != 1.0:
-        warpers.append(transformers.TemperatureLogitsWarper(temperature))
-    if top_k is not None:
-        warpers.append(transformers.TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1.0:
-        warpers.append(transformers.TopPLogitsWarper(top_p))
-    if min_p is not None:
-        warpers.append(transformers.MinPLogitsWarper(min_p))
-    warped = scores
-    for warper in warpers:
-        if isinstance(warper, transformers.TopPLogitsWarper):
-            mass = warped.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
-            assume(float((mass - params.top_p).abs().min()) > 1e-9)  # type: ignore[operator]
-        if isinstance(warper, transformers.MinPLogitsWarper):
-            shares = warped.softmax(-1)
-            shares = shares / shares.amax(-1, keepdim=True)
-            assume(min_p == 1.0 or float((shares - params.min_p).abs().min()) > 1e-9)
-        warped = warper(None, warped)
-    found = probabilities(scores, params)
-    torch.testing.assert_close(found, warped.softmax(-1), rtol=1e-9, atol=1e-12)
-    assert torch.equal(found > 0, warped.softmax(-1) > 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_probabilities_are_wide_and_sum_to_one(dtype: torch.dtype) -> None:
-    logits = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for params in (
-        SamplingParams(temperature=0.0, top_k=3),
-        SamplingParams(temperature=1.0),
-        SamplingParams(temperature=0.7, top_k=5, top_p=0.8, min_p=0.05),
-    ):
-        probs = probabilities(logits, params)
-        assert probs.dtype == wide
-        torch.testing.assert_close(probs.sum(-1), torch.ones(2, 3, dtype=wide))
-        if params.greedy:
-            assert torch.equal(probs.argmax(-1), logits.argmax(-1))
-            assert ((probs == 0) | (probs == 1)).all()
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", math.inf),
-        ("temperature", math.nan),
-        ("top_k", 0),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("min_p", -0.1),
-        ("min_p", 1.5),
-        ("seed", -1),
-    ],
-)
-def test_sampling_settings_out_of_range_are_named(setting: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{setting}={value}"):
-        SamplingParams(**{setting: value})
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    weights=hnp.arrays(
-        np.float64, (4, 6), elements=st.sampled_from([0.0, 0.0, 1e-300, 1e-40, 0.1, 1.0, 1e30])
-    ),
-    uniform=hnp.arrays(
-        np.float64, (4, 6), elements=st.floats(0.0, 1.0, exclude_max=True, allow_nan=False)
-    ),
-)
-def test_draw_never_yields_an_index_of_zero_weight(
-    weights: np.ndarray, uniform: np.ndarray
-) -> None:
-    weights[weights.sum(-1) == 0, 3] = 1e-300
-    index = draw(torch.tensor(weights), torch.tensor(uniform))
-    assert (weights[np.arange(4), index.numpy()] > 0).all()
-    arrival = race(torch.tensor(weights), torch.tensor(uniform))
-    assert torch.equal(arrival.isinf(), torch.tensor(weights) == 0)
-
-
-def chi_square(counts: dict[Tokens, int], expected: Law) -> float:
-    """p-value of counts against a law, cells that are expected fewer than 8 times merged."""
-    total = sum(counts.values())
-    assert all(expected.get(key, 0.0) > 0 for key in counts), "an impossible outcome came up"
-    observed, wanted, rare = [], [], [0.0, 0.0]
-    for key, probability in expected.items():
-        if probability * total >= 8:
-            observed.append(counts.get(key, 0))
-            wanted.append(probability * total)
-        else:
-            rare[0] += counts.get(key, 0)
-            rare[1] += probability * total
-    if rare[1] >= 8:
-        observed.append(rare[0])
-        wanted.append(rare[1])
-    elif wanted:
-        observed[-1] += rare[0]
-        wanted[-1] += rare[1]
-    assert len(observed) > 1
-    return float(stats.chisquare(observed, wanted).pvalue)
-
-
-@pytest.mark.parametrize("weights", [[0.5, 0.3, 0.2, 0.0], [9.0, 3.0, 2.0, 1.0]])
-def test_first_two_arrivals_are_draws_without_replacement(weights: list[float]) -> None:
-    uniform = torch.tensor(np.random.default_rng(3).random((100_000, 4)))
-    first_two = race(torch.tensor(weights), uniform).topk(2, largest=False).indices
-    counts: dict[Tokens, int] = {}
-    for pair in map(tuple, first_two.tolist()):
-        counts[pair] = counts.get(pair, 0) + 1
-    probs = np.array(weights) / sum(weights)
-    assert chi_square(counts, dict(ordered_draws(probs, 2, replacement=False))) > ALPHA
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 2**63 - 1),
-    rows=st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 2**20)), min_size=1, max_size=5),
-    stream=st.integers(0, 40),
-    count=st.integers(1, 30),
-    more=st.integers(0, 30),
-)
-def test_uniforms_depend_on_their_own_row_alone(
-    seed: int, rows: list[tuple[int, int]], stream: int, count: int, more: int
-) -> None:
-    sequences, steps = [r[0] for r in rows], [r[1] for r in rows]
-    numbers = uniforms(seed, sequences, steps, stream, count)
-    assert numbers.dtype == torch.float64
-    assert numbers.shape == (len(rows), count)
-    assert ((numbers >= 0) & (numbers < 1)).all()
-    longer = uniforms(seed, sequences, steps, stream, count + more)
-    assert torch.equal(longer[:, :count], numbers)
-    for row, (sequence, step) in enumerate(rows):
-        assert torch.equal(uniforms(seed, [sequence], [step], stream, count)[0], numbers[row])
-
-
-def test_uniforms_of_different_purposes_are_unrelated() -> None:
-    """Every seed, sequence, step and stream gives new numbers, and together they are uniform."""
-    blocks = [
-        uniforms(seed, [0, 1, 2], [step] * 3, stream, 50)
-        for seed in range(3)
-        for step in range(4)
-        for stream in range(5)
-    ]
-    numbers = torch.cat(blocks).flatten()
-    assert len(numbers.unique()) == len(numbers)
-    assert stats.kstest(numbers.numpy(), "uniform").pvalue > ALPHA
-    table = torch.cat(blocks).numpy()
-    correlation = np.corrcoef(table) - np.eye(len(table))
-    assert abs(correlation).max() < 0.8
-
-
-# The real loop
-
-PROMPT = [3, 1, 4, 1, 5]
-MODEL_VOCAB = 8
-
-
-def tiny_llama(seed: int, layers: int) -> transformers.LlamaForCausalLM:
-    """Random, with distributions far from uniform."""
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=MODEL_VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.45,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return transformers.LlamaForCausalLM(config).float().eval()
-
-
-@dataclass(frozen=True)
-class Models:
-    """A target over the paged cache, an untouched copy of it, and a folder with a draft model."""
-
-    target: PagedLM
-    plain: transformers.LlamaForCausalLM
-    draft_path: str
-
-
-@pytest.fixture(scope="module")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    folder: Path = tmp_path_factory.mktemp("draft")
-    model = tiny_llama(seed=0, layers=2)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(MODEL_VOCAB)}, unk_token="t0"))
-    for name, saved in {"other": tiny_llama(seed=1, layers=1), "same": model}.items():
-        saved.save_pretrained(folder / name)
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
-        tokenizer.save_pretrained(folder / name)
-    return Models(PagedLM(copy.deepcopy(model)), model, str(folder / "other"))
-
-
-def exact_law(model: transformers.LlamaForCausalLM, params: SamplingParams, count: int) -> Law:
-    """From forward passes of the untouched model over every continuation of the prompt."""
-    law: Law = {(): 1.0}
-    for _ in range(count):
-        contexts = list(law)
-        with torch.inference_mode():
-            inputs = torch.tensor([[*PROMPT, *context] for context in contexts])
-            logits = model(input_ids=inputs).logits[:, -1].double().numpy()
-        law = {
-            (*context, token): law[context] * float(probability)
-            for context, row in zip(contexts, logits, strict=True)
-            for token, probability in enumerate(naive_probabilities(row, params))
-            if probability > 0
-        }
-    return law
-
-
-def decoded(
-    models: Models,
-    rule: CoinRule,
-    tree: TreePolicy,
-    params: SamplingParams,
-    requests: int,
-    count: int,
-) -> tuple[dict[Tokens, int], float]:
-    """How often each output came up, and the drafted tokens accepted per step."""
-    drafter = SmallLlama(target=models.target, tree=tree, path=models.draft_path)
-    verifier = TreeVerifier(models.target)
-    decoder = Decoder(
-        verifier=verifier,
-        drafter=drafter,
-        rule=rule,
-        sampling=params,
-        batch_size=64,
-        max_context=models.target.max_context,
-        max_tokens=len(PROMPT) + count,
-        page_size=4,
-        device=torch.device("cpu"),
-    )
-    counts: dict[Tokens, int] = {}
-    accepted, steps = 0, 0
-
-    def note(step: Step) -> None:
-        nonlocal accepted, steps
-        accepted += sum(step.accepted)
-        steps += len(step.accepted)
-
-    queue = [Request(id=i, prompt_ids=PROMPT, max_new_tokens=count) for i in range(requests)]
-    for sequence in decoder.run(queue, on_step=note):
-        output = tuple(sequence.output_ids)
-        assert len(output) == count
-        counts[output] = counts.get(output, 0) + 1
-    verifier.target.cache.check()
-    drafter.model.cache.check()
-    assert sum(counts.values()) == requests
-    return counts, accepted / steps
-
-
-WARM = SamplingParams(temperature=1.0, seed=7)
-NUCLEUS = SamplingParams(temperature=1.0, top_p=0.8, seed=8)
-
-
-@pytest.mark.parametrize(
-    ("rule", "tree", "params", "count"),
-    [
-        (RecursiveRejection(), Chain(budget=2, children="sample"), WARM, 3),
-        (RecursiveRejection(), Static(widths=[2, 2], children="sample"), WARM, 3),
-        (
-            RecursiveRejection(),
-            Static(widths=[2, 2], children="sample_with_replacement"),
-            WARM,
-            2,
-        ),
-        (RecursiveRejection(), Dynamic(budget=5, width=3, depth=2, children="sample"), WARM, 3),
-        (
-            RecursiveRejection(),
-            Dynamic(budget=4, width=3, depth=2, children="sample_with_replacement"),
-            NUCLEUS,
-            2,
-        ),
-        (RecursiveRejection(), Static(widths=[2, 1], children="sample"), NUCLEUS, 3),
-        (Block(), Chain(budget=3, children="sample"), WARM, 3),
-        (KSeq(), Static(widths=[2, 2], children="sample_with_replacement"), WARM, 2),
-        (MultiPath(), Static(widths=[2, 2], children="sample_with_replacement"), WARM, 2),
-        (Traversal(), Static(widths=[2, 2], children="sample"), WARM, 3),
-        (
-            Traversal(),
-            Dynamic(budget=4, width=3, depth=2, children="sample_with_replacement"),
-            NUCLEUS,
-            2,
-        ),
-        (TargetOnly(), Static(widths=[2, 2], children="top_k"), WARM, 3),
-        (TargetOnly(), Dynamic(budget=5, width=3, depth=2, children="top_k"), NUCLEUS, 2),
-    ],
-    ids=lambda value: getattr(value, "name", None) or type(value).__name__,
-)
-def test_outputs_of_the_loop_follow_the_target(
-    tiny_models: Models, rule: AcceptanceRule, tree: TreePolicy, params: SamplingParams, count: int
-) -> None:
-    counts, accepted = decoded(tiny_models, rule, tree, params, requests=2200, count=count)
-    expected = exact_law(tiny_models.plain, params, count)
-    assert chi_square(counts, expected) > ALPHA
-    first: dict[Tokens, int] = {}
-    for tokens, times in counts.items():
-        first[tokens[:1]] = first.get(tokens[:1], 0) + times
-    assert chi_square(first, exact_law(tiny_models.plain, params, 1)) > ALPHA
-    assert accepted > 0.2
-
-
-def test_the_statistical_test_sees_a_lossy_pair(tiny_models: Models) -> None:
-    """Recursive rejection on top-k children, which is not lossless, fails the test above."""
-    tree = Static(widths=[2, 1], children="top_k")
-    counts, _ = decoded(tiny_models, RecursiveRejection(), tree, WARM, requests=1500, count=2)
-    assert chi_square(counts, exact_law(tiny_models.plain, WARM, 2)) < ALPHA
-
-
-@pytest.mark.parametrize("params", [WARM, NUCLEUS], ids=["plain", "top_p"])
-@pytest.mark.parametrize(
-    "tree",
-    [
-        Chain(budget=3, children="sample"),
-        Static(widths=[2, 1, 2], children="sample"),
-        Static(widths=[1, 2, 2], children="sample_with_replacement"),
-    ],
-    ids=["chain", "tree", "with_replacement"],
-)
-def test_a_draft_equal_to_the_target_is_always_accepted(
-    tiny_models: Models, tree: TreePolicy, params: SamplingParams
-) -> None:
-    """So its positions and its view of the tree are right, level by level, and after a step what
-    it has committed."""
-    same = replace(tiny_models, draft_path=str(Path(tiny_models.draft_path).parent / "same"))
-    _, accepted = decoded(same, RecursiveRejection(), tree, params, requests=200, count=8)
-    assert accepted > 2.99

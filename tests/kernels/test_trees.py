@@ -4,15 +4,18 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec.kernels import gpu, reference
-from specdec.kernels.layout import TreeStructure, words
+from specdec.kernels.layout import TreeStructure, unpack_bits, words
+from specdec.kernels.reference import tree_structure
+from tests.kernels.reference_cases import ancestors_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256]
 GUARD = 1024
-
 both = pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
 
 
@@ -37,20 +40,15 @@ def forest(nodes: int) -> list[list[int]]:
     ]
 
 
-def assert_describes(found: TreeStructure, batch: list[list[int]], starts: list[int]) -> None:
-    """Every field, from the parents by walking up and by listing children."""
+def assert_describes(found: TreeStructure, batch: list[list[int]]) -> None:
+    """Every field, from the parents by walking up."""
     nodes = len(batch[0])
     assert found.ancestors.shape == (len(batch), nodes, words(nodes))
-    for name in ("ancestors", "first_child", "next_sibling"):
-        assert getattr(found, name).dtype == torch.int32
-    for name in ("depths", "positions"):
-        assert getattr(found, name).dtype == torch.int64
+    assert found.ancestors.dtype == torch.int32
+    assert found.depths.dtype == torch.int64
     lists = {name: tensor.tolist() for name, tensor in found._asdict().items()}
     for row, parents in enumerate(batch):
-        children: dict[int, list[int]] = {}
-        for node, parent in enumerate(parents):
-            children.setdefault(parent, []).append(node)
-        for node, parent in enumerate(parents):
+        for node in range(nodes):
             line = [node]
             while parents[line[-1]] >= 0:
                 line.append(parents[line[-1]])
@@ -59,10 +57,6 @@ def assert_describes(found: TreeStructure, batch: list[list[int]], starts: list[
             )
             assert bits == sum(1 << ancestor for ancestor in line)
             assert lists["depths"][row][node] == len(line) - 1
-            assert lists["positions"][row][node] == starts[row] + len(line) - 1
-            assert lists["first_child"][row][node] == children.get(node, [-1])[0]
-            younger = [j for j in children[parent] if j > node and parent >= 0]
-            assert lists["next_sibling"][row][node] == (younger[0] if younger else -1)
 
 
 @both
@@ -70,37 +64,31 @@ def assert_describes(found: TreeStructure, batch: list[list[int]], starts: list[
 def test_structure_equals_a_walk_to_the_root(kernels: ModuleType, nodes: int) -> None:
     batch = forest(nodes)
     parents = torch.tensor(batch, dtype=torch.int32, device=DEVICE)
-    starts = [5, 0, 2**31 - 2, 1, 9]
-    lengths = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
-    assert_describes(kernels.tree_structure(parents, lengths, links=True), batch, starts)
+    assert_describes(kernels.tree_structure(parents), batch)
     assert parents.tolist() == batch
 
 
 @both
 @pytest.mark.parametrize("nodes", [1, 40])
-def test_without_lengths_positions_are_depths(kernels: ModuleType, nodes: int) -> None:
+def test_parents_may_be_wide_integers(kernels: ModuleType, nodes: int) -> None:
     batch = forest(nodes)
-    found = kernels.tree_structure(torch.tensor(batch, device=DEVICE), links=True)  # int64 parents
-    assert_describes(found, batch, [0] * len(batch))
+    parents = torch.tensor(batch, dtype=torch.int64, device=DEVICE)
+    assert_describes(kernels.tree_structure(parents), batch)
 
 
 @both
 @pytest.mark.parametrize("nodes", [2, 33, 256])
 def test_the_longest_chain_and_the_widest_star(kernels: ModuleType, nodes: int) -> None:
     batch = [list(range(-1, nodes - 1)), [-1] + [0] * (nodes - 1)]
-    found = kernels.tree_structure(
-        torch.tensor(batch, dtype=torch.int32, device=DEVICE), links=True
-    )
-    assert_describes(found, batch, [0, 0])
+    parents = torch.tensor(batch, dtype=torch.int32, device=DEVICE)
+    assert_describes(kernels.tree_structure(parents), batch)
 
 
 @both
-def test_a_forest_and_no_links(kernels: ModuleType) -> None:
+def test_a_forest(kernels: ModuleType) -> None:
     """Several roots in a row, as the levels of a draft below a committed root are."""
     parents = torch.tensor([[-1, -1, 0, 1, 1, -1, 3]], dtype=torch.int32, device=DEVICE)
     found = kernels.tree_structure(parents)
-    assert found.first_child is None
-    assert found.next_sibling is None
     assert found.depths[0].tolist() == [0, 0, 1, 1, 1, 0, 2]
     assert found.ancestors[0, :, 0].tolist() == [1, 2, 0b101, 0b1010, 0b10010, 32, 0b1001010]
 
@@ -110,7 +98,7 @@ def test_parents_may_be_a_part_of_a_wider_tensor(kernels: ModuleType) -> None:
     batch = forest(20)
     wide = torch.full((len(batch), 50), 7, dtype=torch.int32, device=DEVICE)
     wide[:, 10:30] = torch.tensor(batch, dtype=torch.int32)
-    assert_describes(kernels.tree_structure(wide[:, 10:30], links=True), batch, [0] * len(batch))
+    assert_describes(kernels.tree_structure(wide[:, 10:30]), batch)
 
 
 @pytest.mark.parametrize("nodes", [1, 33, 65])
@@ -128,14 +116,10 @@ def test_nothing_is_written_beside_the_results(
 
     batch = forest(nodes)
     parents = torch.tensor(batch, dtype=torch.int32, device=DEVICE)
-    lengths = torch.zeros(len(batch), dtype=torch.int32, device=DEVICE)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", with_guards)
-        patch.setattr(
-            torch, "empty_like", lambda x: with_guards(*x.shape, dtype=x.dtype, device=x.device)
-        )
-        found = gpu.tree_structure(parents, lengths, links=True)
-    assert_describes(found, batch, [0] * len(batch))
+        found = gpu.tree_structure(parents)
+    assert_describes(found, batch)
     assert len(guarded) == len(found)
     for memory, count in guarded:
         assert (memory[:GUARD] == -77).all()
@@ -153,15 +137,46 @@ def test_nonsense_does_not_hang_the_kernel(parents: list[int]) -> None:
 def test_a_captured_graph_follows_new_parents() -> None:
     batch = forest(65)
     parents = torch.tensor(batch, dtype=torch.int32, device=DEVICE)
-    lengths = torch.zeros(len(batch), dtype=torch.int32, device=DEVICE)
-    gpu.tree_structure(parents, lengths, links=True)
+    gpu.tree_structure(parents)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = gpu.tree_structure(parents, lengths, links=True)
-    for turn in range(3):
+        found = gpu.tree_structure(parents)
+    for _ in range(3):
         batch = [batch[-1], *batch[:-1]]
-        starts = [turn, 1, 100, 5, 0]
         parents.copy_(torch.tensor(batch, dtype=torch.int32))
-        lengths.copy_(torch.tensor(starts, dtype=torch.int32))
         graph.replay()
-        assert_describes(found, batch, starts)
+        assert_describes(found, batch)
+
+
+@st.composite
+def padded_trees(draw: st.DrawFn) -> list[list[int]]:
+    """A batch of parents with padding; long chains are as likely as bushes."""
+    nodes = draw(st.integers(1, 70))
+    batch = []
+    for _ in range(draw(st.integers(1, 3))):
+        size = draw(st.integers(0, nodes))
+        reach = draw(st.sampled_from([1, 2, 100]))
+        tree = [draw(st.integers(max(0, i - reach), i - 1)) for i in range(1, size)]
+        batch.append([*[-1][:size], *tree, *[-2] * (nodes - size)])
+    return batch
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(batch=padded_trees())
+def test_structure_of_any_trees(batch: list[list[int]]) -> None:
+    structure = tree_structure(torch.tensor(batch, dtype=torch.int32))
+    nodes = len(batch[0])
+    dense = unpack_bits(structure.ancestors, nodes)
+    for row, parents in enumerate(batch):
+        for node in range(nodes):
+            walk = ancestors_of(parents, node)
+            assert dense[row, node].nonzero().flatten().tolist() == sorted(walk)
+            assert structure.depths[row, node] == len(walk) - 1
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 4, 5, 8, 9, 16, 17, 18, 33, 128, 129, 130])
+def test_structure_of_the_longest_chain(nodes: int) -> None:
+    structure = tree_structure(torch.arange(-1, nodes - 1)[None])
+    assert structure.depths[0].tolist() == list(range(nodes))
+    dense = unpack_bits(structure.ancestors, nodes)[0]
+    assert torch.equal(dense, torch.ones(nodes, nodes, dtype=torch.bool).tril())

@@ -1,0 +1,231 @@
+"""The command line of every program beside `specdec.run`, in the same words, and its result file.
+
+A program declares its options and says what to do with them:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        texts: tuple[str, ...] = option(about="files or folders", free=True)  # required
+        batches: tuple[int, ...] = option((1, 8), "sequences together")
+        tokens: Annotated[int, Field(ge=100)] = option(1000, "of the datastore")
+        out: Path = option(Path("speed.json"), "result file")
+        resume: bool = option(False, "keep what the file holds")
+
+    def work(options: Options) -> int | None:  # exit code, if not 0
+        top = head(options, torch.device("cpu"))
+        result = resume(options.out, top) if options.resume else top
+        ...
+        write(options.out, result)
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        return run_main(Options, work, arguments, doc=__doc__)
+
+    if __name__ == "__main__":
+        sys.exit(main())
+
+Words are `name=value` with values in YAML, `batches=[1,8]`, where one alone needs no brackets.
+Words without a name go to the option that is `free`. `--help` shows the docstring and all options.
+"""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, field, fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from specdec.lab.environment import describe_environment
+
+Options = TypeVar("Options")
+VOLATILE = ("out", "resume")  # no settings of a measurement
+TEXTS = (str, Path)
+
+
+def option(default: Any = MISSING, about: str = "", *, free: bool = False) -> Any:
+    """A field of a dataclass of options: its default, without which it must be given, what it is,
+    and whether it takes the words without a name."""
+    return field(default=default, metadata={"about": about, "free": free})
+
+
+def run_main(
+    kind: type[Options],
+    work: Callable[[Options], int | None],
+    arguments: Sequence[str] | None = None,
+    *,
+    doc: str | None,
+) -> int:
+    """Read the command line and do the work; returns the exit code.
+
+    A ValueError becomes one line on stderr and exit code 2.
+
+    Args:
+        kind: dataclass of options.
+        work: its exit code, None for 0.
+        arguments: those of the process if left out.
+        doc: what `--help` says before the options.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(words):
+        print(usage(kind, doc))
+        return 0
+    try:
+        return work(parse(kind, words)) or 0
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(kind: type[Options], words: Sequence[str]) -> Options:
+    """The options that these words give.
+
+    Raises:
+        ValueError: an unknown or repeated name, a value of another type, or one is missing.
+    """
+    known = _fields(kind)
+    free = next((name for name, one in known.items() if one.metadata.get("free")), None)
+    kinds = get_type_hints(kind, include_extras=True)
+    found: dict[str, Any] = {}
+    loose: list[str] = []
+    for word in words:
+        name, text = re.fullmatch(r"(?s)(?:(\w+)=)?(.*)", word).groups()  # type: ignore[union-attr]
+        if name is None and free is not None:
+            loose.append(text)
+        elif name not in known:
+            what = "must be name=value" if name is None else "no such option"
+            raise ValueError(f"{word}: {what}; there are {', '.join(known)}")
+        elif name in found:
+            raise ValueError(f"{word}: given twice; leave one out")
+        else:
+            found[name] = typed(name, _read(name, text, kinds[name]), kinds[name])
+    if free is not None and loose:
+        if free in found:
+            raise ValueError(f"{loose[0]}: {free} is given as well; put all of them there")
+        found[free] = typed(free, loose, kinds[free])
+    for name, one in known.items():
+        if name not in found and one.default is MISSING:
+            raise ValueError(f"{name}: must be given, {name}=...: {one.metadata.get('about')}")
+    return kind(**found)
+
+
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """The value, if it is of that type; lists are read as tuples and texts as paths where those
+    are wanted.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"].replace("Input should be", "must be")
+        raise ValueError(f"{name}={value}: {expected}") from None
+
+
+def _read(name: str, text: str, kind: Any) -> Any:
+    """What a word says: YAML, or the text itself where a text is wanted and YAML has a number."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"{name}={text}: not YAML; put it in quotes") from None
+    if get_origin(kind) in (tuple, list):
+        values = value if isinstance(value, list) else [value]
+        texts = any(one in TEXTS for one in get_args(kind))
+        return [str(one) if texts and isinstance(one, int | float) else one for one in values]
+    wanted = any(one in TEXTS for one in (kind, *get_args(kind)))
+    if wanted and not isinstance(value, str | None):
+        return text
+    return value
+
+
+def usage(kind: type, doc: str | None) -> str:
+    """The docstring, and every option with its default, or with `...` if it must be given."""
+    lines = [(doc or "").strip(), "", "Options, as name=value:"]
+    for name, one in _fields(kind).items():
+        default = "..." if one.default is MISSING else _text(one.default)
+        about = one.metadata.get("about", "")
+        if one.metadata.get("free"):
+            about += ", also as words without a name"
+        lines.append(f"  {f'{name}={default}':<28} {about}".rstrip())
+    return "\n".join(lines)
+
+
+def command_line(options: Any, program: str | None = None) -> str:
+    """The command that gives these options; those that have their defaults are left out.
+
+    Args:
+        program: what follows `python -m`; the module of the options if left out.
+    """
+    module = type(options).__module__
+    spec = sys.modules[module].__spec__  # where __main__ has its name
+    words = (program or (spec.name if spec else module)).split()
+    for name, one in _fields(type(options)).items():
+        value = getattr(options, name)
+        if value != one.default:
+            words.append(f"{name}={_text(value)}")
+    return shlex.join(["python", "-m", *words])
+
+
+def _text(value: Any) -> str:
+    """A value as a word has it."""
+    if isinstance(value, TEXTS) and yaml.safe_load(str(value)) == str(value):
+        return str(value)
+    return json.dumps(value, default=str, separators=(",", ":"))
+
+
+def _fields(kind: type) -> dict[str, Field[Any]]:
+    return {one.name: one for one in fields(kind)}
+
+
+def head(
+    options: Any,
+    device: torch.device,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    program: str | None = None,
+) -> dict[str, Any]:
+    """What every result file begins with: command, settings, versions, hardware and git.
+
+    Args:
+        settings: all options but `out` and `resume`, if left out; `resume` compares them.
+        program: as for `command_line`.
+    """
+    if settings is None:
+        settings = {name: v for name, v in asdict(options).items() if name not in VOLATILE}
+    return {
+        "command": command_line(options, program),
+        "settings": json.loads(json.dumps(settings, default=str)),
+        **describe_environment(device),
+    }
+
+
+def write(path: Path, result: Mapping[str, Any]) -> None:
+    """Replace a file at once, so that an interruption leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partly = path.with_suffix(".tmp")
+    partly.write_text(json.dumps(result, indent=1) + "\n")
+    partly.replace(path)
+
+
+def resume(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier run has measured with the same settings, under this head and with the
+    commands of all runs; the head alone if there is no file.
+
+    Raises:
+        ValueError: other settings; one line that names the file and the first that differs.
+    """
+    if not path.exists():
+        return dict(head)
+    result: dict[str, Any] = json.loads(path.read_text())
+    for name, value in head["settings"].items():
+        before = result.get("settings", {}).get(name)
+        if before != value:
+            raise ValueError(f"{path}: {name}={before} there, {value} now; leave resume out")
+    commands = dict.fromkeys([*result["command"].split("; "), head["command"]])
+    return {**result, **head, "command": "; ".join(commands)}

@@ -1,0 +1,288 @@
+"""Acceptance rules with kernels keep what they keep without."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.decode import Decoder
+from specdec.drafters.host import HostDrafter
+from specdec.drafters.trees.static import Static
+from specdec.kernels import gpu, reference
+from specdec.kernels.choose import Kernels
+from specdec.protocols import AcceptanceRule, Capacity, Decoding, Request, StepContext
+from specdec.sampling import SamplingParams
+from specdec.tree import Acceptance, Children, Proposal, TokenTree
+from specdec.verifier.block import Block
+from specdec.verifier.greedy import Greedy
+from specdec.verifier.k_seq import KSeq
+from specdec.verifier.multi_path import MultiPath
+from specdec.verifier.recursive_rejection import RecursiveRejection
+from specdec.verifier.relaxed import Relaxed
+from specdec.verifier.target_only import TargetOnly
+from specdec.verifier.tokenwise import Tokenwise
+from specdec.verifier.traversal import Traversal
+from specdec.verifier.typical import Typical
+from tests.kernels.cases import DEVICE, Case, context_for, keys_at, random_case
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0, top_k=3),
+        SamplingParams(temperature=0.8, seed=3),
+        SamplingParams(temperature=1.3, top_k=12, top_p=0.9, min_p=0.02, seed=4),
+    ],
+    ids=["greedy", "tempered", "filtered"],
+)
+@pytest.mark.parametrize(
+    "rule", [Greedy(), TargetOnly(), RecursiveRejection()], ids=lambda rule: rule.name
+)
+def test_rules_that_are_kernels_keep_the_same(
+    rule: AcceptanceRule, params: SamplingParams
+) -> None:
+    case = random_case(
+        9, sizes=[7, 0, 4, 1], vocab=70, support=6, repeats=True, dtype=torch.float32
+    )
+    drafted = case.trees()
+    assert drafted.draft_ids is not None
+    assert drafted.draft_probs is not None
+    tree = TokenTree(
+        tokens=drafted.tokens,
+        parents=drafted.parents,
+        size=drafted.size,
+        depth=drafted.depth,
+        proposal=Proposal(
+            ids=drafted.draft_ids, probs=drafted.draft_probs, children="sample_with_replacement"
+        ),
+    )
+    gpu = Kernels(impl="triton").on(DEVICE)
+    for step in range(2):
+        plain = rule.accept(context_for(params, 4, step, reference), tree, case.logits)
+        found = rule.accept(context_for(params, 4, step, gpu), tree, case.logits)
+        busy = tree.size > 0
+        assert torch.equal(found.length, plain.length)
+        past = torch.arange(plain.path.shape[1], device=DEVICE) >= plain.length[:, None]
+        assert ((found.path == plain.path) | past)[busy].all()
+        assert torch.equal(found.next_token[busy], plain.next_token[busy])
+
+
+class Bigrams:
+    """A target whose next token depends on the last one alone; it has no cache to keep."""
+
+    cache = None
+
+    def __init__(self, vocab: int) -> None:
+        generator = torch.Generator().manual_seed(2)
+        self.table = 2.0 * torch.randn(vocab, vocab, generator=generator).to(DEVICE)
+
+    def prepare(self, capacity: Capacity) -> None: ...
+
+    def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
+        return list(sequences)
+
+    def verify(self, context: StepContext, tree: TokenTree) -> Tensor:
+        return self.table[tree.tokens]
+
+    def commit(self, context: StepContext, acceptance: Acceptance) -> None: ...
+
+    def finish(self, sequence: Decoding) -> None: ...
+
+
+class Guesses(HostDrafter):
+    """Every token of the vocabulary again, in an order that depends on the last one."""
+
+    def propose(self, sequence: Decoding, levels: int) -> Iterator[tuple[list[int], float]]:
+        last = sequence.tokens[-1]
+        for i in range(6):
+            yield [(last + i + k) % 12 for k in range(levels)], 1.0 + i
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rule", [TargetOnly(), RecursiveRejection()], ids=lambda rule: rule.name)
+def test_the_loop_gives_the_same_with_and_without_kernels(
+    rule: AcceptanceRule, temperature: float
+) -> None:
+    outputs, accepted = {}, 0
+    for impl in ("triton", "reference"):
+        decoder = Decoder(
+            verifier=Bigrams(12),
+            drafter=Guesses(tree=Static(widths=[2, 1], children="sample")),
+            rule=rule,
+            sampling=SamplingParams(temperature=temperature, seed=5),
+            kernels=Kernels(impl=impl),
+            max_context=64,
+            device=DEVICE,
+            batch_size=2,
+        )
+        requests = [Request(id=i, prompt_ids=[i, 3], max_new_tokens=5) for i in range(3)]
+        done = sorted(decoder.run(requests), key=lambda s: s.request.id)
+        outputs[impl] = [sequence.output_ids for sequence in done]
+        accepted += sum(max(sequence.accepted_lengths) > 1 for sequence in done)
+    assert outputs["triton"] == outputs["reference"]
+    assert accepted
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+RULES: list[tuple[AcceptanceRule, Children, float]] = [
+    (Traversal(), "sample", 0.5),
+    (Traversal(), "sample_with_replacement", 0.5),
+    (Block(), "sample", 0.0),
+    (KSeq(), "sample_with_replacement", 0.5),
+    (MultiPath(), "sample_with_replacement", 0.5),
+    (Tokenwise(), "sample", 0.0),
+    (Typical(), "sample", 0.5),
+    (Relaxed(top_n=2, delta=0.4), "sample", 0.5),
+]
+RULE_NAMES = [f"{rule.name} {children}" for rule, children, _ in RULES]
+
+
+def tree_of(case: Case, children: Children, support: int | None = None) -> TokenTree:
+    trees = case.trees(support=support)
+    assert trees.draft_ids is not None
+    assert trees.draft_probs is not None
+    proposal = Proposal(ids=trees.draft_ids, probs=trees.draft_probs, children=children)
+    return TokenTree(
+        tokens=trees.tokens,
+        parents=trees.parents,
+        size=trees.size,
+        depth=trees.depth,
+        proposal=proposal,
+    )
+
+
+def rows_that_differ(found: Acceptance, expected: Acceptance, tree: TokenTree) -> int:
+    inside = torch.arange(found.path.shape[1], device=DEVICE) < expected.length[:, None]
+    differ = ((found.path != expected.path) & inside).any(1)
+    differ |= (found.length != expected.length) | (found.next_token != expected.next_token)
+    return int((differ & (tree.size > 0)).sum())
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.8, seed=3),
+        SamplingParams(temperature=1.3, top_k=12, top_p=0.9, min_p=0.02, seed=4),
+    ],
+    ids=["tempered", "filtered"],
+)
+@pytest.mark.parametrize(("rule", "children", "bushy"), RULES, ids=RULE_NAMES)
+def test_a_rule_keeps_the_same_with_and_without_kernels(
+    rule: AcceptanceRule, children: Children, bushy: float, params: SamplingParams
+) -> None:
+    case = random_case(
+        9,
+        sizes=[6, 0, 4],
+        vocab=70,
+        support=6,
+        repeats=children == "sample_with_replacement",
+        dtype=torch.float32,
+        bushy=bushy,
+    )
+    tree, kept = tree_of(case, children), 0
+    for step in range(2):
+        plain = rule.accept(context_for(params, 3, step, reference), tree, case.logits)
+        found = rule.accept(context_for(params, 3, step, gpu), tree, case.logits)
+        assert rows_that_differ(found, plain, tree) == 0
+        assert found.length[1] == 0
+        assert ((found.next_token >= 0) & (found.next_token < 70)).all()
+        kept = max(kept, int(plain.length.max()))
+    assert kept > 1
+
+
+# On a GPU
+
+
+def big_case(seed: int, batch: int, children: Children, bushy: float, vocab: int) -> Case:
+    return random_case(
+        seed,
+        sizes=[64] + [20] * (batch - 1),
+        vocab=vocab,
+        support=64,
+        repeats=children == "sample_with_replacement",
+        dtype=torch.bfloat16,
+        bushy=0.8 if bushy else 0.0,
+    )
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize(("rule", "children", "bushy"), RULES, ids=RULE_NAMES)
+def test_a_large_vocabulary(
+    rule: AcceptanceRule, children: Children, bushy: float, batch: int
+) -> None:
+    """In float64 the definition may decide a close call otherwise; of 40 or so, one."""
+    case = big_case(20, batch, children, bushy, 128_256)
+    tree, params = tree_of(case, children, 64), SamplingParams(temperature=0.8, seed=3)
+    differ, lengths = 0, set()
+    for step in range(5):
+        context = context_for(params, batch, step, reference)
+        plain = rule.accept(context, tree, case.logits.double())
+        found = rule.accept(context_for(params, batch, step, gpu), tree, case.logits)
+        differ += rows_that_differ(found, plain, tree)
+        lengths.update(found.length.tolist())
+    assert differ <= 1
+    assert max(lengths) > 1
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rule", "children", "bushy"), RULES, ids=RULE_NAMES)
+def test_a_captured_graph_follows_new_inputs(
+    rule: AcceptanceRule, children: Children, bushy: float
+) -> None:
+    """New logits, keys and trees in the same tensors; four replays, which reuse their scratch."""
+    cases = [big_case(seed, 3, children, bushy, 5000) for seed in range(4)]
+    trees = [tree_of(case, children, 64) for case in cases]
+    keys = [keys_at(step, 3) for step in range(4)]
+    depth = max(tree.depth for tree in trees)
+    params = SamplingParams(temperature=0.9)
+
+    def call(tree: TokenTree, logits: Tensor, key: Tensor) -> list[Tensor]:
+        assert tree.proposal is not None
+        tree = TokenTree(
+            tokens=tree.tokens,
+            parents=tree.parents,
+            size=tree.size,
+            depth=depth,
+            proposal=tree.proposal,
+        )
+        context = StepContext(
+            sequences=[],
+            roots=tree.tokens[:, 0],
+            sampling=params,
+            uniforms=partial(gpu.uniforms, key),
+            kernels=gpu,
+            keys=key,
+        )
+        kept = rule.accept(context, tree, logits)
+        return [kept.path, kept.length, kept.next_token]
+
+    held, logits, key = trees[0].to(DEVICE), cases[0].logits.clone(), keys[0].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(held, logits, key)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(held, logits, key)
+    outcomes = set()
+    for case, tree, new in zip(cases, trees, keys, strict=True):
+        for old, value in zip(held.tensors(), tree.tensors(), strict=True):
+            old.copy_(value)
+        logits.copy_(case.logits)
+        key.copy_(new)
+        graph.replay()
+        expected = call(tree, case.logits, new)
+        for a, b in zip(out, expected, strict=True):
+            assert torch.equal(a, b)
+        outcomes.add(str(expected))
+    assert len(outcomes) == 4

@@ -1,0 +1,219 @@
+"""Experiments: what a run leaves on disk, resuming, failures, samples."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from specdec.drafters.none import NoDrafter
+from specdec.lab.tracking import NoTracker
+from tests.running import QUICK, lines, outputs, summary_of
+
+pytestmark = pytest.mark.usefixtures("load_once")
+
+
+def test_what_a_run_leaves(specdec, tmp_path):
+    code, printed, _ = specdec("drafter=small_llama", "batch_size=2", f"out={tmp_path}/o", *QUICK)
+    folder = tmp_path / "o"
+    summary = summary_of(folder)
+    generations, steps = lines(folder / "generations.jsonl"), lines(folder / "steps.jsonl")
+    assert code == 0
+    assert {
+        *(
+            "drafter",
+            "target",
+            "acceptance",
+            "kernels",
+            "temperature",
+            "seed",
+            "batch_size",
+            "prompts",
+            "tokens",
+        ),
+        *("steps", "seconds", "tokens_per_second", "mean_accepted_length", "acceptance_by_depth"),
+        *("time", "baseline", "speedup", "lossless", "versions", "hardware", "git"),
+    } <= set(summary)
+    assert set(summary["time"]) == {"prefill", "draft", "verify", "accept", "commit", "other"}
+    assert sum(summary["time"].values()) == pytest.approx(summary["seconds"])
+    assert len(generations) == summary["prompts"] == 3
+    assert summary["tokens"] == sum(len(g["output_ids"]) for g in generations)
+    assert summary["tokens"] == sum(sum(step["tokens"]) for step in steps)
+    assert summary["steps"] == len(steps)
+    for generation in generations:
+        mine = [
+            tokens
+            for step in steps
+            for request, tokens in zip(step["requests"], step["tokens"], strict=True)
+            if request == generation["request"]
+        ]
+        assert mine == generation["accepted_lengths"]
+        assert sum(mine) == len(generation["output_ids"])
+    pooled = sum(map(sum, (s["tokens"] for s in steps))) / sum(len(s["tokens"]) for s in steps)
+    assert summary["mean_accepted_length"]["pooled"] == pytest.approx(pooled)
+    ratio = summary["tokens_per_second"] / summary["baseline"]["tokens_per_second"]
+    assert summary["speedup"] == pytest.approx(ratio)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["drafter"]["path"] == "zoo:draft"
+    assert "speedup" in printed
+    assert "3 of 3 outputs equal the baseline" in printed
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 11])
+def test_an_interrupted_run_resumes_to_the_same_outputs(
+    specdec, tmp_path, monkeypatch, stop_after
+):
+    arguments = ("sampling=sample", "batch_size=2", "prompts.limit=5", "max_new_tokens=12")
+    arguments += ("tracker=none", "drafter=small_llama")
+    assert specdec(*arguments, f"out={tmp_path}/whole")[0] == 0
+
+    steps = 0
+
+    def interrupt(self: NoTracker, step: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == stop_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NoTracker, "step", interrupt)
+        code, printed, _ = specdec(*arguments, f"out={tmp_path}/cut")
+    assert code == 130
+    assert "resume=true" in printed
+    assert summary_of(tmp_path / "cut")["interrupted"]
+    lines(tmp_path / "cut/steps.jsonl")
+
+    code, _, error = specdec(*arguments, f"out={tmp_path}/cut")
+    assert code == 2
+    assert "resume=true" in error
+    code, _, error = specdec(*arguments, "seed=9", "resume=true", f"out={tmp_path}/cut")
+    assert code == 2
+    assert "seed" in error
+
+    assert specdec(*arguments, "resume=true", f"out={tmp_path}/cut")[0] == 0
+    assert outputs(tmp_path / "cut") == outputs(tmp_path / "whole")
+    summary = summary_of(tmp_path / "cut")
+    assert not summary["interrupted"]
+    assert summary["tokens"] == sum(sum(s["tokens"]) for s in lines(tmp_path / "cut/steps.jsonl"))
+
+
+class Learner(NoDrafter):
+    reset = "category"
+    seen: ClassVar[set[str | None]] = set()
+
+    def start(self, sequences: Sequence[Any]) -> None:
+        self.seen |= {sequence.request.category for sequence in sequences}
+
+
+def test_a_resumed_run_says_what_its_drafter_no_longer_knows(specdec, tmp_path, monkeypatch):
+    arguments = ("drafter=none", f"drafter._target_={__name__}.Learner", f"out={tmp_path}/o")
+
+    def interrupt(self: NoTracker, step: Any) -> None:
+        if step.requests[0] >= 1000:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NoTracker, "step", interrupt)
+        assert specdec(*arguments, *QUICK, "baseline=false")[0] == 130
+    summary = summary_of(tmp_path / "o")
+    assert (summary["state"], summary["resumed"]) == ({"reset": "category"}, False)
+    code, printed, _ = specdec(*arguments, *QUICK, "baseline=false", "resume=true")
+    assert code == 0
+    assert "resumed: what the 1 finished texts taught the drafter" in printed
+    assert summary_of(tmp_path / "o")["resumed"]
+    categories = {g["category"] for g in lines(tmp_path / "o/generations.jsonl")}
+    assert categories <= Learner.seen
+    assert None not in categories
+
+
+def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkeypatch):
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(NoTracker, "start", lambda self, **kwargs: started.update(kwargs))
+    code, printed, _ = specdec("drafter=synthetic", "ignore_eos=true", f"out={tmp_path}/o", *QUICK)
+    summary = summary_of(tmp_path / "o")
+    assert code == 0
+    assert (summary["synthetic"], summary["acceptance"]) == (True, "synthetic")
+    assert summary["lossless"] == {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
+    assert all(g["synthetic"] for g in lines(tmp_path / "o/generations.jsonl"))
+    assert not any("synthetic" in g for g in lines(tmp_path / "o/baseline/generations.jsonl"))
+    assert printed.count("SYNTHETIC") == 2  # the title, and instead of the lossless check
+    assert started["config"]["synthetic"]
+    assert started["name"].startswith("SYNTHETIC ")
+
+    code, printed, _ = specdec(
+        "-m", "drafter=ngram,synthetic", "baseline=false", f"out={tmp_path}/s", *QUICK
+    )
+    assert code == 0
+    (row,) = (line for line in printed.splitlines() if "drafter=synthetic" in line and "│" in line)
+    assert "SYNTHETIC" in row
+    (row,) = (line for line in printed.splitlines() if "drafter=ngram" in line and "│" in line)
+    assert "SYNTHETIC" not in row
+    assert not summary_of(tmp_path / "s/0")["synthetic"]
+
+
+def test_the_probabilities_of_another_drafter_are_taken_for_rates_on_demand(specdec, tmp_path):
+    arguments = ("drafter=small_llama", "acceptance=synthetic", "acceptance.allow_lossy=true")
+    assert specdec(*arguments, "baseline=false", f"out={tmp_path}/o", *QUICK)[0] == 0
+    assert summary_of(tmp_path / "o")["synthetic"]
+
+
+FAILING = """
+def repeat(tokens):
+    return [tokens[-4:]]
+
+def fail(tokens):
+    if len(tokens) > {limit}:
+        return [[tokens[len(tokens)]]]
+    return repeat(tokens)
+"""
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which the search path does not hold yet."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, own_folder):
+    own_folder.joinpath("failing_drafter.py").write_text(FAILING.format(limit=50))
+    texts = {"a/1": "def f(x):", "a/2": "It was a dark night. " * 12, "a/3": "The end"}
+    records = [json.dumps({"id": name, "text": text}) for name, text in texts.items()]
+    own_folder.joinpath("prompts.jsonl").write_text("\n".join(records))
+    # A warm-up sees the first prompt alone.
+    arguments = (
+        *("drafter=user", "prompts.path=prompts.jsonl", "max_new_tokens=8", "tracker=none"),
+        *("batch_size=3", "baseline=false", "dtype=float32"),
+    )
+    code, printed, error = specdec(
+        *arguments, "drafter._target_=failing_drafter.fail", "batch_size=1", "out=o"
+    )
+    assert code == 2
+    assert error == (
+        "error: drafter=user (failing_drafter.fail) failed on prompt a/2: IndexError: list index "
+        f"out of range (failing_drafter.py:7); the traceback is in {own_folder}/o/error.txt, and "
+        f"resume=true out={own_folder}/o continues\n"
+    )
+    assert "Traceback" not in printed
+    written = (own_folder / "o/error.txt").read_text()
+    assert "return [[tokens[len(tokens)]]]" in written
+    assert [g["id"] for g in lines(own_folder / "o/generations.jsonl")] == ["a/1"]
+    assert summary_of(own_folder / "o")["interrupted"]
+
+    code, printed, error = specdec(
+        "-m", *arguments, "drafter._target_=failing_drafter.fail,failing_drafter.repeat", "out=s"
+    )
+    assert code == 2
+    assert error.count("failed on prompt a/2: IndexError") == 1
+    assert error.count("\n") == 1
+    assert not summary_of(own_folder / "s/1")["interrupted"]
+    assert len(lines(own_folder / "s/1/generations.jsonl")) == 3
+
+    own_folder.joinpath("failing_at_once.py").write_text(FAILING.format(limit=0))
+    code, _, error = specdec(*arguments, "drafter._target_=failing_at_once.fail", "out=w")
+    assert code == 2
+    assert "failed on prompt a/1: " in error
+    assert ", while warming up; " in error

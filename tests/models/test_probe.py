@@ -1,0 +1,111 @@
+"""What is found out at load: the shapes of keys and values, and which models are refused because
+they would be computed wrongly."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from specdec.cache import KVShape
+from specdec.models.paged import PagedLM
+from tests.models.tiny import (
+    ACCEPTED,
+    FLOAT32_ROUNDING,
+    HEADS,
+    WINDOW,
+    error,
+    own_attention,
+    paged_and_own,
+    tiny,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", KVShape(layers=4, kv_heads=2, key_dim=8, value_dim=8)),
+        ("gpt_neox", KVShape(layers=4, kv_heads=4, key_dim=8, value_dim=8)),
+        ("deepseek_v3", KVShape(layers=4, kv_heads=4, key_dim=24, value_dim=12)),
+    ],
+)
+def test_shape_of_keys_and_values(kind: str, expected: KVShape) -> None:
+    lm = PagedLM(tiny(kind, **ACCEPTED[kind]))
+    assert lm.kv_shape == expected
+    cache = lm.new_cache(rows=1, pages=3, page_size=4, max_tokens=12)
+    assert cache.keys.shape == (4, 3, expected.kv_heads, 4, expected.key_dim)
+    assert cache.values.shape == (4, 3, expected.kv_heads, 4, expected.value_dim)
+
+
+def test_wrapping_leaves_the_weights_alone() -> None:
+    model = tiny("gpt_oss", **ACCEPTED["gpt_oss"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    PagedLM(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# --- refused
+
+MASKED = "its layers do not hand their sliding window on"
+ABSOLUTE = "its positions are absolute"
+NO_KEYWORD = "its layers do not hand keywords on to the attention function"
+UNREACHED = "of its 4 layers use the registered attention"
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bert": ("bert", {"is_decoder": True}, ABSOLUTE),
+    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}, "it biases attention by distance (ALiBi)"),
+    "diffllama": ("diffllama", {}, "a layer attends more than once"),
+    "doge": ("doge", {}, "it masks attention by itself"),
+    "falcon_alibi": ("falcon", {"alibi": True}, "it biases attention by distance (ALiBi)"),
+    "falcon": ("falcon", {"alibi": False}, UNREACHED),
+    "gpt2": ("gpt2", {}, ABSOLUTE),
+    "gptj": ("gptj", {"rotary_dim": 4}, UNREACHED),
+    "jamba": (
+        "jamba",
+        {"mamba_d_state": 4, "num_experts": 2, "use_mamba_kernels": False},
+        "layers of type linear_attention have no paged keys and values",
+    ),
+    "llama4_text": (
+        "llama4_text",
+        HEADS | {"intermediate_size_mlp": 48, "num_local_experts": 2},
+        "layers of type chunked_attention have no paged keys and values",
+    ),
+    "mpt": ("mpt", {"n_layers": 2, "n_heads": 4}, "it biases attention by distance (ALiBi)"),
+    "opt": (
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        ABSOLUTE,
+    ),
+    "phimoe": ("phimoe", {"sliding_window": WINDOW, "num_local_experts": 4}, MASKED),
+    "qwen2_moe": (
+        "qwen2_moe",
+        ACCEPTED["qwen2_moe"]
+        | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+        MASKED,
+    ),
+    "stablelm": ("stablelm", {}, NO_KEYWORD),
+}
+
+
+VERSIONED = ("gptj",)  # refused or right, as the release of transformers has it
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_would_be_computed_wrongly_are_refused(case: str) -> None:
+    kind, settings, reason = REFUSED[case]
+    model = tiny(kind, **settings)
+    own = own_attention(model) if case in VERSIONED else None
+    try:
+        lm = PagedLM(model, name="target.path=somewhere")
+    except ValueError as refusal:
+        message = str(refusal)
+    else:
+        assert own is not None, "was not refused"
+        for ours, expected in paged_and_own(lm, own):
+            assert error(ours, expected) < FLOAT32_ROUNDING
+        return
+    assert "cannot run over the paged cache" in message
+    assert message.startswith(f"target.path=somewhere: {type(model).__name__} cannot run")
+    assert reason in message
+    assert "\n" not in message

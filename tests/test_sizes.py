@@ -1,0 +1,50 @@
+"""Sizes: a file is read in one sitting, a function on one screen, and a name is given once."""
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("specdec", "drafters", "verifier", "kernels", "experiments")
+LONGEST_FILE, LONGEST_FUNCTION, SCREEN = 450, 90, 50
+REASON = "(One long function"  # in the docstring of what is longer than a screen
+
+
+def files(*folders: str) -> list[Path]:
+    """Python files of these folders, not through their links."""
+    found = (path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    return [path for path in found if not any(p.is_symlink() for p in path.parents)]
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    """All but kernels, whose length is that of what they compute."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            if not any("jit" in ast.dump(decorator) for decorator in node.decorator_list):
+                yield node
+
+
+@pytest.mark.parametrize("path", files(*FOLDERS, "tests"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_are_of_a_size_to_be_read(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+    if path.is_relative_to(ROOT / "tests"):
+        return
+    for function in functions(path):
+        lines = (function.end_lineno or 0) - function.lineno + 1
+        assert lines <= LONGEST_FUNCTION, function.name
+        reason = REASON in " ".join((ast.get_docstring(function) or "").split())
+        assert lines <= SCREEN or reason, f"{function.name}: {lines} lines, and no reason"
+
+
+def test_what_a_run_is_made_of_is_named_once() -> None:
+    names = Counter(
+        node.name
+        for path in files(*FOLDERS)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    )
+    for name in ("Method", "Session", "OurSession", "method_of", "bootstrap", "Decoder"):
+        assert names[name] == 1, name
