@@ -387,6 +387,11 @@ def check_growth(policy: TreePolicy) -> None:
             not (policy.takes_all and overrides(type(policy), TreePolicy, method)),
             f"{kind}: says that it takes all, and has a {method} of its own",
         )
+    judge = Twice(policy, drop=False)
+    for (_, parents), kept in zip(rows_of(grown(judge, roots)), judge.kept, strict=False):
+        known = [True, *kept]
+        orphan = any(keeps and not known[parents[n]] for n, keeps in enumerate(known) if n)
+        require(not orphan, f"{kind}: keeps a node, and drops its parent")
     tree = grown(policy, roots)
     tree.check()
     for tokens, parents in rows_of(tree):
@@ -406,11 +411,6 @@ def check_growth(policy: TreePolicy) -> None:
     require(alone == rows_of(tree), f"{kind}: the tree of a sequence depends on the others")
     again = rows_of(grown(Twice(policy, drop=True), roots))
     require(again == rows_of(tree), f"{kind}: its tree is another if it is asked at every level")
-    judge = Twice(policy, drop=False)
-    for (_, parents), kept in zip(rows_of(grown(judge, roots)), judge.kept, strict=False):
-        known = [True, *kept]
-        orphan = any(keeps and not known[parents[n]] for n, keeps in enumerate(known) if n)
-        require(not orphan, f"{kind}: keeps a node, and drops its parent")
 
 
 # Acceptance rules

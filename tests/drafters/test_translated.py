@@ -28,7 +28,7 @@ from specdec.drafters.trees.static import Static
 from specdec.drafters.vocabulary import LONGEST, Translation, Vocabulary, byte_alphabet
 from specdec.experiments.tools import retokenize as script
 from specdec.experiments.tools.retokenize import retokenize
-from specdec.models.load import load_model, zoo_path
+from specdec.models.load import Models, load_model, zoo_path
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter, StepContext, TreePolicy
 from specdec.request import Decoding
@@ -646,24 +646,27 @@ def test_a_text_beyond_the_drafts_context_stays_lossless(
     plain: list[list[int]],
     context: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for file in Path(drafts[KEPT]).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     config["max_position_embeddings"] = context
     (tmp_path / "config.json").write_text(json.dumps(config))
-    drafter, tree = Translated(path=str(tmp_path)), TREES["dynamic"]
     highest = 0
-    begin = PagedLM._begin
 
-    def watching(lm: PagedLM, cache: Any, layout: Any, *rest: Any) -> Any:
-        nonlocal highest
-        if lm is drafter.lm:
-            highest = max(highest, int(layout.positions.max()))
-        return begin(lm, cache, layout, *rest)
+    class Watched(Translated):
+        def load(self, target: PagedLM, models: Models) -> None:
+            super().load(target, models)
+            begin = self.lm._begin
 
-    monkeypatch.setattr(PagedLM, "_begin", watching)
+            def watching(cache: Any, layout: Any, *rest: Any) -> Any:
+                nonlocal highest
+                highest = max(highest, int(layout.positions.max()))
+                return begin(cache, layout, *rest)
+
+            self.lm._begin = watching
+
+    drafter, tree = Watched(path=str(tmp_path)), TREES["dynamic"]
     done = decode(target, drafter, tree, prompts, batch_size=2)
     assert outputs(done) == plain
     assert drafter.model.cache.max_tokens == context
