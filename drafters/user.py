@@ -24,7 +24,7 @@ class UserFunction(HostDrafter):
     Args:
         function: called once for each sequence and step; no continuation at all is a legal answer.
         depth: longest continuation; None leaves it to the policy.
-        candidates: children considered per node when they are sampled; None is 16.
+        candidates: children considered per node when they are sampled.
 
     Raises:
         ValueError: a setting out of range; while drafting, an answer that is not made of token ids
@@ -36,9 +36,9 @@ class UserFunction(HostDrafter):
         *,
         function: Function,
         depth: int | None = None,
-        candidates: int | None = None,
+        candidates: int = 16,
     ) -> None:
-        super().__init__(depth=depth, candidates=16 if candidates is None else candidates)
+        super().__init__(depth=depth, candidates=candidates)
         self.function = function
         self.vocab_size = 0
         self._read: dict[int, int] = {}  # tokens behind the last answer, by row

@@ -1,23 +1,16 @@
-"""drafter=compose: mixtures against their definition, credit, and who is asked when."""
+"""drafter=compose: credit, who is asked when, and what cannot be composed."""
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from specdec.drafters.bandit import Bandit
 from specdec.drafters.choosers import TRUSTED_HALF, Pulls
 from specdec.drafters.compose import Compose
 from specdec.drafters.early_exit import EarlyExit
-from specdec.drafters.growth import Frontier
-from specdec.drafters.host import HostDrafter, Trie
+from specdec.drafters.host import HostDrafter
 from specdec.drafters.lookahead import Lookahead
-from specdec.drafters.mixture import mix, sources_of
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
@@ -26,14 +19,12 @@ from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
-from specdec.drafters.tries import TrieTable
 from specdec.flight import Step
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation
 from specdec.protocols import Drafter, StepContext, TreePolicy
 from specdec.request import Decoding, Request
-from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from tests.decoding import decoder_of, requests_of
@@ -41,7 +32,9 @@ from tests.decoding import decoder_of, requests_of
 pytestmark = pytest.mark.usefixtures("load_once")
 
 REPEATING = "".join(f"def add_{i}(a, b):\n    return a + b\n\n\n" for i in range(6))
+
 TEXTS = (REPEATING + "def add_", "It was a dark night, and the old captain stood at the")
+
 NEW = 32
 
 
@@ -69,132 +62,6 @@ def decode(
         for s in decoder.run(requests_of(prompts, NEW), on_step=steps.append)
     }
     return [done[i] for i in range(len(TEXTS))], steps
-
-
-# Mixing
-
-ANSWER = st.lists(
-    st.tuples(st.integers(0, 5), st.floats(0.01, 1.0)), max_size=4, unique_by=lambda pair: pair[0]
-)
-
-
-@given(st.lists(ANSWER, min_size=2, max_size=3), st.data())
-@settings(max_examples=60, deadline=None)
-def test_a_mixture_is_the_weighted_sum(
-    answers: list[list[tuple[int, float]]], data: st.DataObject
-) -> None:
-    weights = [data.draw(st.floats(0.1, 1.0)) for _ in answers]
-    width = data.draw(st.integers(1, 12))
-    tensors = {}
-    for number, answer in enumerate(answers):
-        total = sum(p for _, p in answer)
-        ids, probs = torch.zeros(1, 1, 4).long(), torch.zeros(1, 1, 4).double()
-        for slot, (token, p) in enumerate(answer):
-            ids[0, 0, slot], probs[0, 0, slot] = token, p / total
-        tensors[number] = ids, probs
-    ids, probs, sources = mix(tensors, torch.tensor([weights]).double(), width)
-
-    speaking = sum(w for w, answer in zip(weights, answers, strict=True) if answer)
-    expected: dict[int, list[float]] = {}
-    for number, answer in enumerate(answers):
-        for token, p in answer:
-            shares = expected.setdefault(token, [0.0] * len(answers))
-            shares[number] += weights[number] / speaking * p / sum(q for _, q in answer)
-    best = sorted((-sum(shares), token) for token, shares in expected.items())[:width]
-    found = [(t, p) for t, p in zip(ids[0, 0].tolist(), probs[0, 0].tolist(), strict=True) if p]
-    assert [p for _, p in found] == pytest.approx([-mass for mass, _ in best])
-    for (token, p), source in zip(found, sources[0, 0].tolist(), strict=False):
-        assert p == pytest.approx(sum(expected[token]))
-        assert expected[token][source] == pytest.approx(max(expected[token]))
-
-
-def test_sources_are_found_by_parent_and_token() -> None:
-    tree = TokenTree(
-        tokens=torch.tensor([[9, 4, 5, 4, 0]]),
-        parents=torch.tensor([[-1, 0, 0, 1, -2]], dtype=torch.int32),
-        size=torch.tensor([4], dtype=torch.int32),
-        depth=2,
-    )
-    expanded = torch.tensor([[0, 1, -1, -1, -1]])
-    offered = [
-        (torch.tensor([[[4, 5]]]), torch.tensor([[[1, 0]]])),
-        (torch.tensor([[[7, 3, 4]]]), torch.tensor([[[0, 0, 2]]])),
-    ]
-    assert sources_of(tree, expanded, offered).tolist() == [[0, 1, 0, 2, 0]]
-
-
-# Tries as tensors
-
-
-def answers_of(
-    table: TrieTable, rows: list[int], paths: list[list[int]]
-) -> list[dict[int, float]]:
-    """What a table says after these paths, one for each row, followed from the root."""
-    context = StepContext(
-        sequences=[],
-        roots=torch.zeros(len(rows), dtype=torch.int64),
-        sampling=SamplingParams(),
-        uniforms=lambda stream, count: torch.zeros(len(rows), count),
-        rows=torch.tensor(rows),
-    )
-    answer = table.expand(context)
-    ids = probs = torch.empty(0)
-    for level in range(len(paths[0]) + 1):
-        tokens = torch.tensor([[path[level - 1] if level else 0] for path in paths])
-        frontier = Frontier(
-            level=level,
-            first=level,
-            tokens=tokens,
-            parents=torch.full_like(tokens, level - 1),
-            alive=torch.ones_like(tokens, dtype=torch.bool),
-        )
-        ids, probs = answer(frontier)
-    return [
-        {int(t): float(p) for t, p in zip(ids[row, 0], probs[row, 0], strict=True) if p}
-        for row in range(len(rows))
-    ]
-
-
-@given(
-    st.lists(
-        st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.floats(0.1, 2.0)),
-        min_size=1,
-        max_size=8,
-    )
-)
-@settings(max_examples=40, deadline=None)
-def test_a_table_answers_like_its_trie(paths: list[tuple[list[int], float]]) -> None:
-    trie, empty = Trie(), Trie()
-    for path, weight in paths:
-        trie.add(path, weight)
-    table = TrieTable(rows=3, nodes=64, width=4, device=torch.device("cpu"))
-    table.write(0, trie)
-    table.write(2, empty)
-    table.send()
-    for length in range(4):
-        for path in itertools.product(range(4), repeat=length):
-            node = trie
-            for token in path:
-                node = node.children.get(token, empty)
-            mine, nothing = answers_of(table, [0, 2], [list(path)] * 2)
-            assert mine == pytest.approx(dict(node.best(4)))
-            assert nothing == {}
-
-
-def test_a_small_table_keeps_the_most_probable_nodes() -> None:
-    trie = Trie()
-    trie.add([1, 2, 3], 8.0)
-    trie.add([4, 5, 6], 1.0)
-    table = TrieTable(rows=1, nodes=2, width=2, device=torch.device("cpu"))
-    table.write(0, trie)
-    table.send()
-    assert answers_of(table, [0], [[]]) == [pytest.approx({1: 8 / 9, 4: 1 / 9})]
-    assert answers_of(table, [0], [[1]]) == [{2: 1.0}]
-    assert answers_of(table, [0], [[1, 2]]) == [{}]
-    assert answers_of(table, [0], [[4]]) == [{}]
-
-
-# Who is asked
 
 
 class Scripted(HostDrafter):
@@ -315,34 +182,6 @@ def test_in_a_union_a_long_match_counts_more(target: PagedLM) -> None:
     assert [w[0] for w in weights[1:]] == pytest.approx([3 / 9, 1.5, 3.0], rel=0.01)
 
 
-# The bandit
-
-
-def test_the_bandit_finds_the_arm_that_pays() -> None:
-    generator = torch.Generator().manual_seed(0)
-    bandit, pulls = Bandit(), [0, 0, 0]
-    pays, costs = (4.0, 6.0, 9.0), (1.0, 1.2, 3.0)  # per unit of time: 4, 5, 3
-    for _ in range(600):
-        arm = bandit.choose([(i, 0) for i in range(3)])
-        pulls[arm] += 1
-        noise = float(torch.rand((), generator=generator)) - 0.5
-        bandit.learn((arm, 0), pays[arm] + 2 * noise, costs[arm])
-    assert pulls[1] > 400
-    assert min(pulls) >= 1
-
-
-def test_the_bandit_follows_a_change() -> None:
-    bandit = Bandit()
-    last = []
-    for step in range(1200):
-        arm = bandit.choose([(0, 0), (1, 0)])
-        good = int(step >= 600)
-        bandit.learn((arm, 0), 3.0 if arm == good else 1.0, 1.0)
-        last.append(arm)
-    assert sum(last[500:600]) < 20
-    assert sum(last[1100:]) > 80
-
-
 def test_classes_of_match_lengths_are_told_apart(target: PagedLM) -> None:
     """Where its matches are long the text pays, elsewhere the model."""
     tree = Chain(budget=2)
@@ -365,9 +204,6 @@ def test_classes_of_match_lengths_are_told_apart(target: PagedLM) -> None:
 
 def _sequence() -> Decoding:
     return Decoding(Request(id=99, prompt_ids=[1], max_new_tokens=1), 0, [1])
-
-
-# Mistakes
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""drafter=translated: which tokens correspond, how the others are spelled, what is proposed, and
-that nothing of it changes the outputs.
+"""drafter=translated: what is proposed, and that nothing of it changes the outputs.
 
 A draft of another tokenizer is made of the built-in one by `experiments/tools/retokenize.py`: the
 same network, so that what corresponds, and what it should propose, is known by construction.
@@ -15,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
@@ -25,320 +23,30 @@ from specdec.drafters.translated import Translated
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
-from specdec.drafters.vocabulary import LONGEST, Translation, Vocabulary, byte_alphabet
-from specdec.experiments.tools import retokenize as script
-from specdec.experiments.tools.retokenize import retokenize
-from specdec.models.load import Models, load_model, zoo_path
+from specdec.drafters.vocabulary import LONGEST, Vocabulary
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter, StepContext, TreePolicy
 from specdec.request import Decoding
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from tests.decoding import decoder_of, loaded, requests_of
+from tests.drafters.retokenized import (
+    KEPT,
+    STORIES,
+    byte_level,
+    check_spellings,
+)
 from tests.tiny import tiny_llama
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
-KEPT = 6000
 NEW = 16
+
 TEXTS = [
     'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
     "It was a dark night, and the old captain",
     "Größe, naïveté, 日本語のテキスト, 🙂🙃: the encyclopædia",
     "<|user|>\nName three uncharacteristically incomprehensible words.\n<|assistant|>\n",
 ]
-
-
-# Tokenizers
-
-
-def wrapped(tokenizer: Tokenizer, **special: str) -> Any:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def bpe(tokens: Sequence[str], pairs: Sequence[str], **options: Any) -> models.BPE:
-    """Of these tokens and of the merges "a b"."""
-    merges = [tuple(pair.split(" ")) for pair in pairs]
-    every = dict.fromkeys([*tokens, *("".join(merge) for merge in merges)])
-    return models.BPE(vocab={t: i for i, t in enumerate(every)}, merges=merges, **options)
-
-
-def byte_level(
-    tokens: Sequence[str], pairs: Sequence[str] = (), *, prefix: bool = False, **special: str
-) -> Any:
-    backend = Tokenizer(bpe([*special.values(), *tokens], pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    backend.decoder = decoders.ByteLevel()
-    return wrapped(backend, **special)
-
-
-def sentencepiece(tokens: Sequence[str], pairs: Sequence[str], *, prefix: bool = True) -> Any:
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    model = bpe(
-        ["<unk>", "<s>", "</s>", *bytes_, *tokens], pairs, unk_token="<unk>", byte_fallback=True
-    )
-    backend = Tokenizer(model)
-    space = normalizers.Replace(" ", "▁")
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
-    )
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return wrapped(backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-WORDS = ["Ġ t", "h e", "Ġt he", "c a", "ca t", "Ġ cat"]
-GPT = byte_level(sorted(byte_alphabet()), WORDS, eos_token="<|endoftext|>")
-PIECES = ["▁", *"abcdehimt", "é"]
-LLAMA = sentencepiece(PIECES, ["h e", "▁ t", "▁t he", "m a", "ma t"])
-GEMMA = sentencepiece(PIECES, ["h e", "▁ t", "▁t he", "▁ ▁"], prefix=False)
-
-
-def translation(target: Any, draft: Any) -> Translation:
-    return Translation(
-        target, draft, target_size=len(target), draft_size=len(draft), name="drafter.path=X"
-    )
-
-
-def vocabulary(tokenizer: Any) -> Vocabulary:
-    return Vocabulary(tokenizer, len(tokenizer), name="drafter.path=X")
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "token", "meaning"),
-    [
-        (GPT, "Ġthe", b" the"),
-        (GPT, "Ċ", b"\n"),
-        (GPT, "Ã", b"\xc3"),
-        (LLAMA, "▁the", b" the"),
-        (LLAMA, "<0x0A>", b"\n"),
-        (LLAMA, "é", "é".encode()),
-        (GEMMA, "▁▁", b"  "),
-    ],
-)
-def test_a_token_stands_for_bytes(tokenizer: Any, token: str, meaning: bytes) -> None:
-    found = vocabulary(tokenizer)
-    assert found.bytes[tokenizer.get_vocab()[token]] == meaning
-
-
-def test_the_alphabet_is_that_of_the_tokenizers_library() -> None:
-    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(byte_alphabet().values()) == list(range(256))
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    text = "".join(map(chr, range(1, 0x400))) + "日🙂"
-    letters = "".join(backend.encode(text).tokens)
-    assert bytes(byte_alphabet()[c] for c in letters) == text.encode()
-
-
-def test_byte_level_and_sentencepiece_correspond_by_bytes() -> None:
-    found = translation(GPT, LLAMA)
-    theirs, own = GPT.get_vocab(), LLAMA.get_vocab()
-    for a, b in {"Ġthe": "▁the", "Ġ": "▁", "he": "he", "Ċ": "<0x0A>", "Ã": "<0xC3>"}.items():
-        assert found.pairs[theirs[a]] == own[b]
-    # A letter that is a token of its own is not the byte token that nobody uses.
-    assert found.pairs[theirs["a"]] == own["a"] != own["<0x61>"]
-    assert found.pairs[theirs["<|endoftext|>"]] == own["</s>"]  # both end a text
-    assert not {own["<unk>"], own["<s>"]} & set(found.pairs.values())
-    assert not {theirs["Ġcat"], theirs["ca"]} & found.pairs.keys()
-    assert len(set(found.pairs.values())) == len(found.pairs)
-    assert found.ordinary == len(theirs) - 1
-    assert found.shared == len(found.pairs) - 1
-    back = translation(LLAMA, GPT)
-    assert back.pairs == {b: a for a, b in found.pairs.items()}
-
-
-@pytest.mark.parametrize("target", [GPT, LLAMA, GEMMA])
-@pytest.mark.parametrize("draft", [GPT, LLAMA, GEMMA])
-def test_every_token_is_spelled_by_its_bytes(target: Any, draft: Any) -> None:
-    if target is not draft:
-        check_spellings(translation(target, draft), vocabulary(target), vocabulary(draft))
-
-
-def check_spellings(found: Translation, theirs: Vocabulary, own: Vocabulary) -> None:
-    for i, spelling in enumerate(found.spellings):
-        assert 1 <= len(spelling) <= LONGEST
-        if i in found.pairs:
-            assert spelling == [found.pairs[i]]
-        elif i in theirs.bytes:
-            spelled = b"".join(own.bytes[j] for j in spelling)
-            whole = theirs.bytes[i]
-            assert whole.endswith(spelled) if len(spelling) == LONGEST else spelled == whole
-
-
-def test_spellings_are_those_of_the_tokenizer() -> None:
-    """Canonical ones where the bytes allow it, with and without a space before the word."""
-    target = byte_level([*sorted(byte_alphabet()), "Ġmathe", "mathe", "Ġé", "Ã©Ã"])
-    found, ids = translation(target, LLAMA), target.get_vocab()
-
-    def spelled(token: str) -> list[str]:
-        return LLAMA.convert_ids_to_tokens(found.spellings[ids[token]])
-
-    assert spelled("Ġmathe") == ["▁", "mat", "he"]
-    assert spelled("mathe") == ["mat", "he"]
-    assert spelled("Ã©Ã") == ["é", "<0xC3>"]  # half a letter
-    assert spelled("a") == ["a"]
-
-
-def test_the_ends_of_long_spellings_are_kept() -> None:
-    target = byte_level([*sorted(byte_alphabet()), "ab" * 20])
-    draft = byte_level(sorted(byte_alphabet(), reverse=True))
-    found = translation(target, draft)
-    assert draft.convert_ids_to_tokens(found.spellings[-1]) == list("ab" * (LONGEST // 2))
-
-
-def test_what_cannot_be_spelled_has_a_neutral_token() -> None:
-    found = translation(byte_level(["a", "b", "c"]), byte_level(["Ġ", "b", "a"]))
-    assert found.spellings == [[2], [1], [0]]  # a space
-    found = Translation(GPT, LLAMA, target_size=len(GPT) + 3, draft_size=len(LLAMA), name="X")
-    assert found.spellings[-1] == [LLAMA.unk_token_id]  # padding of the target's head
-
-
-def test_equal_bytes_go_to_the_lower_id() -> None:
-    target = sentencepiece(["▁", "A", "b"], [])
-    draft = byte_level(sorted(byte_alphabet()))
-    found, ids = translation(target, draft), target.get_vocab()
-    assert found.pairs[ids["A"]] == draft.get_vocab()["A"]
-    assert ids["<0x41>"] not in found.pairs
-    assert found.spellings[ids["<0x41>"]] == [draft.get_vocab()["A"]]
-
-
-def test_special_tokens_correspond_by_their_texts() -> None:
-    letters = sorted(byte_alphabet())
-    target = byte_level(letters, eos_token="<e>", bos_token="<b>", pad_token="<pad>")
-    draft = byte_level(letters[::-1], pad_token="<pad>", bos_token="<e>", eos_token="<end>")
-    found, ids = translation(target, draft), target.get_vocab()
-    assert found.pairs[ids["<pad>"]] == draft.pad_token_id
-    assert found.pairs[ids["<e>"]] == draft.bos_token_id  # its text goes before its role
-    assert ids["<b>"] not in found.pairs
-    assert draft.decode(found.spellings[ids["<b>"]]) == "<b>"
-
-
-def test_prompts_are_encoded_anew() -> None:
-    text = "the cat é\n🙂 mat"
-    for target, draft in ((GPT, LLAMA), (LLAMA, GPT), (LLAMA, GEMMA)):
-        ids = target(text, add_special_tokens=False).input_ids
-        expected = draft(text, add_special_tokens=False).input_ids
-        assert translation(target, draft).prompt(ids, 1000) == expected
-        assert translation(target, draft).prompt(ids, 3) == expected[-3:]
-    found = translation(LLAMA, GPT)
-    ids = [LLAMA.bos_token_id, *LLAMA("the").input_ids, LLAMA.eos_token_id]
-    assert found.prompt(ids, 10) == [*GPT("the").input_ids, GPT.eos_token_id]
-    assert len(found.prompt([LLAMA.bos_token_id], 10)) == 1
-
-
-def test_the_token_that_begins_a_text_stays_in_front() -> None:
-    if not STORIES.is_dir():
-        pytest.skip(f"no model in {STORIES}")
-    draft = AutoTokenizer.from_pretrained(STORIES)
-    target = AutoTokenizer.from_pretrained(zoo_path("target"))
-    found, text = translation(target, draft), "Once upon a time there was a cat."
-    every = draft(text).input_ids
-    assert every[0] == draft.bos_token_id
-    assert found.prompt(target(text).input_ids, 100) == every
-    assert found.prompt(target(text).input_ids, 5) == [every[0], *every[-4:]]
-    check_spellings(found, vocabulary(target), vocabulary(draft))
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "reason"),
-    [
-        (None, "it has no fast tokenizer"),
-        (wrapped(Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))), r"\(decoder: none\)"),
-        ("wordpiece", "pieces of words"),
-    ],
-)
-def test_tokenizers_that_cannot_be_compared_are_refused(tokenizer: Any, reason: str) -> None:
-    if tokenizer == "wordpiece":
-        backend = Tokenizer(models.WordPiece({"a": 0, "##b": 1}, unk_token="a"))
-        backend.decoder = decoders.WordPiece()
-        tokenizer = wrapped(backend)
-    with pytest.raises(ValueError, match=f"drafter.path=X: .*{reason}.*; choose a model"):
-        Translation(GPT, tokenizer, target_size=9, draft_size=9, name="drafter.path=X")
-
-
-# The draft of another tokenizer
-
-
-@pytest.fixture(scope="module")
-def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Folders of the built-in draft with so many of its tokens."""
-    folder = tmp_path_factory.mktemp("drafts")
-    for keep in (KEPT, 3000):
-        retokenize("zoo:draft", folder / str(keep), keep=keep, seed=0)
-    return {keep: str(folder / str(keep)) for keep in (KEPT, 3000)}
-
-
-@pytest.fixture(scope="module")
-def target() -> PagedLM:
-    return load_model("zoo:target")
-
-
-@pytest.fixture(scope="module")
-def renamed(drafts: dict[int, str]) -> dict[int, int]:
-    """The new id of each kept token, by its old one; ordinary and special."""
-    old = json.loads((zoo_path("draft") / "tokenizer.json").read_text())["model"]["vocab"]
-    new = json.loads((Path(drafts[KEPT]) / "tokenizer.json").read_text())["model"]["vocab"]
-    return {old[token]: i for token, i in new.items()}
-
-
-def test_a_kept_token_is_encoded_as_before(drafts: dict[int, str], renamed: dict) -> None:
-    before, after = (AutoTokenizer.from_pretrained(p) for p in (zoo_path("draft"), drafts[KEPT]))
-    assert len(after) == KEPT == len(renamed)
-    assert sorted(renamed.values()) == list(range(KEPT))
-    assert sum(a == b for a, b in renamed.items()) < 10  # the ids are others
-    whole = partly = 0
-    for line in (Path(__file__).parents[2] / "README.md").read_text().splitlines():
-        old, new = before(line).input_ids, after(line).input_ids
-        assert after.decode(new) == line
-        if all(token in renamed for token in old):
-            assert new == [renamed[token] for token in old]
-            whole += 1
-        else:
-            assert len(new) > len(old)
-            partly += 1
-    assert min(whole, partly) > 20
-    assert after.eos_token == before.eos_token
-
-
-def test_the_retokenized_model_is_the_same_network(drafts: dict[int, str], renamed: dict) -> None:
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        for path in (zoo_path("draft"), drafts[KEPT])
-    )
-    old = torch.tensor(sorted(renamed))[torch.arange(40) * 101 % KEPT]
-    new = torch.tensor([renamed[i] for i in old.tolist()])
-    with torch.inference_mode():
-        expected, found = before(old[None]).logits[0], after(new[None]).logits[0]
-    kept = sorted(renamed)
-    torch.testing.assert_close(found[:, [renamed[i] for i in kept]], expected[:, kept])
-    assert after.config.eos_token_id == renamed[before.config.eos_token_id]
-    assert after.get_input_embeddings().weight is after.get_output_embeddings().weight
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--keep", "100"], "--source zoo:draft: --keep 100: must be from 272"),
-        (["--keep", "9000"], "bytes and added tokens, to 8192"),
-        (["--keep", "400", "--source", "zoo:nothing"], "--source=zoo:nothing: no such"),
-        (["--keep", "400", "--source", "./nothing"], "--source ./nothing: cannot be loaded"),
-        (["--keep", "400", "--source", str(STORIES)], "not a byte-level BPE"),
-    ],
-)
-def test_mistakes_of_retokenize_are_named(
-    arguments: list[str], message: str, tmp_path: Path
-) -> None:
-    if str(STORIES) in arguments and not STORIES.is_dir():
-        pytest.skip(f"no model in {STORIES}")
-    with pytest.raises(SystemExit, match=message):
-        script.main([*arguments, "--out", str(tmp_path / "m")])
-
-
-def test_retokenize_overwrites_no_model(drafts: dict[int, str]) -> None:
-    with pytest.raises(SystemExit, match="holds a model"):
-        script.main(["--keep", "400", "--out", drafts[KEPT]])
 
 
 def test_the_retokenized_pair_corresponds_as_it_was_made(
@@ -370,9 +78,6 @@ def test_tokens_are_spelled_one_after_the_other(
         expected = expected[-found.shape[1] :]
         assert found[row, : length[row]].tolist() == expected
         assert not found[row, length[row] :].any()
-
-
-# Decoding
 
 
 class Spy(Translated):
@@ -526,9 +231,6 @@ def test_rows_wait_for_pages(
     assert outputs(done) == plain
 
 
-# What it proposes
-
-
 def reference(model: Any, context: list[int], columns: Tensor) -> Tensor:
     """[S] float64, the draft's probabilities of the shared tokens after a context."""
     with torch.inference_mode():
@@ -578,7 +280,9 @@ def test_it_proposes_the_drafts_distribution_over_shared_tokens(
 
 
 TINY = byte_level([*"abcdef", "ab", "cd"])
+
 TINY_DRAFT = byte_level([*"cagbh", "ab", "bc", "d"])  # no e, f and cd
+
 PROMPT = [3, 1, 6, 1, 5]
 
 
@@ -633,9 +337,6 @@ def decode_many(lm: PagedLM, drafter: Drafter, tree: TreePolicy, count: int) -> 
     done = list(decoder.run(requests_of([PROMPT] * count, 2)))
     assert accepted_length(done) > 1.05
     return outputs(done)
-
-
-# Limits
 
 
 @pytest.mark.parametrize("context", [16, 32])
