@@ -1,8 +1,6 @@
 """Today's behaviour, pinned: what every drafter drafts and what is kept of it, through settings
 alone; see golden/trace.py and golden/lengths.py."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.golden import lengths, trace
@@ -10,26 +8,21 @@ from tests.golden import lengths, trace
 REMAKE = 'if this is meant: python -m tests.golden.{} --write "why it had to change"'
 
 
-def replays() -> Iterator[object]:
-    """Every case once, half of them prompt by prompt, half three prompts at a time; the other way
-    round is slow."""
-    for sampling in trace.SAMPLINGS:
-        for batch in (1, 3):
-            quick, slow = [], []
-            for case in trace.CASES:
-                if f"sampling={sampling}" in case:
-                    single = ("tree=chain" in case) == (sampling == "greedy")
-                    (quick if single == (batch == 1) else slow).append(case)
-            name = f"{sampling}-{batch}"
-            yield pytest.param(batch, quick, id=name)
-            yield pytest.param(batch, slow, id=f"{name}-other", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(("batch", "cases"), replays())
-def test_trace(batch: int, cases: list[str]) -> None:
-    expected = trace.recorded()
+@pytest.mark.parametrize("sampling", trace.SAMPLINGS)
+@pytest.mark.parametrize(
+    ("batch", "every"),
+    [(1, False), (3, False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (1, 3))],
+)
+def test_trace(sampling: str, batch: int, every: bool) -> None:
+    """All cases at both batches take long, so each is replayed at one of them, chains and trees
+    in turn; and prompt by prompt two are enough."""
+    trees = trace.TREES if sampling == "greedy" else trace.TREES[::-1]
+    tree = trees[batch != 1]
+    cases = [c for c in trace.CASES if f"sampling={sampling}" in c and (every or tree in c)]
+    prompts = 2 if batch == 1 and not every else trace.COUNT
+    expected = trace.recorded(prompts)
     assert expected.keys() == set(trace.CASES), REMAKE.format("trace")
-    for case, _, lines in trace.replay(cases, batch):
+    for case, _, lines in trace.replay(cases, batch, prompts):
         wrong = trace.difference(f"{case} batch_size={batch}", expected[case], lines)
         assert wrong is None, f"{wrong}\n{REMAKE.format('trace')}"
 

@@ -36,7 +36,7 @@ def method_of(settings: Settings) -> Method:
     sampling = sampling_of(settings)
     rule, children = _pair(settings, sampling)
     shape = {**settings["tree"], "children": children}
-    tree: TreePolicy = build(pkgutil.resolve_name(shape["_target_"]), "tree", shape)
+    tree: TreePolicy = build(_found("tree", shape["_target_"]), "tree", shape)
     choices = settings["choices"]
     wide = any(tree.width(level) > 1 for level in range(tree.levels(None) if tree.budget else 0))
     if rule.chains and wide and not sampling.greedy:
@@ -106,7 +106,7 @@ def _pair(settings: Settings, sampling: SamplingParams) -> tuple[AcceptanceRule,
     rule: AcceptanceRule | None = None
     if acceptance["_target_"]:
         options = {name: value for name, value in acceptance.items() if name != "allow_lossy"}
-        rule = build(pkgutil.resolve_name(acceptance["_target_"]), "acceptance", options)
+        rule = build(_found("acceptance", acceptance["_target_"]), "acceptance", options)
     drafter = settings["drafter"]
     only = _class_of("drafter", drafter)[0].acceptance
     if only is not None:
@@ -165,13 +165,7 @@ def _class_of(setting: str, settings: Any) -> tuple[type[Drafter], dict[str, Any
     if not isinstance(settings, Mapping) or not isinstance(settings.get("_target_"), str):
         raise ValueError(f"{setting}={settings}: must be the settings of a drafter with _target_")
     target = settings["_target_"]
-    try:
-        found = pkgutil.resolve_name(target)
-    except Exception as error:  # whatever importing a module of the user's raises
-        raise ValueError(
-            f"{setting}._target_={target}: cannot be imported, {type(error).__name__}: {error}; "
-            f"it must be module.name, of an installed package or of a file in {Path.cwd()}"
-        ) from error
+    found = _found(setting, target)
     if isinstance(found, type) and issubclass(found, Drafter):
         return found, {}
     if isinstance(found, type) or not callable(found):
@@ -179,6 +173,21 @@ def _class_of(setting: str, settings: Any) -> tuple[type[Drafter], dict[str, Any
             f"{setting}._target_={target}: must be a function, or a class derived from Drafter"
         )
     return pkgutil.resolve_name(USER_FUNCTION), {"function": found}
+
+
+def _found(setting: str, target: str) -> Any:
+    """What `_target_` names: in this package, an installed one, or a file where one works.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    try:
+        return pkgutil.resolve_name(target)
+    except Exception as error:  # whatever importing a module of the user's raises
+        raise ValueError(
+            f"{setting}._target_={target}: cannot be imported, {type(error).__name__}: {error}; "
+            f"it must be module.name, of an installed package or of a file in {Path.cwd()}"
+        ) from error
 
 
 def _prefers_sampling(setting: str, settings: Any) -> bool:
@@ -205,22 +214,31 @@ def _parts(setting: str, parts: Any) -> Mapping[str, Any]:
 
 def build(kind: type, group: str, settings: Settings, **given: Any) -> Any:
     """An object from the settings of its config group, each checked against the constructor's
-    types.
+    types. A setting left open (null) that it does not have is none.
 
     Args:
         given: further arguments, which are no settings.
 
     Raises:
-        ValueError: a setting that it does not have, is missing, or has another type.
+        ValueError: a setting that it does not have, is missing, or has another type; or a
+            parameter without a type.
     """
     hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    known = inspect.signature(kind).parameters
     checked = {}
     for name, value in settings.items():
         if name == "_target_":
             continue
         setting = f"{group}.{name}"
-        if name not in hints or name in given:
+        if name not in known and value is None:
+            continue
+        if name not in known or name in given:
             raise ValueError(f"{setting}={value}: {kind.__name__} has no such setting")
+        if name not in hints:
+            raise ValueError(
+                f"{setting}={value}: {kind.__name__}.__init__ gives {name} no type; annotate it, "
+                f"as in {name}: {type(value).__name__}"
+            )
         if hints[name] == PARTS:
             checked[name] = {
                 part: _drafter(None, f"{setting}.{part}", own)

@@ -19,12 +19,13 @@ Settings = dict[str, Any]
 
 
 def settings_of(words: str | Sequence[str]) -> Settings:
-    """What `python -m specdec.run WORDS` would run.
+    """What `python -m specdec.run WORDS` would run; `--config-dir FOLDER` adds options of one's
+    own.
 
     Raises:
         ValueError: no such setting or option; one line.
     """
-    overrides = shlex.split(words) if isinstance(words, str) else list(words)
+    overrides = _with_folders(shlex.split(words) if isinstance(words, str) else words)
     try:
         with initialize_config_dir(CONFIGS, version_base="1.3"):
             config = compose("run", overrides, return_hydra_config=True)
@@ -34,6 +35,19 @@ def settings_of(words: str | Sequence[str]) -> Settings:
         )
     except ERRORS as error:
         raise ValueError(message_of(error)) from error
+
+
+def _with_folders(words: Sequence[str]) -> list[str]:
+    """With `--config-dir FOLDER` as Hydra's composing wants it."""
+    left, folders = [], []
+    given = iter(words)
+    for word in given:
+        name, _, folder = word.partition("=")
+        if name == "--config-dir":
+            folders.append(Path(folder or next(given, "")).absolute().as_uri())
+        else:
+            left.append(word)
+    return [*left, f"hydra.searchpath=[{','.join(folders)}]"] if folders else left
 
 
 def resolved(config: DictConfig, choices: Mapping[str, Any]) -> Settings:

@@ -1,23 +1,16 @@
-"""drafter=compose: mixtures against their definition, credit, and who is asked when."""
+"""drafter=compose: credit, who is asked when, and what cannot be composed."""
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from specdec.decode import Decoder, Step
-from specdec.drafters.bandit import Bandit
-from specdec.drafters.compose import TRUSTED_HALF, Compose
+from specdec.drafters.choosers import TRUSTED_HALF, Pulls
+from specdec.drafters.compose import Compose
 from specdec.drafters.early_exit import EarlyExit
-from specdec.drafters.growth import Frontier
-from specdec.drafters.host import HostDrafter, Trie
+from specdec.drafters.host import HostDrafter
 from specdec.drafters.lookahead import Lookahead
-from specdec.drafters.mixture import mix, sources_of
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
@@ -26,21 +19,22 @@ from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
-from specdec.drafters.tries import TrieTable
+from specdec.flight import Step
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.protocols import StepContext, TreePolicy
+from specdec.observation import Observation
+from specdec.protocols import Drafter, StepContext, TreePolicy
 from specdec.request import Decoding, Request
-from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
-from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, requests_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
 REPEATING = "".join(f"def add_{i}(a, b):\n    return a + b\n\n\n" for i in range(6))
+
 TEXTS = (REPEATING + "def add_", "It was a dark night, and the old captain stood at the")
+
 NEW = 32
 
 
@@ -50,156 +44,31 @@ def target() -> PagedLM:
 
 
 def decode(
-    target: PagedLM, drafter: Any, *, batch_size: int = 1, temperature: float = 0.0
+    target: PagedLM,
+    drafter: Drafter,
+    tree: TreePolicy | None = None,
+    *,
+    batch_size: int = 1,
+    temperature: float = 0.0,
 ) -> tuple[list[list[int]], list[Step]]:
-    decoder = Decoder(
-        verifier=TreeVerifier(target),
-        drafter=drafter,
-        rule=RecursiveRejection() if temperature else Greedy(),
-        sampling=SamplingParams(temperature=temperature, seed=1),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=batch_size,
-        max_tokens=256,
+    rule = RecursiveRejection() if temperature else None
+    decoder = decoder_of(
+        target, drafter, tree, rule, temperature=temperature, seed=1, rows=batch_size
     )
     prompts = [target.tokenizer(text).input_ids for text in TEXTS]
-    requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
     steps: list[Step] = []
-    done = {s.request.id: s.output_ids for s in decoder.run(requests, on_step=steps.append)}
+    done = {
+        s.request.id: s.output_ids
+        for s in decoder.run(requests_of(prompts, NEW), on_step=steps.append)
+    }
     return [done[i] for i in range(len(TEXTS))], steps
-
-
-# Mixing
-
-ANSWER = st.lists(
-    st.tuples(st.integers(0, 5), st.floats(0.01, 1.0)), max_size=4, unique_by=lambda pair: pair[0]
-)
-
-
-@given(st.lists(ANSWER, min_size=2, max_size=3), st.data())
-@settings(max_examples=60, deadline=None)
-def test_a_mixture_is_the_weighted_sum(
-    answers: list[list[tuple[int, float]]], data: st.DataObject
-) -> None:
-    weights = [data.draw(st.floats(0.1, 1.0)) for _ in answers]
-    width = data.draw(st.integers(1, 12))
-    tensors = {}
-    for number, answer in enumerate(answers):
-        total = sum(p for _, p in answer)
-        ids, probs = torch.zeros(1, 1, 4).long(), torch.zeros(1, 1, 4).double()
-        for slot, (token, p) in enumerate(answer):
-            ids[0, 0, slot], probs[0, 0, slot] = token, p / total
-        tensors[number] = ids, probs
-    ids, probs, sources = mix(tensors, torch.tensor([weights]).double(), width)
-
-    speaking = sum(w for w, answer in zip(weights, answers, strict=True) if answer)
-    expected: dict[int, list[float]] = {}
-    for number, answer in enumerate(answers):
-        for token, p in answer:
-            shares = expected.setdefault(token, [0.0] * len(answers))
-            shares[number] += weights[number] / speaking * p / sum(q for _, q in answer)
-    best = sorted((-sum(shares), token) for token, shares in expected.items())[:width]
-    found = [(t, p) for t, p in zip(ids[0, 0].tolist(), probs[0, 0].tolist(), strict=True) if p]
-    assert [p for _, p in found] == pytest.approx([-mass for mass, _ in best])
-    for (token, p), source in zip(found, sources[0, 0].tolist(), strict=False):
-        assert p == pytest.approx(sum(expected[token]))
-        assert expected[token][source] == pytest.approx(max(expected[token]))
-
-
-def test_sources_are_found_by_parent_and_token() -> None:
-    tree = TokenTree(
-        tokens=torch.tensor([[9, 4, 5, 4, 0]]),
-        parents=torch.tensor([[-1, 0, 0, 1, -2]], dtype=torch.int32),
-        size=torch.tensor([4], dtype=torch.int32),
-        depth=2,
-    )
-    expanded = torch.tensor([[0, 1, -1, -1, -1]])
-    offered = [
-        (torch.tensor([[[4, 5]]]), torch.tensor([[[1, 0]]])),
-        (torch.tensor([[[7, 3, 4]]]), torch.tensor([[[0, 0, 2]]])),
-    ]
-    assert sources_of(tree, expanded, offered).tolist() == [[0, 1, 0, 2, 0]]
-
-
-# Tries as tensors
-
-
-def answers_of(
-    table: TrieTable, rows: list[int], paths: list[list[int]]
-) -> list[dict[int, float]]:
-    """What a table says after these paths, one for each row, followed from the root."""
-    context = StepContext(
-        sequences=[],
-        roots=torch.zeros(len(rows), dtype=torch.int64),
-        sampling=SamplingParams(),
-        uniforms=lambda stream, count: torch.zeros(len(rows), count),
-        rows=torch.tensor(rows),
-    )
-    answer = table.expand(context)
-    ids = probs = torch.empty(0)
-    for level in range(len(paths[0]) + 1):
-        tokens = torch.tensor([[path[level - 1] if level else 0] for path in paths])
-        frontier = Frontier(
-            level=level,
-            first=level,
-            tokens=tokens,
-            parents=torch.full_like(tokens, level - 1),
-            alive=torch.ones_like(tokens, dtype=torch.bool),
-        )
-        ids, probs = answer(frontier)
-    return [
-        {int(t): float(p) for t, p in zip(ids[row, 0], probs[row, 0], strict=True) if p}
-        for row in range(len(rows))
-    ]
-
-
-@given(
-    st.lists(
-        st.tuples(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.floats(0.1, 2.0)),
-        min_size=1,
-        max_size=8,
-    )
-)
-@settings(max_examples=40, deadline=None)
-def test_a_table_answers_like_its_trie(paths: list[tuple[list[int], float]]) -> None:
-    trie, empty = Trie(), Trie()
-    for path, weight in paths:
-        trie.add(path, weight)
-    table = TrieTable(rows=3, nodes=64, width=4, device=torch.device("cpu"))
-    table.write(0, trie)
-    table.write(2, empty)
-    table.send()
-    for length in range(4):
-        for path in itertools.product(range(4), repeat=length):
-            node = trie
-            for token in path:
-                node = node.children.get(token, empty)
-            mine, nothing = answers_of(table, [0, 2], [list(path)] * 2)
-            assert mine == pytest.approx(dict(node.best(4)))
-            assert nothing == {}
-
-
-def test_a_small_table_keeps_the_most_probable_nodes() -> None:
-    trie = Trie()
-    trie.add([1, 2, 3], 8.0)
-    trie.add([4, 5, 6], 1.0)
-    table = TrieTable(rows=1, nodes=2, width=2, device=torch.device("cpu"))
-    table.write(0, trie)
-    table.send()
-    assert answers_of(table, [0], [[]]) == [pytest.approx({1: 8 / 9, 4: 1 / 9})]
-    assert answers_of(table, [0], [[1]]) == [{2: 1.0}]
-    assert answers_of(table, [0], [[1, 2]]) == [{}]
-    assert answers_of(table, [0], [[4]]) == [{}]
-
-
-# Who is asked
 
 
 class Scripted(HostDrafter):
     """Proposes nothing, or a path with a match as long as it is told."""
 
-    def __init__(self, *, tree: TreePolicy, matches: Sequence[int]) -> None:
-        super().__init__(tree=tree)
+    def __init__(self, *, matches: Sequence[int]) -> None:
+        super().__init__()
         self.matches, self.asked = list(matches), -1
 
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
@@ -213,10 +82,10 @@ class Scripted(HostDrafter):
 
 def test_a_cascade_asks_the_model_where_no_match_is_long_enough(target: PagedLM) -> None:
     tree = Chain(budget=2)
-    searching = Scripted(tree=tree, matches=[0, 3, 4, 5])
-    model = SmallLlama(target=target, tree=tree, path="zoo:draft")
+    searching = Scripted(matches=[0, 3, 4, 5])
+    model = SmallLlama(path="zoo:draft")
     parts = {"text": searching, "model": model}
-    drafter = Compose(target=target, tree=tree, parts=parts, mode="cascade", min_match=4)
+    drafter = Compose(parts=parts, mode="cascade", min_match=4)
     chosen = []
     look = drafter.look
 
@@ -226,7 +95,7 @@ def test_a_cascade_asks_the_model_where_no_match_is_long_enough(target: PagedLM)
         return variant
 
     drafter.look = noted  # type: ignore[method-assign]
-    _, steps = decode(target, drafter)
+    _, steps = decode(target, drafter, tree)
     assert chosen[:8] == [(1,), (1,), (0,), (0,)] * 2
     for used, step in zip(chosen, steps, strict=True):
         idle = ("model", "text")[used[0]]
@@ -244,19 +113,19 @@ def test_rows_of_a_batch_draft_as_if_alone(target: PagedLM, mode: str, children:
     for batch_size in (1, 2):
         tree = Static(widths=[2, 1, 1], children=children)
         parts = {
-            "ngram": NGram(tree=tree),
-            "small_llama": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+            "ngram": NGram(),
+            "small_llama": SmallLlama(path="zoo:draft"),
         }
         drafter = Compose(
-            target=target,
-            tree=tree,
             parts=parts,
             mode=mode,
             min_match=2,
             costs=[1.0, 1.4],
             reset="prompt",
         )
-        outputs, steps = decode(target, drafter, batch_size=batch_size, temperature=temperature)
+        outputs, steps = decode(
+            target, drafter, tree, batch_size=batch_size, temperature=temperature
+        )
         credit = [
             (request, sources)
             for step in steps
@@ -274,10 +143,10 @@ def test_a_model_that_waits_reads_what_others_have_drafted(target: PagedLM) -> N
 
     def trees(matches: list[int]) -> list[Any]:
         parts = {
-            "text": Scripted(tree=tree, matches=matches),
-            "model": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+            "text": Scripted(matches=matches),
+            "model": SmallLlama(path="zoo:draft"),
         }
-        drafter = Compose(target=target, tree=tree, parts=parts, mode="cascade", min_match=1)
+        drafter = Compose(parts=parts, mode="cascade", min_match=1)
         seen, draft = {}, drafter.draft
 
         def recorded(context: StepContext) -> TokenTree:
@@ -288,7 +157,7 @@ def test_a_model_that_waits_reads_what_others_have_drafted(target: PagedLM) -> N
             return made
 
         drafter.draft = recorded  # type: ignore[method-assign]
-        decode(target, drafter)
+        decode(target, drafter, tree)
         return seen  # type: ignore[return-value]
 
     alone, mixed = trees([0]), trees([5, 5, 0])
@@ -303,68 +172,38 @@ def test_in_a_union_a_long_match_counts_more(target: PagedLM) -> None:
     weights = []
     for match in (0, 1, TRUSTED_HALF, 1000):
         parts = {
-            "text": Scripted(tree=tree, matches=[match]),
-            "model": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+            "text": Scripted(matches=[match]),
+            "model": SmallLlama(path="zoo:draft"),
         }
-        drafter = Compose(target=target, tree=tree, parts=parts, mode="union", weights=[3.0, 1.0])
-        decode(target, drafter)
+        drafter = Compose(parts=parts, mode="union", weights=[3.0, 1.0])
+        decode(target, drafter, tree)
         weights.append(drafter._weights[0].tolist())
     assert weights[0] == [0.0, 1.0]
     assert [w[0] for w in weights[1:]] == pytest.approx([3 / 9, 1.5, 3.0], rel=0.01)
-
-
-# The bandit
-
-
-def test_the_bandit_finds_the_arm_that_pays() -> None:
-    generator = torch.Generator().manual_seed(0)
-    bandit, pulls = Bandit(), [0, 0, 0]
-    pays, costs = (4.0, 6.0, 9.0), (1.0, 1.2, 3.0)  # per unit of time: 4, 5, 3
-    for _ in range(600):
-        arm = bandit.choose([(i, 0) for i in range(3)])
-        pulls[arm] += 1
-        noise = float(torch.rand((), generator=generator)) - 0.5
-        bandit.learn((arm, 0), pays[arm] + 2 * noise, costs[arm])
-    assert pulls[1] > 400
-    assert min(pulls) >= 1
-
-
-def test_the_bandit_follows_a_change() -> None:
-    bandit = Bandit()
-    last = []
-    for step in range(1200):
-        arm = bandit.choose([(0, 0), (1, 0)])
-        good = int(step >= 600)
-        bandit.learn((arm, 0), 3.0 if arm == good else 1.0, 1.0)
-        last.append(arm)
-    assert sum(last[500:600]) < 20
-    assert sum(last[1100:]) > 80
 
 
 def test_classes_of_match_lengths_are_told_apart(target: PagedLM) -> None:
     """Where its matches are long the text pays, elsewhere the model."""
     tree = Chain(budget=2)
     parts = {
-        "ngram": NGram(tree=tree),
-        "small_llama": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+        "ngram": NGram(),
+        "small_llama": SmallLlama(path="zoo:draft"),
     }
-    drafter = Compose(target=target, tree=tree, parts=parts, mode="bandit", costs=[1.0, 1.3])
+    drafter = Compose(parts=parts, mode="bandit", costs=[1.0, 1.3])
     assert drafter.reset == "never"
-    _, steps = decode(target, drafter)
-    assert {math.isinf(arm.cost) for arm in drafter._bandits.of(_sequence()).arms.values()} == {
-        False
-    }
-    assert len(drafter._bandits.of(_sequence()).arms) > 3
+    _, steps = decode(target, drafter, tree)
+    chooser = drafter.chooser
+    assert isinstance(chooser, Pulls)
+    arms = chooser._bandits.of(_sequence()).arms
+    assert len(arms) > 3
+    assert not any(math.isinf(arm.cost) for arm in arms.values())
     drafter.forget()
-    assert not drafter._bandits.of(_sequence()).arms
+    assert not chooser._bandits.of(_sequence()).arms
     assert steps
 
 
 def _sequence() -> Decoding:
     return Decoding(Request(id=99, prompt_ids=[1], max_new_tokens=1), 0, [1])
-
-
-# Mistakes
 
 
 @pytest.mark.parametrize(
@@ -378,42 +217,39 @@ def _sequence() -> Decoding:
         ({"depth": 0}, r"drafter\.depth=0: must be at least 1"),
     ],
 )
-def test_settings_out_of_range_are_named(
-    target: PagedLM, change: dict[str, Any], message: str
-) -> None:
-    tree = Chain(budget=2)
-    parts = {"one": NGram(tree=tree), "two": NGram(tree=tree)}
+def test_settings_out_of_range_are_named(change: dict[str, Any], message: str) -> None:
+    parts = {"one": NGram(), "two": NGram()}
     with pytest.raises(ValueError, match=message):
-        Compose(target=target, tree=tree, parts=parts, **change)  # type: ignore[arg-type]
+        Compose(parts=parts, **change)  # type: ignore[arg-type]
 
 
-def test_parts_that_cannot_be_composed_are_refused(target: PagedLM) -> None:
-    tree = Chain(budget=2)
+def test_parts_that_cannot_be_composed_are_refused() -> None:
     with pytest.raises(ValueError, match=r"drafter\.parts=\['one'\]: name at least two"):
-        Compose(target=target, tree=tree, parts={"one": NGram(tree=tree)})
-    parts = {"one": NGram(tree=tree), "two": Lookahead(tree=tree)}
+        Compose(parts={"one": NGram()})
+    parts = {"one": NGram(), "two": Lookahead()}
     with pytest.raises(ValueError, match=r"drafter\.parts\.two: Lookahead needs trees of its own"):
-        Compose(target=target, tree=tree, parts=parts)
+        Compose(parts=parts)
 
 
 class Told(NGram):
     """Wants to know what became of its own trees."""
 
-    def commit(self, context: StepContext, acceptance: Any) -> None: ...
+    composable = False
+
+    def commit(self, context: StepContext, acceptance: Any, seen: Observation) -> None: ...
 
 
-def test_parts_that_would_be_told_nothing_or_never_be_asked_are_refused(target: PagedLM) -> None:
-    tree = Chain(budget=2)
-    text, model = NGram(tree=tree), SmallLlama(target=target, tree=tree, path="zoo:draft")
-    rates = Synthetic(target=target, tree=tree)
-    for part in (Told(tree=tree), rates):
+def test_parts_that_would_be_told_nothing_or_never_be_asked_are_refused() -> None:
+    text, model = NGram(), SmallLlama(path="zoo:draft")
+    rates = Synthetic()
+    for part in (Told(), rates):
         with pytest.raises(ValueError, match=r"drafter\.parts\.two: .* needs trees of its own"):
-            Compose(target=target, tree=tree, parts={"one": text, "two": part})
+            Compose(parts={"one": text, "two": part})
     with pytest.raises(ValueError, match=r"drafter\.parts\.one: a model is always sure"):
-        Compose(target=target, tree=tree, parts={"one": model, "two": text})
-    exits = {f"exit {n}": EarlyExit(target=target, tree=tree, exit_layer=n) for n in (1, 2)}
+        Compose(parts={"one": model, "two": text})
+    exits = {f"exit {n}": EarlyExit(exit_layer=n) for n in (1, 2)}
     with pytest.raises(ValueError, match=r"two early exits need the same scratch"):
-        Compose(target=target, tree=tree, parts=exits, mode="union")
+        Compose(parts=exits, mode="union")
 
 
 class Plain(HostDrafter):
@@ -427,21 +263,21 @@ class Plain(HostDrafter):
 def test_a_drafter_that_knows_of_no_matches_is_asked(target: PagedLM, mode: str) -> None:
     tree = Static(widths=[2, 1])
     parts: Any = {
-        "plain": Plain(tree=tree),
-        "small_llama": SmallLlama(target=target, tree=tree, path="zoo:draft"),
+        "plain": Plain(),
+        "small_llama": SmallLlama(path="zoo:draft"),
     }
-    drafter = Compose(target=target, tree=tree, parts=parts, mode=mode, costs=[1.0, 1.0])
-    _, steps = decode(target, drafter)
+    drafter = Compose(parts=parts, mode=mode, costs=[1.0, 1.0])
+    _, steps = decode(target, drafter, tree)
     assert sum(step.sources[0]["plain"][0] for step in steps) > 0
 
 
 def test_a_part_goes_as_deep_as_it_may(target: PagedLM) -> None:
     tree = Dynamic(budget=16, depth=4)
-    text = NGram(tree=tree, depth=2)
-    model = SmallLlama(target=target, tree=tree, path="zoo:draft")
-    drafter = Compose(target=target, tree=tree, parts={"a": text, "b": model}, depth=8)
+    text = NGram(depth=2)
+    model = SmallLlama(path="zoo:draft")
+    drafter = Compose(parts={"a": text, "b": model}, depth=8)
+    _, steps = decode(target, drafter, tree)
     assert (drafter.levels, text.levels, model.levels) == (8, 2, 8)
-    _, steps = decode(target, drafter)
     assert max(depth for step in steps for depth in step.depths) == 8
 
 
@@ -449,16 +285,14 @@ def test_a_part_goes_as_deep_as_it_may(target: PagedLM) -> None:
 def test_any_drafters_make_a_union(target: PagedLM, parts: tuple[str, str]) -> None:
     tree = Dynamic(budget=8)
     kinds: Any = {
-        "small_llama": lambda: SmallLlama(target=target, tree=tree, path="zoo:draft"),
-        "early_exit": lambda: EarlyExit(target=target, tree=tree),
-        "token_recycling": lambda: TokenRecycling(target=target, tree=tree),
-        "ngram": lambda: NGram(tree=tree),
+        "small_llama": lambda: SmallLlama(path="zoo:draft"),
+        "early_exit": EarlyExit,
+        "token_recycling": TokenRecycling,
+        "ngram": NGram,
     }
-    drafter = Compose(
-        target=target, tree=tree, parts={name: kinds[name]() for name in parts}, mode="union"
-    )
+    drafter = Compose(parts={name: kinds[name]() for name in parts}, mode="union")
+    outputs, steps = decode(target, drafter, tree, batch_size=2)
     assert bool(drafter.variants) == ("ngram" in parts)  # else nothing to look at
-    outputs, steps = decode(target, drafter, batch_size=2)
     plain, _ = decode(target, NoDrafter())
     assert outputs == plain
     credit = {name: sum(s[name][1] for step in steps for s in step.sources) for name in parts}

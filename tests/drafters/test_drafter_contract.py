@@ -1,60 +1,48 @@
-"""What every drafter owes: one test for each promise, over every file of `configs/drafter`."""
+"""What every drafter owes (`experiments/tools/contract.py`), over every file of
+`configs/drafter`."""
 
 import itertools
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from specdec.decode import Decoder
-from specdec.drafters.none import NoDrafter
-from specdec.drafters.trees.chain import Chain
-from specdec.drafters.trees.dynamic import Dynamic
-from specdec.drafters.trees.static import Static
 from specdec.experiments.studies.rule_laws import (
     DrawnTree,
     emitted_law,
     ordered_draws,
     token_trees,
 )
-from specdec.experiments.tools import build_datastore
-from specdec.models.load import load_model
-from specdec.models.paged import PagedLM
-from specdec.protocols import Drafter, DraftError, StepContext, TreePolicy
-from specdec.request import Request
-from specdec.run import CONFIGS, build_drafter
-from specdec.sampling import DRAFT_STREAM, SamplingParams, race
+from specdec.experiments.tools import build_datastore, contract
+from specdec.lab.method import Method
+from specdec.lab.settings import CONFIGS
+from specdec.models.load import Models
+from specdec.models.placement import Placement
+from specdec.protocols import DraftError, StepContext
 from specdec.tree import TokenTree
-from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from specdec.verifier.synthetic import Synthetic
-from specdec.verifier.target_only import TargetOnly
-from specdec.verifier.verifier import TreeVerifier
-
-pytestmark = pytest.mark.usefixtures("load_once")
 
 NAMES = sorted(path.stem for path in Path(CONFIGS, "drafter").glob("*.yaml"))
 DRAFTING = [name for name in NAMES if name != "none"]
 UNDRAWN = ("lookahead", "synthetic")  # refuse sampled children
-LOSSLESS = [name for name in DRAFTING if name != "synthetic"]
-CODE = "".join(f"def add_{i}(a, b):\n    return a + b\n\n\n" for i in range(4))
-TEXTS = (
-    CODE + "def add_",
-    "It was a dark night, and the old captain stood at the",
-    "def fibonacci(n):\n    ",
-    "The old man and the sea. The old man and the",
-)
-NEW = 20
-TREES = {
-    "chain": lambda children: Chain(budget=3, children=children),
-    "static": lambda children: Static(widths=[2, 2, 1], children=children),
-    "dynamic": lambda children: Dynamic(budget=8, width=3, depth=4, children=children),
+MANY = {  # with many candidates; so few of them that all draws of two can be enumerated
+    "compose": (),
+    "compose union": (),
+    "token_recycling": ("drafter.successors=4",),
+    **dict.fromkeys(
+        (
+            "early_exit",
+            "ngram",
+            "rest",
+            "retriever",
+            "small_llama",
+            "suffix_decoding",
+            "translated",
+        ),
+        ("drafter.candidates=4",),
+    ),
 }
 
 
@@ -65,210 +53,93 @@ def echo(tokens: list[int]) -> Iterable[Sequence[int]]:
 
 
 @pytest.fixture(scope="module")
-def target() -> PagedLM:
-    return load_model("zoo:target")
+def models() -> Models:
+    return Models(Placement())
+
+
+@pytest.fixture(scope="module")
+def plain(models: Models) -> list[list[int]]:
+    return contract.plain_outputs(models)
 
 
 @pytest.fixture(scope="module")
 def datastore(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("datastore")
-    (folder / "text.txt").write_text(CODE * 3 + "It was a dark night, and the sea was calm.\n")
+    text = contract.CODE * 3 + "It was a dark night, and the sea was calm.\n"
+    (folder / "text.txt").write_text(text)
     out = folder / "built"
     build_datastore.main(["tokenizer=zoo:target", f"out={out}", f"{folder}/text.txt"])
     return out
 
 
-class Recording:
-    """Keeps a copy of every tree a drafter makes, checked."""
-
-    def __init__(self, drafter: Drafter, tree: TreePolicy) -> None:
-        self.trees: list[TokenTree] = []
-        self.contexts: list[StepContext] = []
-        draft = drafter.draft
-
-        def recorded(context: StepContext) -> TokenTree:
-            made = draft(context)
-            made.check()
-            assert int(made.size.max()) - 1 <= tree.budget
-            assert made.tokens[:, 0].equal(context.roots)
-            self.trees.append(made.to(torch.device("cpu")))
-            self.contexts.append(context)
-            return made
-
-        drafter.draft = recorded  # type: ignore[method-assign]
-
-    def lists(self) -> list[Any]:
-        return [(tree.tokens.tolist(), tree.parents.tolist()) for tree in self.trees]
-
-
-@cache
-def settings_of(name: str) -> dict[str, Any]:
-    """What the command line makes of `drafter=name`."""
-    overrides = [f"drafter={name}"]
-    if name == "rest":
-        overrides.append("drafter.datastore=datastore")
-    if name == "user":
-        overrides.append(f"drafter._target_={__name__}.echo")
-    with initialize_config_dir(CONFIGS, version_base="1.3"):
-        config = compose("run", overrides)
-    found: Any = OmegaConf.to_container(config.drafter, resolve=True, throw_on_missing=True)
-    return dict(found)
-
-
-def build(
-    name: str, target: PagedLM, tree: TreePolicy, datastore: Path, **settings: Any
-) -> Drafter:
+@pytest.fixture
+def make(name: str, datastore: Path) -> contract.Make:
     """As the command line does."""
-    chosen = settings_of(name) | settings
+    name, _, mode = name.partition(" ")
+    words = [f"drafter={name}"]
+    if mode:
+        words.append(f"drafter.mode={mode}")
     if name == "rest":
-        chosen["datastore"] = str(datastore)
-    return build_drafter(name, "drafter", chosen, target=target, tree=tree)
+        words.append(f"drafter.datastore={datastore}")
+    if name == "user":
+        words.append(f"drafter._target_={__name__}.echo")
+
+    def made(*more: str) -> Method:
+        return contract.method_for(words, *more)
+
+    return made
 
 
-def decode(
-    target: PagedLM,
-    drafter: Drafter,
-    *,
-    batch_size: int,
-    temperature: float = 0.0,
-    rule: Any,
-    warm_up: bool = False,
-) -> list[list[int]]:
-    decoder = Decoder(
-        verifier=TreeVerifier(target),
-        drafter=drafter,
-        rule=rule,
-        sampling=SamplingParams(temperature=temperature, seed=3),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=batch_size,
-        max_tokens=256,
-    )
-    prompts = [target.tokenizer(text).input_ids for text in TEXTS]
-    if warm_up:
-        decoder.warm_up(prompts[0])
-    requests = [
-        Request(id=i, prompt_ids=ids, max_new_tokens=NEW, category="ab"[i % 2])
-        for i, ids in enumerate(prompts)
-    ]
-    done = {sequence.request.id: sequence.output_ids for sequence in decoder.run(requests)}
-    return [done[i] for i in range(len(requests))]
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_declares_is_so(make: contract.Make) -> None:
+    contract.check_declared(make("tree=chain").drafter)
 
 
-@pytest.fixture(scope="module")
-def plain(target: PagedLM) -> list[list[int]]:
-    return decode(target, NoDrafter(), batch_size=1, rule=Greedy())
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("tree", contract.TREES)
+@pytest.mark.parametrize("name", DRAFTING)
 def test_greedy_outputs_are_those_of_plain_decoding_and_trees_are_valid(
-    target: PagedLM,
-    plain: list[list[int]],
-    datastore: Path,
-    name: str,
-    tree: str,
-    batch_size: int,
+    make: contract.Make, models: Models, plain: list[list[int]], tree: str, rows: int
 ) -> None:
-    policy = TREES[tree]("top_k")
-    drafter = build(name, target, policy, datastore)
-    recording = Recording(drafter, policy)
-    assert decode(target, drafter, batch_size=batch_size, rule=Greedy()) == plain
-    assert any(tree.nodes > 1 for tree in recording.trees)
+    contract.check_greedy(make, models, plain, tree, rows)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_budget_of_nothing_drafts_nothing(
-    target: PagedLM, plain: list[list[int]], datastore: Path, name: str
+    make: contract.Make, models: Models, plain: list[list[int]]
 ) -> None:
-    policy = Chain(budget=0)
-    drafter = build(name, target, policy, datastore)
-    recording = Recording(drafter, policy)
-    rule = Synthetic() if name == "synthetic" else Greedy()
-    assert decode(target, drafter, batch_size=2, rule=rule) == plain
-    assert all(tree.nodes == 1 for tree in recording.trees)
-
-
-def sampled_policy(name: str, tree: str, target: PagedLM, datastore: Path) -> TreePolicy | None:
-    """A tree of sampled children, None if the drafter has none."""
-    policy = TREES[tree]("sample")
-    if name in UNDRAWN:
-        with pytest.raises(ValueError, match=r"tree\.children=sample"):
-            build(name, target, policy, datastore)
-        return None
-    return policy
+    contract.check_no_budget(make, models, plain)
 
 
 @pytest.mark.parametrize("name", DRAFTING)
-def test_the_same_seed_gives_the_same_trees(target: PagedLM, datastore: Path, name: str) -> None:
-    policy = sampled_policy(name, "dynamic", target, datastore)
-    rule: Any = Synthetic() if name == "synthetic" else RecursiveRejection()
-    if policy is None:
-        policy = TREES["dynamic"]("top_k")
-        rule = rule if name == "synthetic" else TargetOnly()
-    seen = []
-    for batch_size in (3, 3):
-        drafter = build(name, target, policy, datastore)
-        recording = Recording(drafter, policy)
-        outputs = decode(target, drafter, batch_size=batch_size, temperature=1.0, rule=rule)
-        seen.append((outputs, recording.lists()))
-    assert seen[0] == seen[1]
+def test_the_same_seed_gives_the_same_trees(make: contract.Make, models: Models) -> None:
+    contract.check_seed(make, models)
 
 
 @pytest.mark.parametrize("name", DRAFTING)
-def test_nothing_leaks_from_one_run_into_the_next(
-    target: PagedLM, datastore: Path, name: str
-) -> None:
-    policy = TREES["static"]("top_k")
-    drafter = build(name, target, policy, datastore)
-    rule: Any = Synthetic() if name == "synthetic" else Greedy()
-    recording = Recording(drafter, policy)
-    outputs = decode(target, drafter, batch_size=2, rule=rule)
-    first = recording.lists()
-    recording.trees.clear()
-    assert decode(target, drafter, batch_size=2, rule=rule, warm_up=True) == outputs
-    assert recording.lists()[-len(first) :] == first
+def test_nothing_leaks_from_one_run_into_the_next(make: contract.Make, models: Models) -> None:
+    contract.check_forgets(make, models)
 
 
 @pytest.mark.parametrize("name", [*DRAFTING, "compose union"])
 def test_the_law_of_what_comes_out_of_sampled_trees_is_the_target_s(
-    target: PagedLM, datastore: Path, name: str
+    make: contract.Make, models: Models, name: str
 ) -> None:
     """Children are the draws that the proposal says; and over all draws and all coins, the first
     token follows the target."""
-    width = 2
-    policy = Static(widths=[width], children="sample")
-    if sampled_policy(name.split()[0], "static", target, datastore) is None:
+    method = contract.sampled(make, "tree=static", "tree.widths=[2]", *MANY.get(name, ()))
+    assert (method is None) == (name in UNDRAWN)
+    if method is None:
         return
-    name, _, mode = name.partition(" ")
-    settings = {key: 4 for key in ("candidates", "successors") if key in settings_of(name)}
-    drafter = build(
-        name, target, policy, datastore, **settings, **({"mode": mode} if mode else {})
-    )
-    for part in getattr(drafter, "parts", ()):
+    for part in getattr(method.drafter, "parts", ()):
         part.candidates = 4
-    recording = Recording(drafter, policy)
-    decode(target, drafter, batch_size=2, temperature=1.0, rule=RecursiveRejection())
     checked = 0
-    for tree, context in zip(recording.trees, recording.contexts, strict=True):
-        proposal = tree.proposal
-        if proposal is None:
-            continue
-        uniform = context.uniforms(DRAFT_STREAM, proposal.ids.shape[2])
-        for row in range(len(tree.tokens)):
-            ids, probs = proposal.ids[row, 0], proposal.probs[row, 0].double()
-            support = int((probs > 0).sum())
-            if not support:
-                continue
-            assert float(probs.sum()) == pytest.approx(1.0, abs=1e-6)
-            order = race(probs, uniform[row]).argsort()[: min(width, support)]
-            assert tree.tokens[row, 1 : int(tree.size[row])].tolist() == ids[order].tolist()
-            if checked < 4 and support > 1:
-                checked += 1
-                assert_law(target.vocab_size, ids, probs / probs.sum(), width, seed=checked)
-    if name not in ("pld", "user"):  # theirs have one candidate, or few
-        assert checked
+    vocab = models.load(contract.TARGET).vocab_size
+    for ids, probs in contract.check_draws(method, models):
+        if checked < 4 and int((probs > 0).sum()) > 1:
+            checked += 1
+            assert_law(vocab, ids, probs / probs.sum(), width=2, seed=checked)
+    assert checked or name not in MANY
 
 
 def assert_law(vocab: int, ids: torch.Tensor, probs: torch.Tensor, width: int, seed: int) -> None:
@@ -293,17 +164,16 @@ def assert_law(vocab: int, ids: torch.Tensor, probs: torch.Tensor, width: int, s
 
 @pytest.mark.parametrize("name", DRAFTING)
 def test_a_failing_drafter_is_named_with_what_it_drafted_for(
-    target: PagedLM, datastore: Path, name: str
+    make: contract.Make, models: Models, name: str
 ) -> None:
-    drafter = build(name, target, TREES["chain"]("top_k"), datastore)
-    draft, calls = drafter.draft, itertools.count()
+    method = contract.ready(make(*contract.TREES["chain"]), models)
+    draft, calls = method.drafter.draft, itertools.count()
 
     def failing(context: StepContext) -> TokenTree:
         if next(calls) == 3:
             raise IndexError("out of luck")
         return draft(context)
 
-    drafter.draft = failing  # type: ignore[method-assign]
-    rule: Any = Synthetic() if name == "synthetic" else Greedy()
+    method.drafter.draft = failing  # type: ignore[method-assign]
     with pytest.raises(DraftError, match=rf"^{name}.* failed on request 0: IndexError"):
-        decode(target, drafter, batch_size=1, rule=rule)
+        contract.decode(method, models, rows=1)

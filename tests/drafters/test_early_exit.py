@@ -19,12 +19,11 @@ from specdec.models.direct import _Layer
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
+from specdec.observation import Observation
 from specdec.protocols import StepContext, TreePolicy
-from specdec.request import Request
-from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
-from specdec.verifier.greedy import Greedy
 from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, loaded, outputs_of, requests_of
 from tests.models.tiny import tiny
 
 TEXTS = ("def fibonacci(n):\n    ", "It was a dark night, and the old captain stood at the")
@@ -40,23 +39,8 @@ def target() -> PagedLM:
     return load(torch.float32)
 
 
-def new_decoder(target: PagedLM, drafter: Any, verifier: TreeVerifier | None = None) -> Decoder:
-    return Decoder(
-        verifier=verifier or TreeVerifier(target),
-        drafter=drafter,
-        rule=Greedy(),
-        sampling=SamplingParams(),
-        max_context=target.max_context,
-        device=target.device,
-        max_tokens=128,
-    )
-
-
 def outputs(decoder: Decoder, target: PagedLM) -> list[list[int]]:
-    prompts = [target.tokenizer(text).input_ids for text in TEXTS]
-    requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
-    done = {s.request.id: s.output_ids for s in decoder.run(requests)}
-    return [done[i] for i in range(len(TEXTS))]
+    return outputs_of(decoder, [target.tokenizer(text).input_ids for text in TEXTS], NEW)
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 5])
@@ -84,8 +68,8 @@ def test_a_verified_node_costs_each_layer_once(
         dropped += run - int((expanded >= 0).sum())
         return end(self, context, tree, expanded)
 
-    decoder = new_decoder(target, EarlyExit(target=target, tree=tree, exit_layer=exit_layer))
-    plain = outputs(new_decoder(target, NoDrafter()), target)
+    decoder = decoder_of(target, EarlyExit(exit_layer=exit_layer), tree)
+    plain = outputs(decoder_of(target, NoDrafter()), target)
     monkeypatch.setattr(_Layer, "__call__", counted)
     prompts = sum(len(target.tokenizer(text).input_ids) - 1 for text in TEXTS)
     monkeypatch.setattr(EarlyExit, "end", ended)
@@ -103,30 +87,32 @@ def test_resumed_logits_are_those_of_a_whole_pass(
     """Also below nodes that lie deeper than the drafter goes, in a composition."""
     target = load(torch.float64)
     tree = Dynamic(budget=12, depth=5)
-    drafter: Any = EarlyExit(target=target, tree=tree, depth=depth)
+    drafter: Any = EarlyExit(depth=depth)
     if depth:
-        searching = NGram(tree=tree, max_match=4)
+        searching = NGram(max_match=4)
         parts = {"ngram": searching, "early_exit": drafter}
-        drafter = Compose(target=target, tree=tree, parts=parts, mode="union")
+        drafter = Compose(parts=parts, mode="union")
     verify, worst, resumed = TreeVerifier.verify, 0.0, 0
 
-    def both(self: TreeVerifier, context: StepContext, tree: TokenTree) -> torch.Tensor:
+    def both(
+        self: TreeVerifier, context: StepContext, tree: TokenTree
+    ) -> tuple[torch.Tensor, Observation]:
         nonlocal worst, resumed
-        logits = verify(self, context, tree)
+        logits, seen = verify(self, context, tree)
         if tree.begun is not None:
             resumed += 1
             kept = self.cache.tree_keys.clone(), self.cache.tree_values.clone()
-            whole = verify(self, context, replace(tree, begun=None))
+            whole, _ = verify(self, context, replace(tree, begun=None))
             size = int(tree.size[0])
             worst = max(worst, float((whole - logits)[:, :size].abs().max()))
             for scratch, before in zip(
                 (self.cache.tree_keys, self.cache.tree_values), kept, strict=True
             ):
                 worst = max(worst, float((scratch - before)[:, :1, :, :size].abs().max()))
-        return logits
+        return logits, seen
 
     monkeypatch.setattr(TreeVerifier, "verify", both)
-    outputs(new_decoder(target, drafter), target)
+    outputs(decoder_of(target, drafter, tree), target)
     assert resumed > 5
     assert worst < 1e-9
 
@@ -140,10 +126,10 @@ def test_the_target_drafting_with_all_but_nothing_left_out_agrees_with_itself() 
     torch.nn.init.zeros_(last.self_attn.o_proj.weight)
     torch.nn.init.zeros_(last.mlp.down_proj.weight)
     target = PagedLM(model, load(torch.float32).tokenizer)
-    drafter = EarlyExit(target=target, tree=Chain(budget=3), exit_layer=target.layers - 1)
-    decoder = new_decoder(target, drafter)
+    drafter = EarlyExit(exit_layer=target.layers - 1)
+    decoder = decoder_of(target, drafter, Chain(budget=3))
     prompt = target.tokenizer(TEXTS[0]).input_ids
-    (done,) = decoder.run([Request(id=0, prompt_ids=prompt, max_new_tokens=NEW)])
+    (done,) = decoder.run(requests_of([prompt], NEW))
     assert done.accepted_lengths == [4] * (NEW // 4)
 
 
@@ -152,10 +138,10 @@ def test_exit_layers_that_do_not_exist_are_refused(target: PagedLM, exit_layer: 
     with pytest.raises(
         ValueError, match=rf"drafter\.exit_layer={exit_layer}: must be from 1 to 5"
     ):
-        EarlyExit(target=target, tree=Chain(budget=2), exit_layer=exit_layer)
+        loaded(EarlyExit(exit_layer=exit_layer), target)
 
 
 def test_models_that_only_run_as_a_whole_are_refused() -> None:
     whole = PagedLM(tiny("granite"))
     with pytest.raises(ValueError, match=r"layers of GraniteForCausalLM cannot be run in part"):
-        EarlyExit(target=whole, tree=Chain(budget=2), exit_layer=1)
+        loaded(EarlyExit(exit_layer=1), whole)

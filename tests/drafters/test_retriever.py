@@ -3,15 +3,12 @@ published methods as settings of it."""
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec.decode import Decoder
 from specdec.drafters.automaton import END, Automaton
 from specdec.drafters.host import Trie
 from specdec.drafters.ngram import NGram
@@ -20,15 +17,13 @@ from specdec.drafters.retriever import Retriever
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.experiments.tools.build_datastore import build
+from specdec.lab.settings import settings_of
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter
 from specdec.request import Decoding, Request
-from specdec.sampling import SamplingParams
-from specdec.verifier.greedy import Greedy
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, prepared, requests_of
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TREE = Chain(budget=4)
 Paths = list[tuple[list[int], float]]
 
@@ -153,7 +148,7 @@ def proposed(drafter: Retriever | NGram, sequence: Decoding, levels: int = 4) ->
 
 
 def alone(tokens: Sequence[int], levels: int = 4, **options: Any) -> Paths:
-    drafter = Retriever(tree=TREE, **options)
+    drafter = prepared(Retriever(**options), TREE)
     sequence = decoding(tokens)
     drafter.start([sequence])
     return proposed(drafter, sequence, levels)
@@ -180,7 +175,8 @@ def test_longer_matches_are_continued_further(factor: float | None, reach: int) 
 
 
 def test_match_length_is_that_of_the_last_look() -> None:
-    for drafter in (Retriever(tree=TREE, max_match=3), NGram(tree=TREE, max_match=3)):
+    for kind in (Retriever, NGram):
+        drafter = prepared(kind(max_match=3), TREE)
         rows = [decoding([1, 2, 3, 4, 5], row=0), decoding([7, 5, 7], row=1)]
         drafter.start(rows)
         lengths = []
@@ -194,7 +190,7 @@ def test_match_length_is_that_of_the_last_look() -> None:
 
 
 def test_a_row_starts_anew_for_the_next_sequence() -> None:
-    drafter = Retriever(tree=TREE)
+    drafter = prepared(Retriever(), TREE)
     first = decoding([1, 2, 1, 2, 1], row=0)
     drafter.start([first])
     assert proposed(drafter, first)
@@ -221,7 +217,7 @@ def after(drafter: Retriever, *texts: tuple[str | None, list[int]]) -> None:
     ("reset", "seen"), [("prompt", set()), ("category", {6}), ("never", {6, 7})]
 )
 def test_outputs_of_earlier_requests(reset: Any, seen: set[int]) -> None:
-    drafter = Retriever(tree=TREE, reset=reset)
+    drafter = prepared(Retriever(reset=reset), TREE)
     assert drafter.reset == reset
     after(drafter, ("a", [4, 5, 6]), ("b", [4, 5, 7]))
     for _ in range(2):
@@ -236,7 +232,7 @@ def test_outputs_of_earlier_requests(reset: Any, seen: set[int]) -> None:
 
 
 def test_history_holds_outputs_and_no_continuation_crosses_their_ends() -> None:
-    drafter = Retriever(tree=TREE, reset="never", max_spec_factor=None)
+    drafter = prepared(Retriever(reset="never", max_spec_factor=None), TREE)
     after(drafter, (None, [4, 5, 6]), (None, [7, 8]))
     for context, expected in (([4], [[5, 6]]), ([6], []), ([7], [[8]]), ([0], []), ([5, 0], [])):
         sequence = decoding([3, *context], number=9)
@@ -245,7 +241,7 @@ def test_history_holds_outputs_and_no_continuation_crosses_their_ends() -> None:
 
 
 def test_own_text_and_history_meet() -> None:
-    drafter = Retriever(tree=TREE, reset="never")
+    drafter = prepared(Retriever(reset="never"), TREE)
     after(drafter, (None, [4, 5, 6]), (None, [4, 5, 6]), (None, [4, 5, 7]))
     sequence = decoding([5, 8, 5], number=9)
     drafter.start([sequence])
@@ -277,9 +273,8 @@ def store(target: PagedLM, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_datastore_is_looked_into(target: PagedLM, store: str) -> None:
     known = target.tokenizer("It was a dark night, and").input_ids
-    drafter = Retriever(
-        target=target, tree=TREE, datastore=store, own_text=False, max_spec_factor=None
-    )
+    drafter = Retriever(datastore=store, own_text=False, max_spec_factor=None)
+    prepared(drafter, TREE, target)
     sequence = decoding([*known[:3], *known[:4]])
     drafter.start([sequence])
     assert proposed(drafter, sequence, levels=2) == [(known[4:6], 2.0**4)]
@@ -291,7 +286,7 @@ def test_a_datastore_is_looked_into(target: PagedLM, store: str) -> None:
 
 def test_all_sources_meet_in_one_trie(target: PagedLM, store: str) -> None:
     known = target.tokenizer("It was a dark night, and").input_ids
-    drafter = Retriever(target=target, tree=TREE, datastore=store, reset="never")
+    drafter = prepared(Retriever(datastore=store, reset="never"), TREE, target)
     after(drafter, (None, [*known[:2], 55]))
     sequence = decoding([known[1], 66, *known[:2]], number=9)
     drafter.start([sequence])
@@ -302,13 +297,11 @@ def test_all_sources_meet_in_one_trie(target: PagedLM, store: str) -> None:
 # --- published methods
 
 
-def configured(name: str, **given: Any) -> Retriever:
+def configured(words: str, target: PagedLM | None = None) -> Retriever:
     """The drafter of a YAML, as the command line builds it."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("run", [f"drafter={name}"]).drafter
-    options = {str(key): config[key] for key in config if key not in ("_target_", *given)}
-    assert config["_target_"] == "specdec.drafters.retriever.Retriever"
-    return Retriever(**{"tree": TREE} | options | given)
+    options = settings_of(f"drafter={words}")["drafter"]
+    assert options.pop("_target_") == "specdec.drafters.retriever.Retriever"
+    return prepared(Retriever(**options), TREE, target)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -330,7 +323,7 @@ PLD = configured("pld")
 
 
 def test_rest_finds_in_its_datastore_alone(target: PagedLM, store: str) -> None:
-    drafter = configured("rest", target=target, datastore=store)
+    drafter = configured(f"rest drafter.datastore={store}", target)
     known = target.tokenizer("def fibonacci(n):").input_ids
     after(drafter, (None, [77, 78, 79]))
     sequence = decoding([77, 78, 77], number=9)
@@ -338,7 +331,7 @@ def test_rest_finds_in_its_datastore_alone(target: PagedLM, store: str) -> None:
     assert proposed(drafter, sequence) == []
     sequence.tokens += known[:3]
     assert proposed(drafter, sequence, levels=2)[0][0] == known[3:5]
-    with pytest.raises(Exception, match=r"Missing mandatory value: drafter\.datastore"):
+    with pytest.raises(ValueError, match=r"drafter\.datastore: must be given"):
         configured("rest")
 
 
@@ -369,37 +362,27 @@ def test_suffix_decoding_remembers_outputs() -> None:
 )
 def test_settings_out_of_range(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError, match="drafter") as error:
-        Retriever(tree=TREE, **options)
+        Retriever(**options)
     assert expected in str(error.value)
 
 
 # --- decoding
 
 
-def outputs(target: PagedLM, drafter: Drafter, batch_size: int) -> tuple[list[list[int]], int]:
+def outputs(
+    target: PagedLM, drafter: Drafter, tree: Any, batch_size: int
+) -> tuple[list[list[int]], int]:
     """Greedy outputs, and the steps they took."""
     texts = ["def fibonacci(n):\n", "It was a dark night", "def f(x):\n    return", "1 2 3 1 2"]
     prompts = [target.tokenizer(text).input_ids for text in [*texts, texts[0]]]
-    decoder = Decoder(
-        verifier=TreeVerifier(target),
-        drafter=drafter,
-        rule=Greedy(),
-        sampling=SamplingParams(temperature=0.0, seed=0),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=batch_size,
-        max_tokens=64,
-    )
-    requests = [
-        Request(id=i, prompt_ids=prompt, max_new_tokens=24) for i, prompt in enumerate(prompts)
-    ]
-    done = sorted(decoder.run(requests), key=lambda sequence: sequence.request.id)
+    decoder = decoder_of(target, drafter, tree, rows=batch_size, max_tokens=64)
+    done = sorted(decoder.run(requests_of(prompts, 24)), key=lambda sequence: sequence.request.id)
     return [sequence.output_ids for sequence in done], sum(sequence.steps for sequence in done)
 
 
 @pytest.fixture(scope="module")
 def plain(target: PagedLM) -> tuple[list[list[int]], int]:
-    return outputs(target, NoDrafter(), 4)
+    return outputs(target, NoDrafter(), None, 4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -407,8 +390,8 @@ def plain(target: PagedLM) -> tuple[list[list[int]], int]:
 def test_decoding_with_all_sources_equals_plain_decoding(
     target: PagedLM, store: str, plain: tuple[list[list[int]], int], tree: Any, batch_size: int
 ) -> None:
-    drafter = Retriever(target=target, tree=tree, datastore=store, reset="never")
-    found, steps = outputs(target, drafter, batch_size)
+    drafter = Retriever(datastore=store, reset="never")
+    found, steps = outputs(target, drafter, tree, batch_size)
     assert found == plain[0]
     assert steps < 0.8 * plain[1]
 
@@ -418,7 +401,7 @@ def test_the_longest_matches_still_have_a_weight() -> None:
     request = Request(id=0, prompt_ids=[5] * 2500, max_new_tokens=8)
     sequence = Decoding(request, 0, list(request.prompt_ids))
     for kind in (Retriever, NGram):
-        drafter = kind(tree=Chain(budget=4), max_match=2000)
+        drafter = prepared(kind(max_match=2000), Chain(budget=4))
         drafter.start([sequence])
         assert [sum(w for _, w in drafter.propose(sequence, 4))] > [1e300]
         assert drafter.trie(sequence).best(4) == [(5, 1.0)]

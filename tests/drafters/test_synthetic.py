@@ -18,12 +18,12 @@ from specdec.drafters.synthetic import Synthetic as Drafter
 from specdec.drafters.synthetic import by_depth
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
-from specdec.drafters.trees.policy import BasePolicy
 from specdec.drafters.trees.static import Static
-from specdec.protocols import StepContext
+from specdec.protocols import StepContext, TreePolicy
 from specdec.sampling import SamplingParams, probabilities, uniforms
 from specdec.tree import Acceptance, Proposal, TokenTree
 from specdec.verifier.synthetic import Synthetic as Rule
+from tests.decoding import prepared
 
 VOCAB = 11
 TARGET: Any = SimpleNamespace(vocab_size=VOCAB, device=torch.device("cpu"))
@@ -44,10 +44,10 @@ def context_for(temperature: float, rows: int = ROWS) -> StepContext:
 
 
 def one_step(
-    policy: BasePolicy, rates: Any, temperature: float = 0.0
+    policy: TreePolicy, rates: Any, temperature: float = 0.0
 ) -> tuple[TokenTree, Tensor, Acceptance]:
     context = context_for(temperature)
-    tree = Drafter(target=TARGET, tree=policy, rates=rates).draft(context)
+    tree = prepared(Drafter(rates=rates), policy, TARGET).draft(context)
     tree.check()
     assert bool(((tree.tokens >= 0) & (tree.tokens < VOCAB)).all())
     logits = torch.randn(ROWS, tree.nodes, VOCAB, generator=torch.manual_seed(0))
@@ -160,7 +160,7 @@ def test_neither_waits_for_the_device():
             sampling=SamplingParams(temperature=1.0),
             uniforms=lambda stream, count: torch.zeros(3, count, dtype=torch.float64),
         )
-        expand: Callable[..., Any] = Drafter(target=TARGET, tree=policy, rates=[[0.5, 0.2]]).begin(
+        expand: Callable[..., Any] = prepared(Drafter(rates=[[0.5, 0.2]]), policy, TARGET).begin(
             context
         )
         tokens = context.roots[:, None]
@@ -197,8 +197,8 @@ def test_rates_that_are_none_are_refused(rates, reason):
 
 def test_more_children_than_tokens_are_refused():
     with pytest.raises(ValueError, match="only 11 tokens"):
-        Drafter(target=TARGET, tree=Chain(budget=1), rates=[[0.01] * 12])
-    Drafter(target=TARGET, tree=Chain(budget=1), rates=[[0.1, *[0.09] * 10]])
+        prepared(Drafter(rates=[[0.01] * 12]), Chain(budget=1), TARGET)
+    prepared(Drafter(rates=[[0.1, *[0.09] * 10]]), Chain(budget=1), TARGET)
 
 
 def test_a_tree_without_probabilities_is_refused():

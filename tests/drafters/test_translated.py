@@ -1,5 +1,4 @@
-"""drafter=translated: which tokens correspond, how the others are spelled, what is proposed, and
-that nothing of it changes the outputs.
+"""drafter=translated: what is proposed, and that nothing of it changes the outputs.
 
 A draft of another tokenizer is made of the built-in one by `experiments/tools/retokenize.py`: the
 same network, so that what corresponds, and what it should propose, is known by construction.
@@ -15,34 +14,33 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from specdec.decode import Decoder
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.translated import Translated
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
-from specdec.drafters.vocabulary import LONGEST, Translation, Vocabulary, byte_alphabet
-from specdec.experiments.tools import retokenize as script
-from specdec.experiments.tools.retokenize import retokenize
-from specdec.models.load import load_model, zoo_path
+from specdec.drafters.vocabulary import LONGEST, Vocabulary
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter, StepContext, TreePolicy
-from specdec.request import Decoding, Request
-from specdec.sampling import SamplingParams
+from specdec.request import Decoding
 from specdec.tree import TokenTree
-from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from specdec.verifier.verifier import TreeVerifier
+from tests.decoding import decoder_of, loaded, requests_of
+from tests.drafters.retokenized import (
+    KEPT,
+    STORIES,
+    byte_level,
+    check_spellings,
+)
 from tests.tiny import tiny_llama
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
-KEPT = 6000
 NEW = 16
+
 TEXTS = [
     'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
     "It was a dark night, and the old captain",
@@ -51,305 +49,10 @@ TEXTS = [
 ]
 
 
-# Tokenizers
-
-
-def wrapped(tokenizer: Tokenizer, **special: str) -> Any:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-
-
-def bpe(tokens: Sequence[str], pairs: Sequence[str], **options: Any) -> models.BPE:
-    """Of these tokens and of the merges "a b"."""
-    merges = [tuple(pair.split(" ")) for pair in pairs]
-    every = dict.fromkeys([*tokens, *("".join(merge) for merge in merges)])
-    return models.BPE(vocab={t: i for i, t in enumerate(every)}, merges=merges, **options)
-
-
-def byte_level(
-    tokens: Sequence[str], pairs: Sequence[str] = (), *, prefix: bool = False, **special: str
-) -> Any:
-    backend = Tokenizer(bpe([*special.values(), *tokens], pairs))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-    backend.decoder = decoders.ByteLevel()
-    return wrapped(backend, **special)
-
-
-def sentencepiece(tokens: Sequence[str], pairs: Sequence[str], *, prefix: bool = True) -> Any:
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    model = bpe(
-        ["<unk>", "<s>", "</s>", *bytes_, *tokens], pairs, unk_token="<unk>", byte_fallback=True
-    )
-    backend = Tokenizer(model)
-    space = normalizers.Replace(" ", "▁")
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
-    )
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return wrapped(backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-
-
-WORDS = ["Ġ t", "h e", "Ġt he", "c a", "ca t", "Ġ cat"]
-GPT = byte_level(sorted(byte_alphabet()), WORDS, eos_token="<|endoftext|>")
-PIECES = ["▁", *"abcdehimt", "é"]
-LLAMA = sentencepiece(PIECES, ["h e", "▁ t", "▁t he", "m a", "ma t"])
-GEMMA = sentencepiece(PIECES, ["h e", "▁ t", "▁t he", "▁ ▁"], prefix=False)
-
-
-def translation(target: Any, draft: Any) -> Translation:
-    return Translation(
-        target, draft, target_size=len(target), draft_size=len(draft), name="drafter.path=X"
-    )
-
-
-def vocabulary(tokenizer: Any) -> Vocabulary:
-    return Vocabulary(tokenizer, len(tokenizer), name="drafter.path=X")
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "token", "meaning"),
-    [
-        (GPT, "Ġthe", b" the"),
-        (GPT, "Ċ", b"\n"),
-        (GPT, "Ã", b"\xc3"),
-        (LLAMA, "▁the", b" the"),
-        (LLAMA, "<0x0A>", b"\n"),
-        (LLAMA, "é", "é".encode()),
-        (GEMMA, "▁▁", b"  "),
-    ],
-)
-def test_a_token_stands_for_bytes(tokenizer: Any, token: str, meaning: bytes) -> None:
-    found = vocabulary(tokenizer)
-    assert found.bytes[tokenizer.get_vocab()[token]] == meaning
-
-
-def test_the_alphabet_is_that_of_the_tokenizers_library() -> None:
-    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
-    assert sorted(byte_alphabet().values()) == list(range(256))
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_alphabet())}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    text = "".join(map(chr, range(1, 0x400))) + "日🙂"
-    letters = "".join(backend.encode(text).tokens)
-    assert bytes(byte_alphabet()[c] for c in letters) == text.encode()
-
-
-def test_byte_level_and_sentencepiece_correspond_by_bytes() -> None:
-    found = translation(GPT, LLAMA)
-    theirs, own = GPT.get_vocab(), LLAMA.get_vocab()
-    for a, b in {"Ġthe": "▁the", "Ġ": "▁", "he": "he", "Ċ": "<0x0A>", "Ã": "<0xC3>"}.items():
-        assert found.pairs[theirs[a]] == own[b]
-    # A letter that is a token of its own is not the byte token that nobody uses.
-    assert found.pairs[theirs["a"]] == own["a"] != own["<0x61>"]
-    assert found.pairs[theirs["<|endoftext|>"]] == own["</s>"]  # both end a text
-    assert not {own["<unk>"], own["<s>"]} & set(found.pairs.values())
-    assert not {theirs["Ġcat"], theirs["ca"]} & found.pairs.keys()
-    assert len(set(found.pairs.values())) == len(found.pairs)
-    assert found.ordinary == len(theirs) - 1
-    assert found.shared == len(found.pairs) - 1
-    back = translation(LLAMA, GPT)
-    assert back.pairs == {b: a for a, b in found.pairs.items()}
-
-
-@pytest.mark.parametrize("target", [GPT, LLAMA, GEMMA])
-@pytest.mark.parametrize("draft", [GPT, LLAMA, GEMMA])
-def test_every_token_is_spelled_by_its_bytes(target: Any, draft: Any) -> None:
-    if target is not draft:
-        check_spellings(translation(target, draft), vocabulary(target), vocabulary(draft))
-
-
-def check_spellings(found: Translation, theirs: Vocabulary, own: Vocabulary) -> None:
-    for i, spelling in enumerate(found.spellings):
-        assert 1 <= len(spelling) <= LONGEST
-        if i in found.pairs:
-            assert spelling == [found.pairs[i]]
-        elif i in theirs.bytes:
-            spelled = b"".join(own.bytes[j] for j in spelling)
-            whole = theirs.bytes[i]
-            assert whole.endswith(spelled) if len(spelling) == LONGEST else spelled == whole
-
-
-def test_spellings_are_those_of_the_tokenizer() -> None:
-    """Canonical ones where the bytes allow it, with and without a space before the word."""
-    target = byte_level([*sorted(byte_alphabet()), "Ġmathe", "mathe", "Ġé", "Ã©Ã"])
-    found, ids = translation(target, LLAMA), target.get_vocab()
-
-    def spelled(token: str) -> list[str]:
-        return LLAMA.convert_ids_to_tokens(found.spellings[ids[token]])
-
-    assert spelled("Ġmathe") == ["▁", "mat", "he"]
-    assert spelled("mathe") == ["mat", "he"]
-    assert spelled("Ã©Ã") == ["é", "<0xC3>"]  # half a letter
-    assert spelled("a") == ["a"]
-
-
-def test_the_ends_of_long_spellings_are_kept() -> None:
-    target = byte_level([*sorted(byte_alphabet()), "ab" * 20])
-    draft = byte_level(sorted(byte_alphabet(), reverse=True))
-    found = translation(target, draft)
-    assert draft.convert_ids_to_tokens(found.spellings[-1]) == list("ab" * (LONGEST // 2))
-
-
-def test_what_cannot_be_spelled_has_a_neutral_token() -> None:
-    found = translation(byte_level(["a", "b", "c"]), byte_level(["Ġ", "b", "a"]))
-    assert found.spellings == [[2], [1], [0]]  # a space
-    found = Translation(GPT, LLAMA, target_size=len(GPT) + 3, draft_size=len(LLAMA), name="X")
-    assert found.spellings[-1] == [LLAMA.unk_token_id]  # padding of the target's head
-
-
-def test_equal_bytes_go_to_the_lower_id() -> None:
-    target = sentencepiece(["▁", "A", "b"], [])
-    draft = byte_level(sorted(byte_alphabet()))
-    found, ids = translation(target, draft), target.get_vocab()
-    assert found.pairs[ids["A"]] == draft.get_vocab()["A"]
-    assert ids["<0x41>"] not in found.pairs
-    assert found.spellings[ids["<0x41>"]] == [draft.get_vocab()["A"]]
-
-
-def test_special_tokens_correspond_by_their_texts() -> None:
-    letters = sorted(byte_alphabet())
-    target = byte_level(letters, eos_token="<e>", bos_token="<b>", pad_token="<pad>")
-    draft = byte_level(letters[::-1], pad_token="<pad>", bos_token="<e>", eos_token="<end>")
-    found, ids = translation(target, draft), target.get_vocab()
-    assert found.pairs[ids["<pad>"]] == draft.pad_token_id
-    assert found.pairs[ids["<e>"]] == draft.bos_token_id  # its text goes before its role
-    assert ids["<b>"] not in found.pairs
-    assert draft.decode(found.spellings[ids["<b>"]]) == "<b>"
-
-
-def test_prompts_are_encoded_anew() -> None:
-    text = "the cat é\n🙂 mat"
-    for target, draft in ((GPT, LLAMA), (LLAMA, GPT), (LLAMA, GEMMA)):
-        ids = target(text, add_special_tokens=False).input_ids
-        expected = draft(text, add_special_tokens=False).input_ids
-        assert translation(target, draft).prompt(ids, 1000) == expected
-        assert translation(target, draft).prompt(ids, 3) == expected[-3:]
-    found = translation(LLAMA, GPT)
-    ids = [LLAMA.bos_token_id, *LLAMA("the").input_ids, LLAMA.eos_token_id]
-    assert found.prompt(ids, 10) == [*GPT("the").input_ids, GPT.eos_token_id]
-    assert len(found.prompt([LLAMA.bos_token_id], 10)) == 1
-
-
-def test_the_token_that_begins_a_text_stays_in_front() -> None:
-    if not STORIES.is_dir():
-        pytest.skip(f"no model in {STORIES}")
-    draft = AutoTokenizer.from_pretrained(STORIES)
-    target = AutoTokenizer.from_pretrained(zoo_path("target"))
-    found, text = translation(target, draft), "Once upon a time there was a cat."
-    every = draft(text).input_ids
-    assert every[0] == draft.bos_token_id
-    assert found.prompt(target(text).input_ids, 100) == every
-    assert found.prompt(target(text).input_ids, 5) == [every[0], *every[-4:]]
-    check_spellings(found, vocabulary(target), vocabulary(draft))
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "reason"),
-    [
-        (None, "it has no fast tokenizer"),
-        (wrapped(Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))), r"\(decoder: none\)"),
-        ("wordpiece", "pieces of words"),
-    ],
-)
-def test_tokenizers_that_cannot_be_compared_are_refused(tokenizer: Any, reason: str) -> None:
-    if tokenizer == "wordpiece":
-        backend = Tokenizer(models.WordPiece({"a": 0, "##b": 1}, unk_token="a"))
-        backend.decoder = decoders.WordPiece()
-        tokenizer = wrapped(backend)
-    with pytest.raises(ValueError, match=f"drafter.path=X: .*{reason}.*; choose a model"):
-        Translation(GPT, tokenizer, target_size=9, draft_size=9, name="drafter.path=X")
-
-
-# The draft of another tokenizer
-
-
-@pytest.fixture(scope="module")
-def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Folders of the built-in draft with so many of its tokens."""
-    folder = tmp_path_factory.mktemp("drafts")
-    for keep in (KEPT, 3000):
-        retokenize("zoo:draft", folder / str(keep), keep=keep, seed=0)
-    return {keep: str(folder / str(keep)) for keep in (KEPT, 3000)}
-
-
-@pytest.fixture(scope="module")
-def target() -> PagedLM:
-    return load_model("zoo:target")
-
-
-@pytest.fixture(scope="module")
-def renamed(drafts: dict[int, str]) -> dict[int, int]:
-    """The new id of each kept token, by its old one; ordinary and special."""
-    old = json.loads((zoo_path("draft") / "tokenizer.json").read_text())["model"]["vocab"]
-    new = json.loads((Path(drafts[KEPT]) / "tokenizer.json").read_text())["model"]["vocab"]
-    return {old[token]: i for token, i in new.items()}
-
-
-def test_a_kept_token_is_encoded_as_before(drafts: dict[int, str], renamed: dict) -> None:
-    before, after = (AutoTokenizer.from_pretrained(p) for p in (zoo_path("draft"), drafts[KEPT]))
-    assert len(after) == KEPT == len(renamed)
-    assert sorted(renamed.values()) == list(range(KEPT))
-    assert sum(a == b for a, b in renamed.items()) < 10  # the ids are others
-    whole = partly = 0
-    for line in (Path(__file__).parents[2] / "README.md").read_text().splitlines():
-        old, new = before(line).input_ids, after(line).input_ids
-        assert after.decode(new) == line
-        if all(token in renamed for token in old):
-            assert new == [renamed[token] for token in old]
-            whole += 1
-        else:
-            assert len(new) > len(old)
-            partly += 1
-    assert min(whole, partly) > 20
-    assert after.eos_token == before.eos_token
-
-
-def test_the_retokenized_model_is_the_same_network(drafts: dict[int, str], renamed: dict) -> None:
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        for path in (zoo_path("draft"), drafts[KEPT])
-    )
-    old = torch.tensor(sorted(renamed))[torch.arange(40) * 101 % KEPT]
-    new = torch.tensor([renamed[i] for i in old.tolist()])
-    with torch.inference_mode():
-        expected, found = before(old[None]).logits[0], after(new[None]).logits[0]
-    kept = sorted(renamed)
-    torch.testing.assert_close(found[:, [renamed[i] for i in kept]], expected[:, kept])
-    assert after.config.eos_token_id == renamed[before.config.eos_token_id]
-    assert after.get_input_embeddings().weight is after.get_output_embeddings().weight
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["keep=100"], "source=zoo:draft: keep=100: must be from 272"),
-        (["keep=9000"], "bytes and added tokens, to 8192"),
-        (["keep=400", "source=zoo:nothing"], "source=zoo:nothing: no such"),
-        (["keep=400", "source=./nothing"], "source=./nothing: cannot be loaded"),
-        (["keep=400", f"source={STORIES}"], "not a byte-level BPE"),
-    ],
-)
-def test_mistakes_of_retokenize_are_named(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if f"source={STORIES}" in arguments and not STORIES.is_dir():
-        pytest.skip(f"no model in {STORIES}")
-    assert script.main([*arguments, f"out={tmp_path / 'm'}"]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_retokenize_overwrites_no_model(
-    drafts: dict[int, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert script.main(["keep=400", f"out={drafts[KEPT]}"]) == 2
-    assert "holds a model" in capsys.readouterr().err
-
-
 def test_the_retokenized_pair_corresponds_as_it_was_made(
     target: PagedLM, drafts: dict[int, str], renamed: dict
 ) -> None:
-    drafter = Translated(target=target, tree=Chain(budget=3), path=drafts[KEPT])
+    drafter = loaded(Translated(path=drafts[KEPT]), target)
     assert drafter.translation.pairs == renamed
     assert drafter.vocab_size == KEPT
     own = Vocabulary(drafter.lm.tokenizer, KEPT, name="draft")
@@ -362,7 +65,7 @@ def test_the_retokenized_pair_corresponds_as_it_was_made(
 def test_tokens_are_spelled_one_after_the_other(
     target: PagedLM, drafts: dict[int, str], counts: list[int]
 ) -> None:
-    drafter = Translated(target=target, tree=Chain(budget=3), path=drafts[KEPT])
+    drafter = loaded(Translated(path=drafts[KEPT]), target)
     spellings = drafter.translation.spellings
     generator = torch.Generator().manual_seed(0)
     long = [i for i, ids in enumerate(spellings) if len(ids) == drafter._longest]
@@ -375,9 +78,6 @@ def test_tokens_are_spelled_one_after_the_other(
         expected = expected[-found.shape[1] :]
         assert found[row, : length[row]].tolist() == expected
         assert not found[row, length[row] :].any()
-
-
-# Decoding
 
 
 class Spy(Translated):
@@ -394,6 +94,7 @@ class Spy(Translated):
 def decode(
     target: PagedLM,
     drafter: Drafter,
+    tree: TreePolicy | None,
     prompts: Sequence[Sequence[int]],
     *,
     new: int = NEW,
@@ -401,24 +102,23 @@ def decode(
     temperature: float = 0.0,
     pages: int | None = None,
 ) -> list[Decoding]:
-    verifier = TreeVerifier(target)
-    decoder = Decoder(
-        verifier=verifier,
-        drafter=drafter,
-        rule=RecursiveRejection() if temperature else Greedy(),
-        sampling=SamplingParams(temperature=temperature, seed=3),
-        max_context=target.max_context,
-        device=target.device,
-        batch_size=batch_size,
+    decoder = decoder_of(
+        target,
+        drafter,
+        tree,
+        RecursiveRejection() if temperature else None,
+        temperature=temperature,
+        rows=batch_size,
         max_tokens=max(map(len, prompts)) + new,
         page_size=4,
         pages=pages,
     )
-    requests = [Request(id=i, prompt_ids=p, max_new_tokens=new) for i, p in enumerate(prompts)]
-    caches = [verifier.target.cache]
+    caches: Any = [decoder.verifier.cache]
     if isinstance(drafter, SmallLlama):
         caches.append(drafter.model.cache)
-    finished = decoder.run(requests, on_step=lambda step: [cache.check() for cache in caches])
+    finished = decoder.run(
+        requests_of(prompts, new), on_step=lambda step: [cache.check() for cache in caches]
+    )
     done = sorted(finished, key=lambda s: s.request.id)
     assert all(cache.free_pages == cache.pages for cache in caches)
     return done
@@ -439,7 +139,7 @@ def prompts(target: PagedLM) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def plain(target: PagedLM, prompts: list[list[int]]) -> list[list[int]]:
-    return outputs(decode(target, NoDrafter(), prompts, batch_size=4))
+    return outputs(decode(target, NoDrafter(), None, prompts, batch_size=4))
 
 
 TREES: dict[str, TreePolicy] = {
@@ -459,8 +159,8 @@ def test_greedy_outputs_are_those_of_the_target(
     tree: str,
     batch_size: int,
 ) -> None:
-    drafter = Translated(target=target, tree=TREES[tree], path=drafts[KEPT])
-    done = decode(target, drafter, prompts, batch_size=batch_size)
+    drafter = Translated(path=drafts[KEPT])
+    done = decode(target, drafter, TREES[tree], prompts, batch_size=batch_size)
     assert outputs(done) == plain
     assert accepted_length(done) > 1.5
 
@@ -470,8 +170,9 @@ def test_it_drafts_nearly_as_well_as_with_the_same_tokenizer(
 ) -> None:
     length = {}
     for keep, path in {8192: "zoo:draft", **drafts}.items():
-        drafter = Translated(target=target, tree=TREES["dynamic"], path=path, min_overlap=0.3)
-        length[keep] = accepted_length(decode(target, drafter, prompts, new=32, batch_size=4))
+        drafter = Translated(path=path, min_overlap=0.3)
+        done = decode(target, drafter, TREES["dynamic"], prompts, new=32, batch_size=4)
+        length[keep] = accepted_length(done)
     assert length[KEPT] > 0.85 * length[8192]
     assert length[3000] > 2
 
@@ -481,10 +182,10 @@ def test_with_the_same_tokenizer_it_is_small_llama(
     target: PagedLM, prompts: list[list[int]], temperature: float
 ) -> None:
     tree = Static(widths=[2, 2], children="sample" if temperature else "top_k")
-    spy = Spy(target=target, tree=tree, path="zoo:draft")
+    spy = Spy(path="zoo:draft")
     seen, trees = [], []
     spy.seen = seen
-    small = SmallLlama(target=target, tree=tree, path="zoo:draft")
+    small = SmallLlama(path="zoo:draft")
     draft = small.draft
 
     def noting(context: StepContext) -> TokenTree:
@@ -493,7 +194,7 @@ def test_with_the_same_tokenizer_it_is_small_llama(
 
     small.draft = noting  # type: ignore[method-assign]
     same, expected = (
-        outputs(decode(target, d, prompts[:3], batch_size=3, temperature=temperature))
+        outputs(decode(target, d, tree, prompts[:3], batch_size=3, temperature=temperature))
         for d in (spy, small)
     )
     assert same == expected
@@ -512,10 +213,10 @@ def test_it_can_read_ahead(
     """As in a composition: the tokens of a step are read at its end."""
     lengths = []
     for ahead in (False, True):
-        drafter = Translated(target=target, tree=TREES["chain"], path=drafts[KEPT])
+        drafter, tree = Translated(path=drafts[KEPT]), TREES["chain"]
         if ahead:
-            drafter.join(drafter.levels)
-        done = decode(target, drafter, prompts[1:3], batch_size=2)
+            drafter.join(tree.levels(None))
+        done = decode(target, drafter, tree, prompts[1:3], batch_size=2)
         assert outputs(done) == plain[1:3]
         lengths.append([s.accepted_lengths for s in done])
     assert lengths[0] == lengths[1]
@@ -524,13 +225,10 @@ def test_it_can_read_ahead(
 def test_rows_wait_for_pages(
     target: PagedLM, drafts: dict[int, str], prompts: list[list[int]], plain: list[list[int]]
 ) -> None:
-    drafter = Translated(target=target, tree=TREES["chain"], path=drafts[KEPT])
+    drafter = Translated(path=drafts[KEPT])
     longest = -(-(max(map(len, prompts)) + NEW) // 4)
-    done = decode(target, drafter, prompts, batch_size=4, pages=longest * 3 // 2)
+    done = decode(target, drafter, TREES["chain"], prompts, batch_size=4, pages=longest * 3 // 2)
     assert outputs(done) == plain
-
-
-# What it proposes
 
 
 def reference(model: Any, context: list[int], columns: Tensor) -> Tensor:
@@ -545,9 +243,9 @@ def test_it_proposes_the_drafts_distribution_over_shared_tokens(
     target: PagedLM, drafts: dict[int, str], prompts: list[list[int]], candidates: int
 ) -> None:
     tree = Static(widths=[2, 1], children="sample")
-    drafter = Spy(target=target, tree=tree, path=drafts[KEPT], candidates=candidates)
+    drafter = Spy(path=drafts[KEPT], candidates=candidates)
     drafter.seen = []
-    decode(target, drafter, prompts[:3], batch_size=3, new=10, temperature=0.8)
+    decode(target, drafter, tree, prompts[:3], batch_size=3, new=10, temperature=0.8)
     model = AutoModelForCausalLM.from_pretrained(drafts[KEPT], dtype=torch.float64)
     translated, spellings = drafter.translation, drafter.translation.spellings
     names, columns = (torch.tensor(part) for part in zip(*translated.pairs.items(), strict=True))
@@ -582,7 +280,9 @@ def test_it_proposes_the_drafts_distribution_over_shared_tokens(
 
 
 TINY = byte_level([*"abcdef", "ab", "cd"])
+
 TINY_DRAFT = byte_level([*"cagbh", "ab", "bc", "d"])  # no e, f and cd
+
 PROMPT = [3, 1, 6, 1, 5]
 
 
@@ -601,9 +301,9 @@ def test_sampled_outputs_follow_the_target(tree: TreePolicy, tmp_path: Path) -> 
     tiny_llama(1, layers=2).save_pretrained(tmp_path)
     TINY_DRAFT.save_pretrained(tmp_path)
     lm = PagedLM(copy.deepcopy(model), TINY)
-    drafter = Translated(target=lm, tree=tree, path=str(tmp_path))
+    drafter = Translated(path=str(tmp_path))
+    done = decode_many(lm, drafter, tree, count)
     assert (drafter.vocab_size, drafter.translation.ordinary) == (5, 8)
-    done = decode_many(lm, drafter, count)
     with torch.inference_mode():
         first = model(torch.tensor([PROMPT])).logits[0, -1].double().softmax(-1)
         longer = torch.tensor([[*PROMPT, token] for token in range(8)])
@@ -622,25 +322,21 @@ def test_sampled_outputs_follow_the_target(tree: TreePolicy, tmp_path: Path) -> 
     assert share > 0.1
 
 
-def decode_many(lm: PagedLM, drafter: Drafter, count: int) -> list[list[int]]:
-    decoder = Decoder(
-        verifier=TreeVerifier(lm),
-        drafter=drafter,
-        rule=RecursiveRejection(),
-        sampling=SamplingParams(temperature=1.0, seed=5),
-        batch_size=64,
-        max_context=lm.max_context,
+def decode_many(lm: PagedLM, drafter: Drafter, tree: TreePolicy, count: int) -> list[list[int]]:
+    decoder = decoder_of(
+        lm,
+        drafter,
+        tree,
+        RecursiveRejection(),
+        temperature=1.0,
+        seed=5,
+        rows=64,
         max_tokens=len(PROMPT) + 2,
         page_size=4,
-        device=lm.device,
     )
-    requests = [Request(id=i, prompt_ids=PROMPT, max_new_tokens=2) for i in range(count)]
-    done = list(decoder.run(requests))
+    done = list(decoder.run(requests_of([PROMPT] * count, 2)))
     assert accepted_length(done) > 1.05
     return outputs(done)
-
-
-# Limits
 
 
 @pytest.mark.parametrize("context", [16, 32])
@@ -657,17 +353,22 @@ def test_a_text_beyond_the_drafts_context_stays_lossless(
     config = json.loads((tmp_path / "config.json").read_text())
     config["max_position_embeddings"] = context
     (tmp_path / "config.json").write_text(json.dumps(config))
-    drafter = Translated(target=target, tree=TREES["dynamic"], path=str(tmp_path))
     highest = 0
-    begin = drafter.lm._begin
 
-    def watching(cache: Any, layout: Any, *rest: Any) -> Any:
-        nonlocal highest
-        highest = max(highest, int(layout.positions.max()))
-        return begin(cache, layout, *rest)
+    class Watched(Translated):
+        def load(self, target: PagedLM, models: Models) -> None:
+            super().load(target, models)
+            begin = self.lm._begin
 
-    drafter.lm._begin = watching  # type: ignore[method-assign]
-    done = decode(target, drafter, prompts, batch_size=2)
+            def watching(cache: Any, layout: Any, *rest: Any) -> Any:
+                nonlocal highest
+                highest = max(highest, int(layout.positions.max()))
+                return begin(cache, layout, *rest)
+
+            self.lm._begin = watching
+
+    drafter, tree = Watched(path=str(tmp_path)), TREES["dynamic"]
+    done = decode(target, drafter, tree, prompts, batch_size=2)
     assert outputs(done) == plain
     assert drafter.model.cache.max_tokens == context
     assert highest == context - 1
@@ -676,24 +377,29 @@ def test_a_text_beyond_the_drafts_context_stays_lossless(
 def test_a_row_that_is_full_drafts_on(target: PagedLM, drafts: dict[int, str]) -> None:
     """Texts that take more than twice as many tokens in the draft."""
     prompt = target.tokenizer("a b").input_ids
-    drafter = Translated(target=target, tree=TREES["chain"], path=drafts[KEPT])
-    drafter.translation.spellings = [[5] * LONGEST for _ in range(target.vocab_size)]
-    drafter._spellings = torch.full((target.vocab_size, LONGEST), 5)
-    drafter._sizes = torch.full((target.vocab_size,), LONGEST)
-    drafter._longest = LONGEST
-    done = decode(target, drafter, [prompt], new=12)
-    assert outputs(done) == outputs(decode(target, NoDrafter(), [prompt], new=12))
+
+    class Wordy(Translated):
+        def _match(self, target: PagedLM) -> None:
+            super()._match(target)
+            self.translation.spellings = [[5] * LONGEST for _ in range(target.vocab_size)]
+            self._spellings = torch.full((target.vocab_size, LONGEST), 5)
+            self._sizes = torch.full((target.vocab_size,), LONGEST)
+            self._longest = LONGEST
+
+    drafter = Wordy(path=drafts[KEPT])
+    done = decode(target, drafter, TREES["chain"], [prompt], new=12)
+    assert outputs(done) == outputs(decode(target, NoDrafter(), None, [prompt], new=12))
 
 
 def test_a_small_overlap_is_refused(target: PagedLM, drafts: dict[int, str]) -> None:
-    options: dict[str, Any] = {"target": target, "tree": Chain(budget=2), "path": drafts[3000]}
+    options: dict[str, Any] = {"path": drafts[3000]}
     with pytest.raises(ValueError, match=r"min_overlap=0.5; choose a draft") as refusal:
-        Translated(**options)
+        loaded(Translated(**options), target)
     shared = 3000 - 16
     assert f"its 3000 tokens include {shared} (36.5%) of the target's 8176" in str(refusal.value)
     assert f"drafter.path={drafts[3000]}: " in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    assert Translated(**options, min_overlap=0.36).vocab_size == 3000
+    assert loaded(Translated(**options, min_overlap=0.36), target).vocab_size == 3000
     for value in (-0.1, 1.1):
         with pytest.raises(ValueError, match=f"drafter.min_overlap={value}: must be from 0 to 1"):
             Translated(**options, min_overlap=value)
@@ -705,11 +411,13 @@ def test_stories_have_too_few_tokens_in_common(
     """A trained model of the sentencepiece kind: refused, and lossless if one insists."""
     if not STORIES.is_dir():
         pytest.skip(f"no model in {STORIES}")
-    options: dict[str, Any] = {"target": target, "tree": Chain(budget=2), "path": str(STORIES)}
+    options: dict[str, Any] = {"path": str(STORIES)}
     with pytest.raises(ValueError, match=r"its 512 tokens include \d+ \(\d\.\d%\)"):
-        Translated(**options)
+        loaded(Translated(**options), target)
     drafter = Translated(**options, min_overlap=0.0)
-    assert outputs(decode(target, drafter, prompts[:2], batch_size=2)) == plain[:2]
+    assert (
+        outputs(decode(target, drafter, Chain(budget=2), prompts[:2], batch_size=2)) == plain[:2]
+    )
 
 
 def test_no_token_in_common_is_refused(tmp_path: Path) -> None:
@@ -717,4 +425,4 @@ def test_no_token_in_common_is_refused(tmp_path: Path) -> None:
     byte_level([*"ABCDEFGH"]).save_pretrained(tmp_path)
     lm = PagedLM(tiny_llama(0, layers=2), TINY)
     with pytest.raises(ValueError, match=r"include 0 \(0.0%\) of the target's 8"):
-        Translated(target=lm, tree=Chain(budget=2), path=str(tmp_path), min_overlap=0.0)
+        loaded(Translated(path=str(tmp_path), min_overlap=0.0), lm)

@@ -9,13 +9,13 @@ import torch
 
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
-from specdec.drafters.trees.policy import BasePolicy
 from specdec.drafters.trees.static import Static
 from specdec.drafters.user import UserFunction
-from specdec.protocols import DraftError, StepContext
+from specdec.protocols import DraftError, StepContext, TreePolicy
 from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
+from tests.decoding import prepared
 
 TARGET: Any = SimpleNamespace(vocab_size=10)
 Path = tuple[int, ...]
@@ -27,9 +27,9 @@ def sequence(number: int, tokens: list[int]) -> Decoding:
     )
 
 
-def draft(function: Any, policy: BasePolicy, *tokens: list[int]) -> tuple[UserFunction, TokenTree]:
+def draft(function: Any, policy: TreePolicy, *tokens: list[int]) -> tuple[UserFunction, TokenTree]:
     sequences = [sequence(number, own) for number, own in enumerate(tokens or ([1, 2, 3],))]
-    drafter = UserFunction(function=function, target=TARGET, tree=policy)
+    drafter = prepared(UserFunction(function=function), policy, TARGET)
     drafter.name = "user (f)"
     context = StepContext(
         sequences=sequences,

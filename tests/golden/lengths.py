@@ -41,7 +41,7 @@ def measured(cases: Sequence[str]) -> Iterator[tuple[str, float]]:
     """Each case with its accepted length."""
     models = trace.Models()
     for case in cases:
-        recorder = trace.Recorder(steps=NEW, new=NEW)
+        recorder = trace.Recorder(trace.COUNT, steps=NEW, new=NEW)
         code = trace.run(f"{case} {SETTINGS}", recorder, models)
         assert code == 0, f"{case}: exit code {code}"
         steps = sum(map(len, recorder.lines.values()))

@@ -48,6 +48,7 @@ from specdec.run import main as command
 
 HERE = Path(__file__).parent
 TRACE, PROMPTS = HERE / "trace.txt", HERE / "prompts.jsonl"
+COUNT = len(PROMPTS.read_text().splitlines())
 STEPS, NEW = 5, 10  # recorded of each prompt at most, tokens decoded; more than warming up takes
 FIXED = (
     "prompts=file prompts.path=HERE/prompts.jsonl ignore_eos=true dtype=float64 device=cpu "
@@ -197,14 +198,17 @@ class Recorder:
     """Writes down the first steps of every prompt.
 
     Args:
+        prompts: how many there are.
         steps: of each prompt at most.
         new: tokens that are decoded of each.
         margins: also look for `margin`.
     """
 
-    def __init__(self, *, steps: int = STEPS, new: int = NEW, margins: bool = False) -> None:
-        self.steps, self.new, self.margin = steps, new, 0.1 if margins else 0.0
-        self.prompts = len(PROMPTS.read_text().splitlines())
+    def __init__(
+        self, prompts: int, *, steps: int = STEPS, new: int = NEW, margins: bool = False
+    ) -> None:
+        self.prompts, self.steps, self.new = prompts, steps, new
+        self.margin = 0.1 if margins else 0.0
         self.lines: dict[int, list[str]] = defaultdict(list)  # by request
         self.tokens: Counter[int] = Counter()
 
@@ -251,13 +255,19 @@ def stable(acceptance: Any, again: Any, size: float) -> bool:
 
 
 def replay(
-    cases: Sequence[str], batch: int, *, margins: bool = False, noise: float = 0.0
+    cases: Sequence[str],
+    batch: int,
+    prompts: int = COUNT,
+    *,
+    margins: bool = False,
+    noise: float = 0.0,
 ) -> Iterator[tuple[str, float, list[str]]]:
-    """Each case with its margin (0.0 unless asked for) and its lines."""
+    """Each case with its margin (0.0 unless asked for) and its lines of the first prompts."""
     models = Models(noise)
     for case in cases:
-        recorder = Recorder(margins=margins)
-        code = run(f"{case} batch_size={batch} {FIXED}{NEW}", recorder, models)
+        recorder = Recorder(prompts, margins=margins)
+        shared = f"batch_size={batch} prompts.limit={prompts} {FIXED}{NEW}"
+        code = run(f"{case} {shared}", recorder, models)
         lines = recorder.text()
         if code == 2 and not lines:
             lines = ["refused"]
@@ -266,12 +276,12 @@ def replay(
         yield case, recorder.margin, lines
 
 
-def recorded() -> dict[str, list[str]]:
-    """The lines of every case in trace.txt."""
-    blocks = TRACE.read_text().split("\n\n")[1:]
+def recorded(prompts: int = COUNT) -> dict[str, list[str]]:
+    """The lines of every case in trace.txt, of the first prompts."""
+    others = ("margin", *(f"{prompt}." for prompt in range(prompts, COUNT)))
+    blocks = [block.splitlines() for block in TRACE.read_text().split("\n\n")[1:]]
     return {
-        block.splitlines()[0]: [x for x in block.splitlines()[1:] if not x.startswith("margin")]
-        for block in blocks
+        case: [line for line in lines if not line.startswith(others)] for case, *lines in blocks
     }
 
 

@@ -1,0 +1,145 @@
+"""tree=cost_aware against all that it may choose."""
+
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specdec.costs import CostTable
+from specdec.drafters.trees import cost_aware
+from specdec.drafters.trees.cost_aware import Choice, CostAware, choose, predictions
+from specdec.drafters.trees.shapes import (
+    Node,
+    expected_accepted,
+    optimal,
+    parents_by_level,
+)
+from specdec.rates import AcceptanceRates
+from tests.drafters.trees.measured import random_rates, rates_of
+
+
+def costs_of(
+    verify: Callable[[int, int], float], draft: Callable[[int, int], float], nodes: int = 65
+) -> CostTable:
+    """Seconds by batch and nodes, and by batch and width."""
+    batches, sizes = [1, 8, 32], [1, 2, 4, 8, 16, 32, nodes]
+    widths = [1, 2, 4, 8, 16, 64]
+    return CostTable(
+        verify_grid=[batches, sizes, [128, 1024]],
+        verify_seconds=[[[verify(b, n)] * 2 for n in sizes] for b in batches],
+        draft_grid=[batches, widths],
+        draft_seconds=[[draft(b, w) for w in widths] for b in batches],
+    )
+
+
+def flat(seconds: float) -> Callable[[int, int], float]:
+    return lambda batch, count: seconds
+
+
+FALLING = rates_of([0.6, 0.2, 0.1], [0.5, 0.2, 0.1])
+
+LIMITS = {"context": 512, "budget": 24, "depth": 6}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 40),
+    budget=st.integers(0, 14),
+    depth=st.integers(1, 5),
+)
+def test_cost_aware_is_the_best_of_all_it_may_choose(
+    seed: int, batch: int, budget: int, depth: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    rates = random_rates(seed)
+    per_node, per_width, draft = generator.random(3) * [0.02, 0.02, 0.3]
+    costs = costs_of(lambda b, n: 1 + per_node * b * n, lambda b, w: draft + per_width * b * w)
+    best, shapes = (1 / costs.verify(batch, 1, 300), frozenset()), {frozenset[Node]()}
+    for nodes, levels in product(range(1, budget + 1), range(1, depth + 1)):
+        shape = optimal(rates, nodes, levels)
+        shapes.add(shape)
+        seconds = costs.verify(batch, len(shape) + 1, 300)
+        if shape:
+            seconds += costs.draft(batch, 1)
+        for level in range(1, max(map(len, shape), default=0)):
+            expanded = {node[:-1] for node in shape if len(node) == level + 1}
+            seconds += costs.draft(batch, len(expanded))
+        best = max(
+            best,
+            ((1 + expected_accepted(shape, rates)) / seconds, shape),
+            key=lambda pair: pair[0],
+        )
+    limits = {"batch": batch, "context": 300, "budget": budget, "depth": depth}
+    found = choose(rates, costs, **limits)
+    assert found.tokens_per_second == pytest.approx(best[0], rel=1e-12)
+    assert found.tokens == pytest.approx(1 + expected_accepted(found.shape, rates))
+    listed = list(predictions(rates, costs, **limits))
+    assert len(listed) == len(shapes)
+    assert {choice.shape for choice in listed} == shapes
+    assert found in listed
+
+
+def test_dear_drafting_does_not_pay() -> None:
+    nothing = Choice(shape=frozenset(), tokens=1.0, seconds=1.0)
+    dear = costs_of(flat(1.0), flat(9.0))
+    assert choose(FALLING, dear, batch=1, **LIMITS) == nothing
+    cheap = costs_of(flat(1.0), flat(1e-6))
+    assert choose(rates_of([0.0]), cheap, batch=1, **LIMITS) == nothing
+    assert choose(FALLING, cheap, batch=1, **LIMITS).shape
+
+
+def test_cheap_nodes_are_all_taken() -> None:
+    chosen = choose(FALLING, costs_of(flat(1.0), flat(1e-9)), batch=1, **LIMITS)
+    assert chosen.shape == optimal(FALLING, 24, 6)
+    assert chosen.tokens_per_second == pytest.approx(chosen.tokens, rel=1e-6)
+
+
+def test_dear_levels_make_trees_shallow() -> None:
+    depths = []
+    for seconds in (1e-9, 0.3, 0.5):
+        chosen = choose(FALLING, costs_of(flat(1.0), flat(seconds)), batch=1, **LIMITS)
+        depths.append(max(map(len, chosen.shape)))
+    assert depths == sorted(set(depths), reverse=True)
+
+
+def test_the_batch_decides() -> None:
+    """Verification is bound by memory for one sequence and by arithmetic for many."""
+    costs = costs_of(lambda b, n: max(1.0, b * n / 32), flat(0.05))
+    one, many = (choose(FALLING, costs, batch=batch, **LIMITS) for batch in (1, 32))
+    assert len(one.shape) > len(many.shape)
+    assert one.tokens_per_second > many.tokens_per_second >= 1.0
+
+
+def test_what_was_not_measured_is_not_chosen() -> None:
+    small = costs_of(flat(1.0), flat(1e-9), nodes=33)
+    assert len(choose(FALLING, small, batch=1, context=9, budget=60, depth=8).shape) == 32
+    narrow = CostTable(
+        verify_grid=[[1], [1, 65], [128]],
+        verify_seconds=[[[1.0], [1.0]]],
+        draft_grid=[[1], [1, 2]],
+        draft_seconds=[[1e-9, 1e-9]],
+    )
+    for choice in predictions(FALLING, narrow, batch=1, context=9, budget=60, depth=8):
+        assert all(len(parents) <= 2 for parents in parents_by_level(choice.shape))
+    alone = CostTable(
+        verify_grid=[[1], [1], [128]],
+        verify_seconds=[[[1.0]]],
+        draft_grid=[[1], [1]],
+        draft_seconds=[[1e-9]],
+    )
+    assert not choose(FALLING, alone, batch=1, **LIMITS).shape
+
+
+def test_cost_aware_says_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = CostAware(rates="zoo", costs="h200", batch=8, budget=32)
+    rates = AcceptanceRates.load("zoo", children="top_k", temperature=0.0)
+    assert policy.shape == policy.choice.shape
+    assert policy.choice.tokens == pytest.approx(1 + expected_accepted(policy.shape, rates))
+    for gpu, name in ((False, "cpu"), (True, "h200")):
+        monkeypatch.setattr(cost_aware.torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        chosen = [CostAware(rates="zoo", costs=c, budget=32).choice for c in ("auto", name)]
+        assert chosen[0] == chosen[1]
