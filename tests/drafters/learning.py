@@ -5,15 +5,12 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from specdec.decode import Decoder
 from specdec.drafters.lookahead import Lookahead
-from specdec.drafters.none import NoDrafter
 from specdec.drafters.token_recycling import TokenRecycling
-from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation
 from specdec.protocols import Drafter, StepContext, TreePolicy
@@ -119,16 +116,3 @@ def run(
     new, categories = more.pop("new", 30), more.pop("categories", ())
     done = decoder(drafter, tree, **more).run(requests_of(prompts, new, categories))
     return [s.output_ids for s in sorted(done, key=lambda s: s.request.id)]
-
-
-@pytest.fixture(scope="module")
-def zoo() -> tuple[PagedLM, list[list[int]], list[list[int]]]:
-    target = load_model("zoo:target")
-    texts = [
-        'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
-        "It was a dark night",
-        "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(",
-        "<|user|>\nName three colours.\n<|assistant|>\n",
-    ]
-    prompts = [target.tokenizer(text).input_ids for text in texts]
-    return target, prompts, run(NoDrafter(), prompts, target=target, new=16)

@@ -1,19 +1,14 @@
 """Drafts of another tokenizer than the target's: small tokenizers of both families, and the
 built-in draft with fewer tokens."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specdec.drafters.vocabulary import LONGEST, Translation, Vocabulary
-from specdec.experiments.tools.retokenize import retokenize
-from specdec.models.load import load_model, zoo_path
-from specdec.models.paged import PagedLM
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 
@@ -66,25 +61,3 @@ def check_spellings(found: Translation, theirs: Vocabulary, own: Vocabulary) -> 
             spelled = b"".join(own.bytes[j] for j in spelling)
             whole = theirs.bytes[i]
             assert whole.endswith(spelled) if len(spelling) == LONGEST else spelled == whole
-
-
-@pytest.fixture(scope="module")
-def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Folders of the built-in draft with so many of its tokens."""
-    folder = tmp_path_factory.mktemp("drafts")
-    for keep in (KEPT, 3000):
-        retokenize("zoo:draft", folder / str(keep), keep=keep, seed=0)
-    return {keep: str(folder / str(keep)) for keep in (KEPT, 3000)}
-
-
-@pytest.fixture(scope="module")
-def target() -> PagedLM:
-    return load_model("zoo:target")
-
-
-@pytest.fixture(scope="module")
-def renamed(drafts: dict[int, str]) -> dict[int, int]:
-    """The new id of each kept token, by its old one; ordinary and special."""
-    old = json.loads((zoo_path("draft") / "tokenizer.json").read_text())["model"]["vocab"]
-    new = json.loads((Path(drafts[KEPT]) / "tokenizer.json").read_text())["model"]["vocab"]
-    return {old[token]: i for token, i in new.items()}

@@ -24,7 +24,7 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.drafters.vocabulary import LONGEST, Vocabulary
-from specdec.models.load import Models
+from specdec.models.load import Models, load_model
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter, StepContext, TreePolicy
 from specdec.request import Decoding
@@ -78,6 +78,11 @@ def test_tokens_are_spelled_one_after_the_other(
         expected = expected[-found.shape[1] :]
         assert found[row, : length[row]].tolist() == expected
         assert not found[row, length[row] :].any()
+
+
+@pytest.fixture(scope="module")
+def target() -> PagedLM:
+    return load_model("zoo:target")
 
 
 class Spy(Translated):
