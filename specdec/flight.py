@@ -54,9 +54,7 @@ class Yield:
 
     @classmethod
     def of(cls, tree: TokenTree, acceptance: Acceptance, seen: Observation) -> "Yield":
-        """Args:
-        seen: what the host is to know of it.
-        """
+        """Pack it, with what the host is to know of what was seen."""
         numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token], dim=1)
         nothing = numbers[:, :0]
         parts = [

@@ -57,7 +57,7 @@ class Experiment:
     chat: str = "auto"
     label: str = ""
     capacity: Capacity = field(init=False)
-    _session: OurSession | None = field(init=False, default=None)  # of the side decoded last
+    _notes: Record = field(init=False, default_factory=dict)  # of the side decoded last
     _resumed: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -169,8 +169,22 @@ class Experiment:
         )
         if not queue.open:
             return
-        self._session = session = OurSession(method, self.target, self.capacity, self.stop_tokens)
+        session = OurSession(method, self.target, self.capacity, self.stop_tokens)
         self._warm_up(session)
+        try:
+            self._run(session, queue, side, live, title, on_step)
+        finally:
+            self._notes = session.notes()  # and no more of it: its caches take much memory
+
+    def _run(
+        self,
+        session: OurSession,
+        queue: Conversations,
+        side: Side,
+        live: Live,
+        title: str,
+        on_step: Callable[[Step], None],
+    ) -> None:
         decoder = session.decoder
 
         def record(step: Step) -> None:
@@ -216,8 +230,7 @@ class Experiment:
             "resumed": self._resumed,
             "interrupted": interrupted,
         }
-        if self._session is not None:
-            summary |= self._session.notes()
+        summary |= self._notes
         baseline = folder.baseline
         if baseline is not None:
             summary["baseline"] = summarise(baseline.generations.records, baseline.steps.records)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,9 +10,12 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 
+from specdec.cache import PagedKVCache
 from specdec.drafters.none import NoDrafter
+from specdec.lab.experiment import Experiment
 from specdec.lab.runs import SCHEMA
 from specdec.lab.tracking import NoTracker
+from specdec.verifier.verifier import TreeVerifier
 from tests.running import QUICK, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -220,3 +224,25 @@ def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, o
     assert code == 2
     assert "failed on prompt a/1: " in error
     assert ", while warming up; " in error
+
+
+def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch):
+    """On a GPU a cache may take most of the memory: that of the baseline is gone before the other
+    side has its own, and that before the texts are checked."""
+    made: list[weakref.ref[PagedKVCache]] = []
+    prepare, check = TreeVerifier.prepare, Experiment._check
+
+    def prepared(self: TreeVerifier, *given: Any) -> None:
+        assert [cache() for cache in made] == [None] * len(made)
+        prepare(self, *given)
+        made.append(weakref.ref(self.cache))
+
+    def checked(self: Experiment, *given: Any, **more: Any) -> Any:
+        assert [cache() for cache in made] == [None, None]
+        return check(self, *given, **more)
+
+    monkeypatch.setattr(TreeVerifier, "prepare", prepared)
+    monkeypatch.setattr(Experiment, "_check", checked)
+    code, _, error = specdec("drafter=ngram", f"out={tmp_path}/o", *QUICK)
+    assert (code, error) == (0, "")
+    assert len(made) == 2
