@@ -37,7 +37,7 @@ from specdec.experiments.bench.clock import (
 )
 from specdec.experiments.bench.peers import Method
 from specdec.kernels.layout import TreeLayout
-from specdec.lab.command import option
+from specdec.lab.command import Positive, option
 
 SHAPES = tuple(
     Shape(batch=batch, context=context, nodes=nodes)
@@ -74,10 +74,10 @@ Columns = Callable[[Case, dict[str, Any]], Iterator[tuple[str, Iterable[Method]]
 class Grid(Timed):
     """Options of the grid, and of the other part as well."""
 
-    shapes: tuple[tuple[int, ...], ...] = option(
+    shapes: tuple[tuple[Positive, ...], ...] = option(
         (), "[batch,context,nodes] of each, heads and kv_heads may follow; none: the built-in ones"
     )
-    page_size: int = option(64, "tokens of a page")
+    page_size: Positive = option(64, "tokens of a page")
     out: Path = option(Path("kernel_grid.json"), "result file")
 
 

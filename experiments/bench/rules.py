@@ -17,16 +17,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 from specdec.experiments.bench.cases import random_parents
 from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache, describe
 from specdec.experiments.bench.operation import Operation, measure, unlike, wall_us
 from specdec.kernels import reference
-from specdec.lab.command import option
+from specdec.lab.command import Positive, option
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import SamplingParams, random_keys
 from specdec.tree import Acceptance, Children, Proposal, TokenTree
@@ -62,10 +61,10 @@ INSIDE = 0.85  # about the target's mass on the support of a draft distribution
 @dataclass(frozen=True, kw_only=True)
 class Options(Timed):
     device: Literal["cuda", "cpu"] = option("cuda", "the CPU times the definitions")
-    batches: tuple[int, ...] = option((1, 8, 32), "sequences together")
-    nodes: int = option(64, "of a tree")
-    candidates: Annotated[int, Field(ge=1)] = option(64, "of a draft distribution")
-    vocabulary: int = option(128_256, "tokens")
+    batches: tuple[Positive, ...] = option((1, 8, 32), "sequences together")
+    nodes: Positive = option(64, "of a tree")
+    candidates: Positive = option(64, "of a draft distribution")
+    vocabulary: Positive = option(128_256, "tokens")
     out: Path = option(Path("rule_steps.json"), "result file")
 
 

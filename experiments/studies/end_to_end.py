@@ -40,7 +40,7 @@ from specdec.costs import CostTable
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.figures import end_to_end_plot
 from specdec.experiments.studies.theirs import Theirs, load_plain
-from specdec.lab.command import head, option, resume, run_main, write
+from specdec.lab.command import Positive, head, option, resume, run_main, write
 from specdec.lab.lossless import noise
 from specdec.lab.metrics import figures
 from specdec.lab.prompts import Asked, ask
@@ -80,10 +80,10 @@ class Options:
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of all models")
     tokens: Annotated[int, Field(ge=2)] = option(128, "new ones, for each prompt")
-    prompts: Annotated[int, Field(ge=1)] = option(6, "of each file, at batch 1")
-    repeats: int = option(2, "of all jobs", varies=True)
+    prompts: Positive = option(6, "of each file, at batch 1")
+    repeats: Positive = option(2, "of all jobs", varies=True)
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
-    batches: tuple[int, ...] = option((1, 8, 32), "sequences together", varies=True)
+    batches: tuple[Positive, ...] = option((1, 8, 32), "sequences together", varies=True)
     parts: tuple[str, ...] = option((), "drafts, ngram, transformers; all if empty", varies=True)
     only: tuple[str, ...] = option((), "methods whose name has one of these", varies=True)
     out: Path = option(Path("end_to_end.json"), "result file")
@@ -301,9 +301,7 @@ def save(path: Path, result: Entry, part: Entry) -> None:
     write(path, result)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())
