@@ -139,8 +139,8 @@ def grow(
     """Grow one tree per sequence.
 
     On a GPU nothing waits for the device and no shape depends on what is drafted, so that all of
-    it may be captured in a CUDA graph. (One long function: a level hands nine lists on to the
-    next, and cut in two the reader would have to carry them.)
+    it may be captured in a CUDA graph. (Long because a level hands nine lists on to the next,
+    and cut in two the reader would have to carry them.)
 
     Args:
         most: no tree will have more nodes, the root included; None if only the budget is known.

@@ -139,7 +139,7 @@ class HostDrafter(ShapedDrafter):
         judge those; levels at which no sequence has a node are left out.
 
         Until the end a tree has all T slots, which are the same for all sequences of the batch.
-        (One long function, like `grow`: a level hands all it has on to the next.) It is here for
+        (Long like `grow`: a level hands all it has on to the next.) It is here for
         its speed: on one thread of a CPU a chain of 16 takes 58 us, by `grow` 519; a dynamic tree
         of 16 nodes takes 577 us, by `grow` 1,194.
         """

@@ -35,7 +35,7 @@ from specdec.experiments.bench.clock import (
     describe,
     recover,
 )
-from specdec.experiments.bench.peers import Method
+from specdec.experiments.bench.peers import Contender
 from specdec.kernels.layout import TreeLayout
 from specdec.lab.command import Positive, option
 
@@ -67,7 +67,7 @@ FIXED = {"read": 4.57e12, "compute": 790e12}
 
 Attention = Callable[..., Tensor]
 # From a case and the results so far, name by name, what is to be measured.
-Columns = Callable[[Case, dict[str, Any]], Iterator[tuple[str, Iterable[Method]]]]
+Columns = Callable[[Case, dict[str, Any]], Iterator[tuple[str, Iterable[Contender]]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def _attention(
     run(shapes, columns(gpu.tree_attention), clock, result, save, page_size=options.page_size)
 
 
-def ours(case: Case, attention: Attention) -> dict[str, list[Method]]:
+def ours(case: Case, attention: Attention) -> dict[str, list[Contender]]:
     """Our kernel: with one plan for all calls, with one for each, and without splitting."""
 
     def attend(layout: TreeLayout | None, options: dict[str, Any], copy: int) -> Tensor:
@@ -138,13 +138,13 @@ def ours(case: Case, attention: Attention) -> dict[str, list[Method]]:
         return out
 
     return {
-        "ours": [Method("one plan", shared, itself)],
-        "ours + plan": [Method("a plan for each", lambda: partial(attend, None, {}), itself)],
-        "ours, no split": [Method("fixed_splits 1", partial(shared, fixed_splits=1), itself)],
+        "ours": [Contender("one plan", shared, itself)],
+        "ours + plan": [Contender("a plan for each", lambda: partial(attend, None, {}), itself)],
+        "ours, no split": [Contender("fixed_splits 1", partial(shared, fixed_splits=1), itself)],
     }
 
 
-def measure(case: Case, variants: Iterable[Method], clock: GraphClock) -> dict[str, Any]:
+def measure(case: Case, variants: Iterable[Contender], clock: GraphClock) -> dict[str, Any]:
     """Check every variant, time the right ones and keep the fastest.
 
     Returns:
@@ -169,7 +169,7 @@ def measure(case: Case, variants: Iterable[Method], clock: GraphClock) -> dict[s
 
 
 def _measure_one(
-    case: Case, method: Method, clock: GraphClock, best: dict[str, Any]
+    case: Case, method: Contender, clock: GraphClock, best: dict[str, Any]
 ) -> dict[str, Any]:
     try:
         _check(case, method.unpack(method.start()(0)))
@@ -206,7 +206,7 @@ def new_case(shape: Shape, page_size: int) -> Case:
 def fill(
     record: dict[str, Any],
     case: Case,
-    columns: Iterable[tuple[str, Iterable[Method]]],
+    columns: Iterable[tuple[str, Iterable[Contender]]],
     clock: GraphClock,
     roof: dict[str, float],
 ) -> None:
@@ -249,7 +249,7 @@ def all_of_ours(attention: Attention) -> Columns:
 def beside_peers(attention: Attention) -> Columns:
     """And the others, which share one contiguous copy of the keys and values."""
 
-    def columns(case: Case, done: dict[str, Any]) -> Iterator[tuple[str, Iterable[Method]]]:
+    def columns(case: Case, done: dict[str, Any]) -> Iterator[tuple[str, Iterable[Contender]]]:
         yield from ours(case, attention).items()
         data = peers.Contiguous(case)
         yield "sdpa", peers.sdpa(data)

@@ -126,6 +126,7 @@ class Case:
         device: torch.device,
         seed: int = 0,
     ) -> None:
+        """(Long because all is drawn from one generator, in this order.)"""
         if shape.context % page_size:
             raise ValueError(f"context={shape.context}: must be a multiple of {page_size}")
         self.shape, self.copies, self.page_size = shape, copies, page_size

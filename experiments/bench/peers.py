@@ -35,7 +35,7 @@ COMPILE_SECONDS = 180  # for all variants of FlexAttention, side by side
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class Contender:
     """A way to compute a case.
 
     Args:
@@ -63,21 +63,21 @@ class Contiguous:
 # SDPA
 
 
-def sdpa(data: Contiguous) -> Iterator[Method]:
+def sdpa(data: Contiguous) -> Iterator[Contender]:
     """Every backend with every form of the queries and the mask."""
     for name, attend, unpack in _sdpa_forms(data):
         call = partial(_on_contiguous, attend, data)
-        yield Method(name, partial(_same, call), unpack)
+        yield Contender(name, partial(_same, call), unpack)
 
 
-def sdpa_with_gather(data: Contiguous, only: str | None) -> Iterator[Method]:
+def sdpa_with_gather(data: Contiguous, only: str | None) -> Iterator[Contender]:
     """The variants of `sdpa`, or only the one of this name, after copying the pages of the
     sequences together."""
     for name, attend, unpack in _sdpa_forms(data):
         if only in (None, name):
             for pick in (select_rows, index_rows):
                 call = partial(_on_pages, attend, pick, data.case)
-                yield Method(f"{pick.__name__}, {name}", partial(_same, call), unpack)
+                yield Contender(f"{pick.__name__}, {name}", partial(_same, call), unpack)
 
 
 def _same(call: Call) -> Call:
@@ -172,7 +172,7 @@ def flex_options(shape: Shape) -> dict[str, list[dict[str, Any]]]:
     return {"flex default": [{}], "flex tuned": tuned, "flex split": split}
 
 
-def flex(data: Contiguous, options: dict[str, Any]) -> Method:
+def flex(data: Contiguous, options: dict[str, Any]) -> Contender:
     """FlexAttention with these kernel options, compiled anew."""
     case = data.case
     mask = block_mask(case)
@@ -183,7 +183,7 @@ def flex(data: Contiguous, options: dict[str, Any]) -> Method:
     )
     call = partial(_on_contiguous, partial(run, data.query), data)
     name = ", ".join(f"{key} {value}" for key, value in options.items()) or "defaults"
-    return Method(name, partial(_same, call), partial(torch.transpose, dim0=1, dim1=2))
+    return Contender(name, partial(_same, call), partial(torch.transpose, dim0=1, dim1=2))
 
 
 def _compiled_flex() -> Callable[..., Any]:

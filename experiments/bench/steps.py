@@ -75,6 +75,7 @@ class StepInputs:
     def __init__(
         self, batch: int, *, copies: int, vocabulary: int, layers: int, device: torch.device
     ) -> None:
+        """(Long because all is drawn from one generator, in this order.)"""
         host = torch.Generator().manual_seed(batch)
         lists = [random_parents(NODES, host) for _ in range(batch)]
         first = torch.randint(vocabulary, (batch, NODES, 1), generator=host)

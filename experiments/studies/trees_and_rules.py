@@ -74,7 +74,7 @@ class Options(StudyOptions):
     resume: bool = option(False, "what the file has stays")
 
 
-class Method(NamedTuple):
+class Pairing(NamedTuple):
     """A tree policy and a rule.
 
     Args:
@@ -108,18 +108,18 @@ class Method(NamedTuple):
         return f"{self.tree} tree.children={self.children} acceptance={self.rule}"
 
 
-def on_chain(budget: int, length: int, rule: str, axis: str = "rule") -> Method:
+def on_chain(budget: int, length: int, rule: str, axis: str = "rule") -> Pairing:
     """A rule for chains."""
-    return Method(budget, "chain", f"{length}", rule, "sample", axis, tree("chain", length))
+    return Pairing(budget, "chain", f"{length}", rule, "sample", axis, tree("chain", length))
 
 
-def on_tree(budget: int, setting: str, words: str, axis: str = "policy") -> Method:
+def on_tree(budget: int, setting: str, words: str, axis: str = "policy") -> Pairing:
     """A policy under recursive rejection."""
     policy = words.split()[0].removeprefix("tree=")
-    return Method(budget, policy, setting, "recursive_rejection", "sample", axis, words)
+    return Pairing(budget, policy, setting, "recursive_rejection", "sample", axis, words)
 
 
-def lengths(budget: int, options: Options) -> Iterator[Method]:
+def lengths(budget: int, options: Options) -> Iterator[Pairing]:
     """What is compared at a budget of nodes."""
     searched = f"tree.budget={budget} {word('tree.rates', options.rates)}"
     chains = [length for length in CHAINS if length <= budget]
@@ -148,7 +148,7 @@ def lengths(budget: int, options: Options) -> Iterator[Method]:
             yield on_chain(budget, length, rule)
 
 
-def speed(options: Options) -> Iterator[Method]:
+def speed(options: Options) -> Iterator[Pairing]:
     """What is timed."""
     large = options.batch >= LARGE
     for rule in CHAIN_RULES[: 1 if large else 2]:
@@ -174,7 +174,7 @@ def speed(options: Options) -> Iterator[Method]:
         yield aware._replace(axis="rule", rule=rule, children=children)
 
 
-def way_of(method: Method, options: Options, shop: Workshop, longest: int) -> Way:
+def way_of(method: Pairing, options: Options, shop: Workshop, longest: int) -> Way:
     """How a method is measured, and what is known of it before.
 
     Raises:

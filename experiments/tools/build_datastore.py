@@ -156,36 +156,14 @@ def build(
     Raises:
         ValueError: no tokens, a folder in use, or pydivsufsort is missing.
     """
-    try:
-        import pydivsufsort  # noqa: F401  # before hours of encoding
-    except ImportError:
-        raise ValueError(
-            "pydivsufsort is not installed; pip install 'specdec-lab[datastore]'"
-        ) from None
-    if (folder / METADATA).exists():
-        raise ValueError(f"out={folder}: holds a datastore; remove it or choose another folder")
+    _check(folder)
     folder.mkdir(parents=True, exist_ok=True)
     progress = progress or Progress(disable=True)
     width = token_bytes(len(tokenizer))
-    separator = 256**width - 1
-    tokens = count = 0
-    task = progress.add_task("encoding", total=max_tokens, note="")
-    with (folder / TOKENS).open("wb") as file:
-        for ids in encoded(texts, tokenizer):
-            if not ids:
-                continue
-            if max_tokens is not None:
-                ids = ids[: max_tokens - tokens - 1]
-            file.write(np.array([*ids, separator], dtype=f">u{width}").tobytes())
-            tokens += len(ids) + 1
-            count += 1
-            note = f"{count:,} documents, {tokens:,} tokens"
-            progress.update(task, completed=tokens, note=note)
-            if max_tokens is not None and tokens >= max_tokens - 1:
-                break
+    documents = encoded(texts, tokenizer)
+    tokens, count = _write_tokens(documents, folder / TOKENS, width, max_tokens, progress)
     if not tokens:
         raise ValueError(f"{' '.join(sources) or 'texts'}: no tokens in there")
-    progress.update(task, total=tokens, completed=tokens)
     task = progress.add_task("sorting suffixes", total=None, note="")
     position = 4 if tokens < 2**31 else 8
     sort(folder, width, position)
@@ -202,6 +180,44 @@ def build(
     }
     write(folder / METADATA, metadata)
     return metadata
+
+
+def _check(folder: Path) -> None:
+    """Raise ValueError, before hours of encoding, if the datastore could not be sorted or kept."""
+    try:
+        import pydivsufsort  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "pydivsufsort is not installed; pip install 'specdec-lab[datastore]'"
+        ) from None
+    if (folder / METADATA).exists():
+        raise ValueError(f"out={folder}: holds a datastore; remove it or choose another folder")
+
+
+def _write_tokens(
+    documents: Iterable[Sequence[int]],
+    path: Path,
+    width: int,
+    max_tokens: int | None,
+    progress: Progress,
+) -> tuple[int, int]:
+    """The documents, with a separator after each: how many tokens and documents these are."""
+    tokens = count = 0
+    task = progress.add_task("encoding", total=max_tokens, note="")
+    with path.open("wb") as file:
+        for ids in documents:
+            if not ids:
+                continue
+            if max_tokens is not None:
+                ids = ids[: max_tokens - tokens - 1]
+            file.write(np.array([*ids, 256**width - 1], dtype=f">u{width}").tobytes())
+            tokens, count = tokens + len(ids) + 1, count + 1
+            note = f"{count:,} documents, {tokens:,} tokens"
+            progress.update(task, completed=tokens, note=note)
+            if max_tokens is not None and tokens >= max_tokens - 1:
+                break
+    progress.update(task, total=tokens, completed=tokens)
+    return tokens, count
 
 
 def sort(folder: Path, width: int, position: int) -> None:

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from specdec.decode import Decoder
-from specdec.models.load import Models
-from specdec.models.paged import PagedLM
 from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, Verifier
 from specdec.request import Capacity
 from specdec.sampling import SamplingParams
 
-MakeVerifier = Callable[[PagedLM], Verifier]
+if TYPE_CHECKING:
+    from specdec.models.load import Models
+    from specdec.models.paged import PagedLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Method:
     tree_name: str
     rule: AcceptanceRule
     sampling: SamplingParams
-    verifier: MakeVerifier
+    verifier: "Callable[[PagedLM], Verifier]"
 
     @property
     def labels(self) -> dict[str, str]:
@@ -39,12 +40,12 @@ class Method:
             "acceptance": self.rule.name,
         }
 
-    def load(self, target: PagedLM, models: Models) -> None:
+    def load(self, target: "PagedLM", models: "Models") -> None:
         """Load what the drafter needs; once, before `decoder`."""
         self.drafter.load(target, models)
 
     def decoder(
-        self, target: PagedLM, capacity: Capacity, stop_tokens: Collection[int] = ()
+        self, target: "PagedLM", capacity: Capacity, stop_tokens: Collection[int] = ()
     ) -> Decoder:
         """A decoder of its own; one made before is of no use any more."""
         return Decoder(
