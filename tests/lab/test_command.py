@@ -79,8 +79,8 @@ def test_defaults_are_left_out_of_the_command_and_free_words_are_one_option() ->
         ([], "texts: must be given, texts=...: files or folders"),
         (
             ["t", "token=1"],
-            "token=1: no such option; there are texts, batches, shapes, tokens, sizes, temperature, "
-            "device, name, out, cases, resume",
+            "token=1: no such option; there are texts, batches, shapes, tokens, sizes, "
+            "temperature, device, name, out, cases, resume",
         ),
     ],
 )
