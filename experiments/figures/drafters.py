@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from specdec.experiments.figures.markdown import Result, device, interval, source, table
+from specdec.experiments.figures.markdown import Result, device, interval, piece, source, table
 from specdec.lab.metrics import groups_of, summary
 from specdec.lab.statistics import ratio
 from specdec.models.standin import SHAPES
@@ -152,13 +152,12 @@ def _resumed(result: Result) -> list[str]:
 def lookup_speed(result: Result) -> str:
     """The table of `lookup_speed.py`."""
     stored = result["datastore"]
-    lines = [
+    about = (
         f"A look-up of `drafter=retriever`, one thread of an {result['hardware']['cpu']}, files "
         f"in the page cache; the datastore has {stored['tokens'] / 1e6:.0f} M tokens of "
         f"{stored['documents']:,} documents and opens in {stored['open_seconds']:.3f} s "
-        f"({source(result, 'lookup_speed')}):",
-        "",
-    ]
+        f"({source(result, 'lookup_speed')}):"
+    )
     rows = []
     for name, entry in result["lookup_us"].items():
         match, missed = entry["match"], entry["no_match"]
@@ -166,4 +165,4 @@ def lookup_speed(result: Result) -> str:
         cells.append(f"{missed['median']:.0f}" if missed["steps"] else "")
         rows.append(cells)
     heads = ["where", "microseconds: median", "p90", "p99", "median without a match"]
-    return "\n".join([*lines, *table(heads, rows)])
+    return piece(about, heads, rows)

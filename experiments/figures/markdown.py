@@ -15,6 +15,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [head, "|" + "---|" * len(heads), *body]
 
 
+def piece(about: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table below what it is about."""
+    return "\n".join([about, "", *table(heads, rows)])
+
+
 def interval(value: float, low: float, high: float) -> str:
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
