@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from specdec.experiments.figures.decoding import cpu_speed
 from specdec.experiments.figures.markdown import show
-from specdec.experiments.studies.theirs import Theirs, load_plain
+from specdec.experiments.studies.theirs import theirs
 from specdec.lab.command import Positive, head, option, resume, run_main, write
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import Decoded, Session
@@ -49,19 +48,10 @@ class Options:
 
 def ways_of(shop: Workshop, longest: int) -> dict[str, Way]:
     """The methods by name."""
-    load = partial(load_plain, placement=shop.models.placement)
-    plain = load("zoo:target")
-    extras: dict[str, dict[str, Any]] = {
-        GENERATE: {},
-        "transformers assisted": {"assistant_model": load("zoo:draft")},
-        "transformers prompt lookup": {"prompt_lookup_num_tokens": 10},
-    }
-    theirs = {
-        name: Way(settings=name, make=partial(Theirs, plain, temperature=0.0, **extra))
-        for name, extra in extras.items()
-    }
+    found = theirs("zoo:target", {"": "zoo:draft"}, 0.0, shop.models.placement)
+    others = {f"transformers {name.strip(', ')}": way for name, way in found.items()}
     ours = {words: shop.way(words, rows=1, longest=longest) for words in (PLAIN, *OURS)}
-    return theirs | {name_of(w) if w != PLAIN else "none": way for w, way in ours.items()}
+    return others | {name_of(w) if w != PLAIN else "none": way for w, way in ours.items()}
 
 
 def time_prompts(new: int) -> Turn:
