@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 import transformers
@@ -130,8 +130,12 @@ def run(
 
 def _asked(settings: Settings) -> dict[str, Any]:
     """What is decoded: prompts, samples of each, and whether a chat template is applied."""
-    source = dict(settings["prompts"])
-    chat, samples = source.pop("chat"), typed("prompts.samples", source.pop("samples"), int)
+    kinds = {**get_type_hints(load_prompts), "chat": str, "samples": int}
+    source = {
+        name: typed(f"prompts.{name}", value, kinds[name])
+        for name, value in settings["prompts"].items()
+    }
+    chat, samples = source.pop("chat"), source.pop("samples")
     return {"prompts": load_prompts(**source), "samples": samples, "chat": chat}
 
 

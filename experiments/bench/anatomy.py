@@ -29,7 +29,7 @@ import torch
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.bench.timeline import breakdown, read_profile
 from specdec.flight import Step
-from specdec.lab.command import option
+from specdec.lab.command import Positive, option
 from specdec.lab.metrics import VERBS
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import OurSession, wait
@@ -43,15 +43,15 @@ TOLERANCE = 0.03
 @dataclass(frozen=True, kw_only=True)
 class Options:
     cases: tuple[str, ...] = option(("none", "chain:4", "dynamic:12,3,4"), "steps", varies=True)
-    batches: tuple[int, ...] = option((1, 8), "sequences together", varies=True)
+    batches: tuple[Positive, ...] = option((1, 8), "sequences together", varies=True)
     temperatures: tuple[Literal[0, 1], ...] = option((0,), "0 or 1", varies=True)
     target: str = option("standin:llama3_8b", "model folder, hub id, zoo:NAME or standin:NAME")
     draft: str = option("standin:llama_160m", "likewise")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "of both models")
     prompts: str | None = option(None, "JSONL file; the built-in set by default")
-    tokens: int = option(256, "new ones, for each prompt")
-    profiled: int = option(16, "steps under torch.profiler")
+    tokens: Positive = option(256, "new ones, for each prompt")
+    profiled: Positive = option(16, "steps under torch.profiler")
     out: Path = option(Path("step_anatomy.json"), "result file")
     resume: bool = option(False, "what the file has stays, faults excepted")
 

@@ -36,8 +36,9 @@ from specdec.experiments.bench.clock import (
     recover,
 )
 from specdec.experiments.bench.peers import Contender
+from specdec.kernels import gpu
 from specdec.kernels.layout import TreeLayout
-from specdec.lab.command import option
+from specdec.lab.command import Positive, option
 
 SHAPES = tuple(
     Shape(batch=batch, context=context, nodes=nodes)
@@ -62,10 +63,7 @@ GRID = tuple(
         (32, 64), (1, 8, 32), (1024, 4096, 8192, 32768, 131072), (1, 16, 32, 64, 128)
     )
 )
-# What an H200 was once measured to read and to multiply, so that runs can be compared.
-FIXED = {"read": 4.57e12, "compute": 790e12}
 
-Attention = Callable[..., Tensor]
 # From a case and the results so far, name by name, what is to be measured.
 Columns = Callable[[Case, dict[str, Any]], Iterator[tuple[str, Iterable[Contender]]]]
 
@@ -74,10 +72,10 @@ Columns = Callable[[Case, dict[str, Any]], Iterator[tuple[str, Iterable[Contende
 class Grid(Timed):
     """Options of the grid, and of the other part as well."""
 
-    shapes: tuple[tuple[int, ...], ...] = option(
+    shapes: tuple[tuple[Positive, ...], ...] = option(
         (), "[batch,context,nodes] of each, heads and kv_heads may follow; none: the built-in ones"
     )
-    page_size: int = option(64, "tokens of a page")
+    page_size: Positive = option(64, "tokens of a page")
     out: Path = option(Path("kernel_grid.json"), "result file")
 
 
@@ -102,21 +100,21 @@ def grid(options: Grid, result: dict[str, Any], save: Callable[[], None]) -> Non
 
 def _attention(
     shapes: Sequence[Shape],
-    columns: Callable[[Attention], Columns],
+    columns: Columns,
     options: Grid,
     result: dict[str, Any],
     save: Callable[[], None],
 ) -> None:
-    from specdec.kernels import gpu
-
     clock = GraphClock(replays=options.replays)
-    result["page_size"], result["fixed_ceilings"] = options.page_size, FIXED
+    result["page_size"] = options.page_size
     result["ceilings"] = ceilings(clock, result)
     result["shapes"] = []
-    run(shapes, columns(gpu.tree_attention), clock, result, save, page_size=options.page_size)
+    run(shapes, columns, clock, result, save, page_size=options.page_size)
 
 
-def ours(case: Case, attention: Attention) -> dict[str, list[Contender]]:
+def ours(
+    case: Case, attention: Callable[..., Tensor] = gpu.tree_attention
+) -> dict[str, list[Contender]]:
     """Our kernel: with one plan for all calls, with one for each, and without splitting."""
 
     def attend(layout: TreeLayout | None, options: dict[str, Any], copy: int) -> Tensor:
@@ -217,7 +215,6 @@ def fill(
         "kv_bytes": shape.kv_bytes(itemsize),
         "flops": shape.flops,
         "roof_us": shape.roof_us(**roof, itemsize=itemsize),
-        "fixed_roof_us": shape.roof_us(**FIXED, itemsize=itemsize),
         "copies": case.copies,
         "checked_sequences": len(case.checked),
         "allowed_error": case.expected[1],
@@ -229,37 +226,32 @@ def fill(
                 "gb_per_s": record["kv_bytes"] / method["us"] * 1e-3,
                 "tflop_per_s": shape.flops / method["us"] * 1e-6,
                 "of_roof": record["roof_us"] / method["us"],
-                "of_fixed_roof": record["fixed_roof_us"] / method["us"],
             }
             if "us" in record["methods"]["ours"]:
                 method["over_ours"] = method["us"] / record["methods"]["ours"]["us"]
         record["seconds"] = time.perf_counter() - begun
 
 
-def alone(attention: Attention) -> Columns:
+def alone(case: Case, done: dict[str, Any]) -> Iterator[tuple[str, Iterable[Contender]]]:
     """Our kernel as it is used."""
-    return lambda case, done: iter([("ours", ours(case, attention)["ours"])])
+    yield "ours", ours(case)["ours"]
 
 
-def all_of_ours(attention: Attention) -> Columns:
+def all_of_ours(case: Case, done: dict[str, Any]) -> Iterator[tuple[str, Iterable[Contender]]]:
     """And with a plan for every call, and without splitting."""
-    return lambda case, done: iter(ours(case, attention).items())
+    yield from ours(case).items()
 
 
-def beside_peers(attention: Attention) -> Columns:
+def beside_peers(case: Case, done: dict[str, Any]) -> Iterator[tuple[str, Iterable[Contender]]]:
     """And the others, which share one contiguous copy of the keys and values."""
-
-    def columns(case: Case, done: dict[str, Any]) -> Iterator[tuple[str, Iterable[Contender]]]:
-        yield from ours(case, attention).items()
-        data = peers.Contiguous(case)
-        yield "sdpa", peers.sdpa(data)
-        # The fastest SDPA, which is known by now.
-        yield "sdpa + gather", peers.sdpa_with_gather(data, done["sdpa"].get("variant"))
-        for name, options in peers.flex_options(case.shape).items():
-            if options:
-                yield name, (peers.flex(data, option) for option in options)
-
-    return columns
+    yield from ours(case).items()
+    data = peers.Contiguous(case)
+    yield "sdpa", peers.sdpa(data)
+    # The fastest SDPA, which is known by now.
+    yield "sdpa + gather", peers.sdpa_with_gather(data, done["sdpa"].get("variant"))
+    for name, options in peers.flex_options(case.shape).items():
+        if options:
+            yield name, (peers.flex(data, option) for option in options)
 
 
 def run(

@@ -10,15 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from pydantic import Field
 from torch import Tensor
 
-from specdec.lab.command import option
+from specdec.lab.command import Positive, option
 
 Call = Callable[[int], Any]  # number of the copy of the inputs -> a tensor or None
 Start = Callable[[], Call]  # what one forward pass does before its first call
@@ -28,7 +27,7 @@ Start = Callable[[], Call]  # what one forward pass does before its first call
 class Timed:
     """Options of everything that is timed in CUDA graphs."""
 
-    replays: Annotated[int, Field(ge=1)] = option(25, "of a graph; the median counts")
+    replays: Positive = option(25, "of a graph; the median counts")
 
 
 class Timing(NamedTuple):

@@ -273,9 +273,7 @@ def compile_share(share: Share) -> None:
             flex(Contiguous(case), chosen).start()(0)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Share, compile_share, arguments, doc=__doc__)
-
+main = partial(run_main, Share, compile_share, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

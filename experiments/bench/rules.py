@@ -17,19 +17,18 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 from specdec.experiments.bench.cases import random_parents
-from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache, describe
-from specdec.experiments.bench.operation import Operation, measure, unlike, wall_us
+from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache
+from specdec.experiments.bench.operation import Operation, measure, unlike
 from specdec.kernels import reference
-from specdec.lab.command import option
+from specdec.lab.command import Positive, option
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import SamplingParams, random_keys
-from specdec.tree import Acceptance, Children, Proposal, TokenTree
+from specdec.tree import Children, Proposal, TokenTree
 from specdec.verifier.block import Block
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.k_seq import KSeq
@@ -62,48 +61,42 @@ INSIDE = 0.85  # about the target's mass on the support of a draft distribution
 @dataclass(frozen=True, kw_only=True)
 class Options(Timed):
     device: Literal["cuda", "cpu"] = option("cuda", "the CPU times the definitions")
-    batches: tuple[int, ...] = option((1, 8, 32), "sequences together")
-    nodes: int = option(64, "of a tree")
-    candidates: Annotated[int, Field(ge=1)] = option(64, "of a draft distribution")
-    vocabulary: int = option(128_256, "tokens")
+    batches: tuple[Positive, ...] = option((1, 8, 32), "sequences together")
+    nodes: Positive = option(64, "of a tree")
+    candidates: Positive = option(64, "of a draft distribution")
+    vocabulary: Positive = option(128_256, "tokens")
     out: Path = option(Path("rule_steps.json"), "result file")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """Of one step: sequences, nodes of a tree, draft candidates of a node, vocabulary."""
-
-    batch: int
-    nodes: int
-    candidates: int
-    vocabulary: int
-
-
 class Inputs:
-    """Draft distributions of all nodes, and copies of the target's logits that take turns."""
+    """Draft distributions of all nodes, and copies of the target's logits that take turns.
 
-    def __init__(self, sizes: Sizes, *, copies: int, dtype: torch.dtype, device: torch.device):
-        self.sizes, self.device = sizes, device
-        self.host = torch.Generator().manual_seed(sizes.batch)
-        shape = sizes.batch, sizes.nodes, sizes.candidates
-        first = torch.randint(sizes.vocabulary, (*shape[:2], 1), generator=self.host)
-        stride = max(1, sizes.vocabulary // sizes.candidates - 1)
-        self.ids = (first + stride * torch.arange(sizes.candidates)) % sizes.vocabulary
+    Args:
+        sizes: sequences, nodes of a tree, draft candidates of a node, vocabulary.
+    """
+
+    def __init__(self, *sizes: int, copies: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.batch, self.nodes, candidates, vocabulary = sizes
+        self.device, self.host = device, torch.Generator().manual_seed(self.batch)
+        shape = self.batch, self.nodes, candidates
+        first = torch.randint(vocabulary, (*shape[:2], 1), generator=self.host)
+        stride = max(1, vocabulary // candidates - 1)
+        self.ids = (first + stride * torch.arange(candidates)) % vocabulary
         self.probs = (2.0 * torch.randn(shape, generator=self.host)).softmax(-1)
         spread = SPREAD * torch.randn(shape, generator=self.host)
-        level = math.log(sizes.vocabulary * INSIDE / (1.0 - INSIDE)) + 0.5
+        level = math.log(vocabulary * INSIDE / (1.0 - INSIDE)) + 0.5
         raised = (self.probs.log() + spread + level).to(device, dtype)
-        generator = torch.Generator(device).manual_seed(sizes.batch)
+        generator = torch.Generator(device).manual_seed(self.batch)
         self.logits = [
             torch.randn(
-                (*shape[:2], sizes.vocabulary), dtype=dtype, device=device, generator=generator
+                (*shape[:2], vocabulary), dtype=dtype, device=device, generator=generator
             ).scatter_(2, self.ids.to(device), raised)
             for _ in range(copies)
         ]
 
     def tree(self, shape: str, children: Children) -> TokenTree:
         """Trees of a shape, with children drawn anew."""
-        batch, nodes = self.sizes.batch, self.sizes.nodes
+        batch, nodes = self.batch, self.nodes
         chain = list(range(-1, nodes - 1))
         bush = random_parents(nodes, torch.Generator().manual_seed(0))
         parents = {"chain": chain, "bush": bush}[shape]
@@ -131,16 +124,20 @@ class Inputs:
         return tree.to(self.device)
 
     def context(self, kernels: ModuleType, step: int) -> StepContext:
-        batch = self.sizes.batch
-        keys = random_keys(0, range(batch), [step] * batch, self.device)
+        keys = random_keys(0, range(self.batch), [step] * self.batch, self.device)
         return StepContext(
             sequences=[],
-            roots=torch.zeros(batch, dtype=torch.int64, device=self.device),
+            roots=torch.zeros(self.batch, dtype=torch.int64, device=self.device),
             sampling=SamplingParams(temperature=1.0),
             uniforms=partial(kernels.uniforms, keys),
             kernels=kernels,
             keys=keys,
         )
+
+    def contexts(self, kernels: ModuleType) -> tuple[StepContext, StepContext]:
+        """Of the kernels and of the definitions, which draw the same numbers as fast."""
+        mine = self.context(kernels, 0)
+        return mine, replace(self.context(reference, 0), uniforms=mine.uniforms)
 
 
 def compare(
@@ -154,7 +151,7 @@ def compare(
     """
     compared = differ = length = 0
     exact = inputs.logits[0].double()
-    for step in range(-(-COMPARED // inputs.sizes.batch)):
+    for step in range(-(-COMPARED // inputs.batch)):
         mine = rule.accept(inputs.context(kernels, step), tree, inputs.logits[0])
         wanted = rule.accept(inputs.context(reference, step), tree, exact)
         compared, differ = compared + len(mine.path), differ + int(unlike(mine, wanted).sum())
@@ -164,38 +161,24 @@ def compare(
     return {"compared": compared, "differ": differ, "length": length / compared}
 
 
-def time_rule(
+def operation_of(
     rule: AcceptanceRule,
     inputs: Inputs,
     tree: TokenTree,
     kernels: ModuleType,
-    clock: GraphClock | None,
-) -> dict[str, Any]:
-    """us, its range, torch_us and what `compare` says of a rule; else the fault."""
-    found: dict[str, Any] = {}
-    context = inputs.context(kernels, 0)
-    plain = replace(inputs.context(reference, 0), uniforms=context.uniforms)
-
-    def ours(copy: int) -> Acceptance:
-        return rule.accept(context, tree, inputs.logits[copy])
-
-    def define() -> Acceptance:
-        return rule.accept(plain, tree, inputs.logits[0])
-
-    def check() -> None:
-        found.update(compare(rule, inputs, tree, kernels))
-
-    if clock is not None:
-        return measure(Operation(ours, define, check), len(inputs.logits), clock) | found
-    try:
-        check()
-        return {"us": wall_us(partial(ours, 0)), "torch_us": wall_us(define)} | found
-    except ArithmeticError as fault:
-        return {"fault": describe(fault)}
+    found: dict[str, Any],
+) -> Operation:
+    """A rule beside its definition; `found` gets what `compare` says."""
+    mine, plain = inputs.contexts(kernels)
+    return Operation(
+        lambda copy: rule.accept(mine, tree, inputs.logits[copy]),
+        lambda: rule.accept(plain, tree, inputs.logits[0]),
+        lambda: found.update(compare(rule, inputs, tree, kernels)),
+    )
 
 
 def rules(options: Options, result: dict[str, Any], save: Callable[[], None]) -> int:
-    """Times of all rules, for each batch size, to result["batches"]; returns how many have none.
+    """Times of all rules, for each batch size, to result["batches"]; returns 1 if one has none.
 
     Raises:
         ValueError: more candidates than tokens.
@@ -206,7 +189,7 @@ def rules(options: Options, result: dict[str, Any], save: Callable[[], None]) ->
         )
     device = torch.device(options.device)
     kernels: ModuleType = reference
-    clock = None
+    clock: GraphClock | None = None
     if device.type == "cuda":
         from specdec.kernels import gpu
 
@@ -219,22 +202,18 @@ def rules(options: Options, result: dict[str, Any], save: Callable[[], None]) ->
     }
     result["batches"] = []
     for batch in options.batches:
-        sizes = Sizes(
-            batch=batch,
-            nodes=options.nodes,
-            candidates=options.candidates,
-            vocabulary=options.vocabulary,
-        )
         operations: dict[str, Any] = {}
-        record = {"batch": batch, "nodes": options.nodes, "operations": operations}
-        result["batches"].append(record)
+        result["batches"].append(
+            {"batch": batch, "nodes": options.nodes, "operations": operations}
+        )
         size = batch * options.nodes * options.vocabulary * dtype.itemsize
         copies = copies_beyond_cache(size) if device.type == "cuda" else 1
-        inputs = Inputs(sizes, copies=copies, dtype=dtype, device=device)
+        sizes = batch, options.nodes, options.candidates, options.vocabulary
+        inputs = Inputs(*sizes, copies=copies, dtype=dtype, device=device)
         for rule, shape, children in RULES:
+            found: dict[str, Any] = {}
             tree = inputs.tree(shape, children)
-            operations[rule.name] = time_rule(rule, inputs, tree, kernels, clock)
+            operation = operation_of(rule, inputs, tree, kernels, found)
+            operations[rule.name] = measure(operation, copies, clock) | found
             save()
-    return sum(
-        "us" not in one for record in result["batches"] for one in record["operations"].values()
-    )
+    return int(any("us" not in o for r in result["batches"] for o in r["operations"].values()))

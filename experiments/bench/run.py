@@ -20,11 +20,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markdown import Markdown
 
 from specdec.experiments.bench.clock import describe
 from specdec.experiments.figures import kernels
+from specdec.experiments.figures.markdown import show
 from specdec.lab.command import head, resume, run_main, write
 
 PARTS = {  # module and options; a function of the part's name measures
@@ -66,7 +65,7 @@ def work(name: str, measure: Any, options: Any) -> int:
     result["seconds"] = time.perf_counter() - begun
     if any(result.get(records) for records in RECORDS):
         save()
-        Console(width=160).print(Markdown(kernels.TABLES[name](result)))
+        show(kernels.TABLES[name](result))
     print(*kernels.faults(result), sep="\n")
     return code
 

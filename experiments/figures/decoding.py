@@ -1,20 +1,19 @@
 """Tables of speed on a CPU, and of what a pass over a tree costs."""
 
-from specdec.experiments.figures.markdown import Result, device, interval, number, source, table
+from specdec.experiments.figures.markdown import Result, device, interval, number, piece, source
 
 
 def cpu_speed(result: Result) -> str:
     """The table of `cpu_speed.py`."""
     hardware, versions = result["hardware"], result["versions"]
-    lines = [
+    about = (
         f"Greedy decoding of {len(result['prompts'])} built-in prompts, "
         f"{result['tokens_per_output']:.0f} tokens each, one at a time, float32, "
         f"{hardware['threads']} threads of an {hardware['cpu']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}; 95 % paired bootstrap intervals over prompts; "
         f"{result['outputs_unlike_transformers_generate']} outputs differ from those of "
-        f"transformers' `generate` ({source(result, 'cpu_speed')}):",
-        "",
-    ]
+        f"transformers' `generate` ({source(result, 'cpu_speed')}):"
+    )
     rows = (
         [
             name,
@@ -26,7 +25,7 @@ def cpu_speed(result: Result) -> str:
         for name, method in result["methods"].items()
     )
     heads = ["method", "tokens/s", "accepted length", "over `none`", "over `generate`"]
-    return "\n".join([*lines, *table(heads, rows)])
+    return piece(about, heads, rows)
 
 
 def calibrate(result: Result) -> str:
@@ -34,12 +33,11 @@ def calibrate(result: Result) -> str:
     verify = result["verify"]
     context = min(verify["context"], key=lambda tokens: abs(tokens - 1024))
     place = verify["context"].index(context)
-    lines = [
+    about = (
         f"A pass of `{result['settings']['target']}` over trees at a context of {context}, on one "
         f"{device(result)}: milliseconds, and in parentheses multiples of a plain step "
-        f"({source(result, 'calibrate')}):",
-        "",
-    ]
+        f"({source(result, 'calibrate')}):"
+    )
     rows = []
     for batch, by_nodes in zip(verify["batch"], verify["seconds"], strict=True):
         line = [by_context[place] for by_context in by_nodes]
@@ -51,4 +49,4 @@ def calibrate(result: Result) -> str:
         ]
         rows.append([str(batch), *cells])
     heads = ["batch", *(f"nodes: {nodes}" for nodes in verify["nodes"])]
-    return "\n".join([*lines, *table(heads, rows)])
+    return piece(about, heads, rows)

@@ -2,21 +2,27 @@
 
 from typing import Any
 
-from specdec.experiments.figures.markdown import Result, device, interval, source, table
+from specdec.experiments.figures.markdown import Result, device, interval, piece, source, table
 from specdec.lab.metrics import groups_of, summary
 from specdec.lab.statistics import ratio
 from specdec.models.standin import SHAPES
 
 
+def plain_of(part: dict[str, Any]) -> Any:
+    """The entry of plain decoding."""
+    return next(entry for entry in part.values() if entry["drafter"] == "none")
+
+
 def best(part: dict[str, Any], key: str, **wanted: Any) -> tuple[str, dict[str, Any]] | None:
-    """The entry with the largest figure over all prompts among those with these properties."""
-    plain = next(entry for entry in part.values() if entry["drafter"] == "none")
+    """The entry with the largest figure over all prompts among those with these properties that
+    are finished."""
+    plain = plain_of(part)
+    every = list(plain["prompts"])
     able = [
         (name, entry)
         for name, entry in part.items()
-        if all(entry[field] == value for field, value in wanted.items())
+        if entry["prompts"].keys() == plain["prompts"].keys() and wanted.items() <= entry.items()
     ]
-    every = list(plain["prompts"])
     return max(able, key=lambda one: summary(one[1], plain, every)[key], default=None)
 
 
@@ -29,15 +35,17 @@ def drafter_lengths(result: Result) -> str:
     )
     drafters.remove("none")
     groups = groups_of(result)
-    count, stored = sum(map(len, groups.values())), result["datastore"]
+    count, stored = sum(map(len, groups.values())), ""
+    if "datastore" in result:
+        tokens, sources = (result["datastore"][name] for name in ("tokens", "sources"))
+        stored = f"; the datastore of `rest`: {tokens / 1e6:.1f} M tokens of {', '.join(sources)}"
     lines = [
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}: {count} "
         f"prompts, {settings['tokens']} new tokens each; at every budget of nodes the better "
         f"of the trees of the grid, tokens over steps of all prompts "
         f"({source(result, 'drafter_lengths')}). `translated` is the draft model with another "
-        f"tokenizer (`experiments/tools/retokenize.py`, 6000 tokens kept); the datastore of "
-        f"`rest`: {stored['tokens'] / 1e6:.1f} M tokens of {', '.join(stored['sources'])}. "
-        f"State is kept for a prompt, a category or the run (never reset):",
+        f"tokenizer (`experiments/tools/retokenize.py`, 6000 tokens kept){stored}. State is kept "
+        f"for a prompt, a category or the run (never reset):",
         "",
     ]
     middle = 32 if 32 in budgets else budgets[-1]
@@ -45,7 +53,7 @@ def drafter_lengths(result: Result) -> str:
     for drafter in drafters:
         cells, state = [], None
         for name, part in parts.items():
-            plain = next(entry for entry in part.values() if entry["drafter"] == "none")
+            plain = plain_of(part)
             for budget in budgets:
                 found = best(part, "accepted_length", drafter=drafter, budget=budget)
                 if found is None:
@@ -82,7 +90,7 @@ def drafter_speed(result: Result) -> str:
     ]
     rows = []
     for name, part in result["parts"].items():
-        plain = next(entry for entry in part.values() if entry["drafter"] == "none")
+        plain = plain_of(part)
         every = list(plain["prompts"])
         for drafter in dict.fromkeys(entry["drafter"] for entry in part.values()):
             found = best(part, "speedup", drafter=drafter)
@@ -144,13 +152,12 @@ def _resumed(result: Result) -> list[str]:
 def lookup_speed(result: Result) -> str:
     """The table of `lookup_speed.py`."""
     stored = result["datastore"]
-    lines = [
+    about = (
         f"A look-up of `drafter=retriever`, one thread of an {result['hardware']['cpu']}, files "
         f"in the page cache; the datastore has {stored['tokens'] / 1e6:.0f} M tokens of "
         f"{stored['documents']:,} documents and opens in {stored['open_seconds']:.3f} s "
-        f"({source(result, 'lookup_speed')}):",
-        "",
-    ]
+        f"({source(result, 'lookup_speed')}):"
+    )
     rows = []
     for name, entry in result["lookup_us"].items():
         match, missed = entry["match"], entry["no_match"]
@@ -158,4 +165,4 @@ def lookup_speed(result: Result) -> str:
         cells.append(f"{missed['median']:.0f}" if missed["steps"] else "")
         rows.append(cells)
     heads = ["where", "microseconds: median", "p90", "p99", "median without a match"]
-    return "\n".join([*lines, *table(heads, rows)])
+    return piece(about, heads, rows)

@@ -7,8 +7,9 @@ The plot of a file lies beside it and has its name, or that of the plot if a fil
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,16 @@ def work(options: Options) -> None:
     for path in options.files:
         if not path.exists():
             raise ValueError(f"{path}: no such file")
-        result = json.loads(path.read_text())
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"{path}: not JSON; give a file of results") from None
         for picture, plot in plots(result, path).items():
             plot(result, picture)
             print(picture)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,9 +8,8 @@ from rich.console import Group
 from rich.markdown import Markdown
 from rich.text import Text
 
-from specdec.experiments.figures import markdown
 from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
-from specdec.experiments.figures.markdown import device, interval, number, source
+from specdec.experiments.figures.markdown import device, interval, number, piece, source
 
 ENTRIES = {  # what a page shows, by the beginning of a method's name
     "none": "`none`",
@@ -43,7 +42,7 @@ def best(part: Mapping[str, Any], beginning: str = "") -> tuple[str, Any] | None
 def end_to_end(result: Mapping[str, Any]) -> str:
     """The table of a page: the fastest tree of each grid."""
     settings, versions = result["settings"], result["versions"]
-    lines = [
+    about = (
         f"`{settings['target']}` in {settings['dtype']} on one {device(result)}, torch "
         f"{versions['torch']}, transformers {versions['transformers']}; raw prompts of HumanEval "
         f"and MT-Bench ({settings['prompts']} each at batch 1, else the first of each file "
@@ -54,9 +53,8 @@ def end_to_end(result: Mapping[str, Any]) -> str:
         f"the same turns, with 95 % paired bootstrap intervals over prompts (batch 1). Identical: "
         f"outputs equal to those of `none`, token for token; of the others, how many part at a "
         f"gap of logits within the rounding bound of `specdec/lab/lossless.py` "
-        f"({source(result, 'end_to_end')}):",
-        "",
-    ]
+        f"({source(result, 'end_to_end')}):"
+    )
     rows = []
     shown: set[tuple[Any, ...]] = set()
     parts = result["parts"].values()
@@ -71,7 +69,7 @@ def end_to_end(result: Mapping[str, Any]) -> str:
             rows.append(_row(part, label.format(part=part["part"], detail=detail), found[1]))
     heads = ["T, batch", "method", "tokens/s", "by steps", "HumanEval", "MT-Bench"]
     heads += ["accepted length", "over `none`", "identical", "explained"]
-    return "\n".join([*lines, *markdown.table(heads, rows)])
+    return piece(about, heads, rows)
 
 
 def gain(found: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
-from specdec.experiments.figures.markdown import Result, device, number, source, table
+from specdec.experiments.figures.markdown import Result, device, number, piece, source
 
 PEERS = {
     "ours, no split": "ours, not split",
@@ -40,7 +40,7 @@ PIECES = {  # of a step: kernels by group, or verbs
 def attention(result: Result) -> str:
     """Ours and its peers, a line for each shape."""
     first = result["shapes"][0]
-    lines = [
+    about = (
         f"Tree attention of one layer out of 32 that share a plan, {first['heads']} query and "
         f"{first['kv_heads']} key-value heads of {first['head_dim']}, bfloat16, pages of "
         f"{result['page_size']}, on one {device(result)}, torch "
@@ -49,9 +49,8 @@ def attention(result: Result) -> str:
         f"keys and values once or the matrix products take at least ({_roof(result)}, both "
         f"measured in the same run). The others, as multiples of our time, "
         f"read contiguous keys and values, and their masks were made beforehand; with one node "
-        f"SDPA is cuDNN's without a mask ({source(result, 'kernel_attention')}):",
-        "",
-    ]
+        f"SDPA is cuDNN's without a mask ({source(result, 'kernel_attention')}):"
+    )
     rows = []
     for shape in result["shapes"]:
         methods = shape["methods"]
@@ -65,7 +64,7 @@ def attention(result: Result) -> str:
             ]
         )
     heads = ["sequences, context, nodes", "ours, us", "of the roof", *PEERS.values()]
-    return "\n".join([*lines, *table(heads, rows)])
+    return piece(about, heads, rows)
 
 
 def grid(result: Result) -> str:
@@ -77,14 +76,13 @@ def grid(result: Result) -> str:
         row = found.setdefault(tuple(str(shape[k]) for k in ("heads", "batch", "context")), {})
         if "us" in ours:
             row[shape["nodes"]] = f"{ours['us']:.1f} ({ours['of_roof']:.0%})"
-    lines = [
+    about = (
         f"The same for more shapes, ours alone: us (of the roof, {_roof(result)}; "
-        f"{source(result, 'kernel_grid')}):",
-        "",
-    ]
+        f"{source(result, 'kernel_grid')}):"
+    )
     heads = ["heads", "sequences", "context", *(f"nodes: {count}" for count in nodes)]
     rows = ([*key, *(row.get(count, "") for count in nodes)] for key, row in found.items())
-    return "\n".join([*lines, *table(heads, rows)])
+    return piece(about, heads, rows)
 
 
 def steps(result: Result) -> str:
@@ -95,7 +93,7 @@ def steps(result: Result) -> str:
         f"128,256, temperature 1 (greedy: 0), a cache of the shape of Llama-3-8B; microseconds in "
         f"a CUDA graph, and of the torch rules by the clock ({source(result, 'kernel_steps')}):"
     )
-    return "\n".join([about, "", *_operations(records, "batch")])
+    return piece(about, *_operations(records, "batch"))
 
 
 def rules(result: Result) -> str:
@@ -108,7 +106,7 @@ def rules(result: Result) -> str:
         f"in a CUDA graph, and of the torch definition by the clock "
         f"({source(result, 'rule_steps')}):"
     )
-    return "\n".join([about, "", *_operations(result["batches"], "batch")])
+    return piece(about, *_operations(result["batches"], "batch"))
 
 
 def elementwise(result: Result) -> str:
@@ -119,11 +117,11 @@ def elementwise(result: Result) -> str:
         f"14336), microseconds in a CUDA graph; a kernel that does next to nothing takes {floor} "
         f"({source(result, 'kernel_elementwise')}):"
     )
-    return "\n".join([about, "", *_operations(result["rows"], "rows")])
+    return piece(about, *_operations(result["rows"], "rows"))
 
 
-def _operations(records: list[dict[str, Any]], key: str) -> list[str]:
-    """A line for each operation, a column for each record: ours (torch)."""
+def _operations(records: list[dict[str, Any]], key: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: a line for each operation, a column for each record: ours (torch)."""
     rows = []
     for name in dict.fromkeys(name for record in records for name in record["operations"]):
         found = [record["operations"].get(name, {}) for record in records]
@@ -131,7 +129,7 @@ def _operations(records: list[dict[str, Any]], key: str) -> list[str]:
             f"{one['us']:.1f} ({one['torch_us']:.0f})" if "us" in one else "" for one in found
         )
         rows.append([name, *cells])
-    return table(["us (torch)", *(f"{key} {record[key]}" for record in records)], rows)
+    return ["us (torch)", *(f"{key} {record[key]}" for record in records)], rows
 
 
 def anatomy(result: Result) -> str:
@@ -140,19 +138,18 @@ def anatomy(result: Result) -> str:
     cases = {name: case for name, case in result["cases"].items() if "wall_ms" in case}
     parts = {name: _pieces(case) for name, case in cases.items()}
     names = list(dict.fromkeys(name for part in parts.values() for name in part))
-    lines = [
+    about = (
         f"Milliseconds of a step of `{result['settings']['target']}` with "
         f"`{result['settings']['draft']}` on one {device(result)}: by the clock, and of the time "
         f"in which kernels of a group ran (of those that overlap, the one that began first); idle "
-        f"is the rest ({source(result, 'step_anatomy')}):",
-        "",
-    ]
+        f"is the rest ({source(result, 'step_anatomy')}):"
+    )
     rows = []
     for name, case in cases.items():
         idle = f"{case['host_gap']:.1%}" if "host_gap" in case else ""
         cells = (number(parts[name].get(piece)) for piece in names)
         rows.append([name, number(case["wall_ms"]), *cells, idle])
-    return "\n".join([*lines, *table(["step", "all", *names, "idle"], rows)])
+    return piece(about, ["step", "all", *names, "idle"], rows)
 
 
 def _pieces(case: dict[str, Any]) -> dict[str, float]:

@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.markdown import Markdown
+
 Result = Mapping[str, Any]  # of a JSON file
 
 
@@ -10,6 +13,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Its lines."""
     head, *body = (f"| {' | '.join(cells)} |" for cells in (heads, *rows))
     return [head, "|" + "---|" * len(heads), *body]
+
+
+def piece(about: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table below what it is about."""
+    return "\n".join([about, "", *table(heads, rows)])
 
 
 def interval(value: float, low: float, high: float) -> str:
@@ -33,3 +41,8 @@ def source(result: Result, file: str) -> str:
     commit = (result.get("git") or {}).get("commit")
     at = f" at {commit[:7]}" if commit else ""
     return f"`{result['command']}`{at}, [JSON](../../experiments/results/{file}.json)"
+
+
+def show(text: str) -> None:
+    """A piece of a page on the terminal."""
+    Console(width=160).print(Markdown(text))

@@ -6,9 +6,9 @@ python -m specdec.experiments.figures.pages
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import specdec
@@ -177,9 +177,7 @@ def work(options: Options) -> None:
         path.write_text(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,12 +2,13 @@
 are worth over a tuned chain with token-wise sampling. Needs no GPU."""
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
-from specdec.experiments.figures.markdown import device, interval, source, table
+from specdec.experiments.figures.markdown import device, interval, piece, source, table
 from specdec.lab.metrics import pooled
 from specdec.lab.statistics import Ratio, ratio
 
@@ -137,16 +138,15 @@ def tree_speed(result: Entry) -> str:
     against = interval(*compared(aware, top, "seconds"))
     units = "prompts" if settings["batch"] == 1 else "batches"
     file = f"tree_speed{'' if settings['batch'] == 1 else '_batch' + str(settings['batch'])}"
-    lines = [
+    about = (
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, one "
         f"{device(result)}, temperature 1, batch {settings['batch']}: "
         f"{len(plain['prompts'])} prompts, {settings['tokens']} new tokens each, all methods in "
         f"turns, by device time of all steps, with 95 % paired bootstrap intervals over {units} "
         f"({source(result, file)}). `cost_aware` chose its tree beforehand, "
         f"from acceptance (measured on a few of these prompts) and costs; its speed over that of "
-        f"the fastest fixed tree of the grid ({_named(top)}, chosen afterwards) is {against}:",
-        "",
-    ]
+        f"the fastest fixed tree of the grid ({_named(top)}, chosen afterwards) is {against}:"
+    )
     others = (entry for entry in methods.values() if entry is not plain)
     shown = [*sorted(others, key=_speed, reverse=True), plain]
     rows = []
@@ -156,18 +156,11 @@ def tree_speed(result: Entry) -> str:
             interval(*compared(entry, other, "seconds")) if entry is not plain else ""
             for other in (plain, chain)
         ]
-        cells = [
-            _named(entry),
-            f"`{entry['rule']}`",
-            SHORT.get(entry.get("children", ""), ""),
-            str(entry.get("nodes", 0)),
-            f"{found['tokens_per_second']:.0f}",
-            f"{found['accepted_length']:.2f}",
-            *over,
-        ]
-        rows.append(cells)
+        children, nodes = SHORT.get(entry.get("children", ""), ""), str(entry.get("nodes", 0))
+        speed, length = f"{found['tokens_per_second']:.0f}", f"{found['accepted_length']:.2f}"
+        rows.append([_named(entry), f"`{entry['rule']}`", children, nodes, speed, length, *over])
     heads = ["tree", "rule", "children", "nodes", "tokens/s", "accepted length", "over `none`"]
-    return "\n".join([*lines, *table([*heads, "over the tuned chain"], rows)])
+    return piece(about, [*heads, "over the tuned chain"], rows)
 
 
 def _speed(entry: Entry) -> float:
@@ -178,7 +171,7 @@ def _named(entry: Entry) -> str:
     return f"`{entry['policy']}` {entry.get('setting', '')}".strip()
 
 
-def plot(result: Entry, axis: str, path: Path) -> None:
+def plot(result: Entry, path: Path, *, axis: str) -> None:
     """Accepted length over that of the tuned chain with token-wise sampling, by budget."""
     budgets = budgets_of(result)
     figure, ((axes,),) = canvas(7.2, 4.4)
@@ -197,18 +190,9 @@ def plot(result: Entry, axis: str, path: Path) -> None:
         x, y, low, high = zip(*points, strict=True)
         below = [middle - end for middle, end in zip(y, low, strict=True)]
         above = [end - middle for middle, end in zip(y, high, strict=True)]
-        axes.errorbar(
-            x,
-            y,
-            yerr=[below, above],
-            fmt="o-",
-            markersize=4,
-            linewidth=1.2,
-            capsize=2,
-            elinewidth=0.8,
-            color=COLOURS[place % len(COLOURS)],
-            label=name,
-        )
+        style = {"fmt": "o-", "ms": 4, "lw": 1.2, "capsize": 2, "elinewidth": 0.8}
+        colour = COLOURS[place % len(COLOURS)]
+        axes.errorbar(x, y, yerr=[below, above], color=colour, label=name, **style)
     by_powers_of_two(axes, budgets)
     axes.set_xlabel("nodes drafted per step at most")
     axes.set_ylabel("accepted length over the tuned chain's")
@@ -218,12 +202,4 @@ def plot(result: Entry, axis: str, path: Path) -> None:
     save(figure, path)
 
 
-def plot_trees(result: Entry, path: Path) -> None:
-    plot(result, "policy", path)
-
-
-def plot_rules(result: Entry, path: Path) -> None:
-    plot(result, "rule", path)
-
-
-PLOTS = {"trees": plot_trees, "rules": plot_rules}
+PLOTS = {"trees": partial(plot, axis="policy"), "rules": partial(plot, axis="rule")}

@@ -11,8 +11,9 @@ lossless rule can keep of such trees. The plot is drawn beside it.
 """
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from specdec.experiments.studies.rule_laws import (
     token_trees,
     widths,
 )
-from specdec.lab.command import head, option, run_main, write
+from specdec.lab.command import Positive, head, option, run_main, write
 from specdec.tree import Children
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
@@ -211,8 +212,8 @@ def listing(name: str, panel: Mapping[str, Any]) -> Listing:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    worlds: int = option(8, "random ones")
-    steps: int = option(9, "distances, 0 among them")
+    worlds: Positive = option(8, "random ones")
+    steps: Positive = option(9, "distances, 0 among them")
     out: Path = option(Path("acceptance_bounds.json"), "result file")
 
 
@@ -231,9 +232,7 @@ def work(options: Options) -> None:
         Console(width=130).print(listing(name, found))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,16 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
 
 import torch
-from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
-from specdec.experiments.studies.theirs import Theirs, load_plain
-from specdec.lab.command import head, option, resume, run_main, write
+from specdec.experiments.figures.decoding import cpu_speed
+from specdec.experiments.figures.markdown import show
+from specdec.experiments.studies.theirs import theirs
+from specdec.lab.command import Positive, head, option, resume, run_main, write
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import Decoded, Session
 from specdec.lab.statistics import ratio
@@ -42,27 +40,18 @@ OURS = (
 @dataclass(frozen=True, kw_only=True)
 class Options:
     out: Path = option(about="result file")
-    tokens: Annotated[int, Field(ge=1)] = option(128, "new ones, for each prompt")
-    prompts: Annotated[int, Field(ge=1)] = option(40, "of the built-in set, evenly spread")
-    repeats: int = option(1, "of all prompts", varies=True)
+    tokens: Positive = option(128, "new ones, for each prompt")
+    prompts: Positive = option(40, "of the built-in set, evenly spread")
+    repeats: Positive = option(1, "of all prompts", varies=True)
     resume: bool = option(False, "what the file has stays")
 
 
 def ways_of(shop: Workshop, longest: int) -> dict[str, Way]:
     """The methods by name."""
-    load = partial(load_plain, placement=shop.models.placement)
-    plain = load("zoo:target")
-    extras: dict[str, dict[str, Any]] = {
-        GENERATE: {},
-        "transformers assisted": {"assistant_model": load("zoo:draft")},
-        "transformers prompt lookup": {"prompt_lookup_num_tokens": 10},
-    }
-    theirs = {
-        name: Way(settings=name, make=partial(Theirs, plain, temperature=0.0, **extra))
-        for name, extra in extras.items()
-    }
+    found = theirs("zoo:target", {"": "zoo:draft"}, 0.0, shop.models.placement)
+    others = {f"transformers {name.strip(', ')}": way for name, way in found.items()}
     ours = {words: shop.way(words, rows=1, longest=longest) for words in (PLAIN, *OURS)}
-    return theirs | {name_of(w) if w != PLAIN else "none": way for w, way in ours.items()}
+    return others | {name_of(w) if w != PLAIN else "none": way for w, way in ours.items()}
 
 
 def time_prompts(new: int) -> Turn:
@@ -126,24 +115,10 @@ def work(options: Options) -> None:
         "prompts": [one.name.partition("/")[2] for one in asked],
     }
     write(options.out, result)
-    Console().print(show(methods))
+    show(cpu_speed(result))
 
 
-def show(methods: dict[str, Entry]) -> Table:
-    table = Table("method", "tok/s", "accepted length", "over none", "over generate")
-    for name, entry in methods.items():
-        ratios = (
-            "{:.2f} ({:.2f}-{:.2f})".format(*entry[f"speedup_over_{other}"])
-            for other in ("none", "generate")
-        )
-        length, speed = entry["accepted_length"], entry["tokens_per_second"]
-        table.add_row(name, f"{speed:.1f}", f"{length:.2f}", *ratios)
-    return table
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

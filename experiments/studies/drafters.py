@@ -17,20 +17,19 @@ after every prompt.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from specdec.drafters.datastore import METADATA
+from specdec.drafters.datastore import METADATA, Datastore
 from specdec.drafters.early_exit import EarlyExit
+from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed
+from specdec.experiments.figures.markdown import show
 from specdec.lab.command import head, option, resume, run_main, write
-from specdec.lab.metrics import groups_of, summary
 from specdec.lab.study import Entry, Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, name_of, tree, word
 from specdec.protocols import StepContext
@@ -152,6 +151,7 @@ def work(options: Options) -> None:
     top = head(options, shop.models.placement.device)
     result = resume(options.out, top) if options.resume else top
     if options.datastore is not None:
+        Datastore.open(options.datastore, tokenizer=shop.target.tokenizer, setting="datastore")
         result["datastore"] = contents(options.datastore)
     sets = options.read(shop)
     result["sets"] = {name: [one.name for one in of] for name, of in sets.items()}
@@ -174,7 +174,7 @@ def work(options: Options) -> None:
         )
         # At equal budgets one method after the other, else all in turns.
         (study.in_turns if options.grid == "speed" else study.one_by_one)(ways)
-    Console(width=160).print(show(result))
+    show((drafter_speed if options.grid == "speed" else drafter_lengths)(result))
 
 
 def contents(datastore: Path) -> Entry:
@@ -184,29 +184,7 @@ def contents(datastore: Path) -> Entry:
     return {"tokens": known["tokens"], "documents": known["documents"], "sources": sources}
 
 
-def show(result: Entry) -> Table:
-    settings, groups = result["settings"], groups_of(result)
-    figure = "speedup" if settings["grid"] == "speed" else "accepted_length"
-    columns = ("T", "method", "tok/s", "speedup", "length", *groups, "same")
-    table = Table(*columns, title=f"{settings['target']}, {settings['grid']}")
-    for temperature, part in result["parts"].items():
-        plain = next(entry for entry in part.values() if entry["drafter"] == "none")
-        for name, entry in part.items():
-            if set(entry["prompts"]) != set(plain["prompts"]):
-                continue
-            total = summary(entry, plain, list(plain["prompts"]))
-            own = (f"{summary(entry, plain, of)[figure]:.2f}" for of in groups.values())
-            rates = (f"{total[key]:.4g}" for key in ("tokens_per_second", "speedup"))
-            checked = entry["agreement"]
-            same = f"{checked['identical']}/{checked['checked']}"
-            length = f"{total['accepted_length']:.2f}"
-            table.add_row(temperature, name, *rates, length, *own, same)
-    return table
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

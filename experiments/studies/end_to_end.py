@@ -24,12 +24,12 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -39,8 +39,8 @@ from transformers.utils import logging
 from specdec.costs import CostTable
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.figures import end_to_end_plot
-from specdec.experiments.studies.theirs import Theirs, load_plain
-from specdec.lab.command import head, option, resume, run_main, write
+from specdec.experiments.studies.theirs import theirs
+from specdec.lab.command import Positive, head, option, resume, run_main, write
 from specdec.lab.lossless import noise
 from specdec.lab.metrics import figures
 from specdec.lab.prompts import Asked, ask
@@ -66,7 +66,6 @@ NGRAM = (
     [f"{tree('chain', n)} drafter.min_match={m}" for n in (4, 8, 16) for m in (1, 2)],
     [f"{tree('chain', n)} drafter.min_match=2" for n in (4, 8)],
 )
-PROMPT_LOOKUP_TOKENS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +79,10 @@ class Options:
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of all models")
     tokens: Annotated[int, Field(ge=2)] = option(128, "new ones, for each prompt")
-    prompts: Annotated[int, Field(ge=1)] = option(6, "of each file, at batch 1")
-    repeats: int = option(2, "of all jobs", varies=True)
+    prompts: Positive = option(6, "of each file, at batch 1")
+    repeats: Positive = option(2, "of all jobs", varies=True)
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
-    batches: tuple[int, ...] = option((1, 8, 32), "sequences together", varies=True)
+    batches: tuple[Positive, ...] = option((1, 8, 32), "sequences together", varies=True)
     parts: tuple[str, ...] = option((), "drafts, ngram, transformers; all if empty", varies=True)
     only: tuple[str, ...] = option((), "methods whose name has one of these", varies=True)
     out: Path = option(Path("end_to_end.json"), "result file")
@@ -142,33 +141,12 @@ def ways_of(part: Part, shop: Workshop, options: Options, longest: int) -> dict[
     for words in part.words():
         ways[name_of(words)] = shop.way(words + path, **room)
     if part.part == "transformers":
-        plain = cache(partial(load_plain, placement=shop.models.placement))
-        extras: dict[str, Any] = {"generate": {}}
-        extras |= {f"assisted, {name}": {"assistant": path} for name, path in drafts.items()}
-        extras["prompt lookup"] = {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
-        for name, extra in extras.items():
-            ways[name] = Way(
-                settings=[options.target, options.dtype, part.temperature, extra],
-                make=partial(theirs, plain, options.target, part.temperature, **extra),
-            )
+        ways |= theirs(options.target, drafts, part.temperature, shop.models.placement)
     return {
         name: way
         for name, way in ways.items()
         if name == "none" or not options.only or any(text in name for text in options.only)
     }
-
-
-def theirs(
-    load: Callable[[str], Any],
-    target: str,
-    temperature: float,
-    assistant: str | None = None,
-    **extra: Any,
-) -> Theirs:
-    """transformers, perhaps with one of the drafts."""
-    if assistant is not None:
-        extra["assistant_model"] = load(assistant)
-    return Theirs(load(target), temperature=temperature, **extra)
 
 
 def time_runs(new: int) -> Turn:
@@ -301,9 +279,7 @@ def save(path: Path, result: Entry, part: Entry) -> None:
     write(path, result)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -31,13 +31,12 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import Field
-from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import Progress
 
 from specdec.drafters.datastore import METADATA, SUFFIXES, TOKENS, Datastore
 from specdec.drafters.retriever import Retriever
 from specdec.experiments.figures import drafters as tables
+from specdec.experiments.figures.markdown import show
 from specdec.experiments.tools.build_datastore import build, documents, load_tokenizer
 from specdec.lab.command import head, option, run_main, write
 from specdec.models.load import Models
@@ -212,7 +211,7 @@ def work(options: Options) -> None:
         result["hardware"]["load"] = os.getloadavg()[0]  # 1 is this program's own
         result["versions"]["pydivsufsort"] = version("pydivsufsort")
         write(options.out, result)
-    Console(width=130).print(Markdown(tables.lookup_speed(result)))
+    show(tables.lookup_speed(result))
 
 
 def _build(options: Options, folder: Path, tokenizer: Any, progress: Progress) -> dict[str, Any]:
@@ -238,9 +237,7 @@ def _build(options: Options, folder: Path, tokenizer: Any, progress: Progress) -
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

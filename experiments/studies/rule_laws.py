@@ -11,7 +11,7 @@ draft candidates.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.protocols import AcceptanceRule, StepContext
-from specdec.sampling import SamplingParams, probabilities, uniforms
+from specdec.protocols import StepContext
+from specdec.sampling import SamplingParams, uniforms
 from specdec.tree import Children, Proposal, TokenTree
 from specdec.verifier import block, k_seq, multi_path, recursive_rejection, target_only, traversal
 from specdec.verifier.coins import CoinRule
@@ -74,23 +74,6 @@ class DrawnTree:
             self.tokens + children,
             self.parents + (node,) * len(children),
             self.contexts + tuple((*self.contexts[node], child) for child in children),
-        )
-
-    def depth_first(self) -> "DrawnTree":
-        """The same tree with its nodes in depth-first order; siblings stay in order."""
-
-        def below(node: int) -> Iterator[int]:
-            yield node
-            for child, parent in enumerate(self.parents):
-                if parent == node:
-                    yield from below(child)
-
-        order = list(below(0))
-        return DrawnTree(
-            self.probability,
-            tuple(self.tokens[i] for i in order),
-            tuple(order.index(self.parents[i]) if i else -1 for i in order),
-            tuple(self.contexts[i] for i in order),
         )
 
 
@@ -289,7 +272,7 @@ def emitted_law(
         _require(bool((rest >= 0).all()), f"{rule.name}: a law of the next token below 0")
         mass = weight[part][:, None] * rest / rest.sum(-1, keepdim=True)
         _require(bool(mass.isfinite().all()), f"{rule.name}: no law of the next token")
-        _add(law, tree.tokens[rows], path, length, mass)
+        add_outcomes(law, tree.tokens[rows], path, length, mass)
     return law
 
 
@@ -333,30 +316,6 @@ def _patterns(nodes: int, *, one: bool) -> Tensor:
     return torch.tensor(list(itertools.product([True], *[[True, False]] * (nodes - 1))))
 
 
-def likely_law(
-    rule: AcceptanceRule,
-    trees: list[DrawnTree],
-    tree: TokenTree,
-    logits: Table,
-    sampling: SamplingParams,
-) -> Law:
-    """Law of the new tokens of one step under a rule that tosses no coins and leaves the next
-    token to the target.
-
-    Args:
-        logits: of the target.
-    """
-    at_nodes = target_at_nodes(trees, logits)
-    accepted = rule.accept(context_for(sampling, len(trees)), tree, at_nodes)
-    rows = torch.arange(len(trees))
-    last = accepted.path[rows, accepted.length - 1]
-    mass = probabilities(at_nodes[rows, last], sampling)
-    mass = mass * torch.tensor([one.probability for one in trees])[:, None]
-    law: Law = {}
-    _add(law, tree.tokens, accepted.path, accepted.length, mass)
-    return law
-
-
 def context_for(sampling: SamplingParams, batch: int, seed: int = 0) -> StepContext:
     """What a rule is told of a step for the rows of a batch."""
 
@@ -367,7 +326,7 @@ def context_for(sampling: SamplingParams, batch: int, seed: int = 0) -> StepCont
     return StepContext(sequences=[], roots=roots, sampling=sampling, uniforms=draws)
 
 
-def _add(law: Law, tokens: Tensor, path: Tensor, length: Tensor, mass: Tensor) -> None:
+def add_outcomes(law: Law, tokens: Tensor, path: Tensor, length: Tensor, mass: Tensor) -> None:
     """Add the mass [R, V] of next tokens after the paths."""
     drafted = tokens.gather(1, path[:, 1:])  # [R, depth]
     drafted[torch.arange(path.shape[1] - 1) >= length[:, None] - 1] = -1

@@ -1,7 +1,8 @@
 """transformers' own generation, as a session beside ours."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from specdec.lab.prompts import Asked
 from specdec.lab.session import WARM_UP_TOKENS, Decoded, wait
+from specdec.lab.workshop import Way
 from specdec.models.load import zoo_path
 from specdec.models.placement import Placement
 from specdec.models.standin import named_shape, standin
+
+PROMPT_LOOKUP_TOKENS = 10
 
 
 class Theirs:
@@ -78,3 +82,25 @@ def load_plain(path: str, placement: Placement) -> Any:
     model.set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
     return model
+
+
+def theirs(
+    target: str, drafts: Mapping[str, str], temperature: float, placement: Placement
+) -> dict[str, Way]:
+    """What transformers offers, by name: plain generation, with each draft (paths by name) and
+    with prompt lookup. Models are loaded once, when the first of it is measured."""
+    load = cache(partial(load_plain, placement=placement))
+
+    def make(assistant: str | None = None, **extra: Any) -> Theirs:
+        if assistant is not None:
+            extra["assistant_model"] = load(assistant)
+        return Theirs(load(target), temperature=temperature, **extra)
+
+    extras: dict[str, dict[str, Any]] = {"generate": {}}
+    extras |= {f"assisted, {name}": {"assistant": path} for name, path in drafts.items()}
+    extras["prompt lookup"] = {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
+    settings = [target, placement.dtype, temperature]
+    return {
+        name: Way(settings=[*settings, extra], make=partial(make, **extra))
+        for name, extra in extras.items()
+    }

@@ -16,23 +16,20 @@ written anew after every batch; `resume=true` goes on.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
 from specdec.drafters.trees.cost_aware import CostAware
 from specdec.drafters.trees.shapes import greedy, ordered
-from specdec.experiments.figures.trees_and_rules_plot import SHORT
-from specdec.lab.command import head, option, resume, run_main, write
-from specdec.lab.metrics import pooled
-from specdec.lab.study import Entry, Study, spend
+from specdec.experiments.figures.markdown import show
+from specdec.experiments.figures.trees_and_rules_plot import SHORT, tree_lengths, tree_speed
+from specdec.lab.command import Positive, head, option, resume, run_main, write
+from specdec.lab.study import Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, Way, Workshop, tree, word
 from specdec.rates import AcceptanceRates
 
@@ -72,7 +69,7 @@ class Options(StudyOptions):
     costs: str = option("auto", "as tree.costs")
     context: int = option(512, "as tree.context")
     budgets: tuple[Literal[8, 16, 32, 64], ...] = option(tuple(WIDTHS), "of nodes", varies=True)
-    prompts: Annotated[int, Field(ge=1)] = option(16, "of each set or category")
+    prompts: Positive = option(16, "of each set or category")
     out: Path = option(about="result file")
     resume: bool = option(False, "what the file has stays")
 
@@ -221,24 +218,10 @@ def work(options: Options) -> None:
         save=partial(write, options.out, result),
     )
     (study.in_turns if fast else study.one_by_one)(ways)
-    Console(width=140).print(show(result))
+    show((tree_speed if fast else tree_lengths)(result))
 
 
-def show(result: Entry) -> Table:
-    table = Table(title=f"{result['settings']['target']}, {result['settings']['grid']}")
-    for column in ("method", "nodes", "length", "tok/s"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for name, entry in result["methods"].items():
-        if entry.get("prompts"):
-            found = pooled(entry)
-            length, speed = found["accepted_length"], found["tokens_per_second"]
-            table.add_row(name, str(entry.get("nodes", 0)), f"{length:.3f}", f"{speed:.1f}")
-    return table
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

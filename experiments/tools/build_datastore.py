@@ -40,7 +40,7 @@ from specdec.drafters.datastore import (
     fingerprint,
     token_bytes,
 )
-from specdec.lab.command import option, run_main, write
+from specdec.lab.command import Positive, option, run_main, write
 from specdec.models.load import zoo_path
 
 BATCH = 4_000_000  # characters encoded at a time
@@ -257,7 +257,7 @@ class Options:
     field: str = option("text", "of a record, that holds the document")
     split: str = option("train", "of data sets")
     name: str | None = option(None, "configuration, for data sets that have several")
-    limit: Annotated[int, Field(ge=1)] | None = option(None, "documents of each text at most")
+    limit: Positive | None = option(None, "documents of each text at most")
     max_tokens: Annotated[int, Field(ge=2)] | None = option(None, "stop there")
 
 
@@ -281,9 +281,7 @@ def work(options: Options) -> None:
     print(f"datastore in {options.out}: drafter.datastore={options.out}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

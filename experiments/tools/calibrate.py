@@ -27,25 +27,27 @@ It is written anew after every cell; `resume=true` measures what is missing.
 """
 
 import gc
+import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
-from rich.console import Console, Group
-from rich.table import Table
+from pydantic import AfterValidator
 from torch import Tensor
 
 from specdec.cache import PagedKVCache
 from specdec.experiments.bench.cases import random_parents
-from specdec.lab.command import head, option, resume, run_main, write
+from specdec.experiments.bench.clock import GraphClock
+from specdec.experiments.bench.operation import wall_us
+from specdec.experiments.figures import decoding
+from specdec.experiments.figures.markdown import show
+from specdec.lab.command import Positive, head, option, resume, run_main, write
 from specdec.lab.prompts import Asked
 from specdec.lab.workshop import Workshop, tree, word
 from specdec.models.paged import PagedLM
@@ -54,9 +56,7 @@ MEMORY_SHARE = 0.8  # of the free memory that a cell may take
 CHAINS = (2, 6)  # levels whose drafts are compared
 LOOP_PROMPT, LOOP_TOKENS = 64, 48
 CHOICES = 4  # most probable tokens asked of a draft, for each node
-WARM_UP = 3
 
-Positive = Annotated[int, Field(ge=1)]
 Axis = Annotated[tuple[Positive, ...], AfterValidator(lambda values: tuple(sorted({*values})))]
 
 
@@ -80,31 +80,14 @@ class Options:
 
 
 def replay_seconds(call: Callable[[], Any], device: torch.device, replays: int) -> float:
-    """Median seconds of a call that may be captured in a CUDA graph."""
-    call()  # compiles, allocates
+    """Median seconds of a call: of a CUDA graph of it on a GPU, else by the clock."""
     if device.type != "cuda":
-        for _ in range(WARM_UP):
-            call()
-        found = []
-        for _ in range(replays):
-            begun = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - begun)
-        return statistics.median(found)
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
-    for _ in range(WARM_UP):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize(device)
-    del kept
-    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events)) / 1e3
+        return wall_us(call, replays) / 1e6
+
+    def captured(_: int) -> None:
+        call()
+
+    return GraphClock(calls=1, replays=replays).time(lambda: captured, 1).us / 1e6
 
 
 def filled_cache(lm: PagedLM, batch: int, context: int, nodes: int) -> PagedKVCache | None:
@@ -179,34 +162,23 @@ def draft_call(lm: PagedLM, cache: PagedKVCache, batch: int, width: int) -> Call
     return call
 
 
-def cells(options: Options, seconds: Any) -> Iterator[tuple[int, int, int]]:
-    """Places (batch, nodes, context) of what has not been measured; one context after the other,
-    for each has its own cache."""
-    for b in range(len(options.batches)):
-        for c in range(len(options.contexts)):
-            for n in range(len(options.nodes)):
-                if seconds[b][n][c] == "todo":
-                    yield b, n, c
-
-
 def calibrate_verify(
     options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]
 ) -> None:
-    """Fill the table of the target."""
-    cache: PagedKVCache | None = None
-    held: tuple[int, int] | None = None
-    for b, n, c in cells(options, seconds):
-        batch, nodes, context = options.batches[b], options.nodes[n], options.contexts[c]
-        if held != (batch, context):
-            cache = None
-            cache = filled_cache(lm, batch, context, max(options.nodes))
-            held = batch, context
-        found = None
-        if cache is not None:
-            call = verify_call(lm, cache, batch, nodes)
-            found = replay_seconds(call, lm.device, options.replays)
-        seconds[b][n][c] = found
-        save()
+    """Fill the table of the target; one cache after the other, each of a batch and a context."""
+    places = product(*map(enumerate, (options.batches, options.contexts)))
+    for (b, batch), (c, context) in places:
+        todo = [n for n in range(len(options.nodes)) if seconds[b][n][c] == "todo"]
+        cache = filled_cache(lm, batch, context, max(options.nodes)) if todo else None
+        for n in todo:
+            found = None
+            if cache is not None:
+                found = replay_seconds(
+                    verify_call(lm, cache, batch, options.nodes[n]), lm.device, options.replays
+                )
+            seconds[b][n][c] = found
+            save()
+        cache = None  # frees it before the next is made; nothing else may hold it
 
 
 def calibrate_draft(options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]) -> None:
@@ -252,30 +224,6 @@ def _loop_seconds(
     return statistics.median(step["draft"] for step in steps), statistics.median(rest)
 
 
-def table(result: dict[str, Any]) -> Group:
-    """Milliseconds: a line for each batch and context, a column for each size."""
-    verify, draft = result["verify"], result["draft"]
-    one = Table("batch", "context", *(f"{nodes} nodes" for nodes in verify["nodes"]))
-    one.title = f"ms to verify with {result['settings']['target']}"
-    for b, batch in enumerate(verify["batch"]):
-        for c, context in enumerate(verify["context"]):
-            cells = [_ms(verify["seconds"][b][n][c]) for n in range(len(verify["nodes"]))]
-            one.add_row(str(batch), str(context), *cells)
-    two = Table("batch", *(f"width {width}" for width in draft["width"]))
-    two.title = f"ms of a level of {result['settings']['draft']}, context {draft['context']}"
-    for batch, line in zip(draft["batch"], draft["seconds"], strict=True):
-        two.add_row(str(batch), *map(_ms, line))
-    three = Table("batch", "of a drafted level", "of a step")
-    three.title = "ms that the loop adds"
-    for row in zip(*(result["loop"][name] for name in ("batch", "level", "step")), strict=True):
-        three.add_row(str(row[0]), *map(_ms, row[1:]))
-    return Group(one, two, three)
-
-
-def _ms(seconds: float | str | None) -> str:
-    return f"{seconds * 1e3:.3f}" if isinstance(seconds, float) else "-"
-
-
 def blank(options: Options) -> dict[str, Any]:
     """A file of which nothing is measured."""
     batches = options.batches
@@ -308,6 +256,8 @@ def work(options: Options) -> None:
     result = {**blank(options), **(resume(options.out, top) if options.resume else top)}
     save = partial(write, options.out, result)
     todo = [part for part in options.only if "todo" in str(result[part])]
+    if todo and todo != ["draft"]:
+        _ = shop.target  # is there, before the first cell is measured
     if "draft" in todo:
         draft = shop.models.load(options.draft, setting="draft")
         calibrate_draft(options, draft, result["draft"]["seconds"], save)
@@ -316,12 +266,11 @@ def work(options: Options) -> None:
     if "loop" in todo:
         calibrate_loop(options, shop, result, save)
     save()
-    Console(width=130).print(table(result))
+    show(decoding.calibrate(result))
+    print(json.dumps({part: result[part] for part in ("draft", "loop")}))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,8 +5,8 @@
     python -m specdec.experiments.tools.contract --config-dir my/configs tree=zigzag acceptance=shy
 
 The words are those of `specdec.run`. Checked is what they choose of drafter, tree and acceptance,
-on a CPU; it takes a minute or so, and what is broken is told in one line. The tests call the same
-functions for every option there is.
+on a CPU; it takes a minute or so, and what is broken is told in one line, with exit code 1. The
+tests call the same functions for every option there is.
 
 Drafters decode a few texts with the built-in models. Policies grow trees of a draft that is made
 up. The law of what a rule emits is compared with the target's in a tiny world: over all trees a
@@ -29,9 +29,7 @@ from torch import Tensor
 
 from specdec.drafters.growth import DEAD, Frontier, GrowingDrafter, grow, levels_of
 from specdec.drafters.host import HostDrafter
-from specdec.experiments.studies.rule_laws import (
-    context_for,
-)
+from specdec.experiments.studies.rule_laws import context_for
 from specdec.experiments.tools.rule_contract import check_rule, require
 from specdec.lab.build import baseline_of, method_of
 from specdec.lab.method import Method
@@ -413,25 +411,34 @@ def tree_for(words: Sequence[str], children: str) -> TreePolicy:
     return method_for(words, "drafter=ngram", f"tree.children={children}", *draws).tree
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    given = list(sys.argv[1:] if words is None else words)
-    chosen = [group for group in GROUPS if any(w.startswith(f"{group}=") for w in given)]
-    if not chosen:
-        sys.exit(f"error: nothing to check; choose {'=, '.join(GROUPS)}=, as for specdec.run")
-    for group in chosen:
-        own = words_for(group, given)
-        try:
-            if group == "drafter":
-                check_drafter(partial(method_for, own), Models(Placement()))
-            elif group == "tree":
-                check_policy(partial(tree_for, own))
-            else:
-                lossy = "acceptance.allow_lossy=true"
-                check_rule(method_for(own, lossy, "drafter=ngram", "sampling=sample").rule)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            sys.exit(f"error: {group}: {error}")
-        print(f"{group}: keeps its contract")
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    chosen = [group for group in GROUPS if any(w.startswith(f"{group}=") for w in words)]
+    group = "nothing to check"
+    try:
+        if not chosen:
+            raise ValueError(f"choose {'=, '.join(GROUPS)}=, as for specdec.run")
+        for group in chosen:
+            check(group, words_for(group, words))
+            print(f"{group}: keeps its contract")
+    except (AssertionError, ValueError, RuntimeError) as error:
+        print(f"error: {group}: {error}", file=sys.stderr)
+        return 1 if isinstance(error, AssertionError) else 2
+    return 0
+
+
+def check(group: str, words: Sequence[str]) -> None:
+    if group == "drafter":
+        check_drafter(partial(method_for, words), Models(Placement()))
+    elif group == "tree":
+        check_policy(partial(tree_for, words))
+    else:
+        lossy = "acceptance.allow_lossy=true"
+        check_rule(method_for(words, lossy, "drafter=ngram", "sampling=sample").rule)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

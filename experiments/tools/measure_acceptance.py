@@ -57,7 +57,7 @@ from specdec.drafters.trees.fixed import FixedShape
 from specdec.drafters.trees.shapes import Node, Shape, describe, expected_accepted, greedy
 from specdec.drafters.trees.static import Static
 from specdec.experiments.tools.acceptance_watch import Watch
-from specdec.lab.command import head, option, resume, run_main, write
+from specdec.lab.command import Positive, head, option, resume, run_main, write
 from specdec.lab.method import Method
 from specdec.lab.prompts import ask
 from specdec.lab.workshop import StudyOptions, Workshop, word
@@ -70,7 +70,6 @@ DRAFTERS = (
     "suffix_decoding",
 )
 DIGITS = 5
-Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ def cases_of(options: Options) -> list[Case]:
     Raises:
         ValueError: there are none.
     """
-    highest = max(options.temperatures)
+    highest = max(options.temperatures, default=0.0)
     found = []
     for children in options.children:
         for temperature in options.temperatures:
@@ -156,6 +155,8 @@ class Bench:
         self.target = self.shop.target
         self.sets = ask(self.target.tokenizer, options.sets, limit=options.prompts, take="spread")
         self.asked = [one for of in self.sets.values() for one in of]
+        if len(self.asked) < 2:
+            raise ValueError("prompts=1: does not say how much prompts differ; give more")
 
     def method(self, case: Case) -> Method:
         """With the rule of a case, and any tree."""
@@ -300,9 +301,7 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
         yield checks
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,8 +12,8 @@ shorter tokens that the others fall apart into, which a model made for its token
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,7 @@ def work(options: Options) -> None:
     print(f"model in {options.out}: drafter=translated drafter.path={options.out}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run_main(Options, work, arguments, doc=__doc__)
-
+main = partial(run_main, Options, work, doc=__doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

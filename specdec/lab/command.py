@@ -5,7 +5,7 @@ A program declares its options and says what to do with them:
     @dataclass(frozen=True, kw_only=True)
     class Options:
         texts: tuple[str, ...] = option(about="files or folders", free=True)  # required
-        batches: tuple[int, ...] = option((1, 8), "sequences together", varies=True)
+        batches: tuple[Positive, ...] = option((1, 8), "sequences together", varies=True)
         tokens: Annotated[int, Field(ge=100)] = option(1000, "of the datastore")
         out: Path = option(Path("speed.json"), "result file")
         resume: bool = option(False, "keep what the file holds")
@@ -16,8 +16,7 @@ A program declares its options and says what to do with them:
         ...
         write(options.out, result)
 
-    def main(arguments: Sequence[str] | None = None) -> int:
-        return run_main(Options, work, arguments, doc=__doc__)
+    main = partial(run_main, Options, work, doc=__doc__)
 
     if __name__ == "__main__":
         sys.exit(main())
@@ -33,16 +32,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from pydantic import Field
 
 from specdec.lab.build import typed
 from specdec.lab.environment import describe_environment
 from specdec.lab.records import replace_file
 
 Options = TypeVar("Options")
+Positive = Annotated[int, Field(ge=1)]
 VOLATILE = ("out", "resume")  # no settings of a measurement
 TEXTS = (str, Path)
 
@@ -125,6 +126,8 @@ def _read(name: str, text: str, kind: Any) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(f"{name}={text}: not YAML; put it in quotes") from None
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
     if get_origin(kind) in (tuple, list):
         values = value if isinstance(value, list) else [value]
         texts = any(one in TEXTS for one in get_args(kind))

@@ -37,15 +37,12 @@ FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 class Prompt:
     """One prompt of a set.
 
-    Attributes:
-        index: Position in the set, from 0.
-        id: The record's own name (`question_id`, `task_id`, `prompt_id` or `id`), else the index.
-        category: The record's category, if it has one.
-        turns: One or more user texts.
-        conversation: True when `turns` are a user's messages in a dialogue; False when `turns[0]`
-            is raw text to continue.
-        messages: What was said before the first turn, such as a system prompt, as dicts with
-            `role` and `content`.
+    Args:
+        index: place in the set, from 0.
+        id: the record's own name, else the index.
+        turns: one or more user texts.
+        conversation: whether these are messages in a dialogue, or one raw text to continue.
+        messages: what was said before the first turn, each with `role` and `content`.
     """
 
     index: int
@@ -74,23 +71,20 @@ def load_prompts(
     split: str | None = None,
     name: str | None = None,
 ) -> list[Prompt]:
-    """Read a prompt set.
+    """The prompts of a set in its order, at least one.
 
     Args:
         path: None for the built-in set; a `.jsonl`, `.json` or `.parquet` file; a folder; or the
             id of a data set that the `datasets` library can load.
-        field: The field that holds the prompt: a string is raw text, a list is a conversation's
-            turns or messages. None finds the layout from each record's own fields.
-        limit: Read the first `limit` records only; None reads all. A set with fewer is read whole.
-        split: Split of a data set; None takes `test`, else the only split there is.
-        name: Configuration of a data set, for data sets that have several.
-
-    Returns:
-        The prompts in the order of the set; at least one.
+        field: what holds the prompt: a string is raw text, a list a conversation's turns or
+            messages. None finds the layout from each record's own fields.
+        limit: the first so many; None for all.
+        split: of a data set; None takes `test`, else the only one there is.
+        name: configuration of a data set that has several.
 
     Raises:
-        ValueError: A setting has a value that cannot be used, the set is missing, empty or cannot
-            be loaded, or a record holds no prompt. The message names the setting and the mend.
+        ValueError: a setting that cannot be used, a set that is missing, empty or cannot be
+            loaded, or a record without a prompt.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"prompts.limit={limit} must be at least 1; use null to read all")
@@ -154,22 +148,16 @@ def encode(
     chat: str,
     answers: Sequence[str] = (),
 ) -> list[int]:
-    """Encode the turn of a prompt that comes after the given answers.
+    """Token ids, at least one, of the turn that comes after the given answers, with all before it.
+    Plain text gets the special tokens its tokenizer adds; a template decides for itself.
 
     Args:
-        tokenizer: Tokenizer of the target model.
-        prompt: The prompt; turn `len(answers)` is asked, earlier turns and answers precede it.
         chat: `auto` applies the chat template to conversations if the tokenizer has one, `always`
             applies it to every prompt, `never` joins turns and answers with blank lines.
-        answers: The model's answers to the earlier turns.
-
-    Returns:
-        Token ids, at least one. Plain text gets the special tokens its tokenizer adds; under a
-        template the template alone decides.
+        answers: the model's to the earlier turns.
 
     Raises:
-        ValueError: `chat` is unknown or cannot be obeyed, there is no turn left to ask, or the
-            encoding has no tokens.
+        ValueError: `chat` is unknown or cannot be obeyed, no turn is left, or there are no tokens.
     """
     if chat not in CHAT_MODES:
         raise ValueError(f"prompts.chat={chat!r} is not known; use one of {', '.join(CHAT_MODES)}")
@@ -202,21 +190,19 @@ def _ids(
     chat: str | None,
 ) -> list[int]:
     """The messages under the chat template, if `chat` asked for it, else joined."""
-    encoded: Any
-    if chat is not None:
-        try:
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True
-            )
-        except TemplateError as error:
-            # Templates refuse what their model was not trained on, most often a system prompt.
-            raise ValueError(
-                f"prompts.chat={chat!r}: the chat template refuses prompt {prompt.id!r} "
-                f"({_first_line(error)}); use never"
-            ) from error
-    else:
-        encoded = tokenizer("\n\n".join(message["content"] for message in messages))
-    return [int(token) for token in encoded["input_ids"]]
+    if chat is None:
+        return list(tokenizer("\n\n".join(one["content"] for one in messages))["input_ids"])
+    try:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except TemplateError as error:
+        # Templates refuse what their model was not trained on, most often a system prompt.
+        raise ValueError(
+            f"prompts.chat={chat!r}: the chat template refuses prompt {prompt.id!r} "
+            f"({_first_line(error)}); use never"
+        ) from error
+    return list(encoded["input_ids"])
 
 
 def _dialogue(prompt: Prompt, answers: Sequence[str]) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -68,6 +68,8 @@ def message_of(error: Exception) -> str:
     text = str(error)
     if isinstance(error, MissingMandatoryValue):
         text = f"{error.full_key}: must be given; its file in configs/ shows how"
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override}: must be group=option, or setting=value with the value in YAML"
     unknown = re.match(r"Could not override '(.*?)'", text)
     if unknown:
         text = f"{unknown[1]}: no such setting; python -m specdec.run --cfg job lists them"

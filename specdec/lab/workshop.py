@@ -6,12 +6,10 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from specdec.lab.build import cache_of, method_of, placement_of
-from specdec.lab.command import option
+from specdec.lab.command import Positive, option
 from specdec.lab.method import Method
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import OurSession, Session
@@ -142,9 +140,9 @@ class StudyOptions:
     draft: str = option("zoo:draft", "likewise")
     device: str = option("auto", "auto, cpu or cuda", varies=True)
     dtype: str = option("float32", "of all models")
-    tokens: Annotated[int, Field(ge=1)] = option(64, "new ones, for each prompt")
-    prompts: Annotated[int, Field(ge=1)] = option(8, "of each set or category")
-    batch: Annotated[int, Field(ge=1)] = option(1, "sequences together")
+    tokens: Positive = option(64, "new ones, for each prompt")
+    prompts: Positive = option(8, "of each set or category")
+    batch: Positive = option(1, "sequences together")
 
     def __post_init__(self) -> None:
         """Refuse to begin without prompts."""

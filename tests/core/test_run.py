@@ -288,6 +288,11 @@ MISTAKES = {
     "kernels.shared_prefix=both": "kernels.shared_prefix=both: must be a valid boolean",
     "prompts.path=/no/such/file.jsonl": "/no/such/file.jsonl",
     "prompts.limit=0": "prompts.limit=0",
+    "prompts.limit=few": "prompts.limit=few: must be a valid integer",
+    "prompts.limit=1.5": "prompts.limit=1.5: must be a valid integer",
+    "prompts.path=7": "prompts.path=7: must be a valid string",
+    "tree.widths=[1": "tree.widths=[1: must be group=option, or setting=value with the value in",
+    "drafter": "drafter: must be group=option",
     "prompts.samples=0 sampling=sample": "prompts.samples=0: must be at least 1",
     "prompts.samples=3": "prompts.samples=3: at temperature 0 all of them are the same; use",
     "prompts.chat=loud": "prompts.chat='loud'",
@@ -316,7 +321,7 @@ def test_a_tree_that_cannot_be_drafted_is_refused_before_anything_is_loaded(spec
     )
     assert (code, printed) == (2, "")
     assert error.startswith("error: drafter.depth=1: tree.widths=[2, 2] has 2 levels; ")
-    assert not (tmp_path / "o").exists()  # Hydra had made the folder
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(

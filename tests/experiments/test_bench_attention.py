@@ -24,7 +24,7 @@ from specdec.experiments.bench.cases import (
 )
 from specdec.experiments.bench.clock import GraphClock
 from specdec.experiments.bench.peers import Contender
-from specdec.kernels import gpu, reference
+from specdec.kernels import reference
 from specdec.lab.command import parse
 from tests.experiments.benched import DEVICE, ScriptedClock, small_case
 
@@ -47,7 +47,6 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 )
 def test_roof(shape: Shape, us: float) -> None:
     assert shape.roof_us(4.57e12, 790e12) == pytest.approx(us, rel=0.01)
-    assert shape.roof_us(**kernel_attention.FIXED, itemsize=2) == shape.roof_us(4.57e12, 790e12)
 
 
 def test_grid_covers_every_combination() -> None:
@@ -357,7 +356,7 @@ def test_everything_is_measured_on_a_gpu() -> None:
     saved: list[None] = []
     kernel_attention.run(
         [Shape(batch=2, context=256, nodes=8), Shape(batch=1, context=256, nodes=1)],
-        kernel_attention.beside_peers(gpu.tree_attention),
+        kernel_attention.beside_peers,
         clock,
         result,
         partial(saved.append, None),

@@ -24,13 +24,13 @@ def test_steps_agree_with_their_definitions(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(steps, "NODES", 10)
     monkeypatch.setattr(operation, "wall_us", lambda call: 1.0)
     inputs = steps.StepInputs(2, copies=1, vocabulary=300, layers=1, device=DEVICE)
-    inputs.tree.check()
     names = []
     for name, found in steps.operations(inputs, gpu):
         names.append(name)
         assert "us" in operation.measure(found, 1, ScriptedClock()), name
     assert len(names) == 1 + 3 + 1 + 3
-    lengths = steps.RULES[2].accept(inputs.context, inputs.tree, inputs.logits[0]).length
+    mine, _ = inputs.contexts(reference)
+    lengths = steps.RULES[2].accept(mine, inputs.bush, inputs.logits[0]).length
     assert int(lengths.max()) > 1  # otherwise nothing was walked
 
 
@@ -38,7 +38,7 @@ def test_steps_that_disagree_get_no_time() -> None:
     inputs = steps.StepInputs(2, copies=1, vocabulary=300, layers=1, device=DEVICE)
 
     class Wrong:
-        RULES = gpu.RULES
+        RULES, uniforms = gpu.RULES, gpu.uniforms
 
         @staticmethod
         def tree_structure(*given: Any, **options: Any) -> Any:

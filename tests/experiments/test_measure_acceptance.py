@@ -313,7 +313,7 @@ def test_file_and_resume(
         (["temperatures=-1"], "sampling.temperature=-1.0: must be"),
         (["target=zoo:none"], "target=zoo:none: no such built-in model"),
         (["humaneval=none.jsonl"], "'none.jsonl' is not a file"),
-        (["prompts=1", "tokens=2"], "one prompt alone"),
+        (["prompts=1"], "prompts=1: does not say"),
         (["drafter=lookahead"], "drafter=lookahead: must be one of small_llama"),
     ],
 )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec.experiments.bench import operation, run
 from specdec.experiments.bench import rules as rule_steps
-from specdec.experiments.bench import run
 from specdec.experiments.figures import kernels as tables
 from specdec.kernels import reference
 from tests.kernels.cases import DEVICE
@@ -20,7 +20,7 @@ def test_every_rule_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     path = tmp_path / "rules.json"
     options = "rules device=cpu batches=[1,2] vocabulary=90 nodes=6 candidates=5"
     monkeypatch.setattr(rule_steps, "COMPARED", 2)
-    monkeypatch.setattr(rule_steps, "wall_us", lambda call: call() and 1.0)
+    monkeypatch.setattr(operation, "wall_us", lambda call: call() and 1.0)
     assert run.main([*options.split(), f"out={path}"]) == 0
     result = json.loads(path.read_text())
     names = [rule.name for rule, _, _ in rule_steps.RULES]
@@ -37,8 +37,7 @@ def test_every_rule_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_a_rule_that_disagrees_gets_no_time() -> None:
-    sizes = rule_steps.Sizes(batch=2, nodes=5, candidates=4, vocabulary=80)
-    inputs = rule_steps.Inputs(sizes, copies=1, dtype=torch.float32, device=DEVICE)
+    inputs = rule_steps.Inputs(2, 5, 4, 80, copies=1, dtype=torch.float32, device=DEVICE)
     tree = inputs.tree("bush", "sample")
 
     def roots(tree: Any, logits: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +46,7 @@ def test_a_rule_that_disagrees_gets_no_time() -> None:
 
     wrong = ModuleType("wrong")
     vars(wrong).update(vars(reference) | {"RULES": {"target_only": roots}})
-    found = rule_steps.time_rule(rule_steps.TargetOnly(), inputs, tree, wrong, None)
+    one = rule_steps.operation_of(rule_steps.TargetOnly(), inputs, tree, wrong, {})
+    found = operation.measure(one, 1, None)
     assert "sequences differ" in found["fault"]
     assert "us" not in found

@@ -78,7 +78,7 @@ def test_from_prompts_to_tables_and_plots(
     assert "| policy | 8 nodes |" in text
     assert "| `traversal` (with replacement) | " in text
     for axis in ("policy", "rule"):
-        shown.plot(result, axis, tmp_path / f"{axis}.png")
+        shown.PLOTS["trees" if axis == "policy" else "rules"](result, tmp_path / f"{axis}.png")
         assert (tmp_path / f"{axis}.png").stat().st_size > 10_000
 
     missing = list(result["methods"])[-1]  # what an interruption would have left out

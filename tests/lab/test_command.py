@@ -19,6 +19,7 @@ class Options:
     batches: tuple[int, ...] = option((1, 8), "sequences together")
     shapes: tuple[tuple[int, ...], ...] = option((), "of trees")
     tokens: Annotated[int, Field(ge=100)] = option(1000, "of the datastore")
+    sizes: Annotated[tuple[int, ...], Field(max_length=2)] = option((), "of trees")
     temperature: float = option(0.0)
     device: Literal["cpu", "cuda"] = option("cpu")
     name: str | None = option(None, "of the data set")
@@ -32,6 +33,7 @@ class Options:
     [
         ("batches=[1,4]", "batches", (1, 4)),
         ("batches=4", "batches", (4,)),
+        ("sizes=4", "sizes", (4,)),
         ("shapes=[[1,2],[3]]", "shapes", ((1, 2), (3,))),
         ("temperature=1", "temperature", 1.0),
         ("device=cuda", "device", "cuda"),
@@ -77,8 +79,8 @@ def test_defaults_are_left_out_of_the_command_and_free_words_are_one_option() ->
         ([], "texts: must be given, texts=...: files or folders"),
         (
             ["t", "token=1"],
-            "token=1: no such option; there are texts, batches, shapes, tokens, temperature, "
-            "device, name, out, cases, resume",
+            "token=1: no such option; there are texts, batches, shapes, tokens, sizes, "
+            "temperature, device, name, out, cases, resume",
         ),
     ],
 )

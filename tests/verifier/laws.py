@@ -5,9 +5,20 @@ import torch
 import transformers
 from scipy import stats
 
-from specdec.experiments.studies.rule_laws import Counts, Law, Table, Tokens, widths
-from specdec.sampling import SamplingParams
-from specdec.tree import Children
+from specdec.experiments.studies.rule_laws import (
+    Counts,
+    DrawnTree,
+    Law,
+    Table,
+    Tokens,
+    add_outcomes,
+    context_for,
+    target_at_nodes,
+    widths,
+)
+from specdec.protocols import AcceptanceRule
+from specdec.sampling import SamplingParams, probabilities
+from specdec.tree import Children, TokenTree
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
 from specdec.verifier.k_seq import KSeq
@@ -41,6 +52,46 @@ def shaped(rule: CoinRule, *numbers: int) -> tuple[Counts, int]:
     """Children by level, one each for rules for chains; and how many levels."""
     chain = getattr(rule, "chains", False)
     return widths(*(1 if chain else number for number in numbers)), len(numbers)
+
+
+def depth_first(tree: DrawnTree) -> DrawnTree:
+    """The same tree with its nodes in depth-first order; siblings stay in order."""
+
+    def below(node: int) -> list[int]:
+        children = [child for child, parent in enumerate(tree.parents) if parent == node]
+        return [node, *(one for child in children for one in below(child))]
+
+    order = below(0)
+    return DrawnTree(
+        tree.probability,
+        tuple(tree.tokens[i] for i in order),
+        tuple(order.index(tree.parents[i]) if i else -1 for i in order),
+        tuple(tree.contexts[i] for i in order),
+    )
+
+
+def likely_law(
+    rule: AcceptanceRule,
+    trees: list[DrawnTree],
+    tree: TokenTree,
+    logits: Table,
+    sampling: SamplingParams,
+) -> Law:
+    """Law of the new tokens of one step under a rule that tosses no coins and leaves the next
+    token to the target.
+
+    Args:
+        logits: of the target.
+    """
+    at_nodes = target_at_nodes(trees, logits)
+    accepted = rule.accept(context_for(sampling, len(trees)), tree, at_nodes)
+    rows = torch.arange(len(trees))
+    last = accepted.path[rows, accepted.length - 1]
+    mass = probabilities(at_nodes[rows, last], sampling)
+    mass = mass * torch.tensor([one.probability for one in trees])[:, None]
+    law: Law = {}
+    add_outcomes(law, tree.tokens, accepted.path, accepted.length, mass)
+    return law
 
 
 def logits_table(seed: int, vocab: int) -> Table:

@@ -16,7 +16,6 @@ from specdec.experiments.studies.rule_laws import (
     drawn_trees,
     emitted_law,
     extend_law,
-    likely_law,
     target_at_nodes,
     token_trees,
     widths,
@@ -34,7 +33,7 @@ from specdec.verifier.relaxed import Relaxed
 from specdec.verifier.tokenwise import Tokenwise
 from specdec.verifier.traversal import Traversal
 from specdec.verifier.typical import Typical
-from tests.verifier.laws import RULES, logits_table, naive_probabilities
+from tests.verifier.laws import RULES, likely_law, logits_table, naive_probabilities
 from tests.verifier.worlds import COLD, DRAWN, SHAPES, WARM, uneven, worlds
 
 

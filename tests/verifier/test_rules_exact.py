@@ -41,6 +41,7 @@ from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.typical import Typical
 from tests.verifier.laws import (
     RULES,
+    depth_first,
     draws_of,
     logits_table,
     naive_probabilities,
@@ -121,14 +122,14 @@ def test_target_only_is_lossless(world: str, shape: str, children: str) -> None:
 def test_three_tokens_of_a_three_level_tree(rule: CoinRule, children: str) -> None:
     target, draft = dirichlet_table(11, 3), dirichlet_table(12, 3)
     trees = drawn_trees(widths(2, 1, 1), 3, draft, children)
-    trees = [tree.depth_first() for tree in trees]
+    trees = [depth_first(tree) for tree in trees]
     assert_lossless(rule, trees, token_trees(trees, draft, children), target, count=3)
 
 
 def test_large_vocabulary_of_deterministic_children() -> None:
     target, draft = dirichlet_table(13, 5), dirichlet_table(14, 5)
     trees = drawn_trees(widths(3, 2, 1), 3, draft, "top_k")
-    order = trees[0].depth_first()
+    order = depth_first(trees[0])
     for fixed in (trees[0], order):
         small = DrawnTree(1.0, fixed.tokens[:14], fixed.parents[:14], fixed.contexts[:14])
         assert_lossless(TargetOnly(), [small], token_trees([small], None), target, count=3)
