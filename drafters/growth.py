@@ -80,9 +80,6 @@ class ShapedDrafter(Drafter):
         levels."""
         self._joined = levels
 
-    def check(self, tree: TreePolicy) -> None:
-        levels_of(tree, self.depth)
-
     def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
         self.tree = tree
         if self._joined is None:

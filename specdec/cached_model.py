@@ -86,14 +86,16 @@ class CachedModel:
         pending = list(sequences)
         while pending:
             wave, rest, pending = self._open(pending)
-            taken = len(join(wave)) if join is not None and wave else len(wave)
-            if taken < len(wave):
+            taken = join(wave) if join is not None and wave else wave
+            if len(taken) < len(wave):
                 pending = []
-            for sequence in wave[taken:]:
-                self.finish(sequence)
-            rows = [sequence.row for sequence in wave[:taken]]
-            self.lm.prefill(self.cache, rows, rest[:taken], chunk=self.prefill_chunk, see=see)
-            started += wave[:taken]
+            for sequence in wave:
+                if sequence not in taken:
+                    self.finish(sequence)
+            kept = [(s.row, part) for s, part in zip(wave, rest, strict=True) if s in taken]
+            rows, parts = [row for row, _ in kept], [part for _, part in kept]
+            self.lm.prefill(self.cache, rows, parts, chunk=self.prefill_chunk, see=see)
+            started += taken
         return started
 
     def _open(

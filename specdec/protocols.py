@@ -131,7 +131,10 @@ class Drafter:
     reset: str | None = None
 
     def check(self, tree: "TreePolicy") -> None:
-        """Raise ValueError, naming the setting, for trees that it cannot draft."""
+        """Raise ValueError, naming the setting, for trees that it cannot draft: here those that
+        its depth contradicts."""
+        if tree.budget:
+            tree.levels(self.depth)
 
     def load(self, target: "PagedLM", models: "Models") -> None:
         """Once, before the first `prepare`: get what it needs besides its settings, such as the

@@ -113,7 +113,7 @@ def run(
         config={**settings, **mark},
         folder=out,
         group="-".join(out.parent.parts[-2:]) if sweep else None,
-        name=("SYNTHETIC " if mark else "") + (title or method.drafter.name),
+        name=("SYNTHETIC " if mark else "") + (title or method.drafter_name),
     )
     try:
         summary = experiment.run(folder, tracker, Live(console))

@@ -201,10 +201,3 @@ def test_mistakes_are_found(program: str, words: str, message: str, tmp_path: Pa
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = (text for text in done.stderr.splitlines() if text.startswith("error: "))
     assert re.search(message, line), line
-
-
-def test_the_program_of_the_readme_runs() -> None:
-    (program,) = blocks("README.md", "python")
-    done = call(ROOT, "-c", program)
-    assert done.returncode == 0, done.stderr
-    assert "accepted length" in done.stdout

@@ -46,7 +46,8 @@ def method_of(settings: Settings) -> Method:
         )
     drafter = _drafter(choices["drafter"], "drafter", settings["drafter"])
     drafter.check(tree)
-    return _method(settings, drafter, tree, choices["tree"], rule, sampling)
+    names = choices["drafter"], choices["tree"]
+    return _method(settings, names, drafter, tree, rule, sampling)
 
 
 def baseline_of(settings: Settings) -> Method:
@@ -54,22 +55,24 @@ def baseline_of(settings: Settings) -> Method:
     sampling = sampling_of(settings)
     rule = _rule("greedy" if sampling.greedy else "target_only")
     tree: TreePolicy = pkgutil.resolve_name("specdec.drafters.trees.chain.Chain")(budget=0)
-    return _method(settings, _drafter("none", "drafter", PLAIN), tree, "none", rule, sampling)
+    drafter = _drafter("none", "drafter", PLAIN)
+    return _method(settings, ("none", "none"), drafter, tree, rule, sampling)
 
 
 def _method(
     settings: Settings,
+    names: tuple[str, str],
     drafter: Drafter,
     tree: TreePolicy,
-    tree_name: str,
     rule: AcceptanceRule,
     sampling: SamplingParams,
 ) -> Method:
     verifier = pkgutil.resolve_name(f"{RULES}.verifier.TreeVerifier")
     return Method(
         drafter=drafter,
+        drafter_name=names[0],
         tree=tree,
-        tree_name=tree_name,
+        tree_name=names[1],
         rule=rule,
         sampling=sampling,
         verifier=partial(verifier, prefill_chunk=cache_of(settings).prefill_chunk),

@@ -19,11 +19,12 @@ class Method:
     """What guesses, what shapes its trees, what is kept of them, and how tokens are chosen.
 
     Args:
-        tree_name: the option of the group `tree`; drafter and rule know their own names.
+        drafter_name, tree_name: the options of these groups; a rule knows its own name.
         verifier: makes a verifier of the target.
     """
 
     drafter: Drafter
+    drafter_name: str
     tree: TreePolicy
     tree_name: str
     rule: AcceptanceRule
@@ -34,7 +35,7 @@ class Method:
     def labels(self) -> dict[str, str]:
         """What summaries call its parts."""
         return {
-            "drafter": self.drafter.name,
+            "drafter": self.drafter_name,
             "tree": self.tree_name,
             "children": self.tree.children,
             "acceptance": self.rule.name,

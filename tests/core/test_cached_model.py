@@ -59,3 +59,23 @@ def test_rows_that_the_drafter_does_not_take_are_given_back(target: PagedLM, mos
         verifier.finish(s)
     cache.check()
     assert cache.free_pages == cache.pages
+
+
+@pytest.mark.parametrize("kept", [[1], [0, 1], [0], []], ids=str)
+def test_a_drafter_may_take_a_later_one_without_the_one_before(
+    target: PagedLM, kept: list[int]
+) -> None:
+    """A draft has prompts in tokens of its own, of which others may begin alike and wait, and then
+    there is room for a shorter one."""
+    verifier = TreeVerifier(target, prefill_chunk=5)
+    verifier.prepare(Capacity(rows=4, max_tokens=40, page_size=PAGE_SIZE), Observes())
+    cache, asked = verifier.cache, sequences()[:2]
+    part = [asked[i] for i in kept]
+    started = verifier.start(asked, lambda wave: part, lambda *_: None)
+    assert started == part
+    for sequence in part:
+        assert cache.committed(sequence.row) == len(sequence.tokens) - 1
+    cache.check()
+    for sequence in part:
+        verifier.finish(sequence)
+    assert cache.free_pages == cache.pages

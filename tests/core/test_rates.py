@@ -137,5 +137,5 @@ def test_names_that_are_none() -> None:
         Optimal(rates="mine", budget=3)
     with pytest.raises(ValueError, match=r"^tree.rates=./zoo: no such file; python -m specdec"):
         Optimal(rates="./zoo", budget=3)
-    with pytest.raises(ValueError, match=r"^tree.costs=zoo.json: no such file; experiments/tools"):
+    with pytest.raises(ValueError, match=r"^tree.costs=zoo.json: no such file; python -m specdec"):
         CostAware(rates="zoo", costs="zoo.json", budget=3)

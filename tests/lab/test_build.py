@@ -24,6 +24,13 @@ class Pair(Drafter):
         self.parts = parts
 
 
+class Deep(Drafter):
+    """Has a depth, and grows no trees by `drafters/growth.py`."""
+
+    def __init__(self, *, depth: int | None = None) -> None:
+        self.depth = depth
+
+
 NGRAM = {"_target_": "specdec.drafters.ngram.NGram", "min_match": 2}
 MODEL = {"_target_": "specdec.drafters.small_llama.SmallLlama", "path": "zoo:draft"}
 
@@ -82,3 +89,11 @@ def test_children_are_sampled_if_all_parts_are_good_at_it():
 def test_automatic_pairing(words, acceptance, children):
     labels = method_of(settings_of(words)).labels
     assert (labels["acceptance"], labels["children"]) == (acceptance, children)
+
+
+def test_a_depth_that_contradicts_the_tree_is_refused_whatever_has_it():
+    words = f"drafter=user drafter._target_={__name__}.Deep tree=static tree.widths=[2,2]"
+    method_of(settings_of(f"{words} drafter.depth=2"))
+    with pytest.raises(ValueError, match=r"^drafter.depth=1: tree.widths=\[2, 2\] has 2 levels"):
+        method_of(settings_of(f"{words} drafter.depth=1"))
+    method_of(settings_of(f"{words} drafter.depth=1 tree.budget=0"))

@@ -208,7 +208,8 @@ def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, o
     written = (own_folder / "o/error.txt").read_text()
     assert "return [[tokens[len(tokens)]]]" in written
     assert [g["id"] for g in lines(own_folder / "o/generations.jsonl")] == ["a/1"]
-    assert summary_of(own_folder / "o")["interrupted"]
+    summary = summary_of(own_folder / "o")
+    assert (summary["interrupted"], summary["drafter"]) == (True, "user")
 
     code, printed, error = specdec(
         "-m", *arguments, "drafter._target_=failing_drafter.fail,failing_drafter.repeat", "out=s"
