@@ -31,15 +31,6 @@ class RecursiveRejection(SupportRule):
         return path, left / factor
 
 
-def child_probabilities(tree: TokenTree, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`try_children`, given the target's whole distributions [B, N, V].
-
-    Raises:
-        ValueError: a tree with children carries no proposal.
-    """
-    return try_children(Trial.of(RecursiveRejection.name, tree, target))
-
-
 def try_children(trial: Trial) -> tuple[Tensor, Tensor, Tensor]:
     """The chance to accept each node, and what rejecting all children of a node leaves of the
     target.

@@ -32,10 +32,7 @@ def measure(operation: Operation, copies: int, clock: GraphClock | None) -> dict
     try:
         operation.check()
         if clock is None:
-            return {
-                "us": wall_us(lambda: operation.ours(0)),
-                "torch_us": wall_us(operation.torch),
-            }
+            return {"us": wall_us(lambda: operation.ours(0)), "torch_us": wall_us(operation.torch)}
         timing = clock.time(lambda: lambda copy: _leading(operation.ours(copy)), copies)
         again = _leading(operation.ours(0))
         if again is not None and not torch.equal(timing.output, again):

@@ -46,11 +46,7 @@ def steps(options: Options, result: dict[str, Any], save: Callable[[], None]) ->
         result["batches"].append(record)
         copies = copies_beyond_cache(batch * NODES * VOCABULARY * 2)
         inputs = StepInputs(
-            batch,
-            copies=copies,
-            vocabulary=VOCABULARY,
-            layers=LAYERS,
-            device=torch.device("cuda"),
+            batch, copies=copies, vocabulary=VOCABULARY, layers=LAYERS, device=torch.device("cuda")
         )
         for name, operation in operations(inputs, gpu):
             record["operations"][name] = measure(operation, copies, clock)
@@ -123,9 +119,7 @@ def _tree_structure(inputs: StepInputs, kernels: ModuleType) -> Operation:
                 raise ArithmeticError(f"wrong: {name} differ")
 
     return Operation(
-        lambda _: kernels.tree_structure(parents),
-        lambda: reference.tree_structure(parents),
-        check,
+        lambda _: kernels.tree_structure(parents), lambda: reference.tree_structure(parents), check
     )
 
 

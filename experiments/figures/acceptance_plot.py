@@ -21,12 +21,12 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     )
     size = (3.6 * len(columns) + 0.6, 3.0 * len(lines))
     figure, panels = canvas(*size, len(lines), len(columns))
-    drawn = {}
+    drawn = []
     deepest = max(len(case["rates"]) for case in cases)
     for case in cases:
         column = columns.index((case["temperature"], case["top_p"]))
         axes = panels[lines.index(case["children"])][column]
-        drawn[id(axes)] = axes
+        drawn.append(axes)
         for depth, (rates, errors) in enumerate(zip(case["rates"], case["errors"], strict=True)):
             shown = [
                 (rank + 0.06 * (depth - (deepest - 1) / 2), rate, error)
@@ -47,11 +47,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     for row in panels:
         row[0].set_ylabel("accepted, given its parent")
         for axes in row:
-            if id(axes) not in drawn:
+            if axes not in drawn:
                 axes.set_axis_off()
             axes.set_xlabel("rank")
             axes.set_xticks(range(result["settings"]["ranks"]))
-    handles, labels = max((axes.get_legend_handles_labels() for axes in drawn.values()), key=len)
+    handles, labels = drawn[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
     settings = result["settings"]
     figure.suptitle(f"{settings['drafter']} for {settings['target']}", fontsize="medium")

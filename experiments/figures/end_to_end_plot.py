@@ -102,10 +102,7 @@ def _row(part: Mapping[str, Any], title: str, method: Mapping[str, Any]) -> list
 
 def table(result: Mapping[str, Any]) -> Group:
     """The same for a terminal, and under it what went wrong."""
-    said = [
-        f"{one['nodes']} nodes cost {one['ratio']:.2f} plain steps at batch {one['batch']}"
-        for one in result.get("verify_cost", {}).get("ratios", [])
-    ]
+    said = []
     if "noise" in result:
         said.append(f"passes differ by {max(result['noise'].values()):.1f} ulp of a logit at most")
     for part in result["parts"].values():

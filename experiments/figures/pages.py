@@ -71,11 +71,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
                 },
             ),
             ("tree_speed", tree_speed, {}),
-            (
-                "tree_speed_batch8",
-                tree_speed,
-                {"Acceptance by rank": "acceptance_rates"},
-            ),
+            ("tree_speed_batch8", tree_speed, {"Acceptance by rank": "acceptance_rates"}),
             ("rule_steps", kernels.rules, {}),
         ],
     ),

@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table as Listing
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
 from specdec.experiments.figures.canvas import COLOURS, canvas, save
+from specdec.experiments.figures.markdown import piece, show
 from specdec.experiments.studies.rule_laws import (
     CONCENTRATION,
     DrawnTree,
@@ -202,14 +201,6 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     save(figure, path)
 
 
-def listing(name: str, panel: Mapping[str, Any]) -> Listing:
-    distances = (f"{x:.2f}" for x in panel["total_variation"])
-    shown = Listing("total variation", *distances, title=name)
-    for line, values in panel["accepted"].items():
-        shown.add_row(line, *(f"{value:.3f}" for value in values))
-    return shown
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
     worlds: Positive = option(8, "random ones")
@@ -228,8 +219,12 @@ def work(options: Options) -> None:
         panels[name] = measure(panel, worlds, options.steps)
     write(options.out, result)
     plot(result, options.out.with_suffix(".png"))
-    for name, found in panels.items():
-        Console(width=130).print(listing(name, found))
+    for name, panel in panels.items():
+        heads = ["total variation", *(f"{x:.2f}" for x in panel["total_variation"])]
+        rows = (
+            [line, *(f"{y:.3f}" for y in values)] for line, values in panel["accepted"].items()
+        )
+        show(piece(name, heads, rows))
 
 
 main = partial(run_main, Options, work, doc=__doc__)

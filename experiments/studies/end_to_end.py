@@ -36,7 +36,6 @@ from pydantic import Field
 from rich.console import Console
 from transformers.utils import logging
 
-from specdec.costs import CostTable
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.figures import end_to_end_plot
 from specdec.experiments.studies.theirs import theirs
@@ -86,7 +85,6 @@ class Options:
     parts: tuple[str, ...] = option((), "drafts, ngram, transformers; all if empty", varies=True)
     only: tuple[str, ...] = option((), "methods whose name has one of these", varies=True)
     out: Path = option(Path("end_to_end.json"), "result file")
-    calibrated: Path | None = option(None, "file of calibrate.py, to say what trees cost")
     resume: bool = option(False, "what the file has stays")
 
 
@@ -183,17 +181,6 @@ def note(entry: Entry, fault: Exception) -> None:
     recover()
 
 
-def verify_cost(path: Path) -> Entry:
-    """What verifying 64 nodes costs in plain steps at a context of 1024, by `calibrate.py`."""
-    costs = CostTable.load(path)
-    ratios = []
-    for batch in costs.verify_batches:
-        many, one = (costs.verify(batch, nodes, 1024) for nodes in (64, 1))
-        ms = {"ms": many * 1e3, "plain_ms": one * 1e3}
-        ratios.append({"batch": batch, "nodes": 64, **ms, "ratio": many / one})
-    return {"file": path.name, "context": 1024, "ratios": ratios}
-
-
 @torch.no_grad()
 def work(options: Options) -> int:
     logging.set_verbosity_error()
@@ -205,8 +192,6 @@ def work(options: Options) -> int:
     top = head(options, shop.models.placement.device)
     result = resume(options.out, top) if options.resume else top
     result.pop("fault", None)
-    if options.calibrated is not None:
-        result["verify_cost"] = verify_cost(options.calibrated)
     most = max(options.prompts, *options.batches)
     sets = {
         name: ask(shop.target.tokenizer, {name: path}, limit=most, chat="never")[name]

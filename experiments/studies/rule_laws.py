@@ -240,12 +240,7 @@ def _picked_chances(trial: Trial) -> Tensor:
 
 
 def emitted_law(
-    rule: CoinRule,
-    trees: list[DrawnTree],
-    tree: TokenTree,
-    target: Table,
-    *,
-    every: bool = False,
+    rule: CoinRule, trees: list[DrawnTree], tree: TokenTree, target: Table, *, every: bool = False
 ) -> Law:
     """Law of the new tokens of one step, over all trees and all outcomes of the coins.
 

@@ -13,8 +13,9 @@ from specdec.drafters.trees.shapes import Node, Shape, ordered
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import SamplingParams, probabilities
 from specdec.tree import Acceptance, Children, TokenTree
-from specdec.verifier import recursive_rejection, target_only
-from specdec.verifier.recursive_rejection import RecursiveRejection
+from specdec.verifier import target_only
+from specdec.verifier.recursive_rejection import RecursiveRejection, try_children
+from specdec.verifier.support import Trial
 from specdec.verifier.walk import elder_siblings
 
 
@@ -112,7 +113,7 @@ class Watch(AcceptanceRule):
         """[B, N] float64: of each node to be accepted once its parent is and its elder siblings
         are not."""
         if self.name == RecursiveRejection.name:
-            chance, _, _ = recursive_rejection.child_probabilities(tree, target)
+            chance = try_children(Trial.of(self.name, tree, target))[0]
         else:
             chance = target_only.child_probabilities(tree, target)
         return chance.double().clamp(0.0, 1.0)

@@ -32,14 +32,7 @@ from pydantic import Field
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import AutoTokenizer
 
-from specdec.drafters.datastore import (
-    FORMAT,
-    METADATA,
-    SUFFIXES,
-    TOKENS,
-    fingerprint,
-    token_bytes,
-)
+from specdec.drafters.datastore import FORMAT, METADATA, SUFFIXES, TOKENS, fingerprint, token_bytes
 from specdec.lab.command import Positive, option, run_main, write
 from specdec.models.load import zoo_path
 

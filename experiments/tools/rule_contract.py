@@ -41,10 +41,7 @@ def check_rule(rule: AcceptanceRule) -> None:
     Raises:
         AssertionError: what is broken, in one line.
     """
-    for sampling in (
-        SamplingParams(temperature=0.0),
-        SamplingParams(temperature=0.7, top_p=0.8),
-    ):
+    for sampling in (SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.8)):
         for children in get_args(Children):
             claims = rule.lossy(children, sampling) is None and not rule.synthetic
             check_law(rule, children, sampling, claims=claims)

@@ -167,11 +167,7 @@ def _text(value: Any) -> str:
     return json.dumps(value, default=str, separators=(",", ":"))
 
 
-def head(
-    options: Any,
-    device: torch.device,
-    program: str | None = None,
-) -> dict[str, Any]:
+def head(options: Any, device: torch.device, program: str | None = None) -> dict[str, Any]:
     """What every result file begins with: command, settings, versions, hardware and git. Settings
     are the options, but for `out`, `resume` and those that vary. `program`: see `command_line`."""
     settings = {

@@ -142,11 +142,7 @@ def ask(
 
 
 def encode(
-    tokenizer: "PreTrainedTokenizerBase",
-    prompt: Prompt,
-    *,
-    chat: str,
-    answers: Sequence[str] = (),
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, *, chat: str, answers: Sequence[str] = ()
 ) -> list[int]:
     """Token ids, at least one, of the turn that comes after the given answers, with all before it.
     Plain text gets the special tokens its tokenizer adds; a template decides for itself.
