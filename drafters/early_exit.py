@@ -91,6 +91,7 @@ class EarlyExit(GrowingDrafter):
         parents = tree.parents.long().gather(1, last).clamp(min=0)
         nodes.add(tree.tokens.gather(1, last), slots.gather(1, parents).clamp(min=0), head=False)
         hidden = nodes.arrange(slots.clamp(min=0))
+        del self._nodes  # and with it the target's cache
         return replace(tree, begun=Begun(layers=self.layers, hidden=hidden))
 
     def _most_left(self, tree: TokenTree, left: Tensor) -> int:

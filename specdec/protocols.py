@@ -236,6 +236,11 @@ class TreePolicy:
 
     takes_all = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if {"select", "expand", "keep"} & vars(cls).keys():  # whatever the base class has said
+            cls.takes_all = False
+
     def __init__(self, *, budget: int, children: str = "top_k") -> None:
         check_basics(budget, children)
         self.budget = budget

@@ -70,6 +70,8 @@ class Capacity:
     kv_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ValueError(f"batch_size={self.rows}: must be at least 1")
         needed = self.pages_of_a_row
         if self.pages is not None and self.pages < needed:
             raise ValueError(

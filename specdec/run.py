@@ -26,6 +26,7 @@ from specdec.lab.runs import RunFolder
 from specdec.lab.settings import CONFIGS, ERRORS, Settings, message_of, resolved
 from specdec.lab.terminal import Live, show_summary, show_sweep
 from specdec.models.load import Models
+from specdec.sampling import SamplingParams
 
 VOLATILE = frozenset({"resume", "tracker", "out", "choices"})  # may differ when a run is resumed
 LIMITS = ("max_new_tokens", "batch_size")
@@ -94,7 +95,7 @@ def run(
     flags = {name: typed(name, settings[name], bool) for name in FLAGS}
     kind = pkgutil.resolve_name(settings["tracker"]["_target_"])
     tracker = build(kind, "tracker", settings["tracker"])
-    models, asked = Models(placement_of(settings)), _asked(settings)
+    models, asked = Models(placement_of(settings)), _asked(settings, method.sampling)
     folder = RunFolder(out, config=settings, resume=flags["resume"], volatile=VOLATILE)
     target = models.load(str(settings["target"]["path"]), setting="target.path")
     method.load(target, models)
@@ -128,14 +129,22 @@ def run(
     return summary
 
 
-def _asked(settings: Settings) -> dict[str, Any]:
+def _asked(settings: Settings, sampling: SamplingParams) -> dict[str, Any]:
     """What is decoded: prompts, samples of each, and whether a chat template is applied."""
     kinds = {**get_type_hints(load_prompts), "chat": str, "samples": int}
-    source = {
-        name: typed(f"prompts.{name}", value, kinds[name])
-        for name, value in settings["prompts"].items()
-    }
+    source = {}
+    for name, value in settings["prompts"].items():
+        if name not in kinds:
+            raise ValueError(f"prompts.{name}={value}: there is no such setting")
+        source[name] = typed(f"prompts.{name}", value, kinds[name])
     chat, samples = source.pop("chat"), source.pop("samples")
+    if samples < 1:
+        raise ValueError(f"prompts.samples={samples}: must be at least 1")
+    if samples > 1 and sampling.greedy:
+        raise ValueError(
+            f"prompts.samples={samples}: at temperature 0 all of them are the same; use "
+            f"sampling=sample or prompts.samples=1"
+        )
     return {"prompts": load_prompts(**source), "samples": samples, "chat": chat}
 
 

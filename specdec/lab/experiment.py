@@ -65,13 +65,6 @@ class Experiment:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
-        if self.samples < 1:
-            raise ValueError(f"prompts.samples={self.samples}: must be at least 1")
-        if self.samples > 1 and self.method.sampling.greedy:
-            raise ValueError(
-                f"prompts.samples={self.samples}: at temperature 0 all of them are the same; use "
-                f"sampling=sample or prompts.samples=1"
-            )
         self.capacity = self.cache.capacity(
             rows=self.batch_size, max_tokens=self._longest(), device=self.target.device
         )

@@ -294,6 +294,7 @@ MISTAKES = {
     "tree.widths=[1": "tree.widths=[1: must be group=option, or setting=value with the value in",
     "drafter": "drafter: must be group=option",
     "prompts.samples=0 sampling=sample": "prompts.samples=0: must be at least 1",
+    "+prompts.sample=3": "prompts.sample=3: there is no such setting",
     "prompts.samples=3": "prompts.samples=3: at temperature 0 all of them are the same; use",
     "prompts.chat=loud": "prompts.chat='loud'",
     "prompts=file": "prompts.path: must be given",

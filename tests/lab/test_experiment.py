@@ -227,7 +227,8 @@ def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, o
     assert ", while warming up; " in error
 
 
-def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch):
+@pytest.mark.parametrize("drafter", ["ngram", "early_exit"])
+def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch, drafter):
     """On a GPU a cache may take most of the memory: that of the baseline is gone before the other
     side has its own, and that before the texts are checked."""
     made: list[weakref.ref[PagedKVCache]] = []
@@ -244,6 +245,6 @@ def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TreeVerifier, "prepare", prepared)
     monkeypatch.setattr(Experiment, "_check", checked)
-    code, _, error = specdec("drafter=ngram", f"out={tmp_path}/o", *QUICK)
+    code, _, error = specdec(f"drafter={drafter}", f"out={tmp_path}/o", *QUICK)
     assert (code, error) == (0, "")
     assert len(made) == 2
