@@ -17,8 +17,8 @@ covers what the rule does not see, such as the order of drafted tokens and which
 nodes. What remains are exact ties between counts of drafters that look up texts.
 
 A case is refused where the run ends with exit code 2 before its first step. The datastore is
-that of `python -m experiments.build_datastore --tokenizer zoo:target --out tests/golden/store
-tests/golden/store.txt`. suffix_decoding forgets after each prompt here, because what it learns
+that of `python -m specdec.experiments.tools.build_datastore tokenizer=zoo:target
+out=tests/golden/store tests/golden/store.txt`. suffix_decoding forgets after each prompt here, because what it learns
 from earlier ones depends on which of them run side by side.
 """
 
@@ -49,7 +49,7 @@ from specdec.run import main as command
 HERE = Path(__file__).parent
 TRACE, PROMPTS = HERE / "trace.txt", HERE / "prompts.jsonl"
 COUNT = len(PROMPTS.read_text().splitlines())
-STEPS, NEW = 5, 10  # recorded of each prompt at most, tokens decoded; more than warming up takes
+STEPS, NEW = 6, 12  # recorded of each prompt at most, tokens decoded; more than warming up takes
 FIXED = (
     "prompts=file prompts.path=HERE/prompts.jsonl ignore_eos=true dtype=float64 device=cpu "
     "tracker=none baseline=false max_new_tokens="
