@@ -52,11 +52,6 @@ class Shape:
         return cls(**dict(zip(names, sizes, strict=False)))
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """What `of` takes."""
-        return self.batch, self.context, self.nodes, self.heads, self.kv_heads
-
-    @property
     def keys(self) -> int:
         return self.context + self.nodes
 

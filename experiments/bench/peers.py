@@ -1,20 +1,16 @@
 """Other implementations of tree attention: torch's SDPA with a dense mask, with and without a
-gather of the pages, and FlexAttention. As a program it compiles a share of the variants of
-FlexAttention, for `compile_ahead`.
+gather of the pages, and FlexAttention.
 
 All but the gather get what they like best: contiguous keys and values, context and tree together,
 and masks made beforehand. FlexAttention is told which blocks need no mask at all.
 """
 
 import contextlib
+import multiprocessing
 import os
-import shlex
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,7 +21,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from specdec.experiments.bench.cases import Case, Shape, index_rows, select_rows
 from specdec.experiments.bench.clock import Call, Start
-from specdec.lab.command import command_line, option, run_main
 
 FLEX_BLOCK = 128  # of a BlockMask, queries and keys
 PROCESSORS = 132  # of an H100 or H200
@@ -215,65 +210,38 @@ def block_mask(case: Case) -> BlockMask:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Every `of`-th variant of FlexAttention, from `number` on."""
-
-    shapes: tuple[tuple[int, ...], ...] = option(about="of the attention")
-    page_size: int = option(about="tokens of a page")
-    of: int = option(about="shares")
-    number: int = option(0, "of this one")
-
-
 def compile_ahead(shapes: Sequence[Shape], page_size: int) -> dict[str, Any]:
     """Compile the variants of FlexAttention side by side, into torch's cache on disk; one after
     the other they would take most of the run."""
     begun, workers = time.perf_counter(), max(1, min(12, (os.cpu_count() or 1) - 2))
-    share = Share(shapes=tuple(shape.sizes for shape in shapes), page_size=page_size, of=workers)
-    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    faults = []
-    with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(workers)]
-        running = []
-        for number, log in enumerate(logs):
-            words = shlex.split(command_line(replace(share, number=number)))[1:]
-            command = [sys.executable, *words]
-            running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        for process, log in zip(running, logs, strict=True):
-            try:
-                process.wait(max(1.0, COMPILE_SECONDS - (time.perf_counter() - begun)))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if process.returncode:
-                log.seek(0)
-                faults.append(f"exit {process.returncode}: {log.read()[-300:]}")
+    spawn = multiprocessing.get_context("spawn")
+    shares = [(shapes, page_size, number, workers) for number in range(workers)]
+    running = [spawn.Process(target=compile_share, args=share) for share in shares]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(max(1.0, COMPILE_SECONDS - (time.perf_counter() - begun)))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    faults = [f"exit {process.exitcode}" for process in running if process.exitcode]
     return {"seconds": time.perf_counter() - begun, "processes": workers, "faults": faults}
 
 
 @torch.no_grad()
-def compile_share(share: Share) -> None:
-    """Compile them into torch's cache."""
+def compile_share(shapes: Sequence[Shape], page_size: int, number: int, of: int) -> None:
+    """Compile every `of`-th variant of FlexAttention from `number` on, in a process of its own."""
+    torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1
     torch.manual_seed(0)
     variants = [
-        (Shape.of(sizes), chosen)
-        for sizes in share.shapes
-        for options in flex_options(Shape.of(sizes)).values()
+        (shape, chosen)
+        for shape in shapes
+        for options in flex_options(shape).values()
         for chosen in options
     ]
-    for shape, chosen in variants[share.number :: share.of]:
-        case = Case(
-            shape,
-            copies=1,
-            page_size=share.page_size,
-            dtype=torch.bfloat16,
-            device=torch.device("cuda"),
-        )
+    device = torch.device("cuda")
+    for shape, chosen in variants[number::of]:
+        case = Case(shape, copies=1, page_size=page_size, dtype=torch.bfloat16, device=device)
         with contextlib.suppress(Exception):  # what fails here fails again where it is measured
             flex(Contiguous(case), chosen).start()(0)
-
-
-main = partial(run_main, Share, compile_share, doc=__doc__)
-
-if __name__ == "__main__":
-    sys.exit(main())

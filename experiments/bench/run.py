@@ -24,7 +24,7 @@ import torch
 from specdec.experiments.bench.clock import describe
 from specdec.experiments.figures import kernels
 from specdec.experiments.figures.markdown import show
-from specdec.lab.command import head, resume, run_main, write
+from specdec.lab.command import begin, run_main, write
 
 PARTS = {  # module and options; a function of the part's name measures
     "attention": ("attention", "Options"),
@@ -49,9 +49,8 @@ def work(name: str, measure: Any, options: Any) -> int:
         raise ValueError(f"{name}: needs an NVIDIA GPU; rules and anatomy take device=cpu as well")
     torch.manual_seed(0)
     begun = time.perf_counter()
-    top = head(options, device, program=f"specdec.experiments.bench.run {name}")
-    result: dict[str, Any] = {"part": name}
-    result |= resume(options.out, top) if getattr(options, "resume", False) else top
+    program = f"specdec.experiments.bench.run {name}"
+    result = {"part": name, **begin(options, device, program)}
     save = partial(write, options.out, result)
     try:
         with torch.no_grad():

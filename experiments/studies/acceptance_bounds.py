@@ -39,7 +39,7 @@ from specdec.experiments.studies.rule_laws import (
     token_trees,
     widths,
 )
-from specdec.lab.command import Positive, head, option, run_main, write
+from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.tree import Children
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
@@ -210,7 +210,7 @@ class Options:
 
 def work(options: Options) -> None:
     torch.set_num_threads(1)
-    result = head(options, torch.device("cpu"))
+    result = begin(options, torch.device("cpu"))
     result["settings"] |= {"vocab": VOCAB, "concentration": CONCENTRATION}
     result["versions"]["scipy"] = version("scipy")
     panels = result["panels"] = {}

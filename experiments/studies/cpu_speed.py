@@ -23,7 +23,7 @@ from transformers.utils import logging
 from specdec.experiments.figures.decoding import cpu_speed
 from specdec.experiments.figures.markdown import show
 from specdec.experiments.studies.theirs import theirs
-from specdec.lab.command import Positive, head, option, resume, run_main, write
+from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import Decoded, Session
 from specdec.lab.statistics import ratio
@@ -93,8 +93,7 @@ def work(options: Options) -> None:
     shop = Workshop("target=zoo device=cpu dtype=float32")
     sets = ask(shop.target.tokenizer, {"builtin": None}, limit=options.prompts, take="spread")
     asked = sets["builtin"]
-    top = head(options, shop.target.device)
-    result = resume(options.out, top) if options.resume else top
+    result = begin(options, shop.target.device)
     methods = result.setdefault("methods", {})
     Study(
         entries=methods,

@@ -29,7 +29,7 @@ from specdec.drafters.datastore import METADATA, Datastore
 from specdec.drafters.early_exit import EarlyExit
 from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed
 from specdec.experiments.figures.markdown import show
-from specdec.lab.command import head, option, resume, run_main, write
+from specdec.lab.command import begin, option, run_main, write
 from specdec.lab.study import Entry, Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, name_of, tree, word
 from specdec.protocols import StepContext
@@ -148,8 +148,7 @@ def work(options: Options) -> None:
     torch.manual_seed(0)
     words = {name: drafter_words(name, options) for name in options.drafters}
     shop = options.workshop()
-    top = head(options, shop.models.placement.device)
-    result = resume(options.out, top) if options.resume else top
+    result = begin(options, shop.models.placement.device)
     if options.datastore is not None:
         Datastore.open(options.datastore, tokenizer=shop.target.tokenizer, setting="datastore")
         result["datastore"] = contents(options.datastore)

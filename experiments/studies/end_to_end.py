@@ -39,7 +39,7 @@ from transformers.utils import logging
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.figures import end_to_end_plot
 from specdec.experiments.studies.theirs import theirs
-from specdec.lab.command import Positive, head, option, resume, run_main, write
+from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.lossless import noise
 from specdec.lab.metrics import figures
 from specdec.lab.prompts import Asked, ask
@@ -189,8 +189,7 @@ def work(options: Options) -> int:
     shop = Workshop(
         word("target.path", options.target), f"device={options.device} dtype={options.dtype}"
     )
-    top = head(options, shop.models.placement.device)
-    result = resume(options.out, top) if options.resume else top
+    result = begin(options, shop.models.placement.device)
     result.pop("fault", None)
     most = max(options.prompts, *options.batches)
     sets = {

@@ -38,7 +38,7 @@ from specdec.drafters.retriever import Retriever
 from specdec.experiments.figures import drafters as tables
 from specdec.experiments.figures.markdown import show
 from specdec.experiments.tools.build_datastore import build, documents, load_tokenizer
-from specdec.lab.command import head, option, run_main, write
+from specdec.lab.command import begin, option, run_main, write
 from specdec.models.load import Models
 from specdec.models.placement import Placement
 from specdec.request import Decoding, Request
@@ -204,7 +204,7 @@ def work(options: Options) -> None:
             store=options.store and Path(options.store.name),
             out=Path(options.out.name),
         )
-        result = head(shown, torch.device("cpu"))
+        result = begin(shown, torch.device("cpu"))
         result["settings"] |= {"levels": LEVELS, "step": STEP, "samples": 32, "max_match": 16}
         result["datastore"] = about
         result["lookup_us"] = measure(folder, target, texts, options.queries)

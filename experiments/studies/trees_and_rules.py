@@ -28,7 +28,7 @@ from specdec.drafters.trees.cost_aware import CostAware
 from specdec.drafters.trees.shapes import greedy, ordered
 from specdec.experiments.figures.markdown import show
 from specdec.experiments.figures.trees_and_rules_plot import SHORT, tree_lengths, tree_speed
-from specdec.lab.command import Positive, head, option, resume, run_main, write
+from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.study import Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, Way, Workshop, tree, word
 from specdec.rates import AcceptanceRates
@@ -208,8 +208,7 @@ def work(options: Options) -> None:
     ways = {"none": shop.way(PLAIN, rows=options.batch, longest=longest, **plain)} if fast else {}
     for method in (method for methods in grid for method in methods):
         ways[method.name] = way_of(method, options, shop, longest)
-    top = head(options, shop.target.device)
-    result = resume(options.out, top) if options.resume else top
+    result = begin(options, shop.target.device)
     study = Study(
         entries=result.setdefault("methods", {}),
         batches=options.batches(sets),

@@ -47,7 +47,7 @@ from specdec.experiments.bench.clock import GraphClock
 from specdec.experiments.bench.operation import wall_us
 from specdec.experiments.figures import decoding
 from specdec.experiments.figures.markdown import show
-from specdec.lab.command import Positive, head, option, resume, run_main, write
+from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.prompts import Asked
 from specdec.lab.workshop import Workshop, tree, word
 from specdec.models.paged import PagedLM
@@ -252,8 +252,7 @@ def work(options: Options) -> None:
     shop = Workshop(
         word("target.path", options.target), f"device={options.device} dtype={options.dtype}"
     )
-    top = head(options, shop.models.placement.device)
-    result = {**blank(options), **(resume(options.out, top) if options.resume else top)}
+    result = {**blank(options), **begin(options, shop.models.placement.device)}
     save = partial(write, options.out, result)
     todo = [part for part in options.only if "todo" in str(result[part])]
     if todo and todo != ["draft"]:

@@ -50,14 +50,13 @@ from typing import Annotated, Any, NamedTuple, get_args
 
 import torch
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
 from specdec.drafters.trees.fixed import FixedShape
 from specdec.drafters.trees.shapes import Node, Shape, describe, expected_accepted, greedy
 from specdec.drafters.trees.static import Static
+from specdec.experiments.figures.markdown import piece, show
 from specdec.experiments.tools.acceptance_watch import Watch
-from specdec.lab.command import Positive, head, option, resume, run_main, write
+from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.method import Method
 from specdec.lab.prompts import ask
 from specdec.lab.workshop import StudyOptions, Workshop, word
@@ -252,8 +251,7 @@ def check(bench: Bench, entry: dict[str, Any], widths: Sequence[int]) -> dict[st
 def work(options: Options) -> None:
     cases = cases_of(options)
     bench = Bench(options)
-    top = head(options, bench.target.device)
-    result = {"cases": [], "checks": [], **(resume(options.out, top) if options.resume else top)}
+    result = {"cases": [], "checks": [], **begin(options, bench.target.device)}
     result["sets"] = {
         name: [one.name.partition("/")[2] for one in of] for name, of in bench.sets.items()
     }
@@ -270,35 +268,35 @@ def work(options: Options) -> None:
             if (case, widths) not in checked:
                 result["checks"].append(check(bench, done[case], widths))
                 save()
-    console = Console(width=130)
-    for table in tables(result):
-        console.print(table)
+    show("\n\n".join(tables(result)))
 
 
 def case_of(entry: dict[str, Any]) -> Case:
     return Case(*(entry[name] for name in Case._fields))
 
 
-def tables(result: dict[str, Any]) -> Iterator[Table]:
+def tables(result: dict[str, Any]) -> Iterator[str]:
     """The rates of each case, by rank and depth; then the checks."""
-    ranks = result["settings"]["ranks"]
-    rates = Table(*("children", "depth"), *(f"rank {rank}" for rank in range(ranks)), "reached")
+    heads = ["depth", *(f"rank {rank}" for rank in range(result["settings"]["ranks"])), "reached"]
     for entry in result["cases"]:
-        for depth, (row, reached) in enumerate(zip(entry["rates"], entry["reached"], strict=True)):
-            name = "" if depth else case_of(entry).name
-            rates.add_row(name, str(depth), *(f"{rate:.3f}" for rate in row), f"{reached:.0f}")
-    yield rates
-    checks = Table("children", "widths", "predicted", "measured", "off by")
-    for entry in result["checks"]:
-        checks.add_row(
-            case_of(entry).name,
-            ",".join(map(str, entry["widths"])),
-            f"{entry['predicted']:.3f}",
-            f"{entry['measured']:.3f} ± {entry['error']:.3f}",
-            f"{entry['relative_error']:+.1%}",
+        levels = enumerate(zip(entry["rates"], entry["reached"], strict=True))
+        rows = (
+            [f"{d}", *(f"{r:.3f}" for r in row), f"{reached:.0f}"] for d, (row, reached) in levels
         )
+        yield piece(case_of(entry).name, heads, rows)
+    heads = ["children", "widths", "predicted", "measured", "off by"]
+    rows = (
+        [
+            case_of(one).name,
+            ",".join(map(str, one["widths"])),
+            f"{one['predicted']:.3f}",
+            f"{one['measured']:.3f} ± {one['error']:.3f}",
+            f"{one['relative_error']:+.1%}",
+        ]
+        for one in result["checks"]
+    )
     if result["checks"]:
-        yield checks
+        yield piece("Tokens of a step", heads, rows)
 
 
 main = partial(run_main, Options, work, doc=__doc__)

@@ -11,8 +11,7 @@ A program declares its options and says what to do with them:
         resume: bool = option(False, "keep what the file holds")
 
     def work(options: Options) -> int | None:  # exit code, if not 0
-        top = head(options, torch.device("cpu"))
-        result = resume(options.out, top) if options.resume else top
+        result = begin(options, torch.device("cpu"))
         ...
         write(options.out, result)
 
@@ -167,40 +166,38 @@ def _text(value: Any) -> str:
     return json.dumps(value, default=str, separators=(",", ":"))
 
 
-def head(options: Any, device: torch.device, program: str | None = None) -> dict[str, Any]:
-    """What every result file begins with: command, settings, versions, hardware and git. Settings
-    are the options, but for `out`, `resume` and those that vary. `program`: see `command_line`."""
+def begin(options: Any, device: torch.device, program: str | None = None) -> dict[str, Any]:
+    """What every result file begins with: command, settings, versions, hardware and git; and with
+    `resume=true` what an earlier run has left in `out`, with the commands of both. Settings are
+    the options, but for `out`, `resume` and those that vary. `program`: see `command_line`.
+
+    Raises:
+        ValueError: the earlier one had other settings.
+    """
     settings = {
         one.name: getattr(options, one.name)
         for one in fields(options)
         if one.name not in VOLATILE and not one.metadata.get("varies")
     }
-    return {
+    head = {
         "command": command_line(options, program),
         "settings": json.loads(json.dumps(settings, default=str)),
         **describe_environment(device),
     }
+    if not getattr(options, "resume", False) or not options.out.exists():
+        return head
+    result: dict[str, Any] = json.loads(options.out.read_text())
+    for name, value in head["settings"].items():
+        before = result.get("settings", {}).get(name)
+        if before != value:
+            raise ValueError(
+                f"{options.out}: {name}={before} there, {value} now; leave resume out"
+            )
+    commands = dict.fromkeys([*result["command"].split("; "), head["command"]])
+    return {**result, **head, "command": "; ".join(commands)}
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """Replace a file at once, so that an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(result, indent=1) + "\n")
-
-
-def resume(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier run has measured with the same settings, under this head and with the
-    commands of all runs; the head alone if there is no file.
-
-    Raises:
-        ValueError: other settings; one line that names the file and the first that differs.
-    """
-    if not path.exists():
-        return dict(head)
-    result: dict[str, Any] = json.loads(path.read_text())
-    for name, value in head["settings"].items():
-        before = result.get("settings", {}).get(name)
-        if before != value:
-            raise ValueError(f"{path}: {name}={before} there, {value} now; leave resume out")
-    commands = dict.fromkeys([*result["command"].split("; "), head["command"]])
-    return {**result, **head, "command": "; ".join(commands)}

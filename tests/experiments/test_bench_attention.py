@@ -1,8 +1,8 @@
 """Benchmarks of attention without a GPU: inputs, masks, the gate, arithmetic; and on one."""
 
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
 from functools import partial
 from itertools import product
 from typing import Any
@@ -25,7 +25,6 @@ from specdec.experiments.bench.cases import (
 from specdec.experiments.bench.clock import GraphClock
 from specdec.experiments.bench.peers import Contender
 from specdec.kernels import reference
-from specdec.lab.command import parse
 from tests.experiments.benched import DEVICE, ScriptedClock, small_case
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -54,35 +53,54 @@ def test_grid_covers_every_combination() -> None:
     assert Shape.of((32, 131072, 128, 64)) in kernel_attention.GRID
 
 
-def test_shape_survives_the_command_line() -> None:
-    for shape in kernel_attention.GRID:
-        assert Shape.of(shape.sizes) == shape
+def test_a_shape_of_sizes() -> None:
+    assert Shape.of((1, 2, 3)) == Shape(batch=1, context=2, nodes=3)
+    assert Shape.of((1, 2, 3, 64, 4)) == Shape(batch=1, context=2, nodes=3, heads=64, kv_heads=4)
     with pytest.raises(ValueError, match="batch,context,nodes"):
         Shape.of((1, 2))
 
 
-def test_shares_compile_every_variant_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    started: list[list[str]] = []
+def test_shares_compile_every_variant_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
 
     class Process:
-        returncode = 0
+        exitcode = 0
 
-        def __init__(self, command: list[str], **options: Any) -> None:
-            started.append(command)
+        def __init__(self, target: Any, args: Any) -> None:
+            self.share = args
 
-        def wait(self, seconds: float) -> None: ...
+        def start(self) -> None:
+            started.append(self.share)
 
-    monkeypatch.setattr(subprocess, "Popen", Process)
+        def join(self, seconds: float) -> None: ...
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Process", Process)
     assert peers.compile_ahead(kernel_attention.SHAPES[:2], 64)["faults"] == []
-    assert started[0][:3] == [sys.executable, "-m", "specdec.experiments.bench.peers"]
-    shares = [parse(peers.Share, command[3:]) for command in started]
-    assert [share.number for share in shares] == list(range(shares[0].of))
-    assert all(
-        share.shapes == ((1, 2048, 64, 32, 8), (1, 8192, 64, 32, 8)) and share.page_size == 64
-        for share in shares
-    )
+    _, _, _, of = started[0]
+    assert started == [(kernel_attention.SHAPES[:2], 64, number, of) for number in range(of)]
+
+    class Recorded:
+        def __init__(self, options: dict[str, Any]) -> None:
+            compiled.append(options)
+
+        def start(self) -> Any:
+            return list
+
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(peers, "Case", lambda shape, **sizes: shape)
+    monkeypatch.setattr(peers, "Contiguous", lambda case: case)
+    monkeypatch.setattr(peers, "flex", lambda data, options: Recorded(options))
+    for number in range(3):
+        peers.compile_share(kernel_attention.SHAPES[:1], 64, number, 3)
+    wanted = [one for of in peers.flex_options(kernel_attention.SHAPES[0]).values() for one in of]
+    assert sorted(map(str, compiled)) == sorted(map(str, wanted))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows a share that fails")
+def test_a_share_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    found = peers.compile_ahead(kernel_attention.SHAPES[:1], 64)
+    assert (found["processes"], found["faults"]) == (1, ["exit 1"])
 
 
 def test_read_kernel_reads_everything_once() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import Field
 
-from specdec.lab.command import command_line, head, option, parse, resume, run_main, typed, write
+from specdec.lab.command import begin, command_line, option, parse, run_main, typed, write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,21 +134,21 @@ def test_typed_reads_lists_as_tuples_and_refuses_other_types() -> None:
 def test_a_result_is_continued_with_the_same_settings_alone(tmp_path: Path) -> None:
     out = tmp_path / "folder" / "result.json"
     first = parse(Options, ["t", f"out={out}"])
-    top = head(first, torch.device("cpu"))
+    top = begin(first, torch.device("cpu"))
     assert top["settings"]["batches"] == [1, 8]
     assert not {"out", "cases", "resume"} & top["settings"].keys()
     assert {"command", "settings", "versions", "hardware", "git"} == top.keys()
-    assert resume(out, top) == top  # no file yet
+    words = ["t", f"out={out}", "cases=[none,chain:4]", "resume=true"]
+    again = begin(parse(Options, words), torch.device("cpu"))
+    assert again["settings"] == top["settings"]  # no file yet
     write(out, top | {"cases": {"a": 1}})
     assert not out.with_suffix(".tmp").exists()
 
-    words = ["t", f"out={out}", "cases=[none,chain:4]", "resume=true"]
-    again = head(parse(Options, words), torch.device("cpu"))
-    found = resume(out, again)
+    found = begin(parse(Options, words), torch.device("cpu"))
     assert found["cases"] == {"a": 1}
     assert found["command"] == f"{top['command']}; {again['command']}"
     assert json.loads(out.read_text())["command"] == top["command"]  # until it is written
+    assert "cases" not in begin(first, torch.device("cpu"))  # resume was not asked for
 
-    other = head(parse(Options, ["t", "tokens=200"]), torch.device("cpu"))
     with pytest.raises(ValueError, match=r"tokens=1000 there, 200 now; leave resume out$"):
-        resume(out, other)
+        begin(parse(Options, [*words, "tokens=200"]), torch.device("cpu"))
