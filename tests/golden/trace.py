@@ -18,8 +18,8 @@ nodes. What remains are exact ties between counts of drafters that look up texts
 
 A case is refused where the run ends with exit code 2 before its first step. The datastore is
 that of `python -m specdec.experiments.tools.build_datastore tokenizer=zoo:target
-out=tests/golden/store tests/golden/store.txt`. suffix_decoding forgets after each prompt here, because what it learns
-from earlier ones depends on which of them run side by side.
+out=tests/golden/store tests/golden/store.txt`. suffix_decoding forgets after each prompt here,
+because what it learns from earlier ones depends on which of them run side by side.
 """
 
 import argparse
