@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,10 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-def commands() -> list[str]:
-    return [line for block in blocks(PAGE, "sh") for line in block.splitlines()]
+def commands() -> list[Any]:
+    lines = [line for block in blocks(PAGE, "sh") for line in block.splitlines()]
+    slow = pytest.mark.slow
+    return [pytest.param(c, marks=[slow] if "drafter=steps" in c else []) for c in lines]
 
 
 @pytest.fixture
@@ -178,10 +181,11 @@ class Bold(TargetOnly):
 @pytest.mark.parametrize(
     ("program", "words", "message"),
     [
-        (
+        pytest.param(
             LIAR,
             "drafter=user drafter._target_=mistake.Liar +drafter.path=zoo:draft",
             "its children are not those drawn from its proposal",
+            marks=pytest.mark.slow,
         ),
         (
             ORPHANS,

@@ -62,8 +62,7 @@ def test_a_model_reads_what_quantised_pages_stand_for(lm: PagedLM, name: str) ->
     ("kv_dtype", "impl"),
     [
         *((kv_dtype, "reference") for kv_dtype in QUANTISED),
-        (torch.float8_e4m3fn, "triton"),
-        pytest.param(torch.int8, "triton", marks=pytest.mark.slow),
+        *(pytest.param(kv, "triton", marks=pytest.mark.slow) for kv in QUANTISED),
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ from tests.experiments.benched import DEVICE, ScriptedClock
 # Steps and elementwise operations
 
 
+@pytest.mark.slow
 def test_steps_agree_with_their_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "NODES", 10)
     monkeypatch.setattr(operation, "wall_us", lambda call: 1.0)

@@ -63,8 +63,9 @@ def assert_most_probable(found: tuple[Tensor, Tensor], logits: Tensor, temperatu
     for row, (numbers, chosen) in enumerate(zip(wide.tolist(), ids.tolist(), strict=True)):
         order = sorted(range(len(numbers)), key=lambda token: (-numbers[token], token))
         assert chosen == order[: len(chosen)]
+        # The order in which thousands of terms are summed in float32 is the processor's matter.
         torch.testing.assert_close(
-            probs[row].double(), expected[row, ids[row]], rtol=4e-6, atol=1e-30
+            probs[row].double(), expected[row, ids[row]], rtol=1e-5, atol=1e-30
         )
 
 

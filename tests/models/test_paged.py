@@ -57,9 +57,8 @@ def test_triton_gives_the_logits_of_the_model_s_own_attention(kind: str) -> None
         assert error(ours, expected) < FLOAT32_ROUNDING
 
 
-@pytest.mark.parametrize(
-    "kv_dtype", [pytest.param(torch.float8_e4m3fn, marks=pytest.mark.slow), torch.int8], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 def test_triton_reads_quantised_pages_as_well_as_the_reference(kv_dtype: torch.dtype) -> None:
     model = tiny("llama").to(DEVICE)
     own = own_attention(model)
