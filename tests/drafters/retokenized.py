@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specdec.drafters.vocabulary import LONGEST, Translation, Vocabulary
 
-STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 
 KEPT = 6000
 
