@@ -52,9 +52,9 @@ class ShapedDrafter(Drafter):
         candidates: children considered per node when they are sampled.
 
     Attributes:
-        composable: False if it cannot guess for trees that others have a part in: because it has
-            a `draft` or, on the host, a `commit` of its own; on the device, a `commit` without
-            `follow`.
+        composable: False if it cannot guess for trees that others have a part in. A class that
+            has a `draft` or, on the host, a `commit` of its own, or on the device a `commit`
+            without `follow`, is not, unless it says that it is.
         tree, levels: the policy of the run, and the levels to grow; 0 turns drafting off.
 
     Raises:
@@ -105,6 +105,12 @@ class GrowingDrafter(ShapedDrafter):
 
     on_device = True
     fills_scratch = False  # True if its draft lies in the scratch of the target's cache
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        alone = (cls.commit is Drafter.commit) != (cls.follow is GrowingDrafter.follow)
+        if alone and "composable" not in vars(cls):
+            cls.composable = False  # a composition calls the one or the other
 
     def begin(self, context: StepContext) -> Expand:
         """Get ready for the trees of this step: what answers their frontiers."""

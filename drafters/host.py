@@ -49,6 +49,11 @@ class HostDrafter(ShapedDrafter):
     Settings and errors are those of `ShapedDrafter`.
     """
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if {"draft", "commit"} & vars(cls).keys() and "composable" not in vars(cls):
+            cls.composable = False  # a composition calls neither
+
     def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
         super().prepare(capacity, tree)
         self.most_nodes = tree.budget + 1 if self.levels else 1

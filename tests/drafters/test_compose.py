@@ -234,8 +234,6 @@ def test_parts_that_cannot_be_composed_are_refused() -> None:
 class Told(NGram):
     """Wants to know what became of its own trees."""
 
-    composable = False
-
     def commit(self, context: StepContext, acceptance: Any, seen: Observation) -> None: ...
 
 
