@@ -3,6 +3,7 @@
 #   make test PYTEST_ARGS="-m slow"      any pytest option
 #   make run PYTHON=python3.12 VENV=../specdec-env
 #   make test PINNED=0               the newest releases instead of those in constraints.txt
+#   make newest                      a short test with pre-releases of what changes most, beside the pinned rest
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,18 +14,24 @@ PYTEST_ARGS ?=
 CPU_TORCH ?= torch==2.13.0 triton==3.9.0
 PINNED ?= 1
 
+# Where releases of hydra and transformers show: settings, the command, loading, refusals, tokens.
+SHORT ?= tests/lab/test_settings.py tests/lab/test_build.py tests/core/test_run.py tests/models/test_load.py \
+	tests/models/test_probe.py
+
 BIN := $(VENV)/bin
+NEWEST := $(VENV)/newest
 STAMP := $(VENV)/.installed
 # -q twice keeps errors and drops warnings.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 VERSIONS := $(if $(filter 0,$(PINNED)),,-c constraints.txt)
 
-.PHONY: help setup run test lint format clean
+.PHONY: help setup run test newest lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run [ARGS=...]          decode; ARGS are Hydra overrides"
 	@echo "make test [PYTEST_ARGS=...]  lint, types and tests"
+	@echo "make newest                  a short test on the newest hydra and transformers"
 	@echo "make lint                    ruff and mypy alone"
 	@echo "make format                  let ruff mend what it can"
 	@echo "make clean                   remove the environment, caches and builds"
@@ -52,6 +59,16 @@ run: setup
 
 test: lint
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+# A second environment that sees the first, and has newer hydra and transformers. What fails here is reported alone.
+newest: setup
+	@$(BIN)/python -m venv $(NEWEST)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(NEWEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pinned.pth"
+	@{ $(NEWEST)/bin/python -m pip --disable-pip-version-check -q -q install --upgrade --pre hydra-core transformers \
+		&& $(NEWEST)/bin/python -m pip --disable-pip-version-check list 2>/dev/null | grep -E '^(hydra-core|omegaconf|transformers) ' \
+		&& $(NEWEST)/bin/python -m pytest -q -n auto -p no:cacheprovider -m 'not slow and not gpu' $(SHORT); } \
+		|| echo "[newest] the newest releases cannot be had, or a test fails with them: see above; the pinned ones stand"
 
 lint: setup
 	$(BIN)/ruff check .
