@@ -21,6 +21,7 @@ from rich.console import Console
 
 from specdec.lab.build import baseline_of, build, cache_of, method_of, placement_of, typed
 from specdec.lab.experiment import Experiment, stop_tokens
+from specdec.lab.method import mark_of
 from specdec.lab.prompts import load_prompts
 from specdec.lab.runs import RunFolder
 from specdec.lab.settings import CONFIGS, ERRORS, Settings, message_of, resolved
@@ -109,12 +110,11 @@ def run(
         **limits,
         **asked,
     )
-    mark = {"synthetic": True} if method.rule.synthetic else {}
     tracker.start(
-        config={**settings, **mark},
+        config={**settings, **method.marks},
         folder=out,
         group="-".join(out.parent.parts[-2:]) if sweep else None,
-        name=("SYNTHETIC " if mark else "") + (title or method.drafter_name),
+        name=f"{mark_of(method.marks)} {title or method.drafter_name}".strip(),
     )
     try:
         summary = experiment.run(folder, tracker, Live(console))

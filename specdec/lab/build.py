@@ -4,11 +4,12 @@ refused here, in one line that names the setting."""
 import inspect
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from specdec.kernels.choose import Kernels
@@ -21,6 +22,7 @@ from specdec.tree import Children
 
 Settings = Mapping[str, Any]
 RULES = "specdec.verifier"
+OPTIONS = Path(__file__).parents[1] / "configs"
 PARTS = dict[str, Drafter]  # settings of this type are drafters in their turn
 USER_FUNCTION = "specdec.drafters.user.UserFunction"  # what makes a drafter of a function
 PLAIN = {"_target_": "specdec.drafters.none.NoDrafter"}
@@ -47,7 +49,7 @@ def method_of(settings: Settings) -> Method:
     drafter = _drafter(choices["drafter"], "drafter", settings["drafter"])
     drafter.check(tree)
     names = choices["drafter"], choices["tree"]
-    return _method(settings, names, drafter, tree, rule, sampling)
+    return _method(settings, names, drafter, tree, rule, sampling, own_parts(settings))
 
 
 def baseline_of(settings: Settings) -> Method:
@@ -56,7 +58,7 @@ def baseline_of(settings: Settings) -> Method:
     rule = _rule("greedy" if sampling.greedy else "target_only")
     tree: TreePolicy = pkgutil.resolve_name("specdec.drafters.trees.chain.Chain")(budget=0)
     drafter = _drafter("none", "drafter", PLAIN)
-    return _method(settings, ("none", "none"), drafter, tree, rule, sampling)
+    return _method(settings, ("none", "none"), drafter, tree, rule, sampling, {})
 
 
 def _method(
@@ -66,6 +68,7 @@ def _method(
     tree: TreePolicy,
     rule: AcceptanceRule,
     sampling: SamplingParams,
+    own: Mapping[str, str],
 ) -> Method:
     verifier = pkgutil.resolve_name(f"{RULES}.verifier.TreeVerifier")
     return Method(
@@ -76,7 +79,41 @@ def _method(
         rule=rule,
         sampling=sampling,
         verifier=partial(verifier, prefill_chunk=cache_of(settings).prefill_chunk),
+        own=own,
     )
+
+
+def own_parts(settings: Settings) -> dict[str, str]:
+    """What runs and is not told by the names of options, as `module.name (file)` by setting:
+    classes and functions of the user's, and those that take the place of an option's own."""
+    found = {}
+    for group in ("drafter", "tree", "acceptance"):
+        file = OPTIONS / group / f"{settings['choices'][group]}.yaml"
+        usual = yaml.safe_load(file.read_text()).get("_target_") if file.is_file() else None
+        for setting, target in _targets(group, settings[group]):
+            what = _found(setting, target)
+            ours = str(getattr(what, "__module__", "")).startswith("specdec.")
+            if not ours or (setting == group and usual not in (None, target)):
+                found[setting] = f"{target} ({_file_of(what)})"
+    return found
+
+
+def _targets(setting: str, settings: Any) -> Iterator[tuple[str, str]]:
+    """Every `_target_` of these settings and of those in them."""
+    if isinstance(settings, Mapping):
+        if isinstance(settings.get("_target_"), str):
+            yield setting, settings["_target_"]
+        for name, value in settings.items():
+            yield from _targets(f"{setting}.{name}", value)
+
+
+def _file_of(what: Any) -> str:
+    """Where a class or function is written, from the folder where one works."""
+    try:
+        path = Path(inspect.getfile(inspect.unwrap(what)))
+    except TypeError:  # an object that is called, or built in
+        path = Path(inspect.getfile(type(what)))
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def sampling_of(settings: Settings) -> SamplingParams:

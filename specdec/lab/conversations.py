@@ -1,7 +1,7 @@
 """Conversations: which turns of which prompts are still to be decoded, and what is recorded of
 them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Conversations:
         chat: as in `encode`.
         max_new_tokens: of a turn.
         finished: records of the turns that are not to be decoded.
-        synthetic: mark every record as such.
+        marks: what every record says of its text besides, as in `Method.marks`.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Conversations:
         chat: str,
         max_new_tokens: int,
         finished: Sequence[Record],
-        synthetic: bool = False,
+        marks: Mapping[str, bool],
     ) -> None:
         self.tokenizer, self.chat, self.max_new_tokens = tokenizer, chat, max_new_tokens
-        self._marks: Record = {"synthetic": True} if synthetic else {}
+        self._marks = marks
         answers: dict[tuple[int, int], list[str]] = {}
         for record in sorted(finished, key=lambda g: int(g["turn"])):
             answers.setdefault((record["prompt"], record["sample"]), []).append(record["text"])

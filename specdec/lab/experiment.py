@@ -13,7 +13,7 @@ from specdec.flight import Step
 from specdec.lab.conversations import MAX_TURNS, Conversations, prompt_of
 from specdec.lab.environment import describe_environment
 from specdec.lab.lossless import compare, follow
-from specdec.lab.method import Method
+from specdec.lab.method import MARKS, Method, mark_of
 from specdec.lab.metrics import summarise
 from specdec.lab.prompts import Prompt, encode
 from specdec.lab.records import Record, step_record
@@ -116,7 +116,8 @@ class Experiment:
         try:
             if self.baseline is not None and folder.baseline is not None:
                 self._decode(self.baseline, folder.baseline, live, "baseline", lambda step: None)
-            self._decode(self.method, folder.main, live, "speculative", tracker.step)
+            title = f"{mark_of(self.method.marks)} speculative".strip()
+            self._decode(self.method, folder.main, live, title, tracker.step)
         except KeyboardInterrupt:
             self._finish(folder, tracker, interrupted=True)
             raise
@@ -158,7 +159,7 @@ class Experiment:
             chat=self.chat,
             max_new_tokens=self.max_new_tokens,
             finished=side.generations.records,
-            synthetic=method.rule.synthetic,
+            marks=method.marks,
         )
         if not queue.open:
             return
@@ -211,6 +212,7 @@ class Experiment:
         summary: Record = {
             "schema": SCHEMA,
             **self.method.labels,
+            **({"own": dict(self.method.own)} if self.method.own else {}),
             "target": self.label,
             "kernels": self.target.kernels.impl,
             "temperature": sampling.temperature,
@@ -218,7 +220,8 @@ class Experiment:
             "batch_size": self.batch_size,
             "samples": self.samples,
             **summarise(mine, main.steps.records),
-            "synthetic": self.method.rule.synthetic,
+            **dict.fromkeys(MARKS, False),
+            **self.method.marks,
             "state": {"reset": self.method.drafter.reset},
             "resumed": self._resumed,
             "interrupted": interrupted,

@@ -1,8 +1,8 @@
 """Method: a way to decode, of which a run compares two and a study many."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from specdec.decode import Decoder
 from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, Verifier
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from specdec.models.load import Models
     from specdec.models.paged import PagedLM
 
+MARKS = ("synthetic", "lossy")
+
+
+def mark_of(record: Mapping[str, Any]) -> str:
+    """SYNTHETIC or LOSSY, which stands beside every number of a method whose outputs are not the
+    target's, or do not follow its distribution; else empty. `record` has the method's marks."""
+    return next((mark.upper() for mark in MARKS if record.get(mark)), "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -21,6 +29,8 @@ class Method:
     Args:
         drafter_name, tree_name: the options of these groups; a rule knows its own name.
         verifier: makes a verifier of the target.
+        own: what runs that these names do not tell, by setting: module, name and file of a class
+            or function of the user's.
     """
 
     drafter: Drafter
@@ -30,6 +40,7 @@ class Method:
     rule: AcceptanceRule
     sampling: SamplingParams
     verifier: "Callable[[PagedLM], Verifier]"
+    own: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def labels(self) -> dict[str, str]:
@@ -40,6 +51,15 @@ class Method:
             "children": self.tree.children,
             "acceptance": self.rule.name,
         }
+
+    @property
+    def marks(self) -> dict[str, bool]:
+        """What records, summaries and trackers say of its outputs: nothing, `synthetic` (they are
+        not meant to be the target's) or `lossy` (they do not follow its distribution)."""
+        if self.rule.synthetic:
+            return {"synthetic": True}
+        lossy = self.rule.lossy(self.tree.children, self.sampling)
+        return {"lossy": True} if lossy else {}
 
     def load(self, target: "PagedLM", models: "Models") -> None:
         """Load what the drafter needs; once, before `decoder`."""

@@ -16,6 +16,7 @@ from rich.progress import (
 from rich.table import Table
 
 from specdec.flight import Step
+from specdec.lab.method import mark_of
 from specdec.lab.metrics import VERBS
 
 Summary = dict[str, Any]
@@ -68,12 +69,13 @@ class Live:
 def show_summary(summary: Summary, console: Console) -> None:
     """Print the figures of a run, beside those of the baseline if there is one."""
     baseline = summary.get("baseline")
+    parts = {**summary, **summary.get("own", {})}
     title = (
-        f"{summary['drafter']} · tree {summary['tree']} · acceptance {summary['acceptance']} · "
+        f"{parts['drafter']} · tree {parts['tree']} · acceptance {parts['acceptance']} · "
         f"T={summary['temperature']:g} · batch {summary['batch_size']}"
     )
-    if summary["synthetic"]:
-        title = f"SYNTHETIC · {title}"
+    if mark := mark_of(summary):
+        title = f"{mark} · {title}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("speculative", justify="right")
@@ -111,7 +113,8 @@ def show_summary(summary: Summary, console: Console) -> None:
         console.print(
             "acceptance by depth: " + "  ".join(f"{i + 1}: {a:.0%}" for i, a in enumerate(depths))
         )
-    console.print(_lossless_line(summary))
+    line = _lossless_line(summary)
+    console.print(f"LOSSY acceptance; {line}" if summary["lossy"] else line)
 
 
 def show_sweep(
@@ -160,14 +163,13 @@ def _share(part: float, whole: float) -> str:
 
 
 def _lossless_cell(summary: Summary) -> str:
-    lossless = summary["lossless"]
-    if summary["synthetic"]:
-        return "SYNTHETIC"
+    lossless, mark = summary["lossless"], mark_of(summary)
+    figure = "" if mark else "-"
     if lossless.get("tokens"):
-        return f"p={lossless['p_value']:.2g}"
+        figure = f"p={lossless['p_value']:.2g}"
     if lossless.get("checked"):
-        return f"{lossless['identical']} of {lossless['checked']}"
-    return "-"
+        figure = f"{lossless['identical']} of {lossless['checked']}"
+    return f"{mark} {figure}".strip()
 
 
 def _lossless_line(summary: Summary) -> str:

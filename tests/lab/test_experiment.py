@@ -145,7 +145,7 @@ def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkey
     assert summary["lossless"] == {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
     assert all(g["synthetic"] for g in lines(tmp_path / "o/generations.jsonl"))
     assert not any("synthetic" in g for g in lines(tmp_path / "o/baseline/generations.jsonl"))
-    assert printed.count("SYNTHETIC") == 2  # the title, and instead of the lossless check
+    assert printed.count("SYNTHETIC") == 3  # progress, the title, and instead of the check
     assert started["config"]["synthetic"]
     assert started["name"].startswith("SYNTHETIC ")
 
