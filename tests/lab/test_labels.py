@@ -72,7 +72,7 @@ def guess(tokens):
 
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.delitem(sys.modules, "labelled", raising=False)
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("labelled.py").write_text(OWN)
