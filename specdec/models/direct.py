@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from specdec.models.forward import ForwardPass
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-POSITIONS_AT_ONCE = 4096  # of the table of angles
+POSITIONS_AT_ONCE = 4096  # of the tables of angles, which grow by as many
 Logits = Literal["all", "none"]
 
 
@@ -48,7 +48,7 @@ class DirectModel:
     Args:
         model: the transformers model.
         windows: sliding window of each layer, None for full attention.
-        positions: how many the model has.
+        positions: how many the model has; `reach` says how many of them are used.
         kernels: the module that computes, `specdec.kernels.reference` or `gpu`.
     """
 
@@ -65,7 +65,23 @@ class DirectModel:
             _Layer(layer, window, kernels)
             for layer, window in zip(base.layers, windows, strict=True)
         ]
-        self.cos, self.sin = _angles(base.rotary_emb, self.embedding, positions)  # [positions, D]
+        self._rotary, self._positions = base.rotary_emb, positions
+        self.cos = self.sin = self.embedding.new_empty(0, 0)  # [positions so far, D]
+        self._outgrown: list[Tensor] = []
+
+    def reach(self, positions: int) -> None:
+        """Make the tables of angles long enough for so many positions, or all the model has: a
+        configuration may state millions, and a run needs those of its longest sequence.
+
+        Tables that were too short are kept on a GPU: graphs captured over them go on using them.
+        """
+        have, wanted = len(self.cos), min(positions, self._positions)
+        if have >= wanted:
+            return
+        if have and self.cos.is_cuda:
+            self._outgrown += [self.cos, self.sin]
+        end = min(-(-wanted // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, self._positions)
+        self.cos, self.sin = _angles(self._rotary, self.embedding, end)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, paged: ForwardPass, logits: Logits | Tensor

@@ -194,7 +194,10 @@ class PagedLM:
         # Draft nodes past the end of the context are never kept; they must not reach positions the
         # model does not have.
         positions = (lengths[:, None] + offsets).clamp(max=self.max_context - 1)
-        cache.scratch(len(rows), first + offsets.shape[1])
+        nodes = first + offsets.shape[1]
+        cache.scratch(len(rows), nodes)
+        if self._direct is not None:
+            self._direct.reach(cache.pages_for(cache.max_tokens) * cache.page_size + nodes)
         return TreeLayout(
             page_table=cache.page_table.index_select(0, rows),
             context_lens=lengths,

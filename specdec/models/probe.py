@@ -110,7 +110,7 @@ def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, Dir
 
     ours, found = run(0)
     config = model.config.get_text_config()
-    shape = _common_shape(found, config)
+    shape = _common_shape(found, config, positions)
     bound = 0.1 if model.dtype.itemsize == 2 else 1e-3
     if _distance(run(5)[0], ours) > bound:
         raise UnsupportedError("its positions are absolute (learned or sinusoidal), not rotary")
@@ -120,15 +120,16 @@ def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, Dir
         )
     if not can_run_directly(model):
         return shape, None
-    windows = [found.windows[layer] for layer in range(shape.layers)]
+    windows = [_narrow(found.windows[layer], positions) for layer in range(shape.layers)]
     direct = DirectModel(model, windows, positions, kernels)
+    direct.reach(PROBE_TOKENS)
     there = Probe(shape).provide(direct.embedding)
     out = direct(tokens, places, there, "all")
     agrees = out is not None and _distance(out.float(), ours) <= bound
     return shape, direct if agrees else None
 
 
-def _common_shape(found: Probe, config: Any) -> KVShape:
+def _common_shape(found: Probe, config: Any, positions: int) -> KVShape:
     """The shape of all layers' keys and values.
 
     Raises:
@@ -141,7 +142,8 @@ def _common_shape(found: Probe, config: Any) -> KVShape:
         )
     if len(set(found.shapes.values())) != 1:
         raise UnsupportedError("its layers differ in the shape of their keys and values")
-    if found.windows != _windows(config):
+    stated = _windows(config)
+    if any(_narrow(found.windows[i], positions) != _narrow(stated[i], positions) for i in stated):
         raise UnsupportedError("its layers do not hand their sliding window on")
     return replace(found.shapes[0], layers=layers)
 
@@ -184,6 +186,11 @@ def _windows(config: Any) -> dict[int, int | None]:
     return {
         layer: window if kinds[layer] == "sliding_attention" else None for layer in range(layers)
     }
+
+
+def _narrow(window: int | None, positions: int) -> int | None:
+    """The window, None if it is as long as the context and hides nothing."""
+    return None if window is None or window >= positions else window
 
 
 def max_context(config: Any) -> int:

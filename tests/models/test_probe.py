@@ -8,10 +8,12 @@ import torch
 
 from specdec.cache import KVShape
 from specdec.models.paged import PagedLM
+from specdec.models.probe import PROBE_TOKENS
 from tests.models.tiny import (
     ACCEPTED,
     FLOAT32_ROUNDING,
     HEADS,
+    PROMPT,
     WINDOW,
     error,
     own_attention,
@@ -89,6 +91,28 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 REASONS = {reason for _, _, reason in REFUSED.values()}
+
+
+@pytest.mark.parametrize("window", [128, 129, 10**12])
+@pytest.mark.parametrize("kind", ["llama", "phimoe", "mistral", "gemma2", "qwen2"])
+def test_a_window_as_long_as_the_context_hides_nothing(kind: str, window: int) -> None:
+    """Even one that the layers keep to themselves; `tiny` models have 128 positions."""
+    settings: dict[str, Any] = {"sliding_window": window}
+    if kind in ACCEPTED:
+        settings = ACCEPTED[kind] | settings
+    model = tiny(kind, **settings)
+    own = own_attention(model)
+    for ours, expected in paged_and_own(PagedLM(model), own):
+        assert error(ours, expected) < FLOAT32_ROUNDING
+
+
+@pytest.mark.parametrize("window", [1, 2, PROBE_TOKENS, PROMPT - 1, PROMPT])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_windows_of_any_size_hide_what_they_do_in_transformers(kind: str, window: int) -> None:
+    model = tiny(kind, sliding_window=window, use_sliding_window=True, max_window_layers=1)
+    own = own_attention(model)
+    for ours, expected in paged_and_own(PagedLM(model), own):
+        assert error(ours, expected) < FLOAT32_ROUNDING
 
 
 @pytest.mark.parametrize("case", REFUSED)
