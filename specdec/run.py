@@ -22,7 +22,7 @@ from rich.console import Console
 from specdec.lab.build import baseline_of, build, cache_of, method_of, placement_of, typed
 from specdec.lab.experiment import Experiment, stop_tokens
 from specdec.lab.method import mark_of
-from specdec.lab.prompts import load_prompts
+from specdec.lab.prompts import load_prompts, unused_fields
 from specdec.lab.runs import RunFolder
 from specdec.lab.settings import CONFIGS, ERRORS, Settings, message_of, resolved
 from specdec.lab.terminal import Live, show_summary, show_sweep
@@ -97,6 +97,11 @@ def run(
     kind = pkgutil.resolve_name(settings["tracker"]["_target_"])
     tracker = build(kind, "tracker", settings["tracker"])
     models, asked = Models(placement_of(settings)), _asked(settings, method.sampling)
+    unused = unused_fields(asked["prompts"])
+    if unused:
+        console.print(
+            f"not used of the prompts: {', '.join(unused)}", soft_wrap=True, markup=False
+        )
     folder = RunFolder(out, config=settings, resume=flags["resume"], volatile=VOLATILE)
     target = models.load(str(settings["target"]["path"]), setting="target.path")
     method.load(target, models)

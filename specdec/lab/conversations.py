@@ -1,7 +1,7 @@
 """Conversations: which turns of which prompts are still to be decoded, and what is recorded of
 them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,10 @@ from specdec.lab.prompts import Prompt, encode
 from specdec.lab.records import Record
 from specdec.request import Decoding, Request
 
-MAX_TURNS = 1000  # of a conversation, and
-MAX_PROMPTS = 1_000_000  # of a set: they keep request numbers apart
+# A request number has these fields in decimal, the lowest first: it seeds random numbers, and has
+# to fit 63 bits. What is longer than the first two goes on in the last two.
+TURNS, PROMPTS, SAMPLES = 10**3, 10**6, 10**6
+MORE_TURNS, MORE_PROMPTS = 100, 92
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,20 +30,46 @@ class Conversation:
     answers: list[str]
 
     @property
-    def number(self) -> int:
+    def key(self) -> tuple[int, int]:
         """Unique in a run."""
-        return self.sample * MAX_PROMPTS + self.prompt.index
+        return self.prompt.index, self.sample
 
     @property
     def finished(self) -> bool:
         return len(self.answers) == len(self.prompt.turns)
 
 
+def number_of(index: int, sample: int, turn: int) -> int:
+    """The number of a request: of index of the prompt, sample and turn."""
+    more_prompts, index = divmod(index, PROMPTS)
+    more_turns, turn = divmod(turn, TURNS)
+    more = more_prompts * MORE_TURNS + more_turns
+    return ((more * SAMPLES + sample) * PROMPTS + index) * TURNS + turn
+
+
 def prompt_of(request: int) -> tuple[int, int, int]:
     """Index of the prompt, sample and turn of a request."""
-    conversation, turn = divmod(request, MAX_TURNS)
-    sample, index = divmod(conversation, MAX_PROMPTS)
-    return index, sample, turn
+    rest, turn = divmod(request, TURNS)
+    rest, index = divmod(rest, PROMPTS)
+    more, sample = divmod(rest, SAMPLES)
+    more_prompts, more_turns = divmod(more, MORE_TURNS)
+    return more_prompts * PROMPTS + index, sample, more_turns * TURNS + turn
+
+
+def check_numbers(prompts: Sequence[Prompt], samples: int) -> None:
+    """Raise ValueError for more than there are request numbers."""
+    if samples > SAMPLES:
+        raise ValueError(f"prompts.samples={samples}: at most {SAMPLES}")
+    for prompt in prompts:
+        if prompt.index >= MORE_PROMPTS * PROMPTS:
+            raise ValueError(
+                f"prompts.limit: a run has at most {MORE_PROMPTS * PROMPTS} prompts; set it lower"
+            )
+        if len(prompt.turns) > MORE_TURNS * TURNS:
+            raise ValueError(
+                f"prompt {prompt.id!r} has {len(prompt.turns)} turns; a conversation has at most "
+                f"{MORE_TURNS * TURNS}"
+            )
 
 
 class Conversations:
@@ -79,7 +107,7 @@ class Conversations:
             for prompt in prompts
             for sample in range(samples)
         )
-        self.open = {c.number: c for c in conversations if not c.finished}
+        self.open = {c.key: c for c in conversations if not c.finished}
         self.turns = sum(len(c.prompt.turns) - len(c.answers) for c in self.open.values())
 
     def begin(self, decoder: Decoder) -> Iterator[Record]:
@@ -91,8 +119,10 @@ class Conversations:
         """A turn is decoded: yields its record and, once the next one is asked, of what is
         skipped."""
         assert sequence.finish_reason is not None
-        conversation = self.open[sequence.request.id // MAX_TURNS]
-        record = self._record(conversation, sequence, sequence.finish_reason)
+        conversation = self.open[prompt_of(sequence.request.id)[:2]]
+        record = self._record(
+            conversation, sequence, sequence.finish_reason, stop_tokens=decoder.stop_tokens
+        )
         conversation.answers.append(record["text"])
         yield {**record, "accepted_lengths": sequence.accepted_lengths}
         yield from self._ask(decoder, conversation, first=True)
@@ -108,7 +138,7 @@ class Conversations:
                 self.tokenizer, conversation.prompt, chat=self.chat, answers=conversation.answers
             )
             request = Request(
-                id=conversation.number * MAX_TURNS + turn,
+                id=number_of(*conversation.key, turn),
                 prompt_ids=ids,
                 max_new_tokens=self.max_new_tokens,
                 category=conversation.prompt.category,
@@ -120,8 +150,16 @@ class Conversations:
             yield self._record(conversation, skipped, "context")
             conversation.answers.append("")
 
-    def _record(self, conversation: Conversation, sequence: Decoding, reason: str) -> Record:
+    def _record(
+        self,
+        conversation: Conversation,
+        sequence: Decoding,
+        reason: str,
+        stop_tokens: Collection[int] = (),
+    ) -> Record:
         request, output, steps = sequence.request, sequence.output_ids, sequence.steps
+        # What ends an answer is no part of it, whether or not its tokenizer calls it special.
+        said = output[:-1] if output and output[-1] in stop_tokens else output
         index, sample, turn = prompt_of(request.id)
         return {
             "request": request.id,
@@ -132,7 +170,7 @@ class Conversations:
             "category": conversation.prompt.category,
             "prompt_ids": list(request.prompt_ids),
             "output_ids": output,
-            "text": self.tokenizer.decode(output, skip_special_tokens=True),
+            "text": _writable(self.tokenizer.decode(said, skip_special_tokens=True)),
             "finish_reason": reason,
             "tokens": len(output),
             "steps": steps,
@@ -140,3 +178,8 @@ class Conversations:
             "accepted_length": len(output) / steps if steps else 0.0,
             **self._marks,
         }
+
+
+def _writable(text: str) -> str:
+    """The text in characters that a file can hold: a tokenizer may make half a surrogate pair."""
+    return text.encode("utf-8", "replace").decode("utf-8")

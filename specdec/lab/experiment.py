@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from specdec.flight import Step
-from specdec.lab.conversations import MAX_TURNS, Conversations, prompt_of
+from specdec.lab.conversations import Conversations, check_numbers, number_of, prompt_of
 from specdec.lab.environment import describe_environment
 from specdec.lab.lossless import compare, follow
 from specdec.lab.method import MARKS, Method, mark_of
@@ -65,6 +65,7 @@ class Experiment:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
+        check_numbers(self.prompts, self.samples)
         self.capacity = self.cache.capacity(
             rows=self.batch_size, max_tokens=self._longest(), device=self.target.device
         )
@@ -81,7 +82,7 @@ class Experiment:
             ids = encode(self.target.tokenizer, prompt, chat=self.chat)
             if len(ids) >= context:
                 raise ValueError(
-                    f"prompt {prompt.id}: {len(ids)} tokens leave no room in the context of "
+                    f"prompt {prompt.id!r}: {len(ids)} tokens leave no room in the context of "
                     f"{context}; shorten it, or leave it out with prompts.limit"
                 )
             later = len(prompt.turns) - 1
@@ -202,7 +203,7 @@ class Experiment:
         try:
             session.warm_up(ids, min(WARM_UP_TOKENS, self.max_new_tokens))
         except DraftError as error:
-            first = self.prompts[0].index * MAX_TURNS
+            first = number_of(self.prompts[0].index, 0, 0)
             reason = f"{error.reason}, while warming up"
             raise DraftError(error.drafter, [first], reason) from error
 
