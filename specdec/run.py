@@ -134,7 +134,7 @@ def run(
     return summary
 
 
-def _asked(settings: Settings, sampling: SamplingParams) -> dict[str, Any]:
+def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> dict[str, Any]:
     """What is decoded: prompts, samples of each, and whether a chat template is applied."""
     kinds = {**get_type_hints(load_prompts), "chat": str, "samples": int}
     source = {}
@@ -150,7 +150,12 @@ def _asked(settings: Settings, sampling: SamplingParams) -> dict[str, Any]:
             f"prompts.samples={samples}: at temperature 0 all of them are the same; use "
             f"sampling=sample or prompts.samples=1"
         )
-    return {"prompts": load_prompts(**source), "samples": samples, "chat": chat}
+    prompts = load_prompts(**source)
+    unused = unused_fields(prompts)
+    if unused:
+        said = f"fields of the prompts that are not used: {', '.join(unused)}"
+        console.print(said, soft_wrap=True, markup=False)
+    return {"prompts": prompts, "samples": samples, "chat": chat}
 
 
 def _refuse(message: str, words: Sequence[str] = ()) -> None:

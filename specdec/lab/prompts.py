@@ -136,32 +136,44 @@ def encode(
             "use auto or never"
         )
 
-    messages = _dialogue(prompt, answers)
-    tools = bool(prompt.tools) or any(one.get("tool_calls") for one in messages)
-    if chat == "always" or (chat == "auto" and has_template and prompt.conversation):
-        try:
-            text = templated(tokenizer, messages, prompt.tools)
-        except ValueError as error:
-            mend = "use another model, or remove the prompt" if tools else "use never"
-            raise ValueError(
-                f"prompts.chat={chat!r}: the chat template of {tokenizer.name_or_path!r} refuses "
-                f"prompt {prompt.id!r} ({error}); {mend}"
-            ) from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        if tools:
-            raise ValueError(
-                f"prompts.chat={chat!r}: prompt {prompt.id!r} has tools, which only a chat "
-                "template can tell a model; use auto and a model that has one, or remove the "
-                "prompt"
-            )
-        ids = tokenizer("\n\n".join(one["content"] for one in messages))["input_ids"]
+    told = chat == "always" or (chat == "auto" and has_template and prompt.conversation)
+    ids = (_templated if told else _joined)(tokenizer, prompt, _dialogue(prompt, answers), chat)
     if not ids:
         raise ValueError(
             f"prompts.chat={chat!r}: prompt {prompt.id!r} encodes to no tokens with this "
             "tokenizer; remove the prompt or use another tokenizer"
         )
-    return list(ids)
+    return ids
+
+
+def _templated(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, messages: list[Message], chat: str
+) -> list[int]:
+    try:
+        text = templated(tokenizer, messages, prompt.tools)
+    except ValueError as error:
+        tools = _has_tools(prompt, messages)
+        mend = "use another model, or remove the prompt" if tools else "use never"
+        raise ValueError(
+            f"prompts.chat={chat!r}: the chat template of {tokenizer.name_or_path!r} refuses "
+            f"prompt {prompt.id!r} ({error}); {mend}"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _joined(
+    tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, messages: list[Message], chat: str
+) -> list[int]:
+    if _has_tools(prompt, messages):
+        raise ValueError(
+            f"prompts.chat={chat!r}: prompt {prompt.id!r} has tools, which only a chat template "
+            "can tell a model; use auto and a model that has one, or remove the prompt"
+        )
+    return list(tokenizer("\n\n".join(one["content"] for one in messages))["input_ids"])
+
+
+def _has_tools(prompt: Prompt, messages: Sequence[Message]) -> bool:
+    return bool(prompt.tools) or any(one.get("tool_calls") for one in messages)
 
 
 def _dialogue(prompt: Prompt, answers: Sequence[str]) -> list[Message]:
