@@ -96,12 +96,7 @@ def run(
     flags = {name: typed(name, settings[name], bool) for name in FLAGS}
     kind = pkgutil.resolve_name(settings["tracker"]["_target_"])
     tracker = build(kind, "tracker", settings["tracker"])
-    models, asked = Models(placement_of(settings)), _asked(settings, method.sampling)
-    unused = unused_fields(asked["prompts"])
-    if unused:
-        console.print(
-            f"not used of the prompts: {', '.join(unused)}", soft_wrap=True, markup=False
-        )
+    models, asked = Models(placement_of(settings)), _asked(settings, method.sampling, console)
     folder = RunFolder(out, config=settings, resume=flags["resume"], volatile=VOLATILE)
     target = models.load(str(settings["target"]["path"]), setting="target.path")
     method.load(target, models)
