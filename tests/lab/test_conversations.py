@@ -66,7 +66,7 @@ def conversation(*turns: str, index: int = 0) -> Prompt:
 
 def conversations(tokenizer: Any, *prompts: Prompt, samples: int = 1) -> Conversations:
     return Conversations(
-        tokenizer, prompts, samples=samples, chat="auto", max_new_tokens=8, finished=[]
+        tokenizer, prompts, samples=samples, chat="auto", max_new_tokens=8, finished=[], marks={}
     )
 
 
