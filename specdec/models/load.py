@@ -1,6 +1,7 @@
 """Where models come from: the built-in ones, stand-ins, folders and the Hugging Face hub."""
 
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -10,6 +11,7 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config
 from specdec.models.standin import named_shape, standin
+from specdec.models.weights import check_files, check_finite, check_report, folder_of
 
 CPU = Placement()
 
@@ -53,19 +55,69 @@ def load_model(path: str, placement: Placement = CPU, *, setting: str = "path") 
         where = str(Path(path).expanduser())
         if not Path(where).is_dir():
             raise ValueError(f"{name}: no such folder; give a model folder, a hub id or zoo:NAME")
+    model, tokenizer = _load_files(where, placement, name)
+    return PagedLM(model, tokenizer, name=name, kernels=kernels)
+
+
+def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
+    """The model and the tokenizer of a folder or hub id, exactly as the files have them.
+
+    Raises:
+        ValueError: files that are broken, or are no causal LM that can be run.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    local = Path(where).is_dir()
     try:
+        if local:
+            check_files(Path(where), name, complete=True)
         config = AutoConfig.from_pretrained(where)
         check_config(config)
-        transformers.utils.logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        folder = folder_of(where)
+        if folder is not None and not local:
+            check_files(folder, name, complete=False)
+        tokenizer = _tokenizer(where, name)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            dtype=placement.dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # the report has them, with both shapes
+            output_loading_info=True,
+        )
+        folder = folder_of(where)
+        check_report(report, folder, name)
+        model = model.to(placement.device)
+        check_finite(model, folder, name)
     except UnsupportedError as reason:
         kind = (config.architectures or [config.model_type])[0]
         raise ValueError(f"{name}: {kind} cannot run over the paged cache: {reason}") from None
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name}: cannot be loaded as a causal LM: {first}") from None
-    return PagedLM(model.to(device), tokenizer, name=name, kernels=kernels)
+    except Exception as error:  # of any class: a configuration can hold anything
+        if str(error).startswith(f"{name}: "):
+            raise
+        reason = _first_line(error)
+        raise ValueError(f"{name}: cannot be loaded as a causal LM: {reason}") from error
+    return model, tokenizer
+
+
+def _tokenizer(where: str, name: str) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except Exception as error:  # of any class, as above
+        reason = _first_line(error)
+    else:
+        if set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+            return tokenizer
+        reason = "they hold no tokens"
+    raise ValueError(
+        f"{name}: cannot be loaded as a causal LM: its files make no tokenizer; put its "
+        f"tokenizer.json beside the weights ({reason})"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    said = isinstance(error, OSError | ValueError)  # others say little without their class
+    return first if said else f"{type(error).__name__}: {first}"
 
 
 def zoo_path(name: str, setting: str = "path") -> Path:

@@ -1,0 +1,202 @@
+"""Files of models: whether they are whole, and hold every number that a model computes with.
+
+What a file lacks transformers makes up at random, and says so in a log. Here its report is read,
+and files are looked at before anything is loaded.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TEXTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    INDEX,
+)
+NO_MODEL = {  # how files begin that came instead of a model's
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+    b"<!doctype": "is an HTML page; download the file itself",
+    b"<html": "is an HTML page; download the file itself",
+}
+AGAIN = "download it again"
+
+
+def folder_of(where: str) -> Path | None:
+    """Where the files of a model lie, given its folder or hub id; None if nothing of it is here.
+
+    Raises:
+        ValueError: not even the name of a model.
+    """
+    if Path(where).is_dir():
+        return Path(where)
+    found = try_to_load_from_cache(where, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def check_files(folder: Path, name: str, *, complete: bool) -> None:
+    """Look at the files of a model, without reading weights.
+
+    Args:
+        name: setting and value, for messages.
+        complete: False for a folder that files may still be downloaded to.
+
+    Raises:
+        ValueError: a file that is missing, cut, or something else than its name says.
+    """
+    for file in [*(folder / text for text in TEXTS), *sorted(folder.glob("*.model"))]:
+        if file.exists():
+            _check_kind(file, name)
+            if file.suffix == ".json":
+                found = _read_object(file, name)
+                if file.name == INDEX and not {"metadata", "weight_map"} <= found.keys():
+                    raise ValueError(f"{name}: {INDEX} has no metadata or weight_map; {AGAIN}")
+    files = weight_files(folder)
+    if complete and not files and any(folder.glob("*.bin")):
+        raise ValueError(
+            f"{name}: its weights are pickles (*.bin), which are not read; save them as "
+            f"{WEIGHTS}, by save_pretrained of transformers"
+        )
+    for file in files:
+        if file.exists():
+            _check_kind(file, name)
+            _tensors_in(file, name)
+        elif complete:
+            raise ValueError(
+                f"{name}: {file.name} is missing, which {INDEX} names; download it as well"
+            )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, as transformers chooses them; none if there are none."""
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return [folder / WEIGHTS] if (folder / WEIGHTS).exists() else []
+    places = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    return [folder / file for file in sorted(set(map(str, dict(places).values())))]
+
+
+def check_report(report: Mapping[str, Any], folder: Path | None, name: str) -> None:
+    """Refuse what transformers says it had to make up, or to leave out, while it loaded a model.
+    Tied weights and names that the class of the model ignores are not in its report.
+
+    Args:
+        report: missing_keys, unexpected_keys, mismatched_keys (with both shapes), error_msgs.
+        folder: where the files lie, if that is known.
+        name: setting and value, for messages.
+
+    Raises:
+        ValueError: one line that names a file and a tensor.
+    """
+    missing, unknown, shapes, errors = (
+        sorted(report.get(part, ()))
+        for part in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    )
+    mend = "config.json and weights must be of one model: download both again"
+    if shapes:
+        key, there, wanted = shapes[0]
+        raise ValueError(
+            f"{name}: {_file_of(key, folder)} holds {key} with shape {list(there)}, and "
+            f"config.json asks for {list(wanted)}{_more(shapes)}; {mend}"
+        )
+    if missing:
+        instead = f", but {unknown[0]}{_more(unknown)} instead" if unknown else ""
+        raise ValueError(
+            f"{name}: {_file_of(missing[0], folder)} has no {missing[0]}{_more(missing)}, which "
+            f"config.json asks for{instead}; {mend}"
+        )
+    if unknown:
+        raise ValueError(
+            f"{name}: {_file_of(unknown[0], folder)} holds {unknown[0]}{_more(unknown)}, for "
+            f"which config.json has no place; {mend}"
+        )
+    if errors:
+        raise ValueError(f"{name}: {' '.join(str(errors[0]).split())}; {mend}")
+
+
+@torch.no_grad()
+def check_finite(model: Any, folder: Path | None, name: str) -> None:
+    """Refuse weights that are NaN or infinite: one pass over them, and one wait for the device.
+
+    Raises:
+        ValueError: one line that names a file and a tensor.
+    """
+    tensors = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        # Quantised weights are tensors of classes of their own, or of types without infinities.
+        if type(tensor) is Tensor and tensor.is_floating_point() and tensor.itemsize > 1
+    }
+    ends = [torch.stack(one.aminmax()).double() for one in tensors.values() if one.numel()]
+    if not ends:
+        return
+    wrong = ~torch.stack(ends).isfinite().all(1).cpu()
+    if bool(wrong.any()):
+        keys = [key for key, tensor in tensors.items() if tensor.numel()]
+        bad = [key for key, no in zip(keys, wrong.tolist(), strict=True) if no]
+        raise ValueError(
+            f"{name}: {_file_of(bad[0], folder)} gives {bad[0]}{_more(bad)} values that are NaN "
+            f"or infinite in {str(tensors[bad[0]].dtype).removeprefix('torch.')}; take other "
+            f"weights, or another dtype if they are finite there"
+        )
+
+
+def _check_kind(file: Path, name: str) -> None:
+    """Raise ValueError for what often lies where a model's file should."""
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(64).lower()
+    except OSError as error:
+        raise ValueError(f"{name}: {file.name} cannot be read: {error.strerror}") from None
+    if not head:
+        raise ValueError(f"{name}: {file.name} is empty; {AGAIN}")
+    for beginning, reason in NO_MODEL.items():
+        if head.lstrip().startswith(beginning):
+            raise ValueError(f"{name}: {file.name} {reason}")
+
+
+def _read_object(file: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: {file.name} is not JSON ({reason}); {AGAIN}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: {file.name} is JSON, but no object; {AGAIN}")
+    return found
+
+
+def _tensors_in(file: Path, name: str) -> list[str]:
+    """Names of the tensors of a safetensors file; opening it compares its header with its size."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name}: {file.name} is cut or no safetensors file ({reason}); {AGAIN}"
+        ) from None
+
+
+def _file_of(key: str, folder: Path | None) -> str:
+    """The file that holds a tensor, or should: the one with its neighbours' names unknown, the
+    index of all of them."""
+    files = [] if folder is None else [file for file in weight_files(folder) if file.exists()]
+    for file in files:
+        if key in _tensors_in(file, file.name):
+            return file.name
+    return files[0].name if len(files) == 1 else INDEX if files else "the file"
+
+
+def _more(found: list[Any]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
