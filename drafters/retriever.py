@@ -2,6 +2,7 @@
 outputs, in a datastore."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import Literal
 
 from specdec.drafters.automaton import END, Automaton
@@ -82,11 +83,13 @@ class Retriever(HostDrafter):
         self.reset = reset
         self.folder = datastore
         self.datastore: Datastore | None = None
+        self.vocab_size = 0
         self._history: Memory[Automaton] = Memory(reset, Automaton)
         self._own: dict[int, Automaton] = {}  # by row
         self._matched: dict[int, int] = {}  # by row
 
     def load(self, target: PagedLM, models: Models) -> None:
+        self.vocab_size = target.vocab_size
         if self.folder is not None:
             self.datastore = Datastore.open(self.folder, tokenizer=target.tokenizer)
 
@@ -130,7 +133,9 @@ class Retriever(HostDrafter):
             if match is not None:
                 most = reach(match.length, levels, self.max_spec_factor)
                 paths = self.datastore.continuations(match, most, self.samples)
-                yield match.length, [(path, 1) for path in paths if path]
+                # Its tokenizer may have tokens that the target has no row for.
+                known = (tuple(takewhile(self.vocab_size.__gt__, path)) for path in paths)
+                yield match.length, [(path, 1) for path in known if path]
 
     def _texts(self, sequence: Decoding) -> Iterator[Automaton]:
         if self.own_text:

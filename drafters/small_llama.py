@@ -1,6 +1,7 @@
 """drafter=small_llama: a small causal language model of the target's vocabulary."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from specdec.tree import Acceptance, TokenTree
 
 class SmallLlama(GrowingDrafter):
     """Drafts with a causal LM, any that shares the target's vocabulary (Leviathan et al. 2023;
-    SpecInfer).
+    SpecInfer). One of the two may have rows for more tokens than the other, as in the families of
+    Qwen: it drafts what both have, and reads a token of the target's alone as another.
 
     It has its own paged cache. Each draft begins by committing what the last step added and no
     pass of the drafter has seen: the root, and perhaps the node before it. Then every level of the
@@ -193,10 +195,14 @@ class SmallLlama(GrowingDrafter):
         """Make sure that the two models speak of the same tokens, `vocab_size` of them."""
         check_vocabulary(self.lm, target, setting=f"drafter.path={self.path}")
         self.vocab_size = min(self.lm.vocab_size, target.vocab_size)
+        self._fewer = self.lm.vocab_size < target.vocab_size
 
     def _reread(self, sequence: Decoding) -> Decoding:
         """A sequence that joins, in its own tokens."""
-        return sequence
+        if not self._fewer:
+            return sequence
+        last = self.vocab_size - 1
+        return replace(sequence, tokens=[min(token, last) for token in sequence.tokens])
 
     def _spelled(self, count: int) -> int:
         """How many of its own tokens so many of the target's are at most."""
@@ -205,11 +211,11 @@ class SmallLlama(GrowingDrafter):
     def _spell(self, tokens: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """The first `count` [B] of the target's tokens [B, n], in its own: [B, m], and how many of
         them."""
-        return tokens, count
+        return self._own(tokens), count
 
     def _own(self, tokens: Tensor) -> Tensor:
-        """Its own ids of drafted tokens."""
-        return tokens
+        """Its own ids of tokens of the target; its last one for those it has no row for."""
+        return tokens.clamp(max=self.vocab_size - 1) if self._fewer else tokens
 
     def _shared(self, logits: Tensor) -> Tensor:
         """The columns of the tokens it may draft, `vocab_size` of them."""
@@ -221,13 +227,17 @@ class SmallLlama(GrowingDrafter):
 
 
 def check_vocabulary(draft: PagedLM, target: PagedLM, *, setting: str) -> None:
-    """Raise ValueError, naming the setting, unless equal token ids mean equal tokens in both
-    models."""
+    """Raise ValueError, naming the setting, unless token ids that both models have rows for mean
+    equal tokens."""
     if draft.tokenizer is not None and target.tokenizer is not None:
         mine, theirs = draft.tokenizer.get_vocab(), target.tokenizer.get_vocab()
-        if mine == theirs:
+        rows = min(draft.vocab_size, target.vocab_size)
+        own = {i: token for token, i in mine.items() if i < rows}
+        other = {i: token for token, i in theirs.items() if i < rows}
+        both = own.keys() & other.keys()
+        differing = 2 * sum(own[i] != other[i] for i in both)
+        if both and not differing:
             return
-        differing = len(mine.items() ^ theirs.items())
         detail = f"{len(mine)} and {len(theirs)} tokens, {differing} entries differ"
     elif draft.vocab_size == target.vocab_size:
         return
@@ -235,5 +245,5 @@ def check_vocabulary(draft: PagedLM, target: PagedLM, *, setting: str) -> None:
         detail = f"{draft.vocab_size} and {target.vocab_size} tokens"
     raise ValueError(
         f"{setting}: its vocabulary is not the target's ({detail}); "
-        f"choose a draft with the same tokenizer"
+        f"choose a draft with the same tokenizer, or drafter=translated"
     )

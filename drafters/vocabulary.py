@@ -77,7 +77,8 @@ class Vocabulary:
         for i in late:
             self.ids.setdefault(self.bytes[i], i)
         first = tokenizer("a").input_ids[:1]
-        self.beginning: list[int] = first if first == [tokenizer.bos_token_id] else []
+        begins = first == [tokenizer.bos_token_id] and first[0] < size
+        self.beginning: list[int] = first if begins else []
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Tokens of each text, without any that are put around it."""
@@ -139,7 +140,10 @@ class Translation:
     def __init__(
         self, target: Any, draft: Any, *, target_size: int, draft_size: int, name: str
     ) -> None:
-        self.same = None not in (target, draft) and target.get_vocab() == draft.get_vocab()
+        self.same = None not in (target, draft) and (
+            target.get_vocab() == draft.get_vocab()
+            or _with_rows(target, target_size) == _with_rows(draft, draft_size)
+        )
         if self.same:
             both = min(target_size, draft_size)
             self.pairs = {i: i for i in range(both)}
@@ -150,7 +154,7 @@ class Translation:
         own = Vocabulary(draft, draft_size, name=name)
         self._target, self._draft = theirs, own
         unknown = own.tokenizer.unk_token_id
-        self._nothing = own.ids.get(b" ", 0) if unknown is None else unknown
+        self._nothing = unknown if unknown in own.special else own.ids.get(b" ", 0)
         self.pairs = {i: own.ids[piece] for piece, i in theirs.ids.items() if piece in own.ids}
         self.ordinary, self.shared = len(theirs.bytes), len(self.pairs)
         texts = {text: i for i, text in own.special.items()}
@@ -177,7 +181,7 @@ class Translation:
         is encoded anew, special tokens one by one. Of what is longer the end is kept, after the
         token that begins a text if the draft's tokenizer puts one there."""
         if self.same:
-            return list(ids[-most:])
+            return [self.spellings[i][0] for i in ids[-most:]]
         theirs, own = self._target, self._draft
         bos = theirs.tokenizer.bos_token_id
         if ids[0] == bos and (own.beginning or bos not in self.pairs):
@@ -191,6 +195,11 @@ class Translation:
                 body += own.encode([text])[0]
         room = max(1, most - len(own.beginning))
         return [*own.beginning, *body[-room:]][-most:] or [self._nothing]
+
+
+def _with_rows(tokenizer: Any, size: int) -> dict[str, int]:
+    """The tokens that a model of so many rows has."""
+    return {token: i for token, i in tokenizer.get_vocab().items() if i < size}
 
 
 def _texts(pieces: Sequence[bytes]) -> Iterator[tuple[bytes, str]]:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from specdec.batch import SIZES, Batch, Batches, HostTrees
-from specdec.flight import Flight, Step, Yield
+from specdec.flight import BAD_TARGET, Flight, Step, Yield
 from specdec.graphs import Graphs
 from specdec.observation import Observation
 from specdec.protocols import (
     AcceptanceRule,
     Drafter,
     DraftError,
+    LogitsError,
     StepContext,
     TreePolicy,
     Verifier,
@@ -123,7 +124,8 @@ class Decoder:
 
         Raises:
             ValueError: as `submit`, or a request that the whole page pool cannot hold.
-            DraftError: the drafter raised something.
+            DraftError: the drafter raised something, or its probabilities are NaN.
+            LogitsError: the target's logits are.
         """
         for request in requests:
             self.submit(request)
@@ -343,7 +345,7 @@ class Decoder:
     ) -> tuple[Acceptance, Yield]:
         acceptance = self.rule.accept(context, tree, logits)
         told = Observation() if self.drafter.on_device else seen
-        return acceptance, Yield.of(tree, acceptance, told)
+        return acceptance, Yield.of(tree, acceptance, told, logits)
 
     def _commit(
         self, context: StepContext, batch: Batch, acceptance: Acceptance, seen: Observation
@@ -360,11 +362,24 @@ class Decoder:
         """Give sequences their new tokens, and a drafter on the host what was kept: what a `Step`
         holds, without the times."""
         flight.wait()
+        self._check(flight)
         if not self.drafter.on_device:
             with self._blame(flight.sequences):
                 kept, seen = flight.results.acceptance(len(flight.sequences))
                 self.drafter.commit(flight.context, kept, seen)
         return flight.land(self._append, self.drafter.sources)
+
+    def _check(self, flight: Flight) -> None:
+        """Stop where numbers were none: nothing that follows would be the target's."""
+        faults = flight.results.faults(len(flight.sequences))
+        for sequence, fault in zip(flight.sequences, faults, strict=True):
+            if not fault or sequence.finish_reason:
+                continue
+            request, when = [sequence.request.id], f"step {sequence.steps + 1}"
+            if fault & BAD_TARGET:
+                raise LogitsError(request, when)
+            drafter = self.drafter.name or type(self.drafter).__name__
+            raise DraftError(drafter, request, f"{when}: its probabilities are NaN")
 
     def _limits(self, sequence: Decoding) -> tuple[int, int]:
         """Tokens it may still get, by its request and by the context."""

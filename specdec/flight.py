@@ -10,8 +10,11 @@ from torch import Tensor
 from specdec.observation import Observation
 from specdec.protocols import StepContext
 from specdec.request import Decoding
+from specdec.sampling import sound
 from specdec.timing import Laps
 from specdec.tree import Acceptance, TokenTree
+
+BAD_TARGET, BAD_DRAFT = 1, 2  # faults: logits that make no distribution, probabilities that are NaN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,17 +48,21 @@ class Yield:
 
     Args:
         packed: [B, W] int64, the parts of `widths` side by side.
-        widths: of new tokens, nodes and next token; parents; path; tokens; then, where there are
-            any, sources and observed tokens of the N nodes.
+        widths: of new tokens, nodes, next token and fault; parents; path; tokens; then, where
+            there are any, sources and observed tokens of the N nodes.
     """
 
     packed: Tensor
     widths: tuple[int, ...]
 
     @classmethod
-    def of(cls, tree: TokenTree, acceptance: Acceptance, seen: Observation) -> "Yield":
-        """Pack it, with what the host is to know of what was seen."""
-        numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token], dim=1)
+    def of(
+        cls, tree: TokenTree, acceptance: Acceptance, seen: Observation, logits: Tensor
+    ) -> "Yield":
+        """Pack it, with what the host is to know of what was seen, and whether it can be relied
+        on."""
+        faults = _faults(tree, acceptance, logits)
+        numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token, faults], dim=1)
         nothing = numbers[:, :0]
         parts = [
             numbers,
@@ -81,6 +88,10 @@ class Yield:
     def parts(self, batch: int) -> tuple[Tensor, ...]:
         """As in `widths`, of the first sequences."""
         return self.packed[:batch].split(self.widths, dim=1)
+
+    def faults(self, batch: int) -> list[int]:
+        """Of the first sequences: 0, or what was not finite, `BAD_TARGET`, `BAD_DRAFT` or both."""
+        return self.parts(batch)[0][:, 3].tolist()
 
     def acceptance(self, batch: int) -> tuple[Acceptance, Observation]:
         """What a drafter that works on the host is told."""
@@ -128,7 +139,7 @@ class Flight:
         step: dict[str, list[Any]] = {name: [] for name in names}
         parts = self.results.parts(len(self.sequences))[:5]
         rows = zip(self.sequences, *(part.tolist() for part in parts), strict=True)
-        for sequence, (length, size, _), parents, path, new, source in rows:
+        for sequence, (length, size, *_), parents, path, new, source in rows:
             if sequence.finish_reason:
                 continue
             finish(sequence, new[:length])
@@ -147,6 +158,17 @@ class Flight:
                 }
             )
         return step
+
+
+def _faults(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:
+    """[B] int64, as in `Yield.faults`. Of the target's logits [B, N, V] those at nodes of the path
+    are looked at, which is all that became of the step."""
+    path = acceptance.path
+    rows = torch.arange(len(path), device=path.device)[:, None]
+    faults = (~sound(logits[rows, path])).any(1) * BAD_TARGET
+    if tree.proposal is not None:
+        faults = faults + tree.proposal.probs.isnan().flatten(1).any(1) * BAD_DRAFT
+    return faults
 
 
 def _depth(parents: list[int]) -> int:

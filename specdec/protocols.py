@@ -87,6 +87,19 @@ class DraftError(RuntimeError):
         )
 
 
+class LogitsError(RuntimeError):
+    """The target's logits make no distribution, as `specdec.sampling.sound` has it.
+
+    Args:
+        requests: ids of what was decoded.
+        reason: when it happened.
+    """
+
+    def __init__(self, requests: Sequence[int], reason: str) -> None:
+        super().__init__(f"NaN or infinite logits on request {requests[0]}, {reason}")
+        self.requests, self.reason = list(requests), reason
+
+
 class Drafter:
     """Guesses a tree of next tokens for each sequence. `draft` is the only method a drafter must
     have.

@@ -67,6 +67,12 @@ class SamplingParams:
         return any(value is not None for value in (self.top_k, self.top_p, self.min_p))
 
 
+def sound(logits: Tensor) -> Tensor:
+    """[...] bool: whether logits [..., V] make a distribution, without NaN or plus infinity, and
+    not minus infinity all of them. The largest is finite then, and only then."""
+    return logits.amax(-1).isfinite()
+
+
 def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     """The distribution tokens are drawn from under `params`.
 

@@ -77,6 +77,7 @@ class Conversations:
 
     Args:
         tokenizer: of the target.
+        vocab_size: tokens that the target has.
         prompts: each is asked `samples` times.
         chat: as in `encode`.
         max_new_tokens: of a turn.
@@ -89,6 +90,7 @@ class Conversations:
         tokenizer: Any,
         prompts: Sequence[Prompt],
         *,
+        vocab_size: int,
         samples: int,
         chat: str,
         max_new_tokens: int,
@@ -96,7 +98,7 @@ class Conversations:
         marks: Mapping[str, bool],
     ) -> None:
         self.tokenizer, self.chat, self.max_new_tokens = tokenizer, chat, max_new_tokens
-        self._marks = marks
+        self.vocab_size, self._marks = vocab_size, marks
         answers: dict[tuple[int, int], list[str]] = {}
         for record in sorted(finished, key=lambda g: int(g["turn"])):
             answers.setdefault((record["prompt"], record["sample"]), []).append(record["text"])
@@ -130,7 +132,8 @@ class Conversations:
     def _ask(
         self, decoder: Decoder, conversation: Conversation, *, first: bool
     ) -> Iterator[Record]:
-        """The next turn, if there is one; a turn that no longer fits is skipped."""
+        """The next turn, if there is one; a turn that no longer fits is skipped, and one that an
+        answer, encoded anew, gave a token that the target does not have."""
         limit, context = decoder.capacity.max_tokens, decoder.verifier.max_context
         while not conversation.finished:
             turn = len(conversation.answers)
@@ -143,11 +146,12 @@ class Conversations:
                 max_new_tokens=self.max_new_tokens,
                 category=conversation.prompt.category,
             )
-            if len(ids) < limit and (request.max_tokens <= limit or limit == context):
+            known = max(ids) < self.vocab_size
+            if known and len(ids) < limit and (request.max_tokens <= limit or limit == context):
                 decoder.submit(request, first=first)
                 return
             skipped = Decoding(request, row=0, tokens=ids)
-            yield self._record(conversation, skipped, "context")
+            yield self._record(conversation, skipped, "context" if known else "unknown_token")
             conversation.answers.append("")
 
     def _record(

@@ -22,7 +22,7 @@ from specdec.lab.session import OurSession
 from specdec.lab.terminal import Live
 from specdec.lab.tracking import Tracker
 from specdec.models.paged import PagedLM
-from specdec.protocols import DraftError
+from specdec.protocols import DraftError, LogitsError
 from specdec.request import CacheSettings, Capacity
 
 WARM_UP_TOKENS = 8
@@ -74,12 +74,14 @@ class Experiment:
         """Tokens that a sequence may have.
 
         Raises:
-            ValueError: a prompt that leaves no room for an answer.
+            ValueError: a prompt that leaves no room for an answer, or has tokens that the target
+                has no row for.
         """
         context = self.target.max_context
         longest = 0
         for prompt in self.prompts:
             ids = encode(self.target.tokenizer, prompt, chat=self.chat)
+            self.target.check_tokens(ids, f"prompt {prompt.id}")
             if len(ids) >= context:
                 raise ValueError(
                     f"prompt {prompt.id!r}: {len(ids)} tokens leave no room in the context of "
@@ -89,6 +91,7 @@ class Experiment:
             if later:
                 # Later turns hold answers that do not exist yet, and may grow when encoded anew.
                 ids = encode(self.target.tokenizer, prompt, chat=self.chat, answers=[""] * later)
+                self.target.check_tokens(ids, f"prompt {prompt.id}")
                 longest = max(longest, 2 * (len(ids) + later * self.max_new_tokens))
             longest = max(longest, len(ids) + self.max_new_tokens)
         return min(longest, context)
@@ -103,7 +106,8 @@ class Experiment:
             The summary.
 
         Raises:
-            ValueError: the drafter failed; what is finished is written.
+            ValueError: the drafter failed, or the target's logits are NaN; what is finished is
+                written.
         """
         folder.begin()
         self._resumed = any(side.generations.records for side in folder.sides)
@@ -122,12 +126,14 @@ class Experiment:
         except KeyboardInterrupt:
             self._finish(folder, tracker, interrupted=True)
             raise
-        except DraftError as error:
+        except (DraftError, LogitsError) as error:
             path = folder.write_error(error)
             self._finish(folder, tracker, interrupted=True)
+            left = f"resume=true out={folder.path} continues"
+            if isinstance(error, LogitsError):  # it would fail again
+                left = f"{folder.finished} finished texts are in {folder.path}"
             raise ValueError(
-                f"{self._blame(error)}; the traceback is in {path}, and "
-                f"resume=true out={folder.path} continues"
+                f"{self._blame(error)}; the traceback is in {path}, and {left}"
             ) from error
         finally:
             folder.close()
@@ -141,13 +147,15 @@ class Experiment:
         tracker.finish(summary, folder.main.generations.records)
         return summary
 
-    def _blame(self, error: DraftError) -> str:
-        """Which drafter failed on which prompts, and why, in one line."""
+    def _blame(self, error: DraftError | LogitsError) -> str:
+        """What failed on which prompts, and why, in one line."""
         ids = {prompt.index: prompt.id for prompt in self.prompts}
         failed = dict.fromkeys(ids[prompt_of(request)[0]] for request in error.requests)
-        which = "prompt" if len(failed) == 1 else "one of prompts"
-        reason = " ".join(error.reason.split())
-        return f"drafter={error.drafter} failed on {which} {', '.join(failed)}: {reason}"
+        which, reason = ", ".join(failed), " ".join(error.reason.split())
+        if isinstance(error, LogitsError):
+            return f"{self.target.name}: prompt {which}, {reason}: {self.target.not_finite}"
+        prompts = "prompt" if len(failed) == 1 else "one of prompts"
+        return f"drafter={error.drafter} failed on {prompts} {which}: {reason}"
 
     def _decode(
         self, method: Method, side: Side, live: Live, title: str, on_step: Callable[[Step], None]
@@ -156,6 +164,7 @@ class Experiment:
         queue = Conversations(
             self.target.tokenizer,
             self.prompts,
+            vocab_size=self.target.vocab_size,
             samples=self.samples,
             chat=self.chat,
             max_new_tokens=self.max_new_tokens,
@@ -202,10 +211,10 @@ class Experiment:
         ids = encode(self.target.tokenizer, self.prompts[0], chat=self.chat)
         try:
             session.warm_up(ids, min(WARM_UP_TOKENS, self.max_new_tokens))
-        except DraftError as error:
-            first = number_of(self.prompts[0].index, 0, 0)
-            reason = f"{error.reason}, while warming up"
-            raise DraftError(error.drafter, [first], reason) from error
+        except (DraftError, LogitsError) as error:
+            error.requests = [number_of(self.prompts[0].index, 0, 0)]
+            error.reason += ", while warming up"
+            raise
 
     def _summarise(self, folder: RunFolder, *, interrupted: bool) -> Record:
         main = folder.main

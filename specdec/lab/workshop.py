@@ -161,7 +161,10 @@ class StudyOptions:
 
     def read(self, shop: Workshop) -> dict[str, list[Asked]]:
         """Prompts by set."""
-        return ask(shop.target.tokenizer, self.sets, limit=self.prompts, take="by_category")
+        sets = ask(shop.target.tokenizer, self.sets, limit=self.prompts, take="by_category")
+        for one in (one for of in sets.values() for one in of):
+            shop.target.check_tokens(one.tokens, f"prompt {one.name}")
+        return sets
 
     def batches(self, sets: dict[str, list[Asked]]) -> list[list[Asked]]:
         """Prompts that are decoded together."""

@@ -19,6 +19,10 @@ class UnsupportedError(Exception):
     """Why a model cannot run over the paged cache."""
 
 
+class NotFiniteError(Exception):
+    """A model computes NaN or infinities."""
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,

@@ -11,7 +11,7 @@ from specdec.kernels.choose import AUTO, Kernels
 from specdec.kernels.layout import TreeLayout
 from specdec.models.direct import FAMILIES, Logits
 from specdec.models.forward import passes
-from specdec.models.hook import UnsupportedError
+from specdec.models.hook import NotFiniteError, UnsupportedError
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config, max_context, probe
 
@@ -30,7 +30,7 @@ class PagedLM:
 
     Raises:
         ValueError: the model cannot run over a paged cache, the message names its architecture and
-            the reason; or `kernels` cannot run on its device.
+            the reason; it computes NaN; or `kernels` cannot run on its device.
     """
 
     def __init__(
@@ -60,8 +60,33 @@ class PagedLM:
             raise ValueError(
                 f"{name}: {architecture} cannot run over the paged cache: {reason}"
             ) from None
+        except NotFiniteError:
+            raise ValueError(f"{name}: {self.not_finite}") from None
         self.layers: int = self.config.num_hidden_layers
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        readable = model.get_input_embeddings().weight.shape[0]
+        if readable < self.vocab_size:
+            raise ValueError(
+                f"{name}: its output head has {self.vocab_size} rows, its embedding {readable}: "
+                f"it could not read all that it writes; take other weights"
+            )
+
+    @property
+    def not_finite(self) -> str:
+        """What to say if its logits are not numbers, or all minus infinity."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"NaN or infinite logits in {dtype}; choose another dtype, or other weights"
+
+    def check_tokens(self, ids: Sequence[int], whose: str) -> None:
+        """Raise ValueError, naming `whose` tokens they are, unless it has a row for each."""
+        beyond = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if beyond is None:
+            return
+        text = "" if self.tokenizer is None else f" {self.tokenizer.decode([beyond])!r}"
+        raise ValueError(
+            f"{whose}: token {beyond}{text} is none of the {self.vocab_size} that {self.name} has "
+            f"a row for; leave it out, or take weights that were resized to their tokenizer"
+        )
 
     def check_in_part(self, setting: str) -> None:
         """Raise ValueError, naming the setting that needs it, unless `forward_layers` can run."""

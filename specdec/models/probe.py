@@ -14,7 +14,8 @@ from specdec.cache import KVShape
 from specdec.kernels import reference
 from specdec.kernels.layout import TreeLayout
 from specdec.models.direct import DirectModel, can_run_directly
-from specdec.models.hook import ATTENTION, UnsupportedError
+from specdec.models.hook import ATTENTION, NotFiniteError, UnsupportedError
+from specdec.sampling import sound
 
 PROBE_TOKENS = 8
 
@@ -92,12 +93,14 @@ def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, Dir
 
     Raises:
         UnsupportedError: a layer was not reached, positions are absolute, the two disagree.
+        NotFiniteError: its logits are NaN or infinite.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.arange(PROBE_TOKENS, device=model.device)[None] * 7 % vocabulary
+    tokens = _probe_tokens(model)
     places = torch.arange(PROBE_TOKENS, device=model.device)[None]
     model.set_attn_implementation("eager")
     own = model(input_ids=tokens, position_ids=places, use_cache=False).logits.float()
+    if not bool(sound(own).all()):
+        raise NotFiniteError
     model.set_attn_implementation(ATTENTION)
 
     def run(shift: int) -> tuple[Tensor, Probe]:
@@ -129,6 +132,16 @@ def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, Dir
     return shape, direct if agrees else None
 
 
+def _probe_tokens(model: Any) -> Tensor:
+    """[1, PROBE_TOKENS] int64 whose embeddings are not zero, as that of a padding token is: what
+    becomes of zeros says nothing of attention."""
+    rows = model.get_input_embeddings().weight.any(1).nonzero()[:, 0]
+    if not len(rows):
+        raise UnsupportedError("its embeddings are all zero")
+    place = torch.arange(PROBE_TOKENS, device=model.device)[None] * 7 % len(rows)
+    return rows[place]
+
+
 def _common_shape(found: Probe, config: Any, positions: int) -> KVShape:
     """The shape of all layers' keys and values.
 
@@ -150,8 +163,11 @@ def _common_shape(found: Probe, config: Any, positions: int) -> KVShape:
 
 def _distance(a: Tensor, b: Tensor) -> float:
     """Relative distance of logits at the median token: one expert that flips at a near tie, as in
-    mixtures of experts, moves a token far and says nothing about the attention."""
-    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+    mixtures of experts, moves a token far and says nothing about the attention. Logits of minus
+    infinity are masked tokens, and zeros agree with zeros."""
+    a, b = (x.masked_fill(x == float("-inf"), 0.0) for x in (a, b))
+    least = torch.finfo(b.dtype).tiny
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1).clamp(min=least)).median())
 
 
 def check_config(config: Any) -> None:

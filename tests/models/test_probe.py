@@ -131,3 +131,47 @@ def test_models_are_refused_or_right(case: str) -> None:
     assert message.startswith(f"target.path=somewhere: {type(model).__name__} cannot run")
     assert any(reason in message for reason in REASONS)
     assert "\n" not in message
+
+
+# --- what says nothing of attention, and logits that are none
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gemma2"])
+@pytest.mark.parametrize("zero", [[0], [0, 7, 14, 21, 28, 35, 42, 49], list(range(90))])
+def test_rows_of_zeros_in_the_embedding(kind: str, zero: list[int]) -> None:
+    """As of padding tokens."""
+    model = tiny(kind, **HEADS)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[zero] = 0.0
+    own = own_attention(model)
+    for ours, expected in paged_and_own(PagedLM(model), own):
+        assert float((ours - expected).norm()) < 1e-5 * float(expected.norm().clamp(min=1.0))
+
+
+def test_embedding_of_zeros_alone() -> None:
+    model = tiny("llama")
+    torch.nn.init.zeros_(model.get_input_embeddings().weight)
+    with pytest.raises(ValueError, match="its embeddings are all zero"):
+        PagedLM(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_logits_that_are_not_finite(dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+    limit = torch.finfo(dtype).max
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.fill_(0.9 * limit)
+    with pytest.raises(ValueError, match="NaN or infinite logits in float") as refusal:
+        PagedLM(model, name="drafter.path=somewhere")
+    message = str(refusal.value)
+    assert message.startswith("drafter.path=somewhere: ")
+    assert "\n" not in message
+
+
+def test_tokens_may_have_minus_infinity() -> None:
+    """A model that never says some of them."""
+    model = tiny("phi")  # its head has a bias
+    with torch.no_grad():
+        model.lm_head.bias[3:9] = float("-inf")
+    PagedLM(model)
