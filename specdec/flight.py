@@ -14,7 +14,10 @@ from specdec.sampling import sound
 from specdec.timing import Laps
 from specdec.tree import Acceptance, TokenTree
 
-BAD_TARGET, BAD_DRAFT = 1, 2  # faults: logits that make no distribution, probabilities that are NaN
+BAD_TARGET, BAD_DRAFT = (
+    1,
+    2,
+)  # faults: logits that make no distribution, probabilities that are NaN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

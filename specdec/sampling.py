@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.kernels.reference import over
+
 ACCEPT_STREAM, TOKEN_STREAM = 0, 1  # a rule's coins, and its draw of the next token
 DRAFT_STREAM = 2  # level i of a draft uses stream DRAFT_STREAM + i
 
@@ -100,7 +102,7 @@ def filtered(logits: Tensor, params: SamplingParams) -> Tensor:
     """
     scores = logits if logits.dtype == torch.float64 else logits.float()
     if params.temperature != 1.0:
-        scores = scores / params.temperature
+        scores = over(scores, params.temperature)
     if params.top_k is not None and params.top_k < scores.shape[-1]:
         kth = scores.topk(params.top_k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < kth, float("-inf"))

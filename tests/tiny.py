@@ -7,11 +7,11 @@ PROMPT = [3, 1, 4, 1, 5]
 MODEL_VOCAB = 8
 
 
-def tiny_llama(seed: int, layers: int) -> transformers.LlamaForCausalLM:
+def tiny_llama(seed: int, layers: int, vocab: int = MODEL_VOCAB) -> transformers.LlamaForCausalLM:
     """Random, with distributions far from uniform."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=MODEL_VOCAB,
+        vocab_size=vocab,
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=layers,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.kernels.gpu.philox import key_of, uniform_at
 from specdec.kernels.gpu.scan import scan
-from specdec.kernels.gpu.softmax import NOTHING, TINY, joined, support_block, weight
+from specdec.kernels.gpu.softmax import NOTHING, TINY, inverse, joined, support_block, weight
 from specdec.kernels.layout import DraftedTrees
 
 
@@ -55,7 +55,7 @@ def judge(
         stream: of the coins.
     """
     batch, nodes, _ = logits.shape
-    tops, totals, _ = scan(logits, tree.size, 1.0 / temperature, torch.float32)
+    tops, totals, _ = scan(logits, tree.size, inverse(temperature), torch.float32)
     chunks = tops.shape[2]
     device = logits.device
     debt, top, total = (
@@ -84,7 +84,7 @@ def judge(
         nodes,
         chunks,
         ids.shape[2],
-        1.0 / temperature,
+        inverse(temperature),
         logits.stride(0),
         logits.stride(1),
         STREAM=stream,

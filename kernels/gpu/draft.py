@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specdec.kernels import reference
 from specdec.kernels.gpu.philox import UNIT, key_of, philox_block
-from specdec.kernels.gpu.softmax import NOTHING, weight
+from specdec.kernels.gpu.softmax import NOTHING, inverse, weight
 
 DRAW_BLOCKS = 64  # blocks of four numbers of a program
 CHUNK = 4096  # logits of a program
@@ -75,7 +75,7 @@ def top_tokens(
         *found,
         logits,
         vocab,
-        1.0 / temperature,
+        inverse(temperature),
         logits.stride(0),
         GROUPS=chunk // GROUP,
         GROUP=GROUP,
@@ -89,7 +89,7 @@ def top_tokens(
         *found,
         count,
         chunks,
-        1.0 / temperature,
+        inverse(temperature),
         C_BLOCK=triton.next_power_of_2(chunks),
         TILE=max(merged, keys_each),
         K=keys_each,

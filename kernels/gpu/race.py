@@ -13,7 +13,7 @@ from torch import Tensor
 from specdec.kernels.gpu.coins import Judged
 from specdec.kernels.gpu.philox import arrivals, key_of
 from specdec.kernels.gpu.scan import in_rows
-from specdec.kernels.gpu.softmax import NOTHING, TINY, support_block, weight
+from specdec.kernels.gpu.softmax import NOTHING, TINY, inverse, support_block, weight
 from specdec.kernels.layout import DraftedTrees, TargetLaw
 
 RACE_CHUNK = 1024  # tokens of a program, which computes more for each than a scan
@@ -58,7 +58,7 @@ def walk_and_draw(
         vocab,
         judged.ids.shape[2],
         tree.depth,
-        1.0 / temperature,
+        inverse(temperature),
         logits.stride(0),
         logits.stride(1),
         STREAM=stream,
@@ -106,7 +106,7 @@ def draw_rest(
         nodes,
         vocab,
         support,
-        1.0 / law.temperature,
+        inverse(law.temperature),
         logits.stride(0),
         logits.stride(1),
         STREAM=stream,

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.gpu.softmax import NOTHING, joined, weight
+from specdec.kernels.gpu.softmax import NOTHING, inverse, joined, weight
 from specdec.kernels.layout import TargetLaw
+from specdec.kernels.reference.draft import LEAST
 
 SCAN_BYTES = 16384  # logits of a program
 
@@ -20,10 +21,11 @@ def target_law(
     """As `specdec.kernels.reference.target_law`; finite for nodes that are not real."""
     logits, size = in_rows(logits), size.contiguous()
     batch, nodes, _ = logits.shape
-    tops, totals, logs = scan(logits, size, 1.0 / temperature, torch.float32, entropy=entropy)
+    tops, totals, logs = scan(logits, size, inverse(temperature), torch.float32, entropy=entropy)
     top = torch.empty(batch, nodes, dtype=torch.float32, device=logits.device)
     total = torch.empty_like(top)
-    law = TargetLaw(top, total, temperature, torch.empty_like(top) if entropy else None)
+    found = torch.empty_like(top) if entropy else None
+    law = TargetLaw(top, total, max(temperature, LEAST), found)
     _law_kernel[(nodes, batch)](
         top,
         total,
@@ -33,7 +35,7 @@ def target_law(
         logs,
         size,
         tops.shape[2],
-        1.0 / temperature,
+        inverse(temperature),
         C_BLOCK=triton.next_power_of_2(tops.shape[2]),
         num_warps=1,
     )

@@ -6,6 +6,8 @@ Legend: B sequences, N nodes, C chunks of the vocabulary.
 import triton
 import triton.language as tl
 
+from specdec.kernels.reference.draft import LEAST
+
 NOTHING = tl.constexpr(float("-inf"))
 LOWEST = tl.constexpr(-3e38)
 TINY = tl.constexpr(1e-37)  # a divisor that is not zero
@@ -15,6 +17,11 @@ SUPPORT_BLOCK = 256
 def support_block(support: int) -> int:
     """Of so many draft candidates those that are looked at together."""
     return min(triton.next_power_of_2(support), SUPPORT_BLOCK)
+
+
+def inverse(temperature: float) -> float:
+    """What kernels multiply differences to the largest logit by; float32 can hold it."""
+    return 1.0 / max(temperature, LEAST)
 
 
 @triton.jit

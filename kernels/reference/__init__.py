@@ -15,7 +15,7 @@ from specdec.kernels.reference.cache import (
     quantise,
     write_tree,
 )
-from specdec.kernels.reference.draft import top_tokens, uniforms
+from specdec.kernels.reference.draft import over, top_tokens, uniforms
 from specdec.kernels.reference.growth import best, compact, extend, places
 from specdec.kernels.reference.layer import (
     add_norm,
@@ -51,6 +51,7 @@ __all__ = [
     "gather_context",
     "linear",
     "masses",
+    "over",
     "places",
     "project",
     "quantise",

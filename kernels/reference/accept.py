@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.layout import TargetLaw
-from specdec.kernels.reference.draft import uniforms
+from specdec.kernels.reference.draft import LEAST, SMALL, uniforms
 
 
 def target_law(
@@ -21,9 +21,13 @@ def target_law(
         temperature: what the logits are divided by, above 0.
         entropy: whether it is wanted.
     """
-    scores = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    top = logits.amax(-1).to(scores.dtype)
-    weights = (scores - (top / temperature)[..., None]).exp()
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    top = wide.amax(-1)
+    if temperature >= SMALL:
+        weights = (wide / temperature - (top / temperature)[..., None]).exp()
+    else:
+        temperature = max(temperature, LEAST)
+        weights = ((wide - top[..., None]) / temperature).exp()
     total = weights.sum(-1)
     if not entropy:
         return TargetLaw(top, total, temperature)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 LOW = 2**32 - 1
+SMALL = 1e-6  # temperatures below are so near 0 that quotients might overflow
+LEAST = torch.finfo(torch.float32).tiny  # a divisor that float32 holds
 
 
 def uniforms(keys: Tensor, stream: int, count: int) -> Tensor:
@@ -77,4 +79,13 @@ def top_tokens(
     bits = (scores + 0.0).view(torch.int32)  # + 0.0: no negative zero
     order = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32
     ids = (order - torch.arange(scores.shape[1], device=scores.device)).topk(count).indices
-    return ids, (scores / temperature).softmax(dim=1).gather(1, ids)
+    return ids, over(scores, temperature).softmax(dim=1).gather(1, ids)
+
+
+def over(logits: Tensor, temperature: float) -> Tensor:
+    """Logits [..., V] over the temperature, above 0, up to what a softmax does not see. Near 0 a
+    quotient would be infinite; less the largest logit they give the limit, where the most probable
+    tokens share everything."""
+    if temperature >= SMALL:
+        return logits / temperature
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, LEAST)

@@ -39,7 +39,7 @@ from pydantic import Field
 
 from specdec.lab.build import typed
 from specdec.lab.environment import describe_environment
-from specdec.lab.records import replace_file
+from specdec.lab.records import replace_file, to_json
 
 Options = TypeVar("Options")
 Positive = Annotated[int, Field(ge=1)]
@@ -200,4 +200,4 @@ def begin(options: Any, device: torch.device, program: str | None = None) -> dic
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """Replace a file at once, so that an interruption leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(result, indent=1) + "\n")
+    replace_file(path, to_json(result, indent=1) + "\n")

@@ -2,6 +2,8 @@
 there."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +19,22 @@ def step_record(step: Step) -> Record:
     return record if any(step.sources) else {k: v for k, v in record.items() if k != "sources"}
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """As JSON that any reader takes: NaN and infinities, which JSON does not have, are null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class RecordFile:
     """A JSON-lines file that is appended to, each line complete on disk before the next begins."""
 
@@ -30,7 +48,7 @@ class RecordFile:
         self.records.append(record)
         if self._file is None:
             self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.write(to_json(record) + "\n")
         if flush:
             self._file.flush()
 
@@ -42,7 +60,7 @@ class RecordFile:
         """Replace the contents."""
         self.close()
         self.records = records
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+        lines = [to_json(record) + "\n" for record in records]
         replace_file(self.path, "".join(lines))
 
     def close(self) -> None:

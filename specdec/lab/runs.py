@@ -9,7 +9,6 @@ summary.json        the figures
 error.txt           the traceback, if the drafter failed
 """
 
-import json
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from specdec.lab.records import Record, RecordFile, replace_file
+from specdec.lab.records import Record, RecordFile, replace_file, to_json
 
 SCHEMA = 1  # of these files, as docs/outputs.md has them
 
@@ -123,9 +122,7 @@ class RunFolder:
         return path
 
     def write_summary(self, summary: Record) -> None:
-        replace_file(
-            self.path / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-        )
+        replace_file(self.path / "summary.json", to_json(summary, indent=1) + "\n")
 
     def close(self) -> None:
         for side in self.sides:

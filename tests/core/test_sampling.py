@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from specdec.experiments.studies.rule_laws import Tokens, ordered_draws
-from specdec.sampling import SamplingParams, draw, probabilities, race, uniforms
+from specdec.sampling import SamplingParams, draw, probabilities, race, sound, uniforms
 from tests.verifier.laws import ALPHA, chi_square
 
 
@@ -168,3 +168,39 @@ def test_uniforms_of_different_purposes_are_unrelated() -> None:
     table = torch.cat(blocks).numpy()
     correlation = np.corrcoef(table) - np.eye(len(table))
     assert abs(correlation).max() < 0.8
+
+
+# Near temperature 0, and beyond numbers
+
+TINY = (1e-7, 1e-30, 1e-39, 1e-45, 5e-324)
+
+
+@pytest.mark.parametrize("temperature", TINY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 6e4])
+def test_tiny_temperatures_give_the_limit(
+    temperature: float, dtype: torch.dtype, scale: float
+) -> None:
+    """The most probable tokens share everything, whatever their logits are."""
+    logits = torch.tensor([[0.25, -1.0, 0.25, 0.125], [-1.0, -0.5, -1.0, -math.inf]]) * scale
+    expected = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    for filters in ({}, {"top_k": 2}, {"top_p": 0.95}, {"min_p": 0.3}):
+        params = SamplingParams(temperature=temperature, **filters)
+        found = probabilities(logits.to(dtype), params)
+        assert torch.equal(found.float(), expected), filters
+
+
+def test_logits_that_make_a_distribution() -> None:
+    nan, inf = math.nan, math.inf
+    rows = {
+        (0.0, 1.0): True,
+        (-inf, 1.0): True,
+        (nan, 1.0): False,
+        (1.0, nan): False,
+        (inf, 1.0): False,
+        (inf, nan): False,
+        (-inf, -inf): False,
+        (-inf, nan): False,
+    }
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert sound(torch.tensor(list(rows), dtype=dtype)).tolist() == list(rows.values())

@@ -94,6 +94,19 @@ def test_top_tokens_of_many_chunks(vocab: int, count: int) -> None:
 
 
 @both
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
+@pytest.mark.parametrize("temperature", [1e-30, 5e-324])
+def test_top_tokens_at_tiny_temperatures(kernels: ModuleType, temperature: float) -> None:
+    """The limit, in which the most probable tokens share everything."""
+    logits = torch.full((2, 300), -2.0, device=DEVICE)
+    logits[0, [9, 200]], logits[1, 7:] = 3e4, DEAD
+    ids, probs = kernels.top_tokens(logits, 9, temperature=temperature)
+    assert ids[0, :3].tolist() == [9, 200, 0]
+    assert probs[0].tolist() == [0.5] * 2 + [0.0] * 7
+    torch.testing.assert_close(probs[1].tolist(), [1 / 7] * 7 + [0.0] * 2)
+
+
+@both
 def test_top_tokens_of_a_part_of_a_wider_tensor(kernels: ModuleType) -> None:
     wide = torch.full((4, 3, 50), 1e9, dtype=torch.float32, device=DEVICE)
     wide[:, 1, :41] = some_logits(4, 41, torch.float32)

@@ -1,7 +1,9 @@
 """Acceptance rules with kernels keep what they keep without."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -185,6 +187,45 @@ def test_a_rule_keeps_the_same_with_and_without_kernels(
         assert ((found.next_token >= 0) & (found.next_token < 70)).all()
         kept = max(kept, int(plain.length.max()))
     assert kept > 1
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 5e-324])
+@pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
+def test_tiny_temperatures_give_the_limit(kernels: ModuleType, temperature: float) -> None:
+    """What is kept is what the target finds most probable; where nothing else is left, too."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (2e4 * torch.randn(2, 3, 70, generator=generator)).to(DEVICE)
+    logits[:, :, :5] = 1e5  # which share everything
+    size = torch.tensor([3, 2], dtype=torch.int32, device=DEVICE)
+    law = kernels.target_law(logits, size, temperature=temperature, entropy=True)
+    assert law.total[0].tolist() == [5.0] * 3
+    torch.testing.assert_close(law.entropy[0], torch.full((3,), math.log(5.0), device=DEVICE))
+    ids = torch.tensor([0, 4, 5, 69], device=DEVICE).expand(2, 3, 4)
+    expected = torch.tensor([0.2, 0.2, 0.0, 0.0], device=DEVICE)
+    torch.testing.assert_close(kernels.masses(logits, law, ids)[0], expected.expand(3, 4))
+    drawn = kernels.draw_rest(
+        logits,
+        law,
+        torch.zeros(2, dtype=torch.int64, device=DEVICE),
+        size.long(),
+        ids=torch.arange(4, device=DEVICE).expand(2, 4),
+        taken=torch.full((2, 4), 0.2, device=DEVICE),
+        keys=keys_at(0, 2),
+        stream=1,
+    )
+    assert drawn.tolist() == [4, 4]
+    tree = TokenTree(
+        tokens=torch.tensor([[9, 3, 8], [9, 60, 0]], device=DEVICE),
+        parents=torch.tensor([[-1, 0, 1], [-1, 0, -2]], dtype=torch.int32, device=DEVICE),
+        size=size,
+        depth=2,
+        proposal=None,
+    )
+    params = SamplingParams(temperature=temperature, seed=2)
+    for step in range(2):
+        kept = TargetOnly().accept(context_for(params, 2, step, kernels), tree, logits)
+        assert kept.length[1] == 1
+        assert ((kept.next_token >= 0) & (kept.next_token < 5)).all()
 
 
 # On a GPU
