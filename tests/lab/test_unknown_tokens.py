@@ -67,6 +67,7 @@ def test_an_answer_that_gives_a_later_turn_one_skips_it(grown: Path, tmp_path: P
         samples=1,
         chat="auto",
         max_new_tokens=8,
+        marks={},
         finished=[{"prompt": 0, "sample": 0, "turn": 0, "text": "<tool>"}],
     )
     skipped = list(queue.begin(decoder))
