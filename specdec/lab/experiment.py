@@ -81,7 +81,7 @@ class Experiment:
         longest = 0
         for prompt in self.prompts:
             ids = encode(self.target.tokenizer, prompt, chat=self.chat)
-            self.target.check_tokens(ids, f"prompt {prompt.id}")
+            self.target.check_tokens(ids, f"prompt {prompt.id!r}")
             if len(ids) >= context:
                 raise ValueError(
                     f"prompt {prompt.id!r}: {len(ids)} tokens leave no room in the context of "
@@ -91,7 +91,7 @@ class Experiment:
             if later:
                 # Later turns hold answers that do not exist yet, and may grow when encoded anew.
                 ids = encode(self.target.tokenizer, prompt, chat=self.chat, answers=[""] * later)
-                self.target.check_tokens(ids, f"prompt {prompt.id}")
+                self.target.check_tokens(ids, f"prompt {prompt.id!r}")
                 longest = max(longest, 2 * (len(ids) + later * self.max_new_tokens))
             longest = max(longest, len(ids) + self.max_new_tokens)
         return min(longest, context)

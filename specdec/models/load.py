@@ -94,8 +94,8 @@ def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
     except Exception as error:  # of any class: a configuration can hold anything
         if str(error).startswith(f"{name}: "):
             raise
-        reason = _first_line(error)
-        raise ValueError(f"{name}: cannot be loaded as a causal LM: {reason}") from error
+        first = _first_line(error)
+        raise ValueError(f"{name}: cannot be loaded as a causal LM: {first}") from error
     return model, tokenizer
 
 

@@ -46,7 +46,7 @@ def test_prompts_with_one_are_refused_before_decoding(
     words = ("target=hf", f"target.path={grown}", f"prompts.path={path}", "tracker=none")
     code, printed, error = specdec(*words, "drafter=ngram", f"out={tmp_path}/o")
     assert code == 2
-    assert error.startswith("error: prompt a/2: token 8192 '<tool>' is none of the 8192 that ")
+    assert error.startswith("error: prompt 'a/2': token 8192 '<tool>' is none of the 8192 that ")
     assert error.count("\n") == 1
     assert "Traceback" not in printed
     assert not (tmp_path / "o").exists()
