@@ -16,6 +16,7 @@ from specdec.batch import SIZES, Batch, Batches, HostTrees
 from specdec.flight import BAD_TARGET, Flight, Step, Yield
 from specdec.graphs import Graphs
 from specdec.observation import Observation
+from specdec.processors import NO_PROCESSORS, Processing, Processors
 from specdec.protocols import (
     AcceptanceRule,
     Drafter,
@@ -27,6 +28,7 @@ from specdec.protocols import (
 )
 from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams, uniforms
+from specdec.stop_strings import StopStrings
 from specdec.timing import Stopwatch
 from specdec.tree import Acceptance, TokenTree
 
@@ -49,6 +51,9 @@ class Decoder:
         sampling: how tokens are chosen.
         capacity: of the caches of target and draft.
         stop_tokens: a sequence ends after the first of these.
+        stop_strings: and after the token that completes one of these; None: there are none.
+        processors: what is done to the target's logits before the rule sees them. A drafter goes
+            on observing what the model says itself.
 
     Raises:
         ValueError: a setting out of range, or trees that the drafter cannot draft.
@@ -64,11 +69,18 @@ class Decoder:
         sampling: SamplingParams,
         capacity: Capacity,
         stop_tokens: Collection[int] = (),
+        stop_strings: StopStrings | None = None,
+        processors: Processors = NO_PROCESSORS,
     ) -> None:
         self.verifier, self.drafter, self.rule, self.sampling = verifier, drafter, rule, sampling
         self.device, self.capacity = verifier.device, capacity
         self._kernels = verifier.kernels.on(self.device)
-        self.stop_tokens = frozenset(stop_tokens)
+        self.stop_tokens, self.stop_strings = frozenset(stop_tokens), stop_strings
+        self._processing: Processing | None = None
+        if processors:
+            self._processing = Processing(
+                processors, rows=capacity.rows, device=self.device, kernels=self._kernels
+            )
         drafter.check(tree)
         verifier.prepare(capacity, drafter.observes)
         drafter.prepare(capacity, tree)
@@ -209,6 +221,8 @@ class Decoder:
         self._full = len(admitted) < len(asked)
         self.running += admitted
         self._batches.join(admitted, self.sampling.seed)
+        if self._processing is not None:
+            self._processing.join(admitted)
         for sequence in admitted:
             self.waiting.remove(sequence.request)
             self._free_rows.remove(sequence.row)
@@ -343,7 +357,12 @@ class Decoder:
     def _accept(
         self, context: StepContext, tree: TokenTree, logits: Tensor, seen: Observation
     ) -> tuple[Acceptance, Yield]:
+        processing = self._processing
+        if processing is not None:
+            logits = processing.process(context.rows, tree, logits)
         acceptance = self.rule.accept(context, tree, logits)
+        if processing is not None:
+            processing.advance(context.rows, tree, acceptance)
         told = Observation() if self.drafter.on_device else seen
         return acceptance, Yield.of(tree, acceptance, told, logits)
 
@@ -387,9 +406,11 @@ class Decoder:
         return sequence.request.max_tokens - have, self.verifier.max_context - have
 
     def _append(self, sequence: Decoding, tokens: list[int]) -> None:
-        """Add new tokens up to the first stop token, the length limit or the end of the
+        """Add new tokens up to the first stop token or string, the length limit or the end of the
         context."""
         stop = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), None)
+        if self.stop_strings is not None:
+            stop = self.stop_strings.end(sequence.tokens, tokens[:stop]) or stop
         limits = dict(
             zip(("stop", "length", "context"), (stop, *self._limits(sequence)), strict=True)
         )

@@ -10,17 +10,18 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import hydra
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from pydantic import Field
 from rich.console import Console
 
 from specdec.lab.build import baseline_of, build, cache_of, method_of, placement_of, typed
-from specdec.lab.experiment import Experiment, stop_tokens
+from specdec.lab.experiment import Experiment, stop_strings, stop_tokens
 from specdec.lab.method import mark_of
 from specdec.lab.prompts import load_prompts, unused_fields
 from specdec.lab.runs import RunFolder
@@ -31,6 +32,7 @@ from specdec.sampling import SamplingParams
 
 VOLATILE = frozenset({"resume", "tracker", "out", "choices"})  # may differ when a run is resumed
 LIMITS = ("max_new_tokens", "batch_size")
+STRINGS = list[Annotated[str, Field(min_length=1)]] | None
 FLAGS = ("ignore_eos", "baseline", "resume")
 # What the jobs of this process came to: one, or all of a sweep.
 _finished: list[tuple[list[str], dict[str, Any]]] = []
@@ -94,6 +96,7 @@ def run(
     method = method_of(settings)
     limits = {name: typed(name, settings[name], int) for name in LIMITS}
     flags = {name: typed(name, settings[name], bool) for name in FLAGS}
+    strings = typed("stop_strings", settings["stop_strings"], STRINGS)
     kind = pkgutil.resolve_name(settings["tracker"]["_target_"])
     tracker = build(kind, "tracker", settings["tracker"])
     models, asked = Models(placement_of(settings)), _asked(settings, method.sampling, console)
@@ -106,6 +109,7 @@ def run(
         baseline=baseline_of(settings) if flags["baseline"] else None,
         cache=cache_of(settings),
         stop_tokens=stop_tokens(target, ignore_eos=flags["ignore_eos"]),
+        stop_strings=stop_strings(target, method.sampling, strings),
         label=str(settings["target"]["path"]),
         **limits,
         **asked,

@@ -6,6 +6,7 @@ numbers whatever else is in its batch, in whatever order sequences finish, and a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class SamplingParams:
             sampling, Holtzman et al. 2020); None keeps all.
         min_p: keep tokens at least min_p times as probable as the most probable one; None keeps
             all.
+        processors: what else is done to logits beforehand: "model" is what the model's own
+            generation settings ask for (`specdec.processors`), "none" nothing.
         seed: every random number of a run follows from it.
 
     Raises:
@@ -38,6 +41,7 @@ class SamplingParams:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    processors: Literal["model", "none"] = "model"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -13,9 +13,11 @@ from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.observation import Observation, Observes, observe
+from specdec.processors import NO_PROCESSORS, Processors
 from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy, Verifier
 from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams
+from specdec.stop_strings import StopStrings
 from specdec.tree import Acceptance, TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.target_only import TargetOnly
@@ -53,6 +55,8 @@ def decoder_of(
     rows: int = 1,
     max_tokens: int = 256,
     stop_tokens: Collection[int] = (),
+    stop_strings: StopStrings | None = None,
+    processors: Processors = NO_PROCESSORS,
     **capacity: Any,
 ) -> Decoder:
     """A decoder over a model, for which the drafter is loaded, or over a verifier.
@@ -77,6 +81,8 @@ def decoder_of(
         sampling=sampling,
         capacity=Capacity(rows=rows, max_tokens=most, **capacity),
         stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        processors=processors,
     )
 
 

@@ -11,6 +11,7 @@ from specdec.kernels.gpu.draft import top_tokens, uniforms
 from specdec.kernels.gpu.growth import best, compact, extend, places
 from specdec.kernels.gpu.layer import add_norm, rotate_and_write
 from specdec.kernels.gpu.linear import gated_linear, linear, project
+from specdec.kernels.gpu.process import note_tokens, process_logits
 from specdec.kernels.gpu.race import draw_rest
 from specdec.kernels.gpu.rounding import quantise
 from specdec.kernels.gpu.scan import target_law
@@ -33,7 +34,9 @@ __all__ = [
     "gated_linear",
     "linear",
     "masses",
+    "note_tokens",
     "places",
+    "process_logits",
     "project",
     "quantise",
     "rotate_and_write",

@@ -24,6 +24,7 @@ from specdec.kernels.reference.layer import (
     project,
     rotate_and_write,
 )
+from specdec.kernels.reference.process import note_tokens, process_logits
 from specdec.kernels.reference.traverse import divisor, traverse
 from specdec.kernels.reference.trees import tree_structure
 
@@ -51,8 +52,10 @@ __all__ = [
     "gather_context",
     "linear",
     "masses",
+    "note_tokens",
     "over",
     "places",
+    "process_logits",
     "project",
     "quantise",
     "rotate_and_write",

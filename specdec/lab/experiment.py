@@ -21,9 +21,13 @@ from specdec.lab.runs import SCHEMA, RunFolder, Side
 from specdec.lab.session import OurSession
 from specdec.lab.terminal import Live
 from specdec.lab.tracking import Tracker
+from specdec.models.generation import own_settings, stop_strings_of
 from specdec.models.paged import PagedLM
+from specdec.processors import Processors
 from specdec.protocols import DraftError, LogitsError
 from specdec.request import CacheSettings, Capacity
+from specdec.sampling import SamplingParams
+from specdec.stop_strings import StopStrings
 
 WARM_UP_TOKENS = 8
 
@@ -38,11 +42,13 @@ class Experiment:
         baseline: what it is compared to, with the same sampling; None for no comparison.
         prompts: what is decoded.
         samples: how often each of them is.
+        stop_tokens, stop_strings: what ends an output.
         chat: when a chat template is applied: auto, always or never.
         label: what the summary calls the target.
 
     Raises:
-        ValueError: a setting out of range, or a prompt that does not fit the target.
+        ValueError: a setting out of range, a prompt that does not fit the target, or a target that
+            asks for what cannot be done to its logits.
     """
 
     target: PagedLM
@@ -54,9 +60,12 @@ class Experiment:
     max_new_tokens: int = 128
     batch_size: int = 1
     stop_tokens: Collection[int] = ()
+    stop_strings: StopStrings | None = None
     chat: str = "auto"
     label: str = ""
     capacity: Capacity = field(init=False)
+    processors: Processors = field(init=False)
+    _own: dict[str, list[str]] = field(init=False)  # generation settings of the target
     _notes: Record = field(init=False, default_factory=dict)  # of the side decoded last
     _resumed: bool = field(init=False, default=False)
 
@@ -66,6 +75,8 @@ class Experiment:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
         check_numbers(self.prompts, self.samples)
+        self.processors = self.method.processors(self.target, self.stop_tokens)
+        self._own = own_settings(self.target.model.generation_config, self.method.sampling)
         self.capacity = self.cache.capacity(
             rows=self.batch_size, max_tokens=self._longest(), device=self.target.device
         )
@@ -110,6 +121,14 @@ class Experiment:
                 written.
         """
         folder.begin()
+        for what, own in self._own.items():
+            if own:
+                said = f"{', '.join(own)} {'is' if len(own) == 1 else 'are'}"
+                live.console.print(
+                    f"sampling: the model's own {said} {what.replace('_', ' ')}",
+                    soft_wrap=True,
+                    markup=False,
+                )
         self._resumed = any(side.generations.records for side in folder.sides)
         reset, finished = self.method.drafter.reset, len(folder.main.generations.records)
         if finished and reset not in (None, "prompt"):
@@ -173,7 +192,9 @@ class Experiment:
         )
         if not queue.open:
             return
-        session = OurSession(method, self.target, self.capacity, self.stop_tokens)
+        session = OurSession(
+            method, self.target, self.capacity, self.stop_tokens, self.stop_strings
+        )
         self._warm_up(session)
         try:
             self._run(session, queue, side, live, title, on_step)
@@ -227,6 +248,7 @@ class Experiment:
             "kernels": self.target.kernels.impl,
             "temperature": sampling.temperature,
             "seed": sampling.seed,
+            "generation_config": self._own,
             "batch_size": self.batch_size,
             "samples": self.samples,
             **summarise(mine, main.steps.records),
@@ -253,13 +275,34 @@ class Experiment:
         mine, kv_dtype = folder.main.generations.records, self.capacity.kv_dtype
         if self.method.sampling.greedy:
             theirs = folder.baseline.generations.records if folder.baseline is not None else []
-            return compare(mine, theirs, self.target, kv_dtype=kv_dtype)
+            return compare(
+                mine, theirs, self.target, kv_dtype=kv_dtype, processors=self.processors
+            )
         if interrupted:
             return {"refused": "the run was interrupted"}
         try:
-            return follow(mine, self.target, self.method.sampling, kv_dtype=kv_dtype)
+            return follow(
+                mine,
+                self.target,
+                self.method.sampling,
+                kv_dtype=kv_dtype,
+                processors=self.processors,
+            )
         except torch.OutOfMemoryError:
             return {"refused": "no memory is left for passes over the texts"}
+
+
+def stop_strings(
+    target: PagedLM, sampling: SamplingParams, given: Sequence[str] | None
+) -> StopStrings | None:
+    """The texts that end a text: those given, else by the target's own generation settings.
+
+    Raises:
+        ValueError: texts that cannot be looked for.
+    """
+    if given is None:
+        given = stop_strings_of(target.model.generation_config, sampling)
+    return StopStrings(given, target.tokenizer) if given else None
 
 
 def stop_tokens(target: PagedLM, *, ignore_eos: bool) -> list[int]:

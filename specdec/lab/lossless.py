@@ -2,7 +2,8 @@
 divergence explained; above it against the target's distributions."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from specdec.models.paged import PagedLM
+from specdec.processors import NO_PROCESSORS, Processors
 from specdec.sampling import SamplingParams, probabilities
 
 Record = Mapping[str, Any]
@@ -24,6 +26,7 @@ def compare(
     target: PagedLM,
     *,
     kv_dtype: torch.dtype | None = None,
+    processors: Processors = NO_PROCESSORS,
 ) -> dict[str, Any]:
     """Compare outputs of the same prompts, and see whether rounding explains where they part.
 
@@ -41,6 +44,7 @@ def compare(
 
     Args:
         kv_dtype: of the cache both were decoded over, as in `PagedKVCache`.
+        processors: of the target's logits, of which all that is said here holds once processed.
 
     Returns:
         checked, how many outputs were compared. A turn whose conversation has diverged before it
@@ -62,7 +66,8 @@ def compare(
         if generation["output_ids"] == other["output_ids"]:
             identical += 1
         else:
-            divergences.append(_divergence(generation, other["output_ids"], target, kv_dtype))
+            see = partial(next_logits, target, kv_dtype=kv_dtype, processors=processors)
+            divergences.append(_divergence(generation, other["output_ids"], target, see))
     return {"checked": checked, "identical": identical, "divergences": divergences}
 
 
@@ -71,9 +76,9 @@ def _turn(generation: Record) -> tuple[str, int, int]:
 
 
 def _divergence(
-    generation: Record, theirs: Sequence[int], target: PagedLM, kv_dtype: torch.dtype | None
+    generation: Record, theirs: Sequence[int], target: PagedLM, see: Callable[..., Tensor]
 ) -> dict[str, Any]:
-    """Where an output parts from another, and why."""
+    """Where an output parts from another, and why, by the logits that `see` finds."""
     mine = generation["output_ids"]
     position = next(
         (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
@@ -82,8 +87,7 @@ def _divergence(
     token, other = (ids[position] if position < len(ids) else None for ids in (mine, theirs))
     gap = top2_gap = bound = None
     if token is not None and other is not None:
-        before = [*generation["prompt_ids"], *mine[:position]]
-        logits = next_logits(target, before, kv_dtype=kv_dtype)
+        logits = see(generation["prompt_ids"], mine[:position])
         gap = float(logits[other] - logits[token])
         first, second = logits.topk(2).values.tolist()
         top2_gap = first - second
@@ -141,6 +145,7 @@ def follow(
     sampling: SamplingParams,
     *,
     kv_dtype: torch.dtype | None = None,
+    processors: Processors = NO_PROCESSORS,
 ) -> dict[str, Any]:
     """Test whether the outputs are draws from the target's distributions, temperature above 0.
 
@@ -164,7 +169,7 @@ def follow(
             continue
         generator = np.random.default_rng([sampling.seed, generation["request"]])
         start = 0
-        for logits in _logits_of(target, generation["prompt_ids"], output, kv_dtype):
+        for logits in _logits_of(target, generation["prompt_ids"], output, kv_dtype, processors):
             drawn = torch.tensor(output[start : start + len(logits)], device=logits.device)[
                 :, None
             ]
@@ -182,17 +187,27 @@ def follow(
 
 
 def next_logits(
-    target: PagedLM, tokens: Sequence[int], *, kv_dtype: torch.dtype | None = None
+    target: PagedLM,
+    prompt: Sequence[int],
+    output: Sequence[int] = (),
+    *,
+    kv_dtype: torch.dtype | None = None,
+    processors: Processors = NO_PROCESSORS,
 ) -> Tensor:
-    """[V] logits after the tokens, computed in one go over a fresh cache."""
-    return next(_logits_of(target, tokens, [0], kv_dtype))[0].float()
+    """[V] logits after prompt and output, computed in one go over a fresh cache, and processed."""
+    (logits,) = next(_logits_of(target, [*prompt, *output], [0], kv_dtype, NO_PROCESSORS))
+    return processors.of_text(logits[None], prompt, output, len(output))[0].float()
 
 
 @torch.inference_mode()
 def _logits_of(
-    target: PagedLM, prompt: Sequence[int], output: Sequence[int], kv_dtype: torch.dtype | None
+    target: PagedLM,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    kv_dtype: torch.dtype | None,
+    processors: Processors,
 ) -> Iterator[Tensor]:
-    """[n, V] logits that the output tokens were chosen by, `CHUNK` at a time."""
+    """[n, V] processed logits that the output tokens were chosen by, `CHUNK` at a time."""
     before = [*prompt, *output[:-1]]
     cache = target.new_cache(
         rows=1,
@@ -210,4 +225,4 @@ def _logits_of(
         offsets = torch.arange(part.shape[1], device=target.device)[None]
         logits = target.forward(cache, [0], part, offsets)
         assert logits is not None
-        yield logits[0]
+        yield processors.of_text(logits[0], prompt, output, first - len(prompt) + 1)

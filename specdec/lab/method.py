@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from specdec.decode import Decoder
+from specdec.models.generation import processors_of
+from specdec.processors import Processors
 from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, Verifier
 from specdec.request import Capacity
 from specdec.sampling import SamplingParams
+from specdec.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from specdec.models.load import Models
@@ -65,10 +68,27 @@ class Method:
         """Load what the drafter needs; once, before `decoder`."""
         self.drafter.load(target, models)
 
+    def processors(self, target: "PagedLM", stop_tokens: Collection[int]) -> Processors:
+        """What is done to the target's logits.
+
+        Raises:
+            ValueError: the model asks for what cannot be done.
+        """
+        config = target.model.generation_config
+        return processors_of(config, self.sampling, ends=stop_tokens, vocab=target.vocab_size)
+
     def decoder(
-        self, target: "PagedLM", capacity: Capacity, stop_tokens: Collection[int] = ()
+        self,
+        target: "PagedLM",
+        capacity: Capacity,
+        stop_tokens: Collection[int] = (),
+        stop_strings: StopStrings | None = None,
     ) -> Decoder:
-        """A decoder of its own; one made before is of no use any more."""
+        """A decoder of its own; one made before is of no use any more.
+
+        Raises:
+            ValueError: as `processors`.
+        """
         return Decoder(
             verifier=self.verifier(target),
             drafter=self.drafter,
@@ -77,4 +97,6 @@ class Method:
             sampling=self.sampling,
             capacity=capacity,
             stop_tokens=stop_tokens,
+            stop_strings=stop_strings,
+            processors=self.processors(target, stop_tokens),
         )

@@ -13,6 +13,7 @@ from specdec.lab.method import Method
 from specdec.lab.prompts import Asked
 from specdec.models.paged import PagedLM
 from specdec.request import Capacity, Request
+from specdec.stop_strings import StopStrings
 
 WARM_UP_TOKENS = 16
 
@@ -60,7 +61,7 @@ class OurSession:
 
     Args:
         capacity: of its caches; what a batch has more than rows waits for its turn.
-        stop_tokens: none for outputs of equal length.
+        stop_tokens, stop_strings: none for outputs of equal length.
     """
 
     def __init__(
@@ -69,9 +70,10 @@ class OurSession:
         target: PagedLM,
         capacity: Capacity,
         stop_tokens: Collection[int] = (),
+        stop_strings: StopStrings | None = None,
     ) -> None:
         self.method, self.device = method, target.device
-        self.decoder = method.decoder(target, capacity, stop_tokens)
+        self.decoder = method.decoder(target, capacity, stop_tokens, stop_strings)
 
     def warm_up(self, tokens: Sequence[int], new: int = WARM_UP_TOKENS) -> None:
         self.decoder.warm_up(tokens, new)

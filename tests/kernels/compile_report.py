@@ -269,6 +269,26 @@ def judge(
     return [last, token, *found]
 
 
+def process(
+    dtype: torch.dtype, kernels: ModuleType = gpu, device: torch.device = DEVICE
+) -> list[Tensor]:
+    """What `generate` does to logits, of a tree of 16 nodes with three children each and of an
+    idle row, which have just got three tokens and none."""
+    batch, nodes, vocab = 2, 16, 32_000
+    generator = torch.Generator().manual_seed(1)
+    parents = ((torch.arange(nodes) - 1) // 3).int().repeat(batch, 1).to(device)
+    tokens = torch.randint(vocab, (batch, nodes), generator=generator).to(device)
+    logits = torch.randn(batch, nodes, vocab, generator=generator).to(device, dtype)
+    table = (torch.arange(2 * vocab).view(2, vocab) % 5).int().to(device)
+    rows, length = torch.tensor([1, 2], device=device), torch.tensor([3, 0], device=device)
+    seen = torch.zeros(3, vocab // 32, dtype=torch.int32, device=device)
+    counts = torch.zeros(3, 2, dtype=torch.int32, device=device)
+    kernels.note_tokens(seen, counts, rows, tokens[:, :4], length)
+    options = {"penalty": 1.1, "bias": -table[0].float(), "not_before": table}
+    found = kernels.process_logits(logits, tokens, parents, rows, seen, counts, **options)
+    return [found, seen, counts]
+
+
 def draft(count: int, dtype: torch.dtype) -> list[Tensor]:
     """What a drafter computes at a level, and once a tree, after logits of 3 nodes."""
     logits = torch.zeros(3, 128_256, dtype=dtype, device=DEVICE)
@@ -362,6 +382,8 @@ def calls() -> dict[str, Callable[[], object]]:
     for support in (5, 64, 1024):
         found[f"rules: {support} candidates"] = partial(judge, support, torch.bfloat16)
     found["rules: float32, repeats"] = partial(judge, 64, torch.float32, True)
+    for dtype in (torch.bfloat16, torch.float32):
+        found[f"process: {dtype}"] = partial(process, dtype)
     for count in (1, 8, 64):
         found[f"draft: {count} tokens"] = partial(draft, count, torch.bfloat16)
     found["draft: float32"] = partial(draft, 8, torch.float32)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specdec.kernels import gpu, reference
 from tests.kernels.attention_cases import error_and_bound, random_case
-from tests.kernels.compile_report import accept, judge, move, structure
+from tests.kernels.compile_report import accept, judge, move, process, structure
 from tests.kernels.memory import DEVICE, bits
 
 CPU = torch.device("cpu")
@@ -101,6 +101,8 @@ def main() -> None:
         )
     for stored in (None, FP8, torch.int8):
         right[f"pages of {stored}"] = all_equal(move(stored, gpu), move(stored, reference, CPU))
+    for dtype in (torch.bfloat16, torch.float32):
+        right[f"process {dtype}"] = all_equal(process(dtype, gpu), process(dtype, reference, CPU))
     for rule in gpu.RULES:
         for dtype in (torch.bfloat16, torch.float32):
             right[f"{rule} {dtype}"] = acceptance_is_right(rule, dtype)

@@ -48,6 +48,7 @@ def test_all_kinds_of_kernels_are_compiled(reports: list[dict[str, Any]]) -> Non
         "between",
         "cache",
         "draft",
+        "process",
         "product",
         "rules",
         "trees",
