@@ -21,7 +21,7 @@ from pydantic import Field
 from rich.console import Console
 
 from specdec.lab.build import baseline_of, build, cache_of, method_of, placement_of, typed
-from specdec.lab.experiment import Experiment, stop_strings, stop_tokens
+from specdec.lab.experiment import Experiment, stop_tokens
 from specdec.lab.method import mark_of
 from specdec.lab.prompts import load_prompts, unused_fields
 from specdec.lab.runs import RunFolder
@@ -96,7 +96,6 @@ def run(
     method = method_of(settings)
     limits = {name: typed(name, settings[name], int) for name in LIMITS}
     flags = {name: typed(name, settings[name], bool) for name in FLAGS}
-    strings = typed("stop_strings", settings["stop_strings"], STRINGS)
     kind = pkgutil.resolve_name(settings["tracker"]["_target_"])
     tracker = build(kind, "tracker", settings["tracker"])
     models, asked = Models(placement_of(settings)), _asked(settings, method.sampling, console)
@@ -109,7 +108,6 @@ def run(
         baseline=baseline_of(settings) if flags["baseline"] else None,
         cache=cache_of(settings),
         stop_tokens=stop_tokens(target, ignore_eos=flags["ignore_eos"]),
-        stop_strings=stop_strings(target, method.sampling, strings),
         label=str(settings["target"]["path"]),
         **limits,
         **asked,
@@ -134,7 +132,9 @@ def run(
 
 
 def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> dict[str, Any]:
-    """What is decoded: prompts, samples of each, and whether a chat template is applied."""
+    """What is decoded: prompts, samples of each, whether a chat template is applied, and texts
+    that end an output."""
+    strings = typed("stop_strings", settings["stop_strings"], STRINGS)
     kinds = {**get_type_hints(load_prompts), "chat": str, "samples": int}
     source = {}
     for name, value in settings["prompts"].items():
@@ -154,7 +154,7 @@ def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> di
     if unused:
         said = f"fields of the prompts that are not used: {', '.join(unused)}"
         console.print(said, soft_wrap=True, markup=False)
-    return {"prompts": prompts, "samples": samples, "chat": chat}
+    return {"prompts": prompts, "samples": samples, "chat": chat, "stop_strings": strings}
 
 
 def _refuse(message: str, words: Sequence[str] = ()) -> None:

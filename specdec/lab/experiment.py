@@ -26,7 +26,6 @@ from specdec.models.paged import PagedLM
 from specdec.processors import Processors
 from specdec.protocols import DraftError, LogitsError
 from specdec.request import CacheSettings, Capacity
-from specdec.sampling import SamplingParams
 from specdec.stop_strings import StopStrings
 
 WARM_UP_TOKENS = 8
@@ -42,7 +41,8 @@ class Experiment:
         baseline: what it is compared to, with the same sampling; None for no comparison.
         prompts: what is decoded.
         samples: how often each of them is.
-        stop_tokens, stop_strings: what ends an output.
+        stop_tokens: what ends an output, and
+        stop_strings: texts that do; None for those of the target's own generation settings.
         chat: when a chat template is applied: auto, always or never.
         label: what the summary calls the target.
 
@@ -60,11 +60,12 @@ class Experiment:
     max_new_tokens: int = 128
     batch_size: int = 1
     stop_tokens: Collection[int] = ()
-    stop_strings: StopStrings | None = None
+    stop_strings: Sequence[str] | None = None
     chat: str = "auto"
     label: str = ""
     capacity: Capacity = field(init=False)
     processors: Processors = field(init=False)
+    _ends: StopStrings | None = field(init=False)
     _own: dict[str, list[str]] = field(init=False)  # generation settings of the target
     _notes: Record = field(init=False, default_factory=dict)  # of the side decoded last
     _resumed: bool = field(init=False, default=False)
@@ -75,8 +76,13 @@ class Experiment:
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
         check_numbers(self.prompts, self.samples)
+        config, sampling = self.target.model.generation_config, self.method.sampling
         self.processors = self.method.processors(self.target, self.stop_tokens)
-        self._own = own_settings(self.target.model.generation_config, self.method.sampling)
+        self._own = own_settings(config, sampling)
+        strings = self.stop_strings
+        if strings is None:
+            strings = stop_strings_of(config, sampling)
+        self._ends = StopStrings(strings, self.target.tokenizer) if strings else None
         self.capacity = self.cache.capacity(
             rows=self.batch_size, max_tokens=self._longest(), device=self.target.device
         )
@@ -192,9 +198,7 @@ class Experiment:
         )
         if not queue.open:
             return
-        session = OurSession(
-            method, self.target, self.capacity, self.stop_tokens, self.stop_strings
-        )
+        session = OurSession(method, self.target, self.capacity, self.stop_tokens, self._ends)
         self._warm_up(session)
         try:
             self._run(session, queue, side, live, title, on_step)
@@ -290,19 +294,6 @@ class Experiment:
             )
         except torch.OutOfMemoryError:
             return {"refused": "no memory is left for passes over the texts"}
-
-
-def stop_strings(
-    target: PagedLM, sampling: SamplingParams, given: Sequence[str] | None
-) -> StopStrings | None:
-    """The texts that end a text: those given, else by the target's own generation settings.
-
-    Raises:
-        ValueError: texts that cannot be looked for.
-    """
-    if given is None:
-        given = stop_strings_of(target.model.generation_config, sampling)
-    return StopStrings(given, target.tokenizer) if given else None
 
 
 def stop_tokens(target: PagedLM, *, ignore_eos: bool) -> list[int]:

@@ -49,8 +49,12 @@ HARMLESS = frozenset(
     ]
 )
 NEUTRAL = {
-    "top_k": 0, "min_p": 0.0, "top_h": 1.0, "guidance_scale": 1.0,
-    "min_new_tokens": 0, "penalty_alpha": 0.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "top_h": 1.0,
+    "guidance_scale": 1.0,
+    "min_new_tokens": 0,
+    "penalty_alpha": 0.0,
 }
 """Where they are not what transformers fills in."""
 
