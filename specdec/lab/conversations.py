@@ -80,7 +80,7 @@ class Conversations:
         vocab_size: tokens that the target has.
         prompts: each is asked `samples` times.
         chat: as in `encode`.
-        max_new_tokens: of a turn.
+        max_new_tokens: of a turn, where its prompt does not say.
         finished: records of the turns that are not to be decoded.
         marks: what every record says of its text besides, as in `Method.marks`.
     """
@@ -143,7 +143,7 @@ class Conversations:
             request = Request(
                 id=number_of(*conversation.key, turn),
                 prompt_ids=ids,
-                max_new_tokens=self.max_new_tokens,
+                max_new_tokens=conversation.prompt.max_new_tokens or self.max_new_tokens,
                 category=conversation.prompt.category,
             )
             known = max(ids) < self.vocab_size

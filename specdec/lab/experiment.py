@@ -104,13 +104,13 @@ class Experiment:
                     f"prompt {prompt.id!r}: {len(ids)} tokens leave no room in the context of "
                     f"{context}; shorten it, or leave it out with prompts.limit"
                 )
-            later = len(prompt.turns) - 1
+            later, new = len(prompt.turns) - 1, prompt.max_new_tokens or self.max_new_tokens
             if later:
                 # Later turns hold answers that do not exist yet, and may grow when encoded anew.
                 ids = encode(self.target.tokenizer, prompt, chat=self.chat, answers=[""] * later)
                 self.target.check_tokens(ids, f"prompt {prompt.id!r}")
-                longest = max(longest, 2 * (len(ids) + later * self.max_new_tokens))
-            longest = max(longest, len(ids) + self.max_new_tokens)
+                longest = max(longest, 2 * (len(ids) + later * new))
+            longest = max(longest, len(ids) + new)
         return min(longest, context)
 
     def run(self, folder: RunFolder, tracker: Tracker, live: Live) -> Record:

@@ -46,6 +46,7 @@ class Prompt:
         messages: what was said before the first turn, each with `role` and `content`.
         after: what was said since the only turn, such as a tool's result.
         tools: descriptions of functions, for the chat template.
+        max_new_tokens: of each turn, where the record says so.
         unused: fields of the record that are no part of the prompt.
     """
 
@@ -57,6 +58,7 @@ class Prompt:
     messages: tuple[Message, ...] = ()
     after: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    max_new_tokens: int | None = None
     unused: tuple[str, ...] = ()
 
 
@@ -136,6 +138,7 @@ class _Reader:
         if self.key in DIALOGUES and isinstance(value, str):
             value = self._unpacked(value)
         said: dict[str, Any] = {"conversation": not self._raw(value)}
+        said["max_new_tokens"] = self._limit()
         if isinstance(value, str):
             said["turns"] = (value if self._raw(value) else self._question(value),)
         elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
@@ -336,6 +339,16 @@ class _Reader:
             return ()
         self.used.add("tools")
         return tuple(value)
+
+    def _limit(self) -> int | None:
+        value = self.fields.get("max_new_tokens")
+        self.used.add("max_new_tokens")
+        if value is None:
+            return None
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+        if not whole or value < 1:
+            self._refuse("max_new_tokens", f"is {value!r}", "give it a whole number from 1 on")
+        return int(value)
 
     def _refuse(self, name: str, what: str, mend: str) -> NoReturn:
         raise ValueError(f"{self.where}: {name} {what}; {mend}")

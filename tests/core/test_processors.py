@@ -29,6 +29,7 @@ from specdec.kernels import reference
 from specdec.models.generation import processors_of
 from specdec.models.load import load_model, zoo_path
 from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
 from specdec.processors import Processing, Processors
 from specdec.protocols import AcceptanceRule
 from specdec.request import Decoding, Request
@@ -40,7 +41,7 @@ from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.relaxed import Relaxed
 from specdec.verifier.synthetic import Synthetic
 from specdec.verifier.typical import Typical
-from tests.core.generated import TREES, Pair, drafter_of
+from tests.core.generated import DEVICE, TREES, Pair, drafter_of
 from tests.decoding import decoder_of, outputs_of, requests_of
 from tests.models.tiny import VOCABULARY, disturbed, save, tiny
 from tests.tiny import MODEL_VOCAB, PROMPT, tiny_llama
@@ -69,7 +70,7 @@ SETTINGS["all"] = {k: v for settings in SETTINGS.values() for k, v in settings.i
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A target whose texts soon repeat and often have the token `END`, and the folder of a draft
     that agrees with it now and then."""
-    target = tiny("llama")
+    target = tiny("llama").to(DEVICE)
     with torch.no_grad():
         target.lm_head.weight[END] *= 2.5
     return target, save(disturbed(target, 0.3), tmp_path_factory.mktemp("draft"))
@@ -78,7 +79,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 @pytest.fixture(scope="module")
 def target(models: tuple[Any, Path], tmp_path_factory: pytest.TempPathFactory) -> PagedLM:
     """The same over a paged cache, from a folder that has a tokenizer."""
-    return load_model(str(save(models[0], tmp_path_factory.mktemp("target"))))
+    folder = save(models[0], tmp_path_factory.mktemp("target"))
+    return load_model(str(folder), Placement(device=DEVICE))
 
 
 def generate(model: Any, prompt: list[int], **settings: Any) -> list[int]:
@@ -87,8 +89,8 @@ def generate(model: Any, prompt: list[int], **settings: Any) -> list[int]:
         **{"eos_token_id": [END], "pad_token_id": 0, "do_sample": False, **settings}
     )
     done = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
         max_new_tokens=NEW,
         tokenizer=tokenizer,
     )
@@ -125,7 +127,8 @@ def test_the_check_s_definition_is_that_of_generate(models: tuple[Any, Path]) ->
     prompt, processors = PROMPTS[0], obeyed(SETTINGS["all"])
     output = generate(models[0], prompt, **SETTINGS["all"])
     with torch.inference_mode():
-        logits = models[0](torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        text = torch.tensor([prompt + output], device=DEVICE)
+        logits = models[0](text).logits[0, len(prompt) - 1 : -1]
     for start in (0, 5):
         found = processors.of_text(logits[start:], prompt, output, start)
         assert found.argmax(-1).tolist() == output[start:]
@@ -245,6 +248,7 @@ def test_every_rule_is_shown_processed_logits(
 def test_texts_end_where_those_of_generate_do(zoo: Pair) -> None:
     """With strings inside of tokens, across tokens and begun by the prompt."""
     model = AutoModelForCausalLM.from_pretrained(zoo_path("target"), dtype=torch.float32)
+    model.to(DEVICE)
     tokenizer = zoo.target.tokenizer
     prompts = zoo.prompts[:3]
     texts = [tokenizer.decode(output) for output in zoo.outputs[:3]]

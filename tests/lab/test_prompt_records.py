@@ -391,3 +391,16 @@ def test_bad_records(
     message = refusal(lambda: load(write(good, record), field=field))
     assert said in message
     assert "prompts.path" in message
+
+
+def test_a_record_may_limit_its_own_output(write: Write) -> None:
+    limited = {"text": "a", "max_new_tokens": 7}, {"turns": ["b"], "max_new_tokens": 8.0}
+    prompts = load(write(*limited, {"text": "c"}))
+    assert [prompt.max_new_tokens for prompt in prompts] == [7, 8, None]
+    assert not any(prompt.unused for prompt in prompts)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "7", True, [7]])
+def test_a_limit_that_is_none_is_refused(write: Write, value: Any) -> None:
+    path = write({"text": "a", "max_new_tokens": value})
+    assert "max_new_tokens is" in refusal(lambda: load(path))
