@@ -28,7 +28,8 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -39,7 +40,9 @@ from pydantic import Field
 
 from specdec.lab.build import typed
 from specdec.lab.environment import describe_environment
-from specdec.lab.records import replace_file, to_json
+from specdec.lab.interrupts import interruptible
+from specdec.lab.lock import Lock
+from specdec.lab.records import replace_file, to_json, writing
 
 Options = TypeVar("Options")
 Positive = Annotated[int, Field(ge=1)]
@@ -69,7 +72,8 @@ def run_main(
     doc: str | None,
 ) -> int:
     """Read the command line, of the process if left out, and do the work; returns the exit code
-    of the work (None is 0). A ValueError becomes one line on stderr and exit code 2.
+    of the work (None is 0). A ValueError becomes one line on stderr and exit code 2, an
+    interruption exit code 130. A result file that can be continued has one process at a time.
 
     Args:
         doc: what `--help` says before the options.
@@ -79,12 +83,30 @@ def run_main(
         print(usage(kind, doc))
         return 0
     try:
-        return work(parse(kind, words)) or 0
+        options = parse(kind, words)
+        with interruptible(), _alone(options):
+            return work(options) or 0
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+@contextmanager
+def _alone(options: Any) -> Iterator[None]:
+    """Hold the lock of a result file."""
+    out = getattr(options, "out", None)
+    if out is None or not hasattr(options, "resume"):
+        yield
+        return
+    if not out.name or out.is_dir():
+        raise ValueError(f"out={out}: must be a file")
+    lock = Lock(out.with_name(f"{out.name}.lock"), f"out={out}")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def parse(kind: type[Options], words: Sequence[str]) -> Options:
@@ -186,9 +208,9 @@ def begin(options: Any, device: torch.device, program: str | None = None) -> dic
     }
     if not getattr(options, "resume", False) or not options.out.exists():
         return head
-    result: dict[str, Any] = json.loads(options.out.read_text())
+    result = _read_result(options.out)
     for name, value in head["settings"].items():
-        before = result.get("settings", {}).get(name)
+        before = result["settings"].get(name)
         if before != value:
             raise ValueError(
                 f"{options.out}: {name}={before} there, {value} now; leave resume out"
@@ -197,7 +219,27 @@ def begin(options: Any, device: torch.device, program: str | None = None) -> dic
     return {**result, **head, "command": "; ".join(commands)}
 
 
+def _read_result(path: Path) -> dict[str, Any]:
+    """What an earlier run has left.
+
+    Raises:
+        ValueError: no result file.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        whole = isinstance(found, dict) and isinstance(found.get("settings"), dict)
+        reason = "" if whole and isinstance(found.get("command"), str) else "no such result file"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    if reason:
+        raise ValueError(
+            f"{path}: cannot be continued, {reason}; leave resume out, or put it back"
+        )
+    return dict(found)
+
+
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """Replace a file at once, so that an interruption leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, to_json(result, indent=1) + "\n")

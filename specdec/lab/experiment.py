@@ -6,6 +6,7 @@ Built by `run.py` from settings, or by hand from Python.
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -113,6 +114,19 @@ class Experiment:
             longest = max(longest, len(ids) + new)
         return min(longest, context)
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What settings that may be left open have come to, by their names."""
+        target = self.target
+        return {
+            "device": str(target.device),
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "kernels.impl": target.kernels.impl,
+            "acceptance": self.method.rule.name,
+            "tree.children": self.method.tree.children,
+            "cache.page_size": self.capacity.page_size,
+        }
+
     def run(self, folder: RunFolder, tracker: Tracker, live: Live) -> Record:
         """Decode everything that `folder` does not hold yet, and write its summary.
 
@@ -143,6 +157,8 @@ class Experiment:
                 f"(drafter.reset={reset}) is missing",
                 soft_wrap=True,
             )
+        for note in folder.notes:
+            live.console.print(f"resumed: {note}", soft_wrap=True)
         try:
             if self.baseline is not None and folder.baseline is not None:
                 self._decode(self.baseline, folder.baseline, live, "baseline", lambda step: None)
@@ -160,8 +176,6 @@ class Experiment:
             raise ValueError(
                 f"{self._blame(error)}; the traceback is in {path}, and {left}"
             ) from error
-        finally:
-            folder.close()
         return self._finish(folder, tracker, interrupted=False)
 
     def _finish(self, folder: RunFolder, tracker: Tracker, *, interrupted: bool) -> Record:

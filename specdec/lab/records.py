@@ -3,14 +3,61 @@ there."""
 
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from specdec.flight import Step
 
 Record = dict[str, Any]
+
+
+class Line(BaseModel):
+    """What a line must have; it may have more."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class GenerationLine(Line):
+    """Of generations.jsonl."""
+
+    request: int
+    prompt: int
+    sample: int
+    turn: int
+    id: str
+    category: str | None
+    prompt_ids: list[int]
+    output_ids: list[int]
+    text: str
+    finish_reason: str
+    tokens: int
+    steps: int
+    drafted: int
+    accepted_lengths: list[int] = []
+
+
+class StepLine(Line):
+    """Of steps.jsonl."""
+
+    requests: list[int]
+    nodes: list[int]
+    depths: list[int]
+    accepted: list[int]
+    tokens: list[int]
+    seconds: dict[str, float]
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        lists = self.requests, self.nodes, self.depths, self.accepted, self.tokens
+        if len({len(values) for values in lists}) > 1:
+            raise ValueError("its lists have different lengths")
+        return self
 
 
 def step_record(step: Step) -> Record:
@@ -36,25 +83,41 @@ def _finite(value: Any) -> Any:
 
 
 class RecordFile:
-    """A JSON-lines file that is appended to, each line complete on disk before the next begins."""
+    """A JSON-lines file that is appended to, each line complete on disk before the next begins.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.records: list[Record] = _read_lines(path) if path.exists() else []
+    Args:
+        kind: of its lines.
+
+    Its methods raise ValueError if the file cannot be written, a disk being full.
+    """
+
+    def __init__(self, path: Path, kind: type[Line]) -> None:
+        self.path, self.kind = path, kind
+        self.records: list[Record] = []
         self._file: TextIO | None = None
+
+    def read(self) -> None:
+        """Take over what the file holds, if there is one.
+
+        Raises:
+            ValueError: a line that is no record.
+        """
+        self.records = _read_lines(self.path, self.kind) if self.path.exists() else []
 
     def append(self, record: Record, *, flush: bool = True) -> None:
         """Add a line; without `flush` it may reach the disk later."""
+        with writing(self.path):
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(to_json(record) + "\n")
+            if flush:
+                self._file.flush()
         self.records.append(record)
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(to_json(record) + "\n")
-        if flush:
-            self._file.flush()
 
     def flush(self) -> None:
         if self._file is not None:
-            self._file.flush()
+            with writing(self.path):
+                self._file.flush()
 
     def rewrite(self, records: list[Record]) -> None:
         """Replace the contents."""
@@ -65,18 +128,64 @@ class RecordFile:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with writing(self.path):
+                file.close()
 
 
-def _read_lines(path: Path) -> list[Record]:
-    """The complete lines of the file; a last line cut off by a crash is dropped."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+def _read_lines(path: Path, kind: type[Line]) -> list[Record]:
+    """The complete lines of the file. A last line that a crash has cut off is dropped, and so are
+    zeros, which some file systems leave in place of what they had not written yet."""
+    lines = path.read_bytes().rstrip(b"\0").split(b"\n")
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            kind.model_validate(record)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: line {number} is no record, {_reason(error)}; delete it, and its text "
+                f"is decoded again"
+            ) from None
+        records.append(record)
+    return records
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return ": ".join([*map(str, first["loc"][:1]), first["msg"]])
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
+    """Write the file whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with writing(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # the name must not be on the disk before the text
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what the system says of a file that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written, {error.strerror or error}; what was written before is "
+            f"kept, and resume=true continues once it can be"
+        ) from error

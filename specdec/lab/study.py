@@ -8,8 +8,6 @@ written as they go.
 """
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any
 
 from rich.progress import track
 
+from specdec.lab.fingerprints import digest
 from specdec.lab.lossless import compare
 from specdec.lab.metrics import by_source
 from specdec.lab.prompts import Asked
@@ -205,12 +204,8 @@ class Study:
             add(total, compare(records(done[name].outputs), plain, self.target))
 
     def _mark(self, way: Way) -> str:
-        return _hash([way.settings, self._prompts])
+        return digest([way.settings, self._prompts])
 
     @cached_property
     def _prompts(self) -> str:
-        return _hash(self.batches)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
+        return digest(self.batches)

@@ -1,7 +1,9 @@
 """Trackers: where the figures of a run go besides its folder. The only file that imports wandb."""
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +31,47 @@ class NoTracker:
 
     def finish(self, summary: Record, generations: Sequence[Record]) -> None:
         pass
+
+
+class Careful:
+    """A tracker whose faults cost no run anything: the first is told in one line, and then it is
+    left alone.
+
+    Args:
+        tell: what to do with that line.
+    """
+
+    def __init__(self, tracker: Tracker, tell: Callable[[str], None]) -> None:
+        self._tracker, self._tell = tracker, tell
+
+    def start(self, *, config: Record, folder: Path, group: str | None, name: str) -> None:
+        with self._careful():
+            self._tracker.start(config=config, folder=folder, group=group, name=name)
+
+    def step(self, step: Step) -> None:
+        with self._careful():
+            self._tracker.step(step)
+
+    def finish(self, summary: Record, generations: Sequence[Record]) -> None:
+        with self._careful():
+            self._tracker.finish(summary, generations)
+
+    @contextmanager
+    def _careful(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            name = type(self._tracker).__name__
+            self._tracker = NoTracker()
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self._tell(f"{name} failed, {reason}; the run goes on without it")
+            if "wandb" in sys.modules:
+                import wandb
+
+                with suppress(
+                    Exception
+                ):  # its process may be dead, which it would tell at the end
+                    wandb.teardown(1)
 
 
 class WandbTracker:

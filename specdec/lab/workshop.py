@@ -10,6 +10,7 @@ from typing import Any
 
 from specdec.lab.build import cache_of, method_of, placement_of
 from specdec.lab.command import Positive, option
+from specdec.lab.fingerprints import contents_of
 from specdec.lab.method import Method
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import OurSession, Session
@@ -119,8 +120,9 @@ class Workshop:
         """A method of a study, checked as far as can be without a model."""
         settings = self.settings(words)
         method = method_of(settings)  # another one is made for the session, and goes with it
+        known = {name: v for name, v in settings.items() if name not in NO_SETTINGS}
         return Way(
-            settings={name: v for name, v in settings.items() if name not in NO_SETTINGS},
+            settings={**known, "contents": contents_of(known)},
             make=partial(self.session, words, rows=rows, longest=longest),
             entry=entry,
             tree=method.tree,

@@ -3,11 +3,15 @@
 
 def generation(prompt: int, output: list[int], steps: int, turn: int = 0, sample: int = 0) -> dict:
     return {
+        "request": (sample * 1_000_000 + prompt) * 1000 + turn,
         "prompt": prompt,
         "sample": sample,
         "turn": turn,
+        "id": str(prompt),
+        "category": None,
         "prompt_ids": [1, 2],
         "output_ids": output,
+        "text": "",
         "tokens": len(output),
         "steps": steps,
         "drafted": 3 * steps,
@@ -19,6 +23,7 @@ def step(requests: list[int], depths: list[int], accepted: list[int], tokens: li
     seconds = {"draft": 0.25, "verify": 0.5, "prefill": 0.25}
     return {
         "requests": requests,
+        "nodes": depths,
         "depths": depths,
         "accepted": accepted,
         "tokens": tokens,

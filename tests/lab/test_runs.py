@@ -1,13 +1,17 @@
 """What a run leaves on disk, and what of it is kept when it is resumed."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
+from specdec.lab.lock import Lock
 from specdec.lab.runs import SCHEMA, RunFolder
 from tests.lab.made import generation, step
 from tests.running import ROOT
@@ -20,7 +24,9 @@ def test_sources_of_finished_prompts_survive_a_resume(tmp_path: Path):
     bare = {**step([8], [1], [0], [1]), "sources": []}
     for record in (shared, bare):
         folder.main.steps.append(record)
-    folder.main.generations.append({**generation(0, [5], 1), "request": 8})
+    folder.main.generations.append(
+        {**generation(0, [5, 6], 2), "request": 8, "accepted_lengths": [1, 1]}
+    )
     folder.close()
 
     folder = RunFolder(tmp_path, config={}, resume=True)
@@ -31,6 +37,92 @@ def test_sources_of_finished_prompts_survive_a_resume(tmp_path: Path):
     assert other == bare
     assert not (tmp_path / "error.txt").exists()
     folder.close()
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path: Path):
+    with RunFolder(tmp_path / "o", config={}, resume=False) as folder:
+        folder.begin()
+        owner = json.loads((tmp_path / "o/lock").read_text())
+        assert (owner["pid"], owner["host"]) == (os.getpid(), socket.gethostname())
+        said = rf"^out={tmp_path}/o: process {os.getpid()} on {owner['host']} works there since 2"
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=said):
+                RunFolder(tmp_path / "o", config={}, resume=resume)
+        assert (tmp_path / "o/lock").exists()
+    assert not (tmp_path / "o/lock").exists()
+    RunFolder(tmp_path / "o", config={}, resume=True).close()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from specdec.lab.lock import Lock
+held = Lock(Path(sys.argv[1]), "out")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_process_that_is_dead_is_free(tmp_path: Path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "lock"), str(ROOT)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    with pytest.raises(ValueError, match=f"^out=x: process {holder.pid} on "):
+        Lock(tmp_path / "lock", "out=x")
+    holder.kill()
+    holder.wait()
+    assert str(holder.pid) in (tmp_path / "lock").read_text()
+    Lock(tmp_path / "lock", "out=x").release()
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("left", ["", "{", "[1]", '{"pid": 1, "ho'])
+def test_a_lock_that_a_full_disk_cut_off_is_free(tmp_path: Path, left: str):
+    (tmp_path / "lock").write_text(left)
+    Lock(tmp_path / "lock", "out=x").release()
+
+
+def test_the_lock_of_another_host_is_left_to_the_user(tmp_path: Path):
+    """Locks may not be seen across hosts, and nothing else tells whether its owner lives."""
+    (tmp_path / "lock").write_text('{"pid": 7, "host": "elsewhere", "time": "2026-01-01"}\n')
+    said = rf"process 7 on elsewhere may work there .* delete {tmp_path}/lock if that run is dead$"
+    with pytest.raises(ValueError, match=said):
+        Lock(tmp_path / "lock", "out=x")
+    assert (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize(("pid", "free"), [(os.getppid(), False), (2**22 + 1, True)])
+def test_without_locks_of_the_system_the_owner_is_asked_for(tmp_path, monkeypatch, pid, free):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks")))
+    owner = {"pid": pid, "host": socket.gethostname(), "time": "2026-01-01"}
+    (tmp_path / "lock").write_text(json.dumps(owner))
+    if free:
+        Lock(tmp_path / "lock", "out=x").release()
+    else:
+        with pytest.raises(ValueError, match=f"process {pid} on .* works there"):
+            Lock(tmp_path / "lock", "out=x")
+
+
+@pytest.mark.parametrize("name", ["file", "file/x", "/proc/self/x", "x" * 300, "a/" * 3000])
+def test_a_folder_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, name: str):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"^out=[^\n]*: cannot be used, .+; choose another place$"
+    ):
+        RunFolder(tmp_path / name, config={}, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nothing_to_resume_is_said(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new/a"):
+        with pytest.raises(
+            ValueError, match=r"^resume=true: there is nothing to continue in out="
+        ):
+            RunFolder(tmp_path / name, config={}, resume=True)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
 
 
 KILLED = """

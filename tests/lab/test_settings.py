@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from specdec.lab.runs import SCHEMA
-from specdec.lab.settings import settings_of
+from specdec.lab.runs import FACTS, SCHEMA
+from specdec.lab.settings import settings_of, word_of
 from tests.running import QUICK
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -23,6 +23,7 @@ def test_words_stand_for_what_a_run_of_them_notes(specdec, tmp_path, words):
     assert specdec(*typed, *QUICK, "baseline=false", f"out={tmp_path}/o")[0] == 0
     config = yaml.safe_load((tmp_path / "o/config.yaml").read_text())
     assert config.pop("schema") == SCHEMA
+    assert all(isinstance(config.pop(name), dict) for name in FACTS)
     assert config.pop("out") != settings.pop("out")
     assert settings == config
 
@@ -46,3 +47,11 @@ def test_mistakes_are_told_in_one_line(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
         settings_of(words)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a/b-1.c", "a b", "a,b", "it's", 'say "no"', "a\\", 'a\\"', "${x}", "$x", "~", "é=[1]"],
+)
+def test_a_text_is_a_word_that_is_read_back(text: str):
+    assert settings_of([word_of("out", text)])["out"] == text

@@ -1,0 +1,190 @@
+"""How runs end: by signals, refusals and failing trackers; and with which words they go on."""
+
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from specdec.lab.interrupts import SIGNALS, interruptible
+from specdec.lab.tracking import NoTracker
+from specdec.models import load
+from tests.running import QUICK, lines, outputs, summary_of
+
+pytestmark = pytest.mark.usefixtures("load_once")
+
+SHORT = (*QUICK[:1], "prompts.limit=2", "max_new_tokens=4", "drafter=ngram", "baseline=false")
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, which the search path does not hold yet."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Send this process a signal in that step."""
+    steps = iter(range(1, 10**6))
+
+    def kill(self: NoTracker, _: Any) -> None:
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(NoTracker, "step", kill)
+
+
+def continued(printed: str) -> list[str]:
+    """The words of the command that an interruption printed."""
+    (line,) = (line for line in printed.splitlines() if "this continues: " in line)
+    python, dash, module, *words = shlex.split(line.partition("this continues: ")[2])
+    assert (python, dash, module) == ("python", "-m", "specdec.run")
+    return words
+
+
+def test_the_command_of_an_interruption_continues_it(specdec, own_folder, monkeypatch):
+    words = (*SHORT, "tree=static", "tree.widths=[2, 1]", "seed=7")
+    assert specdec(*words, "out=whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5, signal.SIGTERM)
+        code, printed, error = specdec(*words, 'out="it\'s, a folder"')
+    assert (code, error) == (130, "")
+    cut = own_folder / "it's, a folder"
+    assert 0 < len(lines(cut / "generations.jsonl")) < 2
+    assert summary_of(cut)["interrupted"]
+    again = continued(printed)
+    assert specdec(*again)[0] == 0
+    assert outputs(cut) == outputs(own_folder / "whole")
+    assert not (cut / "lock").exists()
+
+
+def test_a_run_that_is_interrupted_while_it_loads_leaves_nothing(specdec, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    code, printed, error = specdec(*SHORT, f"out={tmp_path}/a/b")
+    assert (code, error) == (130, "")
+    assert "0 finished texts" in printed
+    assert "continues" not in printed
+    assert left(tmp_path) == []
+
+
+GUESS = "def guess(tokens):\n    return [tokens[-{n}:]]\n"
+
+
+def test_a_run_goes_on_with_the_same_files_alone(specdec, own_folder, monkeypatch):
+    files = {"prompts.jsonl": '{"text": "It was"}\n{"text": "def f("}\n', "guessing.py": GUESS}
+    for name, text in files.items():
+        (own_folder / name).write_text(text.replace("{n}", "2"))
+    words = (*SHORT, "drafter=user", "drafter._target_=guessing.guess", "out=o")
+    words += ("prompts.path=prompts.jsonl",)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5, signal.SIGINT)
+        assert specdec(*words)[0] == 130
+    config = yaml.safe_load((own_folder / "o/config.yaml").read_text())
+    assert (config["dtype"], config["acceptance"]["_target_"]) == ("auto", None)
+    resolved = config["resolved"]
+    assert (resolved["dtype"], resolved["acceptance"]) == ("float32", "greedy")
+    assert set(config["contents"]) == {"prompts", "target.path", "drafter._target_"}
+    for name, setting in (("prompts.jsonl", "prompts"), ("guessing.py", "drafter._target_")):
+        before = (own_folder / name).read_text()
+        (own_folder / name).write_text(before.replace("It", "This").replace("2", "3"))
+        code, _, error = specdec(*words, "resume=true")
+        assert (code, error.count("\n")) == (2, 1)
+        assert f"resume=true: contents of {setting} differ from the run in out=" in error
+        (own_folder / name).write_text(before)
+    monkeypatch.setattr("specdec.models.placement.choose_dtype", lambda *_: torch.float64)
+    assert "resume=true: dtype differ" in specdec(*words, "resume=true")[2]
+    monkeypatch.undo()
+    monkeypatch.chdir(own_folder)
+    assert specdec(*words, "resume=true")[0] == 0
+
+
+REFUSED = {
+    "tree.budget=-1,-2": "tree.budget=-1: must be",
+    "out=file": "/file: cannot be used, File exists; choose another place",
+    "out=": "out=: must be a folder",
+    "out=null": "out=None: must be a folder",
+    "target.path=/nowhere": "no such folder",
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_refused_runs_and_sweeps_leave_nothing(specdec, own_folder, word):
+    (own_folder / "file").touch()
+    (own_folder / "there").mkdir()
+    for sweep in (True, False):
+        out = "out=new/a" if "," in word else "out=there"
+        words = (*SHORT, out, word if sweep else word.partition(",")[0])
+        code, _, error = specdec(*["-m"] * sweep, *words)
+        assert code == 2
+        assert REFUSED[word] in error
+        assert error.count("\n") == (2 if sweep and "," in word else 1)
+        assert left(own_folder) == ["file", "there"]
+
+
+def test_a_sweep_goes_on_where_it_was_interrupted(specdec, own_folder, monkeypatch):
+    words = ("-m", *SHORT, "seed=1,2,3")
+    code, _, error = specdec(*words, "out=s", "resume=true")
+    assert (code, left(own_folder)) == (2, [])
+    assert "resume=true: there is no sweep to continue in out=" in error
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13, signal.SIGINT)  # in the second run of three
+        code, printed, _ = specdec(*words, "out=s")
+    assert code == 130
+    assert sorted(path.name for path in (own_folder / "s").iterdir()) == [
+        "0",
+        "1",
+        "multirun.yaml",
+    ]
+    assert specdec(*continued(printed))[0] == 0
+    for number in range(3):
+        assert len(outputs(own_folder / f"s/{number}")) == 2
+
+
+def test_a_sweep_keeps_what_was_finished(specdec, tmp_path):
+    code, _, error = specdec("-m", *SHORT, "seed=1,x,2", f"out={tmp_path}/s", "prompts.limit=1")
+    assert code == 2
+    assert error.startswith("error: seed=x: ")
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["0", "2", "multirun.yaml"]
+
+
+class Failing(NoTracker):
+    """A tracker of the user's."""
+
+    def finish(self, summary: Any, generations: Any) -> None:
+        raise OSError(28, "No space\nleft")
+
+
+def test_a_tracker_that_fails_costs_one_line(specdec, tmp_path):
+    tracker = f"tracker._target_={__name__}.Failing"
+    code, printed, error = specdec(*SHORT, tracker, f"out={tmp_path}/o", "prompts.limit=1")
+    assert (code, error) == (0, "")
+    said = "Failing failed, OSError: [Errno 28] No space left; the run goes on without it\n"
+    assert printed.count(said) == 1
+    assert summary_of(tmp_path / "o")["tokens"] == 4
+
+
+def test_signals_are_as_before_once_a_run_has_ended():
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in SIGNALS]
+
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    before = handlers()
+    try:
+        with interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert handlers() == [signal.SIG_DFL, signal.SIG_DFL, signal.SIG_IGN]  # at once
+        assert handlers() == before
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
