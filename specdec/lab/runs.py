@@ -15,7 +15,7 @@ import shutil
 import traceback
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,10 +99,6 @@ class Side:
                 kept.append({**step, **lists})
         self.generations.rewrite(self.generations.records)
         self.steps.rewrite(kept)
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
 
 
 class RunFolder:
@@ -237,11 +233,11 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others work there."""
-        try:
+        with ExitStack() as last:  # all of it, whatever a full disk says of one file
+            last.callback(self._lock.release)
             for side in self.sides:
-                side.close()
-        finally:
-            self._lock.release()
+                for file in side.files:
+                    last.callback(file.close)
 
     def __enter__(self) -> Self:
         return self

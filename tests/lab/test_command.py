@@ -1,7 +1,9 @@
 """Command lines of programs: what is read, what is refused, and the result files."""
 
 import json
+import os
 import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -152,3 +154,44 @@ def test_a_result_is_continued_with_the_same_settings_alone(tmp_path: Path) -> N
 
     with pytest.raises(ValueError, match=r"tokens=1000 there, 200 now; leave resume out$"):
         begin(parse(Options, [*words, "tokens=200"]), torch.device("cpu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    out: Path = option(Path("speed.json"), "result file")
+    resume: bool = option(False)
+
+
+def test_a_result_file_has_one_process_at_a_time(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "new/result.json"
+
+    def work(options: Measured) -> int:
+        if options.resume:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 10 * run_main(Measured, lambda _: 7, [f"out={out}"], doc=None)
+
+    assert run_main(Measured, work, [f"out={out}"], doc=None) == 20
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out={out}: process {os.getpid()} on ")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert run_main(Measured, work, [f"out={out}", "resume=true"], doc=None) == 130
+    assert run_main(Measured, lambda _: 7, [f"out={out}"], doc=None) == 7
+    for name in (".", str(tmp_path)):
+        assert run_main(Measured, work, [f"out={name}"], doc=None) == 2
+        assert "must be a file\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"command": 3}', '{"settings": {}}', "\0" * 9])
+def test_a_result_that_is_broken_is_named(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "result.json"
+    out.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{out}: cannot be continued, .+; leave resume out"):
+        begin(Measured(out=out, resume=True), torch.device("cpu"))
+    assert begin(Measured(out=out), torch.device("cpu"))["command"]
+
+
+def test_a_result_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"result.json: cannot be written, File exists; "):
+        write(tmp_path / "file/result.json", {})

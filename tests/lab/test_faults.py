@@ -5,8 +5,13 @@ import contextlib
 import errno
 import io
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from rich.console import Console
 
 from specdec.lab import environment
 from specdec.lab import experiment as experiments
+from specdec.lab.interrupts import interruptible
 from specdec.lab.records import RecordFile
 from specdec.lab.runs import RunFolder
 from tests.lab import scripted
@@ -202,6 +208,69 @@ def test_a_full_disk_costs_nothing_that_was_finished(tmp_path, monkeypatch, whol
                 decode(out)
         if out.exists():
             assert_recovers(out, whole)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A disk of so many KiB; may grow."""
+    folder, mounted = tmp_path / "disk", False
+    folder.mkdir()
+
+    def sized(size: int) -> Path:
+        nonlocal mounted
+        again = "remount," if mounted else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{again}size={size}k", "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("may not mount a disk here")
+        mounted = True
+        return folder
+
+    yield sized
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", [4, 12, 20, 28])
+def test_a_disk_that_is_really_full(disk, whole, size):
+    out = disk(size) / "o"
+    with pytest.raises(ValueError, match="No space left on device") as refused:
+        decode(out)
+    assert "\n" not in str(refused.value)
+    disk(1024)
+    if out.exists():
+        assert_recovers(out, whole)
+    decode(out.with_name("other"))  # nothing stands in the way of others
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_at_any_moment_goes_on(tmp_path, monkeypatch, whole, number):
+    """Processes of their own, each killed up to three times."""
+    step = scripted.Decoder.step
+
+    def slow(*given: Any) -> int:
+        time.sleep(0.001)
+        return step(*given)
+
+    def child(out: Path) -> None:
+        monkeypatch.setattr(scripted.Decoder, "step", slow)
+        with contextlib.suppress(BaseException), interruptible():
+            decode(out, resume=(out / "config.yaml").exists())
+        os._exit(0)
+
+    random.seed(number)
+    for place in range(5):
+        out = tmp_path / str(place)
+        for _ in range(3):
+            process = os.fork()
+            if not process:
+                child(out)
+            time.sleep(random.uniform(0.0, 0.12))
+            os.kill(process, number)
+            os.waitpid(process, 0)
+        if (out / "config.yaml").exists():
+            assert "resume=" not in assert_recovers(out, whole)
+        else:
+            decode(out)
 
 
 def test_what_a_refused_run_leaves(tmp_path, monkeypatch):

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from wandb.proto import wandb_internal_pb2
 
 from specdec.decode import Step
-from specdec.lab.tracking import WandbTracker
+from specdec.lab.tracking import Careful, WandbTracker
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 32768  # the file is a log in LevelDB's format, after a header of seven bytes
@@ -96,6 +97,51 @@ def test_an_offline_run_holds_config_points_summary_table_and_chart(tmp_path):
     (table,) = folder.glob("wandb/offline-run-*/files/media/table/generations*.json")
     assert [row[0] for row in json.loads(table.read_text())["data"]] == [0, 1]
     assert list(folder.glob("wandb/offline-run-*/files/media/table/acceptance_by_depth*.json"))
+
+
+KILL = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from specdec.flight import Step
+from specdec.lab.tracking import Careful, WandbTracker
+
+tracker = Careful(WandbTracker(every=1), print)
+tracker.start(config={}, folder=Path(sys.argv[1]), group=None, name="x")
+command = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
+for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+    if "wandb" in line:
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+        print("killed")
+one = {name: [1] for name in ("requests", "nodes", "depths", "accepted", "tokens")}
+for _ in range(100):
+    tracker.step(Step(**one, seconds={"verify": 0.1}))
+tracker.finish({}, [])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_outlives_the_process_of_wandb(tmp_path):
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    command = [sys.executable, "-c", KILL, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    killed, said = done.stdout.splitlines()
+    assert killed == "killed"
+    assert said.startswith("WandbTracker failed, ")
+    assert said.endswith("; the run goes on without it")
+
+
+def test_a_folder_that_wandb_cannot_use_costs_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "wandb").touch()
+    told: list[str] = []
+    tracker = Careful(WandbTracker(every=1), told.append)
+    tracker.start(config={}, folder=tmp_path, group=None, name="x")
+    names = ("requests", "nodes", "depths", "accepted", "tokens")
+    tracker.step(Step(**{one: [1] for one in names}, seconds={"verify": 0.5}))
+    tracker.finish({}, [])
+    (line,) = told
+    assert line.startswith("WandbTracker failed, NotADirectoryError")
 
 
 def test_a_step_that_ran_for_nobody_is_no_point_of_its_own_kind() -> None:
