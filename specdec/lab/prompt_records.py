@@ -80,7 +80,7 @@ def read_record(
     name = next((str(present[key]) for key in ID_FIELDS if key in present), str(index))
     where = f"prompts.path={shown}: {place} (id {name!r})"
     key = _find_field(present) if field is None else field
-    fields = ", ".join(present) or "none"
+    fields = ", ".join(map(_shown, present)) or "none"
     if key is None:
         raise ValueError(
             f"{where} has no field that is known to hold a prompt (fields: {fields}); "
@@ -107,6 +107,8 @@ def read_record(
             f"{where} holds half a surrogate pair ({error.object[error.start]!a}), which is no "
             "character; remove it"
         ) from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is nested too deeply; remove the record") from error
     return prompt
 
 
@@ -156,8 +158,9 @@ class _Reader:
         if said["conversation"]:
             said["messages"] = self._before(said.get("messages"))
             said["tools"] = self._tools()
-        left = [k for k, v in self.fields.items() if k not in self.used and not _holds_nothing(v)]
-        return {**said, "unused": (*left, *self.dropped)}
+        rest = {k: v for k, v in self.fields.items() if k not in self.used}
+        unused = [_shown(name) for name, value in rest.items() if not _holds_nothing(value)]
+        return {**said, "unused": (*unused, *self.dropped)}
 
     def _raw(self, value: Any) -> bool:
         """Whether it is a text to be continued as it is."""
@@ -253,7 +256,7 @@ class _Reader:
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
             kind = part.get("type", "object") if isinstance(part, dict) else _kind(part)
-            self._refuse(name, f"is no text ({kind})", "leave the record out")
+            self._refuse(name, f"is no text ({kind!r})", "leave the record out")
         return text
 
     def _calls(self, calls: Any, name: str) -> list[Any]:
@@ -352,6 +355,11 @@ class _Reader:
 
     def _refuse(self, name: str, what: str, mend: str) -> NoReturn:
         raise ValueError(f"{self.where}: {name} {what}; {mend}")
+
+
+def _shown(name: str) -> str:
+    """The name of a field in a message, which has one line."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _left_out(
 ) -> str | None:
     """What the template does not tell the model, None if nothing: contents and names are replaced
     by marks, which are looked for. (Contents themselves may be trimmed or escaped.)"""
-    marks = {f"mark{i}of": f"message {i} ({m['role']})" for i, m in enumerate(messages)}
+    marks = {f"mark{i}of": f"message {i} ({m['role']!r})" for i, m in enumerate(messages)}
     marked = [
         _with_calls({**message, "content": mark}, f"call{mark}")
         for mark, message in zip(marks, messages, strict=True)

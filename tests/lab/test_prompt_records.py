@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +360,7 @@ def test_field_names_the_prompt(write: Write) -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             None,
-            "messages[0].content[0] is no text (image_url)",
+            "messages[0].content[0] is no text ('image_url')",
         ),
         (
             {"messages": [{"role": "assistant", "content": "a"}]},
@@ -378,6 +378,7 @@ def test_field_names_the_prompt(write: Write) -> None:
         ({"question": "a", "system": "\udfff"}, None, "half a surrogate pair"),
         ({"text": "a", "id": "\ud83d"}, None, "half a surrogate pair"),
         ({"messages": [{"role": "system", "content": "a"}]}, None, "has no user turns"),
+        ({"bo\ndy": "a"}, None, "(fields: 'bo\\ndy')"),
         ({"turns": []}, None, "has no user turns"),
         ({"text": " \n"}, None, "line 2 (id '1')"),
         ({"turns": ["a", ""], "id": "x"}, None, "line 2 (id 'x')"),
@@ -404,3 +405,13 @@ def test_a_record_may_limit_its_own_output(write: Write) -> None:
 def test_a_limit_that_is_none_is_refused(write: Write, value: Any) -> None:
     path = write({"text": "a", "max_new_tokens": value})
     assert "max_new_tokens is" in refusal(lambda: load(path))
+
+
+def test_a_run_names_the_fields_it_does_not_use(
+    write: Write, specdec: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    path = write({"question": "a", "answer": "b"}, {"text": "a", "score": 1, "answer": "b"})
+    settings = f"prompts=file prompts.path={path} target=hf target.path=./none tracker=none"
+    code, out, _ = specdec(*settings.split(), f"out={tmp_path}/out")
+    assert code == 2  # there is no such model
+    assert "fields of the prompts that are not used: answer, score\n" in out

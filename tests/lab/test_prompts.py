@@ -151,9 +151,9 @@ def test_templates_of_texts_and_of_parts(
         ("{{ messages.__class__.__mro__ }}", "SecurityError"),
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
         ("{{ raise_exception('no system role\nhere') }}", "no system role"),
-        ("a constant", "it leaves out message 0 (system)"),
-        ("{{ messages[-1]['content'] }}", "it leaves out message 0 (system)"),
-        (IN_TEXTS.replace("messages", "messages[:2]"), "it leaves out message 2 (assistant)"),
+        ("a constant", "it leaves out message 0 ('system')"),
+        ("{{ messages[-1]['content'] }}", "it leaves out message 0 ('system')"),
+        (IN_TEXTS.replace("messages", "messages[:2]"), "it leaves out message 2 ('assistant')"),
         (
             "{{ messages[0].content }}{{ messages[1].content }}{{ messages[2].content }}",
             "message 3",
@@ -196,7 +196,7 @@ def test_tools_are_told_by_a_template_that_can(plain_tokenizer: PreTrainedTokeni
     assert plain_tokenizer.decode(ids) == "look Weather? look sunny "
     for template, said in {
         CALLS: "it leaves out tool 0",
-        TOOLS + "{% for m in messages %}{{ m.content }}{% endfor %}": "message 1 (assistant)",
+        TOOLS + "{% for m in messages %}{{ m.content }}{% endfor %}": "message 1 ('assistant')",
     }.items():
         plain_tokenizer.chat_template = template
         message = refusal(lambda: encode(plain_tokenizer, asked, chat="auto"))
