@@ -66,7 +66,14 @@ def conversation(*turns: str, index: int = 0) -> Prompt:
 
 def conversations(tokenizer: Any, *prompts: Prompt, samples: int = 1) -> Conversations:
     return Conversations(
-        tokenizer, prompts, samples=samples, chat="auto", max_new_tokens=8, finished=[], marks={}
+        tokenizer,
+        prompts,
+        vocab_size=10**6,
+        samples=samples,
+        chat="auto",
+        max_new_tokens=8,
+        finished=[],
+        marks={},
     )
 
 
