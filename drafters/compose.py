@@ -23,6 +23,7 @@ from specdec.tree import Acceptance, TokenTree
 
 Variant = tuple[tuple[int, ...], int]
 MODES = ("union", "cascade", "bandit")
+USES = {"weights": "union", "costs": "bandit"}  # settings of one mode alone
 NODES = 2  # of a trie, for each node of the budget
 SIZES = (8, 16, 32)  # nodes of trees that only hold what was found
 LONGEST_FIRST = ("never", "category", "prompt")
@@ -109,6 +110,11 @@ class Compose(ShapedDrafter):
         for name, part in zip(self.names, self.parts, strict=True):
             with part_of(f"drafter.parts.{name}"):
                 part.check(tree)
+
+    def find(self) -> None:
+        for name, part in zip(self.names, self.parts, strict=True):
+            with part_of(f"drafter.parts.{name}"):
+                part.find()
 
     def load(self, target: PagedLM, models: Models) -> None:
         self.device = target.device
@@ -292,10 +298,17 @@ def _check(
     if len(parts) < 2:
         raise ValueError(f"drafter.parts={list(parts)}: name at least two")
     for name, values in lists.items():
-        if values is not None and (len(values) != len(parts) or min(values) <= 0):
+        if values is None:
+            continue
+        if len(values) != len(parts) or not all(0 < value < math.inf for value in values):
             raise ValueError(
                 f"drafter.{name}={values}: must be a positive number for each of "
                 f"{', '.join(parts)}"
+            )
+        if mode != USES[name]:
+            raise ValueError(
+                f"drafter.{name}={values}: drafter.mode={mode} uses none; leave it null, or use "
+                f"drafter.mode={USES[name]}"
             )
     if min_match < 1:
         raise ValueError(f"drafter.min_match={min_match}: must be at least 1")

@@ -23,6 +23,7 @@ from typing import Any
 FORMAT = 1
 TOKENS, SUFFIXES, METADATA = "tokens.bin", "suffixes.bin", "metadata.json"
 METADATA_KEYS = ("format", "files", "token_bytes", "position_bytes", "tokenizer")
+BUILD = "python -m specdec.experiments.tools.build_datastore"
 PROBES = (
     "Hello, world! It's 12:30, isn't it?",
     "def f(x):\n\treturn  x ** 2  # y\r\n",
@@ -79,31 +80,19 @@ class Datastore:
         Raises:
             ValueError: no datastore there, one of another format or tokenizer, or not whole.
         """
-        where = Path(folder).expanduser()
-        named = f"{setting}={folder}"
-        build = f"python -m specdec.experiments.tools.build_datastore tokenizer={_name(tokenizer)}"
-        about = _metadata(where, named, f"{build} out={folder} TEXTS makes one")
-        found, files, width, position, maker = (about[key] for key in METADATA_KEYS)
-        if found != FORMAT:
-            raise ValueError(f"{named}: format {found}, but {FORMAT} is read; build it anew")
-        for name in (TOKENS, SUFFIXES):
-            path = where / name
-            size = path.stat().st_size if path.is_file() else 0
-            if size != files[name]:
-                raise ValueError(
-                    f"{named}: {name} has {size} bytes instead of {files[name]}; remove the "
-                    f"folder and build it anew"
-                )
+        where, named = Path(folder).expanduser(), f"{setting}={folder}"
+        about = find_datastore(folder, setting=setting, tokenizer=_name(tokenizer))
+        position, maker = about["position_bytes"], about["tokenizer"]
         mine = fingerprint(tokenizer)
         if mine != maker["fingerprint"]:
             sources = " ".join(about.get("sources") or ["TEXTS"])
             raise ValueError(
                 f"{named}: made with the tokenizer {maker['name']} ({maker['fingerprint'][:8]}), "
                 f"but the target's is {_name(tokenizer)} ({mine[:8]}); "
-                f"{build} out=OTHER_FOLDER {sources} makes one for it"
+                f"{BUILD} tokenizer={_name(tokenizer)} out=OTHER_FOLDER {sources} makes one for it"
             )
         suffixes = memoryview(_mapped(where / SUFFIXES)).cast("i" if position == 4 else "q")
-        return cls(tokens=_mapped(where / TOKENS), suffixes=suffixes, width=width)
+        return cls(tokens=_mapped(where / TOKENS), suffixes=suffixes, width=about["token_bytes"])
 
     def __len__(self) -> int:
         """Tokens, separators included."""
@@ -167,6 +156,29 @@ def _mapped(path: Path) -> mmap.mmap:
 
 def _name(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "name_or_path", "")) or "TOKENIZER"
+
+
+def find_datastore(
+    folder: str | Path, *, setting: str = "drafter.datastore", tokenizer: str = "TOKENIZER"
+) -> dict[str, Any]:
+    """What a folder says of its datastore, whose files are there; all of `METADATA_KEYS` is.
+
+    Raises:
+        ValueError: no datastore there, one of another format, or not whole.
+    """
+    where, named = Path(folder).expanduser(), f"{setting}={folder}"
+    about = _metadata(where, named, f"{BUILD} tokenizer={tokenizer} out={folder} TEXTS makes one")
+    if about["format"] != FORMAT:
+        raise ValueError(f"{named}: format {about['format']}, but {FORMAT} is read; build it anew")
+    for name in (TOKENS, SUFFIXES):
+        path = where / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size != about["files"][name]:
+            raise ValueError(
+                f"{named}: {name} has {size} bytes instead of {about['files'][name]}; remove the "
+                f"folder and build it anew"
+            )
+    return about
 
 
 def _metadata(where: Path, named: str, mend: str) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class EarlyExit(GrowingDrafter):
                 f"the target has {target.layers} layers"
             )
         self.lm, self.layers = target, layers
+        self.candidates = min(self.candidates, target.vocab_size)
 
     def begin(self, context: StepContext) -> Expand:
         self._nodes = nodes = _Nodes(self.lm, self.layers, context)

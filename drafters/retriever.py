@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Literal
 
 from specdec.drafters.automaton import END, Automaton
-from specdec.drafters.datastore import Datastore
+from specdec.drafters.datastore import Datastore, find_datastore
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.matches import check_matches, reach, weight
 from specdec.drafters.state import Memory, Reset, check_reset
@@ -87,6 +87,10 @@ class Retriever(HostDrafter):
         self._history: Memory[Automaton] = Memory(reset, Automaton)
         self._own: dict[int, Automaton] = {}  # by row
         self._matched: dict[int, int] = {}  # by row
+
+    def find(self) -> None:
+        if self.folder is not None:
+            find_datastore(self.folder)
 
     def load(self, target: PagedLM, models: Models) -> None:
         self.vocab_size = target.vocab_size

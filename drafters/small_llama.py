@@ -9,7 +9,7 @@ from torch import Tensor
 from specdec.cached_model import CachedModel
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
-from specdec.models.load import Models
+from specdec.models.load import Models, find_model
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation
 from specdec.protocols import StepContext, TreePolicy
@@ -60,9 +60,13 @@ class SmallLlama(GrowingDrafter):
         # Of the last draft: the trees, and [B, N] the scratch row of each node, -1 for none.
         self._drafted: tuple[TokenTree, Tensor]
 
+    def find(self) -> None:
+        find_model(self.path, setting="drafter.path")
+
     def load(self, target: PagedLM, models: Models) -> None:
         self.lm = models.load(self.path, setting="drafter.path")
         self._match(target)
+        self.candidates = min(self.candidates, self.vocab_size)
         self.model = CachedModel(self.lm)
 
     def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:

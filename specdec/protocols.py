@@ -149,6 +149,10 @@ class Drafter:
         if tree.budget:
             tree.levels(self.depth)
 
+    def find(self) -> None:
+        """Raise ValueError, naming the setting, if a file or folder is missing that `load` will
+        need. Before any model is loaded."""
+
     def load(self, target: "PagedLM", models: "Models") -> None:
         """Once, before the first `prepare`: get what it needs besides its settings, such as the
         vocabulary of the target, or a model from `models`, which loads each once.

@@ -5,49 +5,57 @@ where that is possible.
 """
 
 import os
-import pkgutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import hydra
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from pydantic import Field
 from rich.console import Console
 
-from specdec.lab.build import baseline_of, build, cache_of, method_of, placement_of, typed
+from specdec import __version__
+from specdec.lab.build import (
+    baseline_of,
+    cache_of,
+    method_of,
+    placement_of,
+    shown,
+    typed,
+)
 from specdec.lab.experiment import Experiment, stop_tokens
 from specdec.lab.fingerprints import contents_of, digest
 from specdec.lab.interrupts import interruptible
 from specdec.lab.method import mark_of
-from specdec.lab.prompts import load_prompts, unused_fields
+from specdec.lab.options import CONFIGS, nearest, usage
+from specdec.lab.prompts import CHAT_MODES, load_prompts, unused_fields
 from specdec.lab.runs import RunFolder
 from specdec.lab.settings import (
-    CONFIGS,
     ERRORS,
     Refused,
     Settings,
     SweepFolder,
+    check_words,
     continuing,
+    folders_of,
     message_of,
     out_of,
     resolved,
+    split,
 )
+from specdec.lab.setup import General, general_of, target_of, tracker_of
 from specdec.lab.terminal import Live, show_summary, show_sweep
-from specdec.lab.tracking import Careful, Tracker
-from specdec.models.load import Models
+from specdec.lab.tracking import Careful
+from specdec.models.load import Models, find_model
 from specdec.sampling import SamplingParams
 
 VOLATILE = frozenset({"resume", "tracker", "out", "choices"})  # may differ when a run is resumed
-LIMITS = ("max_new_tokens", "batch_size")
-STRINGS = list[Annotated[str, Field(min_length=1)]] | None
-FLAGS = ("ignore_eos", "baseline")
+MOST_TEXTS = 1_000_000  # of a run
 # What the jobs of this process came to: one, or all of a sweep.
 _finished: list[tuple[list[str], dict[str, Any]]] = []
 _refused: list[tuple[list[str], str]] = []
@@ -63,9 +71,17 @@ def main() -> None:
     if here not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does, for drafters of the user's own
     try:
+        words, flags = split(sys.argv[1:])
+        if {"--version", "--help", "-h"} & set(flags):
+            about = f"specdec {__version__}"
+            print(about if "--version" in flags else usage(folders_of(flags)))
+            sys.exit(0)
+        check_words(words)
+        folders_of(flags)
+        sys.argv[1:] = [*words, *flags]  # argparse wants all words on one side of the flags
         with interruptible():
             _hydra_main()
-    except (Refused, *ERRORS) as error:
+    except (ValueError, Refused, *ERRORS) as error:
         _refuse(message_of(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -76,7 +92,7 @@ def main() -> None:
     sys.exit(2 if _refused else 0)
 
 
-@hydra.main(config_path=CONFIGS, config_name="run", version_base="1.3")
+@hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")
 def _hydra_main(config: DictConfig) -> float | None:
     """One run; returns what a sweeper maximises: the speedup, or tokens/s without a baseline."""
     job = HydraConfig.get()
@@ -85,13 +101,14 @@ def _hydra_main(config: DictConfig) -> float | None:
     if sweep:
         console.rule(f"{job.job.num}: {' '.join(words)}", align="left")
     try:
-        settings = resolved(config, job.runtime.choices)
+        settings = resolved(config, job.runtime.choices, words)
         place = out_of(settings)
         out = place / str(job.job.num) if sweep else place
         again = continuing(sys.argv[1:], place)
         summary = run(settings, out, console, title=" ".join(words), again=again, sweep=sweep)
     except (ValueError, *ERRORS) as error:
-        _refuse(message_of(error), words)  # a sweep goes on with its other jobs
+        where = f" ({' '.join(words)})" if sweep else ""
+        _refuse(message_of(error) + where, words)  # a sweep goes on with its other jobs
         return None
     _finished.append((words, summary))
     return summary.get("speedup") or summary["tokens_per_second"]
@@ -117,11 +134,14 @@ def run(
     Raises:
         ValueError: a setting that cannot be used; the message names it.
     """
-    resume = typed("resume", settings["resume"], bool)
+    general = general_of(settings)
+    resume = general.resume
     folder = RunFolder(out, config=settings, resume=resume, volatile=VOLATILE, may_begin=sweep)
     with folder:
         try:
-            tracker, experiment = _tracker(settings, console), _experiment(settings, console)
+            tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+            tracker = Careful(tracker_of(settings), tell)
+            experiment = _experiment(settings, general, console)
             method = experiment.method
             prompts = digest([asdict(prompt) for prompt in experiment.prompts])
             folder.identify(
@@ -146,43 +166,41 @@ def run(
     return summary
 
 
-def _tracker(settings: Settings, console: Console) -> Tracker:
-    kind = pkgutil.resolve_name(settings["tracker"]["_target_"])
-    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    return Careful(build(kind, "tracker", settings["tracker"]), tell)
-
-
-def _experiment(settings: Settings, console: Console) -> Experiment:
+def _experiment(settings: Settings, general: General, console: Console) -> Experiment:
     """Everything is checked before a model is loaded, as far as that is possible."""
-    method = method_of(settings)
-    limits = {name: typed(name, settings[name], int) for name in LIMITS}
-    flags = {name: typed(name, settings[name], bool) for name in FLAGS}
+    method, path = method_of(settings), target_of(settings)
     models, asked = Models(placement_of(settings)), _asked(settings, method.sampling, console)
-    target = models.load(str(settings["target"]["path"]), setting="target.path")
+    find_model(path, setting="target.path")
+    method.drafter.find()
+    target = models.load(path, setting="target.path")
     method.load(target, models)
     return Experiment(
         target=target,
         method=method,
-        baseline=baseline_of(settings) if flags["baseline"] else None,
+        baseline=baseline_of(settings) if general.baseline else None,
         cache=cache_of(settings),
-        stop_tokens=stop_tokens(target, ignore_eos=flags["ignore_eos"]),
-        label=str(settings["target"]["path"]),
-        **limits,
+        max_new_tokens=general.max_new_tokens,
+        batch_size=general.batch_size,
+        stop_tokens=stop_tokens(target, ignore_eos=general.ignore_eos),
+        stop_strings=general.stop_strings,
+        label=path,
         **asked,
     )
 
 
 def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> dict[str, Any]:
-    """What is decoded: prompts, samples of each, whether a chat template is applied, and texts
-    that end an output."""
-    strings = typed("stop_strings", settings["stop_strings"], STRINGS)
+    """What is decoded: prompts, samples of each, and whether a chat template is applied."""
     kinds = {**get_type_hints(load_prompts), "chat": str, "samples": int}
-    source = {}
+    source: dict[str, Any] = {"path": None, "field": None, "limit": None}
+    source |= {"chat": "auto", "samples": 1}
     for name, value in settings["prompts"].items():
         if name not in kinds:
-            raise ValueError(f"prompts.{name}={value}: there is no such setting")
+            near = nearest(f"prompts.{name}", (f"prompts.{one}" for one in kinds))
+            raise ValueError(f"prompts.{name}={shown(value)}: there is no such setting{near}")
         source[name] = typed(f"prompts.{name}", value, kinds[name])
     chat, samples = source.pop("chat"), source.pop("samples")
+    if chat not in CHAT_MODES:
+        raise ValueError(f"prompts.chat={chat}: must be one of {', '.join(CHAT_MODES)}")
     if samples < 1:
         raise ValueError(f"prompts.samples={samples}: must be at least 1")
     if samples > 1 and sampling.greedy:
@@ -191,11 +209,16 @@ def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> di
             f"sampling=sample or prompts.samples=1"
         )
     prompts = load_prompts(**source)
+    if samples * len(prompts) > MOST_TEXTS:
+        raise ValueError(
+            f"prompts.samples={samples}: of {len(prompts)} prompts these are more than the "
+            f"{MOST_TEXTS:,} texts of a run; lower it, or prompts.limit"
+        )
     unused = unused_fields(prompts)
     if unused:
         said = f"fields of the prompts that are not used: {', '.join(unused)}"
         console.print(said, soft_wrap=True, markup=False)
-    return {"prompts": prompts, "samples": samples, "chat": chat, "stop_strings": strings}
+    return {"prompts": prompts, "samples": samples, "chat": chat}
 
 
 def _refuse(message: str, words: Sequence[str] = ()) -> None:

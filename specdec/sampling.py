@@ -16,6 +16,7 @@ from specdec.kernels.reference import over
 
 ACCEPT_STREAM, TOKEN_STREAM = 0, 1  # a rule's coins, and its draw of the next token
 DRAFT_STREAM = 2  # level i of a draft uses stream DRAFT_STREAM + i
+SEEDS = 2**64  # that differ: a seed of any size counts modulo this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class SamplingParams:
             all.
         processors: what else is done to logits beforehand: "model" is what the model's own
             generation settings ask for (`specdec.processors`), "none" nothing.
-        seed: every random number of a run follows from it.
+        seed: every random number of a run follows from it, modulo 2**64.
 
     Raises:
         ValueError: a value out of range, naming the setting.
@@ -61,8 +62,6 @@ class SamplingParams:
             raise ValueError(
                 f"sampling.min_p={self.min_p}: must be in [0, 1], or null for no limit"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: must not be negative")
 
     @property
     def greedy(self) -> bool:
@@ -135,7 +134,7 @@ def uniforms(
     rows = np.empty((len(sequences), count))
     for i, (sequence, step) in enumerate(zip(sequences, steps, strict=True)):
         bits = np.random.Philox(
-            key=np.array([seed, sequence], np.uint64), counter=[0, 0, stream, step]
+            key=np.array([seed % SEEDS, sequence], np.uint64), counter=[0, 0, stream, step]
         )
         np.random.Generator(bits).random(out=rows[i])
     return torch.from_numpy(rows)
@@ -147,7 +146,7 @@ def random_keys(
     """[B, 3] int64 on the device: the bits of seed, sequence and step, for kernels that make the
     numbers of `uniforms` themselves. Nothing waits for the copy."""
     keys = np.array(
-        [(seed, *row) for row in zip(sequences, steps, strict=True)], np.uint64
+        [(seed % SEEDS, *row) for row in zip(sequences, steps, strict=True)], np.uint64
     ).reshape(-1, 3)
     host = torch.from_numpy(keys.view(np.int64))
     if device.type == "cuda":

@@ -4,6 +4,7 @@ refused here, in one line that names the setting."""
 import inspect
 import json
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from specdec.kernels.choose import Kernels
 from specdec.lab.method import Method
+from specdec.lab.options import CONFIGS, nearest
 from specdec.models.placement import Placement
 from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, part_of
 from specdec.request import CacheSettings
@@ -22,10 +24,26 @@ from specdec.tree import Children
 
 Settings = Mapping[str, Any]
 RULES = "specdec.verifier"
-OPTIONS = Path(__file__).parents[1] / "configs"
 PARTS = dict[str, Drafter]  # settings of this type are drafters in their turn
 USER_FUNCTION = "specdec.drafters.user.UserFunction"  # what makes a drafter of a function
 PLAIN = {"_target_": "specdec.drafters.none.NoDrafter"}
+# What `_target_` of a group must be derived from, and what it must have of its own.
+KINDS: dict[str, tuple[type, tuple[str, ...]]] = {
+    "tree": (TreePolicy, ("levels", "width")),
+    "acceptance": (AcceptanceRule, ("name", "lossy", "accept")),
+}
+
+
+def group_of(settings: Settings, name: str) -> Mapping[str, Any]:
+    """The settings of a group.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = settings.get(name)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name}: must be given, {name}=OPTION; --help lists the options")
+    return found
 
 
 def method_of(settings: Settings) -> Method:
@@ -37,8 +55,8 @@ def method_of(settings: Settings) -> Method:
     """
     sampling = sampling_of(settings)
     rule, children = _pair(settings, sampling)
-    shape = {**settings["tree"], "children": children}
-    tree: TreePolicy = build(_found("tree", shape["_target_"]), "tree", shape)
+    shape = {**group_of(settings, "tree"), "children": children}
+    tree: TreePolicy = build(_kind("tree", shape), "tree", shape)
     choices = settings["choices"]
     wide = any(tree.width(level) > 1 for level in range(tree.levels(None) if tree.budget else 0))
     if rule.chains and wide and not sampling.greedy:
@@ -46,7 +64,7 @@ def method_of(settings: Settings) -> Method:
             f"acceptance={rule.name}: judges chains alone, and a node of tree={choices['tree']} "
             f"may have several children; use tree=chain, or acceptance=traversal"
         )
-    drafter = _drafter(choices["drafter"], "drafter", settings["drafter"])
+    drafter = _drafter(choices["drafter"], "drafter", group_of(settings, "drafter"))
     drafter.check(tree)
     names = choices["drafter"], choices["tree"]
     return _method(settings, names, drafter, tree, rule, sampling, own_parts(settings))
@@ -88,10 +106,10 @@ def own_parts(settings: Settings) -> dict[str, str]:
     classes and functions of the user's, and those that take the place of an option's own."""
     found = {}
     for group in ("drafter", "tree", "acceptance"):
-        file = OPTIONS / group / f"{settings['choices'][group]}.yaml"
+        file = CONFIGS / group / f"{settings['choices'][group]}.yaml"
         usual = yaml.safe_load(file.read_text()).get("_target_") if file.is_file() else None
         for setting, target in _targets(group, settings[group]):
-            what = _found(setting, target)
+            what = imported(setting, target)
             ours = str(getattr(what, "__module__", "")).startswith("specdec.")
             if not ours or (setting == group and usual not in (None, target)):
                 found[setting] = f"{target} ({_file_of(what)})"
@@ -112,26 +130,28 @@ def _file_of(what: Any) -> str:
     try:
         path = Path(inspect.getfile(inspect.unwrap(what)))
     except TypeError:  # an object that is called, or built in
-        path = Path(inspect.getfile(type(what)))
+        module = sys.modules.get(str(getattr(what, "__module__", None)))
+        path = Path(getattr(module, "__file__", None) or "built in")
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def sampling_of(settings: Settings) -> SamplingParams:
-    seed = typed("seed", settings["seed"], int)
-    params: SamplingParams = build(SamplingParams, "sampling", settings["sampling"], seed=seed)
+    group = group_of(settings, "sampling")
+    seed = typed("seed", settings.get("seed"), int)
+    params: SamplingParams = build(SamplingParams, "sampling", group, seed=seed)
     return params
 
 
 def cache_of(settings: Settings) -> CacheSettings:
-    cache: CacheSettings = build(CacheSettings, "cache", settings["cache"])
+    cache: CacheSettings = build(CacheSettings, "cache", group_of(settings, "cache"))
     return cache
 
 
 def placement_of(settings: Settings) -> Placement:
     return Placement.named(
-        device=typed("device", settings["device"], str),
-        dtype=typed("dtype", settings["dtype"], str),
-        kernels=build(Kernels, "kernels", settings["kernels"]),
+        device=typed("device", settings.get("device"), str),
+        dtype=typed("dtype", settings.get("dtype"), str),
+        kernels=build(Kernels, "kernels", group_of(settings, "kernels")),
     )
 
 
@@ -142,12 +162,18 @@ def _pair(settings: Settings, sampling: SamplingParams) -> tuple[AcceptanceRule,
         ValueError: the pairing would change the distribution of outputs, and that was not asked
             for, or the drafter works with another rule only.
     """
-    acceptance, children = settings["acceptance"], settings["tree"]["children"]
+    acceptance, drafter = group_of(settings, "acceptance"), group_of(settings, "drafter")
+    children = group_of(settings, "tree").get("children", "auto")
+    allowed = typed("acceptance.allow_lossy", acceptance.get("allow_lossy", False), bool)
     rule: AcceptanceRule | None = None
-    if acceptance["_target_"]:
-        options = {name: value for name, value in acceptance.items() if name != "allow_lossy"}
-        rule = build(_found("acceptance", acceptance["_target_"]), "acceptance", options)
-    drafter = settings["drafter"]
+    options = {name: value for name, value in acceptance.items() if name != "allow_lossy"}
+    if options.get("_target_") is not None:
+        rule = build(_kind("acceptance", options), "acceptance", options)
+    elif options.keys() - {"_target_"}:
+        unknown = min(options.keys() - {"_target_"})
+        raise ValueError(
+            f"acceptance.{unknown}={shown(options[unknown])}: acceptance=auto has no such setting"
+        )
     only = _class_of("drafter", drafter)[0].acceptance
     if only is not None:
         if rule is not None and rule.name != only:
@@ -168,7 +194,7 @@ def _pair(settings: Settings, sampling: SamplingParams) -> tuple[AcceptanceRule,
         name = "greedy" if sampling.greedy else "recursive_rejection" if sampled else "target_only"
         rule = _rule(name)
     reason = rule.lossy(children, sampling)
-    if reason and not typed("acceptance.allow_lossy", acceptance["allow_lossy"], bool):
+    if reason and not allowed:
         raise ValueError(
             f"acceptance={rule.name}: not lossless, {reason}; use acceptance=auto, or "
             f"acceptance.allow_lossy=true to run it all the same"
@@ -202,10 +228,12 @@ def _class_of(setting: str, settings: Any) -> tuple[type[Drafter], dict[str, Any
     Raises:
         ValueError: it names nothing that drafts.
     """
-    if not isinstance(settings, Mapping) or not isinstance(settings.get("_target_"), str):
-        raise ValueError(f"{setting}={settings}: must be the settings of a drafter with _target_")
+    if not isinstance(settings, Mapping) or "_target_" not in settings:
+        raise ValueError(
+            f"{setting}={shown(settings)}: must be the settings of a drafter with _target_"
+        )
     target = settings["_target_"]
-    found = _found(setting, target)
+    found = imported(setting, target)
     if isinstance(found, type) and issubclass(found, Drafter):
         return found, {}
     if isinstance(found, type) or not callable(found):
@@ -215,15 +243,35 @@ def _class_of(setting: str, settings: Any) -> tuple[type[Drafter], dict[str, Any
     return pkgutil.resolve_name(USER_FUNCTION), {"function": found}
 
 
-def _found(setting: str, target: str) -> Any:
+def _kind(group: str, settings: Settings) -> type:
+    """The class of a tree policy or an acceptance rule.
+
+    Raises:
+        ValueError: `_target_` names none.
+    """
+    target = settings.get("_target_")
+    found, (base, own) = imported(group, target), KINDS[group]
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise ValueError(
+            f"{group}._target_={target}: must be a class derived from {base.__name__}"
+        )
+    lacking = [name for name in own if getattr(found, name, None) is getattr(base, name, None)]
+    if lacking:
+        raise ValueError(f"{group}._target_={target}: lacks {', '.join(lacking)} of its own")
+    return found
+
+
+def imported(setting: str, target: Any) -> Any:
     """What `_target_` names: in this package, an installed one, or a file where one works.
 
     Raises:
         ValueError: it cannot be imported.
     """
+    if not isinstance(target, str):
+        raise ValueError(f"{setting}._target_={shown(target)}: must be module.name")
     try:
         return pkgutil.resolve_name(target)
-    except Exception as error:  # whatever importing a module of the user's raises
+    except (Exception, SystemExit) as error:  # whatever importing a user's module raises
         raise ValueError(
             f"{setting}._target_={target}: cannot be imported, {type(error).__name__}: {error}; "
             f"it must be module.name, of an installed package or of a file in {Path.cwd()}"
@@ -248,7 +296,7 @@ def _prefers_sampling(setting: str, settings: Any) -> bool:
 
 def _parts(setting: str, parts: Any) -> Mapping[str, Any]:
     if not isinstance(parts, Mapping) or not parts:
-        raise ValueError(f"{setting}={parts}: must be settings of drafters, by name")
+        raise ValueError(f"{setting}={shown(parts)}: must be settings of drafters, by name")
     return parts
 
 
@@ -257,27 +305,30 @@ def build(kind: type, group: str, settings: Settings, **given: Any) -> Any:
     types. A setting left open (null) that it does not have is none.
 
     Args:
+        group: "" for settings without one.
         given: further arguments, which are no settings.
 
     Raises:
         ValueError: a setting that it does not have, is missing, or has another type; or a
             parameter without a type.
     """
-    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
-    known = inspect.signature(kind).parameters
+    hints, known = _parameters(kind)
     checked = {}
     for name, value in settings.items():
         if name == "_target_":
             continue
-        setting = f"{group}.{name}"
+        setting = f"{group}.{name}" if group else name
         if name not in known and value is None:
             continue
         if name not in known or name in given:
-            raise ValueError(f"{setting}={value}: {kind.__name__} has no such setting")
+            near = nearest(setting, (f"{group}.{one}" for one in known if one not in given))
+            raise ValueError(
+                f"{setting}={shown(value)}: {kind.__name__} has no such setting{near}"
+            )
         if name not in hints:
             raise ValueError(
-                f"{setting}={value}: {kind.__name__}.__init__ gives {name} no type; annotate it, "
-                f"as in {name}: {type(value).__name__}"
+                f"{setting}={shown(value)}: {kind.__name__}.__init__ gives {name} no type; "
+                f"annotate it, as in {name}: {type(value).__name__}"
             )
         if hints[name] == PARTS:
             checked[name] = {
@@ -286,13 +337,24 @@ def build(kind: type, group: str, settings: Settings, **given: Any) -> Any:
             }
         else:
             checked[name] = typed(setting, value, hints[name])
-    try:
-        inspect.signature(kind).bind(**given, **checked)
-    except TypeError as error:
-        raise ValueError(
-            f"{group}: cannot build {kind.__name__} of these settings, {error}"
-        ) from None
+    required = inspect.Parameter.empty
+    for name, parameter in known.items():
+        named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if named and parameter.default is required and name not in {**given, **checked}:
+            raise ValueError(
+                f"{f'{group}.{name}' if group else name}: must be given, "
+                f"{kind.__name__} has no default of it"
+            )
     return kind(**given, **checked)
+
+
+def _parameters(kind: type) -> tuple[Mapping[str, Any], Mapping[str, inspect.Parameter]]:
+    """Types and parameters of a constructor; none where Python cannot tell."""
+    make: Any = kind.__init__  # type: ignore[misc]
+    try:
+        return get_type_hints(make, include_extras=True), inspect.signature(kind).parameters
+    except ValueError:
+        return {}, {}
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
@@ -307,4 +369,11 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         expected = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise ValueError(f"{name}={value}: {expected}") from None
+        raise ValueError(f"{name}={shown(value)}: {expected}") from None
+
+
+def shown(value: Any) -> str:
+    """A value as one types it: null and true, not None and True."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return str(value)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec.models.paged import PagedLM
 from specdec.processors import NO_PROCESSORS, Processors
-from specdec.sampling import SamplingParams, probabilities
+from specdec.sampling import SEEDS, SamplingParams, probabilities
 
 Record = Mapping[str, Any]
 BOUND = 4.0  # units in the last place of the larger logit
@@ -167,7 +167,7 @@ def follow(
         output = generation["output_ids"]
         if not output:
             continue
-        generator = np.random.default_rng([sampling.seed, generation["request"]])
+        generator = np.random.default_rng([sampling.seed % SEEDS, generation["request"]])
         start = 0
         for logits in _logits_of(target, generation["prompt_ids"], output, kv_dtype, processors):
             drawn = torch.tensor(output[start : start + len(logits)], device=logits.device)[

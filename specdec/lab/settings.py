@@ -4,7 +4,7 @@ them from the files in `configs/`. Beside `run.py` the only file that knows Hydr
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,10 +16,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from specdec.lab.lock import Lock, missing
+from specdec.lab.options import CONFIGS, nearest, no_option, no_setting, options
 
-CONFIGS = str(Path(__file__).parents[1] / "configs")
 ERRORS = (HydraException, OmegaConfBaseException)
-VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")  # take a word
+FOLDERS = ("--config-dir", "-cd")
+# What else may begin with a dash, and what may follow it; None: a word of the user's own.
+FLAGS: dict[str, Sequence[str] | None] = {
+    **dict.fromkeys(("--multirun", "-m", "--run", "-r", "--resolve", "--shell-completion"), ()),
+    **dict.fromkeys(("-sc", "--help", "-h", "--hydra-help", "--version"), ()),
+    **dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all")),
+    **dict.fromkeys(("--info", "-i"), ("all", "config", "defaults", "defaults-tree", "plugins")),
+    **dict.fromkeys(("--package", "-p", "--config-path", "-cp", "--config-name", "-cn"), None),
+    **dict.fromkeys((*FOLDERS, "--experimental-rerun"), None),
+}
 Settings = dict[str, Any]
 """Every setting, resolved; `choices` has the option that was taken of each group, by name."""
 
@@ -76,7 +85,7 @@ def continuing(arguments: Sequence[str], out: Path) -> str:
     flags, words = list[str](), list[str]()
     given = iter(arguments)
     for word in given:
-        if word in VALUED:
+        if FLAGS.get(word, ()) != ():
             flags += [word, next(given, "")]
         elif not re.match(r"\+*(out|resume)=", word):
             (flags if word.startswith("-") else words).append(word)
@@ -96,43 +105,114 @@ def word_of(name: str, value: str) -> str:
 
 def settings_of(words: str | Sequence[str]) -> Settings:
     """What `python -m specdec.run WORDS` would run; `--config-dir FOLDER` adds options of one's
-    own.
+    own. Of words for the same setting the last one counts.
 
     Raises:
         ValueError: no such setting or option; one line.
     """
-    overrides = _with_folders(shlex.split(words) if isinstance(words, str) else words)
+    given, flags = split(shlex.split(words) if isinstance(words, str) else words)
+    check_words(given)
+    found = [Path(folder).absolute().as_uri() for folder in folders_of(flags)]
+    overrides = [*given, f"hydra.searchpath=[{','.join(found)}]"] if found else given
     try:
-        with initialize_config_dir(CONFIGS, version_base="1.3"):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = compose("run", overrides, return_hydra_config=True)
         choices = config.hydra.runtime.choices
-        return resolved(
-            OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), choices
-        )
+        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        return resolved(own, choices, given)
     except ERRORS as error:
         raise ValueError(message_of(error)) from error
 
 
-def _with_folders(words: Sequence[str]) -> list[str]:
-    """With `--config-dir FOLDER` as Hydra's composing wants it."""
-    left, folders = [], []
-    given = iter(words)
-    for word in given:
-        name, _, folder = word.partition("=")
-        if name == "--config-dir":
-            folders.append(Path(folder or next(given, "")).absolute().as_uri())
-        else:
-            left.append(word)
-    return [*left, f"hydra.searchpath=[{','.join(folders)}]"] if folders else left
+def split(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Settings and options of groups, wherever they stand; and what begins with dashes, with its
+    value.
+
+    Raises:
+        ValueError: nothing known begins so, or its value is missing or wrong.
+    """
+    given: list[str] = []
+    flags: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            given.append(word)
+            continue
+        if name not in FLAGS:
+            near = nearest(name, FLAGS)
+            raise ValueError(
+                f"{word}: no such option{near}; settings are words without dashes, as in "
+                f"drafter=ngram"
+            )
+        flags.append(word)
+        known = FLAGS[name]
+        if known == ():
+            if equals:
+                raise ValueError(f"{word}: takes no value")
+            continue
+        if not equals:
+            value = next(rest, "")
+            flags.append(value)
+        if not value or (known is not None and value not in known):
+            raise ValueError(f"{name}={value}: must be {', '.join(known or ['given'])}")
+    return given, flags
 
 
-def resolved(config: DictConfig, choices: Mapping[str, Any]) -> Settings:
+def folders_of(flags: Sequence[str]) -> list[Path]:
+    """Of the user's own options.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    found = []
+    for place, flag in enumerate(flags):
+        name, equals, value = flag.partition("=")
+        if name in FOLDERS:
+            folder = Path(value if equals else flags[place + 1]).expanduser()
+            if not folder.is_dir():
+                raise ValueError(f"--config-dir {folder}: no such folder")
+            found.append(folder)
+    return found
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise ValueError for a word that Hydra would take in silence or refuse without a name."""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name:
+            raise ValueError(f"{word}: must be group=option or setting=value")
+        if not equals:  # Hydra says it, or the word begins with ~ and removes something
+            continue
+        if value[:1] in ("", "[") or value == "null":
+            by_name = options(name)
+            if by_name:
+                raise ValueError(no_option(name, value, by_name))
+
+
+def resolved(config: DictConfig, choices: Mapping[str, Any], words: Sequence[str]) -> Settings:
     """A composed config as settings.
+
+    Args:
+        words: it was composed of.
 
     Raises:
         OmegaConfBaseException: something is missing or refers to nothing.
+        ValueError: an option that is none, or a word without effect.
     """
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    for place, option in choices.items():
+        group = place.partition("@")[0]
+        if group in settings and not re.fullmatch(r"(\w+/)*[^\W_][\w-]*", str(option)):
+            raise ValueError(no_option(group, option, options(group)))
+    for word in words:
+        name, _, value = word.partition("=")
+        if value == "{}" and OmegaConf.select(config, name.lstrip("+")):
+            raise ValueError(
+                f"{word}: empties nothing, for it is added to what is there; ~{name} removes it"
+            )
+    if "choices" in settings:
+        raise ValueError(no_setting("choices"))
     return {
         **settings,
         "choices": {name: choices[name] for name in map(str, config) if name in choices},
@@ -140,22 +220,39 @@ def resolved(config: DictConfig, choices: Mapping[str, Any]) -> Settings:
 
 
 def message_of(error: BaseException) -> str:
-    """What is wrong, in one line."""
+    """What is wrong, in one line that begins with the setting."""
     text = str(error)
     if isinstance(error, MissingMandatoryValue):
-        text = f"{error.full_key}: must be given; its file in configs/ shows how"
+        return f"{error.full_key}: must be given; its file in configs/ shows how"
     if isinstance(error, OverrideParseException):
-        text = f"{error.override}: must be group=option, or setting=value with the value in YAML"
-    unknown = re.match(r"Could not override '(.*?)'", text)
+        return f"{error.override}: must be group=option, or setting=value with the value in YAML"
+    option = re.search(r"Could not find '(\w+)/([^']*)'", text)
+    if option and option[1] != "hydra":
+        listed = re.search(r"Available options in '.*?':\n((?:\t.*\n?)*)", text)
+        known = listed[1].split() if listed else []
+        return no_option(option[1], option[2], {*options(option[1]), *known})
+    unknown = re.match(r"Could not (?:override|delete from config\.) '?(.*?)'", text)
+    if unknown and "@" in unknown[1]:
+        return f"{unknown[1]}: nothing there to be replaced; --cfg job shows what there is"
     if unknown:
-        text = f"{unknown[1]}: no such setting; python -m specdec.run --cfg job lists them"
+        return no_setting(unknown[1])
+    twice = re.match(r"Multiple values for (\S+)\.", text)
+    if twice:
+        return f"{twice[1]}: there is such an option already; leave the + out"
+    several = re.match(r"Ambiguous value for argument '(.*?)'", text)
+    if several:
+        name, _, values = several[1].partition("=")
+        return (
+            f"{several[1]}: several values; for a list write '{name}=[{values}]', for a run of "
+            f"each add -m"
+        )
     lines = []
     for line in text.splitlines():
         if line.strip().startswith(("full_key:", "object_type=", "Config search path")):
             break
         lines.append(line.strip().rstrip("."))
-    group = re.search(r"Could not find '(\w+)/", text)
-    if group:  # Hydra names the options of a group, not those in its folders
-        folders = sorted((Path(CONFIGS) / group[1]).glob("*/*.yaml"))
-        lines += [f"{path.parent.name}/{path.stem}" for path in folders]
-    return "; ".join(line for line in lines if line)
+    message = "; ".join(line for line in lines if line)
+    if "'${out}'" in message or "'out' not found" in message:
+        return f"out: must be a folder ({message})"
+    key = getattr(error, "full_key", None)
+    return f"{key}: {message}" if key and key not in message else message

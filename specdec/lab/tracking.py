@@ -1,17 +1,19 @@
 """Trackers: where the figures of a run go besides its folder. The only file that imports wandb."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from specdec.flight import Step
 
 Record = Mapping[str, Any]
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Follows one run from `start` to `finish`."""
 
@@ -100,6 +102,11 @@ class WandbTracker:
         mode: str = "auto",
         every: int = 10,
     ) -> None:
+        for name, value in {"project": project, "entity": entity}.items():
+            if value is not None and not re.fullmatch(r"[^/\\#?%:]{1,128}", value):
+                raise ValueError(
+                    f"tracker.{name}={value}: must be 1 to 128 characters, without / \\ # ? % :"
+                )
         if mode not in self.MODES:
             raise ValueError(f"tracker.mode={mode}: must be one of {', '.join(self.MODES)}")
         if every < 1:

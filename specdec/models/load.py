@@ -48,13 +48,7 @@ def load_model(path: str, placement: Placement = CPU, *, setting: str = "path") 
         large = standin(source, shape, device=device, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
         return PagedLM(large, tokenizer, name=name, kernels=kernels)
-    where = path
-    if path.startswith("zoo:"):
-        where = str(zoo_path(path.removeprefix("zoo:"), setting))
-    elif path.startswith(("/", ".", "~")):
-        where = str(Path(path).expanduser())
-        if not Path(where).is_dir():
-            raise ValueError(f"{name}: no such folder; give a model folder, a hub id or zoo:NAME")
+    where = find_model(path, setting=setting)
     model, tokenizer = _load_files(where, placement, name)
     return PagedLM(model, tokenizer, name=name, kernels=kernels)
 
@@ -118,6 +112,26 @@ def _first_line(error: Exception) -> str:
     first = (str(error).strip() or "no message").splitlines()[0]
     said = isinstance(error, OSError | ValueError)  # others say little without their class
     return first if said else f"{type(error).__name__}: {first}"
+
+
+def find_model(path: str, *, setting: str = "path") -> str:
+    """The folder or hub id that a path names, before anything is loaded; as in `load_model`.
+
+    Raises:
+        ValueError: there is no such built-in model, stand-in or folder.
+    """
+    if path.startswith("standin:"):
+        return str(zoo_path(named_shape(path.removeprefix("standin:"), setting)[1]))
+    if path.startswith("zoo:"):
+        return str(zoo_path(path.removeprefix("zoo:"), setting))
+    if not path.startswith(("/", ".", "~")):
+        return path
+    where = Path(path).expanduser()
+    if not where.is_dir():
+        raise ValueError(
+            f"{setting}={path}: no such folder; give a model folder, a hub id or zoo:NAME"
+        )
+    return str(where)
 
 
 def zoo_path(name: str, setting: str = "path") -> Path:

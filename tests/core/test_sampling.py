@@ -12,7 +12,15 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from specdec.experiments.studies.rule_laws import Tokens, ordered_draws
-from specdec.sampling import SamplingParams, draw, probabilities, race, sound, uniforms
+from specdec.sampling import (
+    SamplingParams,
+    draw,
+    probabilities,
+    race,
+    random_keys,
+    sound,
+    uniforms,
+)
 from tests.verifier.laws import ALPHA, chi_square
 
 
@@ -94,12 +102,20 @@ def test_probabilities_are_wide_and_sum_to_one(dtype: torch.dtype) -> None:
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("min_p", 1.5),
-        ("seed", -1),
     ],
 )
 def test_sampling_settings_out_of_range_are_named(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{setting}={value}"):
         SamplingParams(**{setting: value})
+
+
+@pytest.mark.parametrize("seed", [-1, -(10**30), 2**63, 2**64 - 1, 99999999999999999999999])
+def test_seeds_of_any_size_count_modulo_two_to_the_64(seed: int) -> None:
+    first = uniforms(seed, [5, 6], [0, 3], 1, 4)
+    assert torch.equal(first, uniforms(seed % 2**64, [5, 6], [0, 3], 1, 4))
+    assert not torch.equal(first, uniforms(seed + 1, [5, 6], [0, 3], 1, 4))
+    keys = random_keys(seed, [5], [3], torch.device("cpu")).numpy().view(np.uint64)
+    assert keys.tolist() == [[seed % 2**64, 5, 3]]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

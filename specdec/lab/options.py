@@ -1,0 +1,159 @@
+"""What can be typed after `python -m specdec.run`: groups, options and settings, as the files in
+`configs/` have them. For `--help`, and for what is said of a misspelled one."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NO_SETTINGS = ("defaults", "hydra", "_target_")
+COLUMN = 36  # where the text of `--help` begins that says what something is
+HELP = """\
+python -m specdec.run [--config-dir FOLDER] [-m] WORDS
+
+A word is group=option, or setting=value with the value in YAML, as in
+    python -m specdec.run drafter=small_llama tree=static tree.widths=[3,2,1]
+Of a group one option counts; its settings follow, with their defaults. ??? must be given.
+--config-dir FOLDER adds options of your own, -m runs every combination of a=1,2 b=3,4, --cfg job
+prints all settings instead of running, --version the version, --hydra-help what Hydra can do."""
+
+
+class Setting(NamedTuple):
+    """A setting as its file has it: its default, in YAML, and the comment beside it."""
+
+    default: str
+    about: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A file of settings: its first comment, and the settings by name."""
+
+    about: str
+    settings: dict[str, Setting]
+
+
+def groups(folders: Sequence[Path] = ()) -> dict[str, dict[str, Option]]:
+    """The options of every group, by name, those of further folders among them."""
+    order = yaml.safe_load((CONFIGS / "run.yaml").read_text())["defaults"]
+    names = [name for one in order if isinstance(one, dict) for name in one]
+    return {name: options(name, folders) for name in names if "/" not in name}
+
+
+def options(group: str, folders: Sequence[Path] = ()) -> dict[str, Option]:
+    """The options of a group, by name; files whose names begin with _ are none."""
+    found = {}
+    for folder in (CONFIGS, *folders):
+        for path in sorted((folder / group).rglob("*.yaml") if group.isidentifier() else ()):
+            if not path.name.startswith("_"):
+                found[str(path.relative_to(folder / group).with_suffix(""))] = read(path)
+    return found
+
+
+def general() -> dict[str, Setting]:
+    """The settings without a group."""
+    return read(CONFIGS / "run.yaml").settings
+
+
+def read(path: Path) -> Option:
+    """A file of settings, with those it takes over from files beside it."""
+    text = path.read_text()
+    settings: dict[str, Setting] = {}
+    if "# @package _global_" in text:  # overrides of whole runs are no settings of an option
+        return Option(about=_about(text), settings={})
+    others = (yaml.safe_load(text) or {}).get("defaults", ())
+    for beside in (path.with_name(f"{one}.yaml") for one in others if isinstance(one, str)):
+        if beside.is_file():
+            settings |= read(beside).settings
+    name, above = "", ""  # the setting read last; a comment that stands above the next one
+    for line in text.splitlines():
+        found = re.fullmatch(r"(\w+): *(.*?)(?: +# *(.*))?", line)
+        if found:
+            name = found[1]
+            # A file that takes a setting over may give it another default alone.
+            about = above or found[3] or settings.get(name, Setting("", "")).about
+            settings[name], above = Setting(found[2], about), ""
+        elif line.startswith("#"):
+            above = f"{above} {line[1:].strip()}".strip() if name else ""
+        elif name and line.strip().startswith("#"):  # the comment goes on
+            default, about = settings[name]
+            settings[name] = Setting(default, f"{about} {line.strip()[1:].strip()}")
+    return Option(
+        about=_about(text),
+        settings={
+            name: one
+            for name, one in settings.items()
+            if name not in NO_SETTINGS or one.default == "???"
+        },
+    )
+
+
+def _about(text: str) -> str:
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("#")]
+    return next((line for line in lines if not line.startswith("@")), "")
+
+
+def usage(folders: Sequence[Path] = ()) -> str:
+    """What `--help` prints: every option of every group, and every setting."""
+    lines = [HELP, "", "Settings without a group:"]
+    lines += [_line(f"  {name}={one.default}", one.about) for name, one in general().items()]
+    chosen: dict[str, str] = {}
+    for one in yaml.safe_load((CONFIGS / "run.yaml").read_text())["defaults"]:
+        chosen |= one if isinstance(one, dict) else {}
+    for group, known in groups(folders).items():
+        lines += ["", f"{group}={chosen[group] or '...'}"]
+        lines += [_line(f"  {name}", option.about) for name, option in known.items()]
+        having: dict[tuple[str, str], list[str]] = {}
+        for name, option in known.items():
+            for setting, one in option.settings.items():
+                having.setdefault((setting, one.default), []).append(name)
+        for (setting, default), of in sorted(having.items()):
+            likely = [known[name].settings.get(setting) for name in (*of, *known)]
+            about = next((one.about for one in likely if one and one.about), "")
+            whose = "" if len(of) == len(known) else f" [{', '.join(of)}]"
+            lines.append(_line(f"    {group}.{setting}={default}", about + whose))
+    return "\n".join(lines)
+
+
+def _line(name: str, about: str) -> str:
+    return f"{name:<{COLUMN}} {about}".rstrip()
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`; the nearest is NAME` for a misspelled word, nothing if none is near."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; the nearest is {found[0]}" if found else ""
+
+
+def no_option(group: str, option: str, known: Iterable[str]) -> str:
+    """What is wrong with `group=option`; `known` are options that there are."""
+    names = sorted(name for name in known if not name.startswith("_"))
+    return (
+        f"{group}={option}: no such option{nearest(option, names)}; there are {', '.join(names)}"
+    )
+
+
+def no_setting(name: str) -> str:
+    """What is wrong with a setting that the options taken do not have."""
+    group, _, rest = name.partition(".")
+    known = groups()
+    having = [one for one, option in known.get(group, {}).items() if rest in option.settings]
+    if having:
+        return f"{name}: no such setting here, but of {group}={', '.join(having)}"
+    full = {
+        f"{one}.{setting}": setting
+        for one, by_name in known.items()
+        for option in by_name.values()
+        for setting in option.settings
+    }
+    same = [one for one, setting in full.items() if setting == name]
+    if same:
+        return f"{name}: no such setting; there is {' and '.join(same)}"
+    own = [one for one in full if group not in known or one.startswith(f"{group}.")]
+    near = nearest(name, own if rest else [*general(), *known])
+    return f"{name}: no such setting{near or '; python -m specdec.run --help lists them'}"

@@ -1,0 +1,92 @@
+"""What a run has beside its method, from its settings: target, tracker, and what belongs to no
+group."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from specdec.lab.build import Settings, build, group_of, imported
+from specdec.lab.options import no_setting
+from specdec.lab.tracking import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class General:
+    """Settings without a group.
+
+    Raises:
+        ValueError: one out of range.
+    """
+
+    max_new_tokens: int
+    ignore_eos: bool
+    batch_size: int
+    seed: int
+    dtype: str
+    device: str
+    baseline: bool
+    resume: bool
+    out: str
+    stop_strings: list[Annotated[str, Field(min_length=1)]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the target comes from.
+
+    Raises:
+        ValueError: from nowhere.
+    """
+
+    path: str
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("target.path=: must be given")
+
+
+GROUPS = (
+    *("target", "drafter", "tree", "acceptance", "sampling"),
+    *("prompts", "tracker", "cache", "kernels"),
+)
+
+
+def general_of(settings: Settings) -> General:
+    """Those without a group; and nothing stands beside them but the groups.
+
+    Raises:
+        ValueError: a setting that cannot be used, or of a name that there is not.
+    """
+    for name in GROUPS:
+        group_of(settings, name)
+    known = General.__dataclass_fields__
+    unknown = [name for name in settings if name not in (*known, *GROUPS, "choices")]
+    if unknown:
+        raise ValueError(no_setting(unknown[0]))
+    general: General = build(
+        General, "", {name: settings[name] for name in known if name in settings}
+    )
+    return general
+
+
+def target_of(settings: Settings) -> str:
+    """The path of the target."""
+    source: Source = build(Source, "target", group_of(settings, "target"))
+    return source.path
+
+
+def tracker_of(settings: Settings) -> Tracker:
+    group = group_of(settings, "tracker")
+    kind = imported("tracker", group.get("_target_"))
+    if not isinstance(kind, type) or not issubclass(kind, Tracker) or kind is Tracker:
+        raise ValueError(
+            f"tracker._target_={group['_target_']}: must be a class with start, step and finish"
+        )
+    tracker: Tracker = build(kind, "tracker", group)
+    return tracker
