@@ -312,8 +312,16 @@ class Experiment:
 
 def stop_tokens(target: PagedLM, *, ignore_eos: bool) -> list[int]:
     """The tokens that end a text, by the target's own generation settings; none with
-    `ignore_eos`."""
+    `ignore_eos`.
+
+    Raises:
+        ValueError: they are no tokens.
+    """
     eos = None if ignore_eos else target.model.generation_config.eos_token_id
-    if eos is None:
-        return []
-    return list(eos) if isinstance(eos, list) else [eos]
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) for token in found):
+        raise ValueError(
+            f"ignore_eos=false: eos_token_id={eos!r} of the model's generation_config is no token; "
+            f"use ignore_eos=true, or write its number there"
+        )
+    return list(found)

@@ -126,13 +126,22 @@ def test_a_divergence_is_weighed_by_processed_logits(own: Path) -> None:
     assert found["top2_gap"] == pytest.approx(first - second, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 4}, "sampling.processors=model: num_beams=4"),
+        ({"eos_token_id": "</s>"}, "ignore_eos=false: eos_token_id='</s>'"),
+        ({"eos_token_id": [0, "</s>"]}, "ignore_eos=false: eos_token_id=[0, '</s>']"),
+    ],
+    ids=str,
+)
 def test_what_cannot_be_obeyed_is_refused_in_one_line(
-    specdec: Command, words: list[str], tmp_path: Path
+    specdec: Command, words: list[str], tmp_path: Path, settings: Any, message: str
 ) -> None:
-    model = folder_with(tmp_path / "beams", num_beams=4)
+    model = folder_with(tmp_path / "model", **settings)
     code, _, error = specdec(*words, f"target.path={model}", f"out={tmp_path}/o")
     assert code == 2
-    assert error.startswith("error: sampling.processors=model: num_beams=4")
+    assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
 
