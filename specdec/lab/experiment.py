@@ -321,7 +321,7 @@ def stop_tokens(target: PagedLM, *, ignore_eos: bool) -> list[int]:
     found = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token, int) for token in found):
         raise ValueError(
-            f"ignore_eos=false: eos_token_id={eos!r} of the model's generation_config is no token; "
-            f"use ignore_eos=true, or write its number there"
+            f"ignore_eos=false: eos_token_id={eos!r} of the model's generation_config is no "
+            f"token; use ignore_eos=true, or write its number there"
         )
     return list(found)
