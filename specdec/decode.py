@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch import SIZES, Batch, Batches, HostTrees
-from specdec.flight import BAD_TARGET, Flight, Step, Yield
+from specdec.flight import Flight, Step, Yield
 from specdec.graphs import Graphs
 from specdec.observation import Observation
 from specdec.processors import NO_PROCESSORS, Processing, Processors
@@ -390,12 +390,12 @@ class Decoder:
 
     def _check(self, flight: Flight) -> None:
         """Stop where numbers were none: nothing that follows would be the target's."""
-        faults = flight.results.faults(len(flight.sequences))
-        for sequence, fault in zip(flight.sequences, faults, strict=True):
-            if not fault or sequence.finish_reason:
+        sound = flight.results.sound(len(flight.sequences))
+        for sequence, (target, draft) in zip(flight.sequences, sound, strict=True):
+            if (target and draft) or sequence.finish_reason:
                 continue
             request, when = [sequence.request.id], f"step {sequence.steps + 1}"
-            if fault & BAD_TARGET:
+            if not target:
                 raise LogitsError(request, when)
             drafter = self.drafter.name or type(self.drafter).__name__
             raise DraftError(drafter, request, f"{when}: its probabilities are NaN")

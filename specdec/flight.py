@@ -10,14 +10,8 @@ from torch import Tensor
 from specdec.observation import Observation
 from specdec.protocols import StepContext
 from specdec.request import Decoding
-from specdec.sampling import sound
 from specdec.timing import Laps
 from specdec.tree import Acceptance, TokenTree
-
-BAD_TARGET, BAD_DRAFT = (
-    1,
-    2,
-)  # faults: logits that make no distribution, probabilities that are NaN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +45,8 @@ class Yield:
 
     Args:
         packed: [B, W] int64, the parts of `widths` side by side.
-        widths: of new tokens, nodes, next token and fault; parents; path; tokens; then, where
-            there are any, sources and observed tokens of the N nodes.
+        widths: of new tokens, nodes and next token; parents; path; tokens; where there are any,
+            sources and observed tokens of the N nodes; two float64 that are finite if all is well.
     """
 
     packed: Tensor
@@ -64,8 +58,7 @@ class Yield:
     ) -> "Yield":
         """Pack it, with what the host is to know of what was seen, and whether it can be relied
         on."""
-        faults = _faults(tree, acceptance, logits)
-        numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token, faults], dim=1)
+        numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token], dim=1)
         nothing = numbers[:, :0]
         parts = [
             numbers,
@@ -74,6 +67,7 @@ class Yield:
             acceptance.new_tokens(tree),
             nothing if tree.source is None else tree.source,
             nothing if seen.tokens is None else seen.tokens.flatten(1),
+            _sums(tree, acceptance, logits).view(torch.int64),
         ]
         widths = tuple(part.shape[1] for part in parts)
         return cls(packed=torch.cat(parts, dim=1), widths=widths)
@@ -92,13 +86,15 @@ class Yield:
         """As in `widths`, of the first sequences."""
         return self.packed[:batch].split(self.widths, dim=1)
 
-    def faults(self, batch: int) -> list[int]:
-        """Of the first sequences: 0, or what was not finite, `BAD_TARGET`, `BAD_DRAFT` or both."""
-        return self.parts(batch)[0][:, 3].tolist()
+    def sound(self, batch: int) -> list[list[bool]]:
+        """Of the first sequences: whether the target's logits make a distribution wherever the
+        path went, and whether the draft's probabilities are numbers."""
+        sums = self.parts(batch)[-1].view(torch.float64)
+        return sums.isfinite().tolist()
 
     def acceptance(self, batch: int) -> tuple[Acceptance, Observation]:
         """What a drafter that works on the host is told."""
-        numbers, parents, path, _, _, observed = self.parts(batch)
+        numbers, parents, path, _, _, observed, _ = self.parts(batch)
         tokens = observed.unflatten(1, (parents.shape[1], -1)) if observed.shape[1] else None
         kept = Acceptance(path=path, length=numbers[:, 0], next_token=numbers[:, 2])
         return kept, Observation(tokens=tokens)
@@ -163,15 +159,21 @@ class Flight:
         return step
 
 
-def _faults(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:
-    """[B] int64, as in `Yield.faults`. Of the target's logits [B, N, V] those at nodes of the path
-    are looked at, which is all that became of the step."""
-    path = acceptance.path
-    rows = torch.arange(len(path), device=path.device)[:, None]
-    faults = (~sound(logits[rows, path])).any(1) * BAD_TARGET
+def _sums(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:
+    """[B, 2] float64: of the largest of the target's logits [B, N, V] at each node of the path,
+    which is all that became of the step, and of the draft probabilities. Sums, because one number
+    that is none spoils them; the largest, as in `specdec.sampling.sound`."""
+    batch, nodes, _ = logits.shape
+    kept, probs = logits[:, :1], logits[:, :1, :0]
+    if tree.depth:
+        first = torch.arange(0, batch * nodes, nodes, device=logits.device)[:, None]
+        kept = logits.flatten(0, 1).index_select(0, (first + acceptance.path).flatten())
     if tree.proposal is not None:
-        faults = faults + tree.proposal.probs.isnan().flatten(1).any(1) * BAD_DRAFT
-    return faults
+        probs = tree.proposal.probs
+    largest = kept.amax(-1).view(batch, -1)
+    return torch.stack(
+        [largest.sum(1, dtype=torch.float64), probs.sum((1, 2), dtype=torch.float64)], dim=1
+    )
 
 
 def _depth(parents: list[int]) -> int:
