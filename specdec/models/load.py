@@ -45,6 +45,7 @@ def load_model(path: str, placement: Placement = CPU, *, setting: str = "path") 
     if path.startswith("standin:"):
         shape, zoo = named_shape(path.removeprefix("standin:"), setting)
         source = zoo_path(zoo)
+        check_files(source, name, complete=True)
         large = standin(source, shape, device=device, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
         return PagedLM(large, tokenizer, name=name, kernels=kernels)
