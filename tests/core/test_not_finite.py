@@ -14,7 +14,7 @@ from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
-from specdec.lab.records import RecordFile, to_json
+from specdec.lab.records import Line, RecordFile, to_json
 from specdec.lab.runs import RunFolder
 from specdec.observation import Observation
 from specdec.protocols import AcceptanceRule, DraftError, LogitsError, StepContext
@@ -162,10 +162,10 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     value = {"a": [1.5, math.nan, (math.inf, "NaN")], "b": {"c": -math.inf}, "d": None}
     expected = {"a": [1.5, None, [None, "NaN"]], "b": {"c": None}, "d": None}
     assert json.loads(to_json(value)) == expected
-    file = RecordFile(tmp_path / "r.jsonl")
+    file = RecordFile(tmp_path / "r.jsonl", Line)
     file.append(value)
     file.close()
-    file = RecordFile(tmp_path / "r.jsonl")
+    file.read()
     file.rewrite([value, *file.records])
     assert lines(tmp_path / "r.jsonl") == [expected, expected]
     RunFolder(tmp_path, config={}, resume=True).write_summary(value)
