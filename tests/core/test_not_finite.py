@@ -168,5 +168,5 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     file.read()
     file.rewrite([value, *file.records])
     assert lines(tmp_path / "r.jsonl") == [expected, expected]
-    RunFolder(tmp_path, config={}, resume=True).write_summary(value)
+    RunFolder(tmp_path, config={}, resume=False).write_summary(value)
     assert summary_of(tmp_path) == expected
