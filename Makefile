@@ -1,5 +1,5 @@
 # From a fresh clone: `make run` decodes, `make test` checks everything.
-#   make run ARGS="drafter=none"         Hydra overrides go in ARGS
+#   make run ARGS="drafter=none"         Hydra overrides go in ARGS, instead of those below
 #   make test PYTEST_ARGS="-m slow"      any pytest option
 #   make run PYTHON=python3.12 VENV=../specdec-env
 #   make test PINNED=0               the newest releases instead of those in constraints.txt
@@ -7,7 +7,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-ARGS ?=
+# Fast anywhere: text is looked up, and the tree is chosen by what passes cost on this machine.
+ARGS ?= drafter=ngram tree=cost_aware tree.rates=zoo_ngram prompts.limit=20
 PYTEST_ARGS ?=
 # Installed first where there is no NVIDIA GPU: a plain `torch` may bring gigabytes of CUDA libraries.
 # To name an index of CPU builds: make CPU_TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
@@ -55,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[setup] done"
 
 run: setup
-	@$(BIN)/python -m specdec.run $(ARGS)
+	$(BIN)/python -m specdec.run $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)

@@ -64,7 +64,7 @@ class SmallLlama(GrowingDrafter):
         find_model(self.path, setting="drafter.path")
 
     def load(self, target: PagedLM, models: Models) -> None:
-        self.lm = models.load(self.path, setting="drafter.path")
+        self.lm = self.own_model = models.load(self.path, setting="drafter.path")
         self._match(target)
         self.candidates = min(self.candidates, self.vocab_size)
         self.model = CachedModel(self.lm)
@@ -87,6 +87,8 @@ class SmallLlama(GrowingDrafter):
             )
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
+        if not self.levels:
+            return sequences  # no draft will be asked for
         started = self.model.start([self._reread(sequence) for sequence in sequences])
         if started:
             rows = torch.tensor([s.row for s in started], device=self.lm.device)
@@ -96,7 +98,8 @@ class SmallLlama(GrowingDrafter):
         return [sequence for sequence in sequences if sequence.row in taken]
 
     def finish(self, sequence: Decoding) -> None:
-        self.model.finish(sequence)
+        if self.levels:
+            self.model.finish(sequence)
 
     def begin(self, context: StepContext) -> Expand:
         if self._reads_ahead:

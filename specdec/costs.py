@@ -4,7 +4,7 @@ against the other.
 `python -m specdec.experiments.tools.calibrate` measures such a table; `--help` tells of its file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from specdec.tables import load_table
 
 CALIBRATE = "python -m specdec.experiments.tools.calibrate"
-LOOP = {"loop_batches": "batch", "loop_level": "level", "loop_step": "step"}
+LOOP = {"loop_batches": "batch", "loop_level": "level", "loop_step": "step", "loop_start": "start"}
 
 
 class CostTable:
@@ -27,6 +27,9 @@ class CostTable:
         draft_seconds: one for each combination.
         loop_batches, loop_level, loop_step: batches, ascending, and for each the seconds that the
             decoding loop adds to a drafted level and to a step.
+        loop_start: likewise to a step that drafts; None for nothing.
+        about: of which models and which machine, as `specdec.calibration.about` says it; None if
+            nobody knows.
 
     Raises:
         ValueError: a grid that is empty or not ascending, or seconds that do not fit it or are not
@@ -43,10 +46,14 @@ class CostTable:
         loop_batches: Sequence[float] = (1.0,),
         loop_level: Sequence[float] = (0.0,),
         loop_step: Sequence[float] = (0.0,),
+        loop_start: Sequence[float] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
+        self.about = about
         self._verify = _Grid("verify", verify_grid, verify_seconds)
         self._draft = _Grid("draft", draft_grid, draft_seconds)
-        self._loop = np.asarray([loop_batches, loop_level, loop_step], dtype=np.float64)
+        start = loop_start or [0.0] * len(loop_batches)
+        self._loop = np.asarray([loop_batches, loop_level, loop_step, start], dtype=np.float64)
         if not (np.isfinite(self._loop) & (self._loop >= 0)).all():
             raise ValueError("loop: seconds that are missing or negative")
 
@@ -62,22 +69,28 @@ class CostTable:
         Raises:
             ValueError: no such file or name, or one that is no such table; one line that names it.
         """
-
-        def parse(data: Any) -> CostTable:
-            verify, draft = data["verify"], data["draft"]
-            loop = data.get("loop", {})
-            if "todo" in str((verify["seconds"], draft["seconds"], loop)):
-                raise ValueError(f"unfinished; {CALIBRATE} with resume=true goes on with it")
-            return cls(
-                verify_grid=[verify[name] for name in ("batch", "nodes", "context")],
-                verify_seconds=_filled(verify["seconds"]),
-                draft_grid=[draft[name] for name in ("batch", "width")],
-                draft_seconds=draft["seconds"],
-                **{name: loop[key] for name, key in LOOP.items() if loop},
-            )
-
         mend = f"{CALIBRATE} makes one"
-        return load_table(path, parse, mend=mend, packaged="costs", setting=setting)
+        return load_table(path, cls.of, mend=mend, packaged="costs", setting=setting)
+
+    @classmethod
+    def of(cls, data: Any) -> "CostTable":
+        """What such a file holds.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such table.
+        """
+        verify, draft = data["verify"], data["draft"]
+        loop = data.get("loop", {})
+        if "todo" in str((verify["seconds"], draft["seconds"], loop)):
+            raise ValueError(f"unfinished; {CALIBRATE} with resume=true goes on with it")
+        return cls(
+            verify_grid=[verify[name] for name in ("batch", "nodes", "context")],
+            verify_seconds=_filled(verify["seconds"]),
+            draft_grid=[draft[name] for name in ("batch", "width")],
+            draft_seconds=draft["seconds"],
+            about=data.get("about"),
+            **{name: loop[key] for name, key in LOOP.items() if key in loop},
+        )
 
     @property
     def verify_batches(self) -> list[int]:
@@ -110,6 +123,10 @@ class CostTable:
     def step(self, batch: float) -> float:
         """Seconds of a step beyond the passes of the target and the draft."""
         return float(np.interp(batch, self._loop[0], self._loop[2]))
+
+    def start(self, batch: float) -> float:
+        """Seconds that a step takes more than that if it drafts at all."""
+        return float(np.interp(batch, self._loop[0], self._loop[3]))
 
 
 class _Grid:

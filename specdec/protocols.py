@@ -6,7 +6,7 @@ Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candida
 
 import re
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
 
 if TYPE_CHECKING:
+    from specdec.decode import Decoder
     from specdec.models.load import Models
     from specdec.models.paged import PagedLM
 
@@ -130,6 +131,7 @@ class Drafter:
         observes: what it wants to see of the target; `commit` and `read` get it.
         reset: after what it forgets what it learns online ("prompt", "category" or "never", as in
             `drafters/state.py`); None if it learns nothing. The summary of a run repeats it.
+        own_model: the model it drafts with, if that is none but its own; known when it is loaded.
     """
 
     name = ""
@@ -142,6 +144,7 @@ class Drafter:
     sources: Sequence[str] = ()
     observes = Observes()
     reset: str | None = None
+    own_model: "PagedLM | None" = None
 
     def check(self, tree: "TreePolicy") -> None:
         """Raise ValueError, naming the setting, for trees that it cannot draft: here those that
@@ -211,6 +214,24 @@ def part_of(setting: str) -> Iterator[None]:
         raise ValueError(text) from error
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Loaded:
+    """What a tree policy may look at before a run.
+
+    Args:
+        target: the target model.
+        drafter: loaded.
+        capacity: of the run.
+        decoder: (tree, capacity) to a decoder like the run's but for these; it ends those made
+            before, so that it is for measuring.
+    """
+
+    target: "PagedLM"
+    drafter: Drafter
+    capacity: Capacity
+    decoder: "Callable[[TreePolicy, Capacity], Decoder]"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
     """How far trees have grown when a policy is asked.
@@ -246,12 +267,15 @@ class TreePolicy:
     Attributes:
         takes_all: whether `select`, `expand` and `keep` are those of this class, so that nobody
             need ask.
+        notes: what it has chosen its trees by, in words, by setting; known after `fit`. A run says
+            it before decoding and in its summary.
 
     Raises:
         ValueError: a setting out of range.
     """
 
     takes_all = False
+    notes: Mapping[str, str] = {}  # replaced, never written to
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -262,6 +286,14 @@ class TreePolicy:
         check_basics(budget, children)
         self.budget = budget
         self.children: Children = children  # type: ignore[assignment]  # checked above
+
+    def fit(self, run: "Loaded") -> None:
+        """Before a run, when its models are loaded: a policy may look at them, and measure what
+        trees cost. Its answers may be others from then on, though no tree may get larger.
+
+        Raises:
+            ValueError: it cannot be used with these; one line that names the setting.
+        """
 
     def levels(self, depth: int | None) -> int:
         """Levels to grow when the drafter asks for `depth` (None: as the policy likes).

@@ -6,12 +6,16 @@ it.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from specdec.models.fingerprint import fingerprint
 from specdec.tables import load_table
+
+if TYPE_CHECKING:
+    from specdec.protocols import Loaded
 
 MEASURE = "python -m specdec.experiments.tools.measure_acceptance measures them"
 
@@ -25,12 +29,15 @@ class AcceptanceRates:
         values: [D, R]; values[d, r] is the probability that, given a node at depth d (the root has
             depth 0) was accepted, its child tried as number r is the one accepted next: that of
             rank r among top-k children, the r-th draw among sampled ones.
+        about: of what they are: path of their file; drafter, target and draft, by name; models,
+            their fingerprints.
 
     Raises:
         ValueError: no rectangle of numbers from 0 to 1, or a row that sums to more than 1.
     """
 
-    def __init__(self, *, values: Any) -> None:
+    def __init__(self, *, values: Any, about: Mapping[str, Any] | None = None) -> None:
+        self.about = about or {}
         self.values: NDArray[np.float64] = _rectangle(values)
         for depth, row in enumerate(self.values):
             if not ((row >= 0.0) & (row <= 1.0)).all():
@@ -69,9 +76,30 @@ class AcceptanceRates:
         """
 
         def parse(data: Any) -> AcceptanceRates:
-            return cls(values=_case(data["cases"], children, temperature, top_p)["rates"])
+            named = data.get("settings") or {}
+            about = {name: named.get(name) for name in ("drafter", "target", "draft")}
+            about |= {"path": str(path), "models": data.get("models")}
+            rates = _case(data["cases"], children, temperature, top_p)["rates"]
+            return cls(values=rates, about=about)
 
         return load_table(path, parse, mend=MEASURE, packaged="acceptance", setting=setting)
+
+    def origin(self, run: "Loaded") -> str:
+        """Where they come from, in words, and whether they are of this drafter and these
+        models."""
+        name, models = self.about.get("path", "given"), self.about.get("models")
+        if not models:
+            return f"{name}, which does not say of which models it is"
+        lm = run.drafter.own_model
+        here = {"target": fingerprint(run.target), "draft": lm and fingerprint(lm)}
+        drafter = str(self.about["drafter"]).partition(" ")[0]
+        if models == here and run.drafter.name == drafter:
+            return f"{name}, measured with these models"
+        draft = f" of {self.about['draft']}" if models["draft"] else ""
+        return (
+            f"{name}, measured with {drafter}{draft} for {self.about['target']}, NOT with this "
+            f"drafter and these models; {MEASURE}"
+        )
 
     def row(self, depth: int) -> NDArray[np.float64]:
         """[R] chances of the children of a node at this depth; of the last one that was measured

@@ -1,7 +1,10 @@
-"""Measured tables: JSON files of the user's, or by name those that come with the package."""
+"""Measured tables: JSON files of the user's, by name those that come with the package, and those
+that were measured here and are kept."""
 
 import json
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,3 +56,21 @@ def _located(path: str, packaged: str | None) -> Path:
         known = ", ".join(sorted(file.stem for file in found.parent.glob("*.json")))
         raise ValueError(f"no such table; known are {known}, a file is ./{path} or ends in .json")
     return found
+
+
+def kept_tables(kind: str) -> Path:
+    """Folder of tables measured on this machine: in SPECDEC_CACHE, else in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SPECDEC_CACHE") or Path(home) / "specdec") / kind
+
+
+def keep_table(path: Path, table: Mapping[str, Any]) -> bool:
+    """Write a table whole or not at all, whoever else writes it; False if that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(json.dumps(table, indent=1) + "\n")
+        Path(file.name).replace(path)
+    except OSError:
+        return False
+    return True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROOT, PADDING = -1, -2  # marks in TokenTree.parents
+RANDOM_DEPTH = 6  # levels of random trees at most
 
 Children = Literal["top_k", "sample", "sample_with_replacement"]
 """How the children of a node were chosen: its most probable tokens, or draws from the draft
@@ -180,3 +181,14 @@ class Acceptance:
         last = (self.length - 1).clamp(min=0)[:, None]
         padded = torch.cat([drafted, self.next_token[:, None]], dim=1)
         return padded.scatter(1, last, self.next_token[:, None])
+
+
+def random_parents(nodes: int, generator: torch.Generator) -> list[int]:
+    """The parents of a tree of up to RANDOM_DEPTH levels: each node below a random earlier one."""
+    parents, depths = [-1], [0]
+    for _ in range(nodes - 1):
+        open_nodes = [node for node, depth in enumerate(depths) if depth < RANDOM_DEPTH]
+        pick = int(torch.randint(len(open_nodes), (1,), generator=generator))
+        parents.append(open_nodes[pick])
+        depths.append(depths[open_nodes[pick]] + 1)
+    return parents

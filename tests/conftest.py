@@ -3,10 +3,13 @@ each other; without a GPU, Triton kernels run in its interpreter."""
 
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for subprocesses
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Costs measured by tests are none of the machine's.
+os.environ.setdefault("SPECDEC_CACHE", tempfile.mkdtemp(prefix="specdec-costs-"))
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -210,11 +210,12 @@ def test_guide_names_every_option(group: str) -> None:
 OUTPUTS = ROOT / "docs" / "outputs.md"
 VARIABLE = {"time": "VERB", "seconds": "VERB", "graphs.counts": "VERB"}
 VARIABLE |= {"finish_reasons": "REASON", "sources": "NAME", "own": "SETTING"}
+VARIABLE |= {"chosen_by": "SETTING"}
 OWN = "tests.golden.repeat.repeat"
 LOSSY = "acceptance=typical acceptance.allow_lossy=true"
 RUNS = {
     "composed": "drafter=compose tree=dynamic",
-    "sampled": "sampling=sample",
+    "sampled": "sampling=sample tree=cost_aware",
     "synthetic": "drafter=synthetic tree=static ignore_eos=true",
     "lossy": f"drafter=user drafter._target_={OWN} {LOSSY} sampling=sample",
 }

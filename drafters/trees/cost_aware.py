@@ -2,19 +2,26 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-import torch
-
+from specdec.calibration import costs_of, unlike
 from specdec.costs import CALIBRATE, CostTable
 from specdec.drafters.trees.fixed import FixedShape, measured_rates
 from specdec.drafters.trees.policy import check_positive
 from specdec.drafters.trees.shapes import (
     OptimalShapes,
     Shape,
+    describe,
     expected_accepted,
+    optimal,
     parents_by_level,
 )
+from specdec.protocols import Loaded
 from specdec.rates import AcceptanceRates
+
+MEASURED = ("auto", "measure")
+CONTEXT = 512  # tokens before a tree, where nothing else is known
+MARGIN = 1.05  # what a tree must promise over plain decoding if its costs were measured in seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +54,19 @@ class CostAware(FixedShape):
 
     Args:
         rates: as in `Optimal`.
-        costs: file of a `CostTable`, or the name of one in `specdec/data/costs`; auto is h200
-            where there is a GPU and cpu elsewhere. They should be of the same models and machine.
+        costs: auto, which takes a table of the models and the machine of the run, or measures one;
+            measure; a file of a `CostTable`, or the name of one in `specdec/data/costs`.
         batch: sequences decoded at a time; no more than were measured.
-        context: tokens of a sequence before the tree.
+        context: tokens of a sequence before the tree; None for half of what the run has room for,
+            and 512 with a table that is named.
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
         depth: levels at most.
         temperature, top_p: as in `Optimal`.
         children: how children are chosen.
 
     Attributes:
-        choice: the shape, and what is expected of it.
+        choice: the shape, and what is expected of it. Where costs are measured it is known after
+            `fit`; until then the shape is the one that would be best if drafting cost nothing.
 
     Raises:
         ValueError: a setting out of range, or no such rates or costs.
@@ -70,7 +79,7 @@ class CostAware(FixedShape):
         budget: int,
         costs: str = "auto",
         batch: int = 1,
-        context: int = 512,
+        context: int | None = None,
         depth: int = 16,
         temperature: float = 0.0,
         top_p: float | None = None,
@@ -85,19 +94,65 @@ class CostAware(FixedShape):
             temperature=temperature,
             top_p=top_p,
         )
-        if costs == "auto":
-            costs = "h200" if torch.cuda.is_available() else "cpu"
-        table = CostTable.load(costs, setting="tree.costs")
-        if batch > max(table.verify_batches):
+        self.rates, self.costs, self.most, self.depth = found, costs, budget, depth
+        self.batch, self.context = batch, context
+        self.choice: Choice
+        self.table: CostTable | None = None
+        if costs in MEASURED:
+            super().__init__(shape=optimal(found, budget, depth), children=children)
+            return
+        self.table = CostTable.load(costs, setting="tree.costs")
+        if batch > max(self.table.verify_batches):
             raise ValueError(
                 f"tree.batch={batch}: tree.costs={costs} was measured up to a batch of "
-                f"{max(table.verify_batches)}; lower batch_size or measure more with "
+                f"{max(self.table.verify_batches)}; lower batch_size or measure more with "
                 f"{CALIBRATE}"
             )
-        self.choice = choose(
-            found, table, batch=batch, context=context, budget=budget, depth=depth
-        )
-        super().__init__(shape=self.choice.shape, children=children)
+        self.children = children  # type: ignore[assignment]  # checked with the rates
+        self._choose(self.table, depth)
+
+    def _choose(self, table: CostTable, depth: int, margin: float = 1.0) -> float:
+        """Take the best shape, or none if it is not `margin` times as fast as plain decoding;
+        returns how many times it is expected to be."""
+        context = self.context or CONTEXT
+        given = {"batch": self.batch, "context": context, "depth": depth}
+        best = choose(self.rates, table, budget=self.most, **given)
+        plain = choose(self.rates, table, budget=0, **given)
+        gain = best.tokens_per_second / plain.tokens_per_second
+        self.choice = best if gain >= margin else plain
+        super().__init__(shape=self.choice.shape, children=self.children)
+        return gain if self.choice is best else 1.0
+
+    def levels(self, depth: int | None) -> int:
+        if self.table is None and depth is not None:  # `fit` will respect it
+            return min(depth, super().levels(None))
+        return super().levels(depth)
+
+    def fit(self, run: Loaded) -> None:
+        if self.notes:
+            return
+        notes = {"rates": self.rates.origin(run)}
+        if self.table is not None:
+            other = unlike(self.table, run)
+            notes["costs"] = f"{self.costs}, {other or 'of this machine and these models'}"
+        elif self.most:
+            self.table, notes["costs"] = costs_of(
+                run,
+                self.costs,
+                batch=self.batch,
+                context=self.context,
+                budget=self.most,
+                chain=partial(_chain, self.children),
+            )
+            depth = min(self.depth, run.drafter.depth or self.depth)
+            gain = self._choose(self.table, depth, MARGIN)
+            notes["shape"] = f"{describe(self.shape)}; {gain:.2f} times plain decoding expected"
+        self.notes = notes
+
+
+def _chain(children: str, levels: int) -> FixedShape:
+    """A chain that is grown as the shapes are that can be chosen."""
+    return FixedShape(shape=[(0,) * level for level in range(1, levels + 1)], children=children)
 
 
 def choose(
@@ -127,6 +182,7 @@ def predictions(
     step = costs.step(batch)
     yield Choice(shape=frozenset(), tokens=1.0, seconds=costs.verify(batch, 1, context) + step)
     budget = min(budget, costs.most_nodes - 1)
+    step += costs.start(batch)
     verify = [costs.verify(batch, nodes + 1, context) + step for nodes in range(budget + 1)]
     level = costs.level(batch)
     draft = [costs.draft(batch, width) + level for width in range(costs.most_width + 1)]

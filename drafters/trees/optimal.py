@@ -2,6 +2,7 @@
 
 from specdec.drafters.trees.fixed import FixedShape, measured_rates
 from specdec.drafters.trees.shapes import Shape, optimal
+from specdec.protocols import Loaded
 from specdec.rates import AcceptanceRates
 
 
@@ -40,6 +41,10 @@ class Optimal(FixedShape):
             top_p=top_p,
         )
         super().__init__(shape=self.search(found, budget, depth, children), children=children)
+        self.rates = found
+
+    def fit(self, run: Loaded) -> None:
+        self.notes = {"rates": self.rates.origin(run)}
 
     @staticmethod
     def search(rates: AcceptanceRates, budget: int, depth: int | None, children: str) -> Shape:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from specdec.kernels.layout import TreeLayout, pack_bits
+from specdec.tree import random_parents
 
-TREE_DEPTH = 6
 CHECKED_TOKENS = 1 << 18  # context of the sequences whose outputs are compared
 TOLERANCE = 2.0  # times the error of torch's own attention in the same type
 
@@ -67,17 +67,6 @@ class Shape:
     def roof_us(self, read: float, compute: float, itemsize: int = 2) -> float:
         """No call can take less, given the ceilings in bytes/s and FLOP/s."""
         return 1e6 * max(self.kv_bytes(itemsize) / read, self.flops / compute)
-
-
-def random_parents(nodes: int, generator: torch.Generator) -> list[int]:
-    """A tree of depth TREE_DEPTH at most: each node below a random earlier one."""
-    parents, depths = [-1], [0]
-    for _ in range(nodes - 1):
-        open_nodes = [node for node, depth in enumerate(depths) if depth < TREE_DEPTH]
-        pick = int(torch.randint(len(open_nodes), (1,), generator=generator))
-        parents.append(open_nodes[pick])
-        depths.append(depths[open_nodes[pick]] + 1)
-    return parents
 
 
 def ancestors_of(parents: list[int]) -> Tensor:

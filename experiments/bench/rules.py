@@ -21,14 +21,13 @@ from typing import Any, Literal
 
 import torch
 
-from specdec.experiments.bench.cases import random_parents
 from specdec.experiments.bench.clock import GraphClock, Timed, copies_beyond_cache
 from specdec.experiments.bench.operation import Operation, measure, unlike
 from specdec.kernels import reference
 from specdec.lab.command import Positive, option
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import SamplingParams, random_keys
-from specdec.tree import Children, Proposal, TokenTree
+from specdec.tree import Children, Proposal, TokenTree, random_parents
 from specdec.verifier.block import Block
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.k_seq import KSeq

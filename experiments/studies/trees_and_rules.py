@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from specdec.drafters.trees.cost_aware import CostAware
+from specdec.drafters.trees.cost_aware import MEASURED, CostAware
 from specdec.drafters.trees.shapes import greedy, ordered
 from specdec.experiments.figures.markdown import show
 from specdec.experiments.figures.trees_and_rules_plot import SHORT, tree_lengths, tree_speed
@@ -66,7 +66,7 @@ CHAIN_RULES = ("tokenwise", "block")
 class Options(StudyOptions):
     grid: Literal["lengths", "speed"] = option(about="what is compared")
     rates: str = option("zoo", "as tree.rates")
-    costs: str = option("auto", "as tree.costs")
+    costs: str = option("cpu", "a table, as tree.costs")
     context: int = option(512, "as tree.context")
     budgets: tuple[Literal[8, 16, 32, 64], ...] = option(tuple(WIDTHS), "of nodes", varies=True)
     prompts: Positive = option(16, "of each set or category")
@@ -185,6 +185,10 @@ def way_of(method: Pairing, options: Options, shop: Workshop, longest: int) -> W
     del known["tree"]
     way = shop.way(f"{drafter} {method.words}", rows=options.batch, longest=longest, **known)
     assert way.tree is not None
+    if options.costs in MEASURED:
+        raise ValueError(
+            f"costs={options.costs}: must name a table, to say beforehand what is expected"
+        )
     way.entry["nodes"] = way.tree.budget
     if isinstance(way.tree, CostAware):
         choice = way.tree.choice

@@ -20,15 +20,14 @@ The file, which `specdec.costs.CostTable` reads and tree policies may:
     draft.seconds[batch][width]
     loop.batch
     loop.level[batch]                   seconds of a drafted level beyond its pass
-    loop.step[batch]                    of a step beyond verification and the drafted levels
-    settings, hardware, versions, git, command      of what it is true
+    loop.start[batch]                   of the first drafted level beyond the others
+    loop.step[batch]                    of a step beyond verification and draft
+    about, settings, hardware, versions, git, command       of what it is true
 
 It is written anew after every cell; `resume=true` measures what is missing.
 """
 
-import gc
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,23 +38,23 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator
-from torch import Tensor
 
-from specdec.cache import PagedKVCache
-from specdec.experiments.bench.cases import random_parents
-from specdec.experiments.bench.clock import GraphClock
-from specdec.experiments.bench.operation import wall_us
+from specdec.calibration import (
+    Passes,
+    about,
+    loop_costs,
+    loop_prompts,
+    loop_seconds,
+    median_seconds,
+)
 from specdec.experiments.figures import decoding
 from specdec.experiments.figures.markdown import show
 from specdec.lab.command import Positive, begin, option, run_main, write
-from specdec.lab.prompts import Asked
 from specdec.lab.workshop import Workshop, tree, word
 from specdec.models.paged import PagedLM
 
-MEMORY_SHARE = 0.8  # of the free memory that a cell may take
 CHAINS = (2, 6)  # levels whose drafts are compared
-LOOP_PROMPT, LOOP_TOKENS = 64, 48
-CHOICES = 4  # most probable tokens asked of a draft, for each node
+LOOP_TOKENS = 48
 
 Axis = Annotated[tuple[Positive, ...], AfterValidator(lambda values: tuple(sorted({*values})))]
 
@@ -79,89 +78,6 @@ class Options:
     resume: bool = option(False, "what the file has stays")
 
 
-def replay_seconds(call: Callable[[], Any], device: torch.device, replays: int) -> float:
-    """Median seconds of a call: of a CUDA graph of it on a GPU, else by the clock."""
-    if device.type != "cuda":
-        return wall_us(call, replays) / 1e6
-
-    def captured(_: int) -> None:
-        call()
-
-    return GraphClock(calls=1, replays=replays).time(lambda: captured, 1).us / 1e6
-
-
-def filled_cache(lm: PagedLM, batch: int, context: int, nodes: int) -> PagedKVCache | None:
-    """A cache that holds `context` random tokens of each sequence, with room for a tree; None if
-    the memory does not hold it and the logits."""
-    page_size = 128 if lm.device.type == "cuda" else 16
-    tokens = context + nodes
-    pages = batch * -(-tokens // page_size)
-    if lm.device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-        needed = pages * page_size * lm.kv_shape.bytes_per_token(lm.dtype)
-        needed += 2 * batch * nodes * lm.vocab_size * lm.dtype.itemsize
-        if needed > MEMORY_SHARE * torch.cuda.mem_get_info(lm.device)[0]:
-            return None
-    cache = lm.new_cache(rows=batch, pages=pages, page_size=page_size, max_tokens=tokens)
-    for row in range(batch):
-        cache.open(row, tokens=tokens)
-    for pool in (cache.keys, cache.values):
-        pool.normal_()
-    cache.lengths[:batch] = context
-    return cache
-
-
-def random_tokens(lm: PagedLM, *shape: int) -> Tensor:
-    return torch.randint(lm.vocab_size, shape, device=lm.device)
-
-
-def verify_call(lm: PagedLM, cache: PagedKVCache, batch: int, nodes: int) -> Callable[[], Any]:
-    """A pass of the target over a random tree for each sequence."""
-    generator = torch.Generator().manual_seed(nodes)
-    parents = torch.tensor(
-        [random_parents(nodes, generator) for _ in range(batch)],
-        dtype=torch.int32,
-        device=lm.device,
-    )
-    tokens, rows = random_tokens(lm, batch, nodes), torch.arange(batch, device=lm.device)
-    kernels = lm.kernels.on(lm.device)
-
-    def call() -> Tensor | None:
-        structure = kernels.tree_structure(parents)
-        return lm.forward(cache, rows, tokens, structure.depths, ancestors=structure.ancestors)
-
-    return call
-
-
-def draft_call(lm: PagedLM, cache: PagedKVCache, batch: int, width: int) -> Callable[[], Any]:
-    """A pass of the draft over the second level of a tree, and the best tokens after it."""
-    roots, level = torch.full((batch, width), -1), torch.arange(width).expand(batch, -1)
-    parents = torch.cat([roots, level], dim=1).to(lm.device, torch.int32)
-    tokens, rows = random_tokens(lm, batch, width), torch.arange(batch, device=lm.device)
-    kernels = lm.kernels.on(lm.device)
-    cache.scratch(batch, 2 * width)
-
-    def call() -> tuple[Tensor, Tensor]:
-        structure = kernels.tree_structure(parents)
-        logits = lm.forward(
-            cache,
-            rows,
-            tokens,
-            structure.depths[:, width:],
-            ancestors=structure.ancestors[:, width:],
-            first=width,
-            key_offsets=structure.depths,
-        )
-        assert logits is not None
-        found: tuple[Tensor, Tensor] = kernels.top_tokens(
-            logits.flatten(0, 1), CHOICES, temperature=1.0
-        )
-        return found
-
-    return call
-
-
 def calibrate_verify(
     options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]
 ) -> None:
@@ -169,28 +85,30 @@ def calibrate_verify(
     places = product(*map(enumerate, (options.batches, options.contexts)))
     for (b, batch), (c, context) in places:
         todo = [n for n in range(len(options.nodes)) if seconds[b][n][c] == "todo"]
-        cache = filled_cache(lm, batch, context, max(options.nodes)) if todo else None
+        if not todo:
+            continue
+        passes = Passes(lm, batch=batch, context=context, nodes=max(options.nodes))
         for n in todo:
             found = None
-            if cache is not None:
-                found = replay_seconds(
-                    verify_call(lm, cache, batch, options.nodes[n]), lm.device, options.replays
-                )
+            if passes.cache is not None:
+                call = passes.verify(options.nodes[n])
+                (found,) = median_seconds([call], lm.device, replays=options.replays)
             seconds[b][n][c] = found
             save()
-        cache = None  # frees it before the next is made; nothing else may hold it
+        del passes  # frees its cache before the next is made
 
 
 def calibrate_draft(options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]) -> None:
     """Fill the table of the draft."""
+    context, widest = options.draft_context, max(options.widths)
     for b, batch in enumerate(options.batches):
-        cache = filled_cache(lm, batch, options.draft_context, 2 * max(options.widths))
-        if cache is None:
-            raise ValueError(f"draft_context={options.draft_context}: exceeds the memory")
+        passes = Passes(lm, batch=batch, context=context, nodes=2 * widest)
+        if passes.cache is None:
+            raise ValueError(f"draft_context={context}: exceeds the memory")
         for w, width in enumerate(options.widths):
             if seconds[b][w] == "todo":
-                call = draft_call(lm, cache, batch, width)
-                seconds[b][w] = replay_seconds(call, lm.device, options.replays)
+                call = passes.draft(width)
+                (seconds[b][w],) = median_seconds([call], lm.device, replays=options.replays)
                 save()
 
 
@@ -200,28 +118,21 @@ def calibrate_loop(
     """Fill in what the loop adds."""
     loop = result["loop"]
     for b, batch in enumerate(options.batches):
-        tokens = random_tokens(shop.target, batch, LOOP_PROMPT).tolist()
-        asked = [Asked(i, str(i), own) for i, own in enumerate(tokens)]
-        draft, rest = zip(
-            *(_loop_seconds(options, shop, asked, levels) for levels in CHAINS), strict=True
-        )
-        level = (draft[1] - draft[0]) / (CHAINS[1] - CHAINS[0])
+        prompts = loop_prompts(shop.target, batch)
+        first, second = (_chain(options, shop, prompts, levels) for levels in CHAINS)
+        level, loop["start"][b], loop["step"][b] = loop_costs(first, second, CHAINS)
         loop["level"][b] = max(0.0, level - result["draft"]["seconds"][b][0])
-        loop["step"][b] = statistics.mean(rest) + max(0.0, draft[0] - CHAINS[0] * level)
         save()
 
 
-def _loop_seconds(
-    options: Options, shop: Workshop, asked: Sequence[Asked], levels: int
+def _chain(
+    options: Options, shop: Workshop, prompts: Sequence[Sequence[int]], levels: int
 ) -> tuple[float, float]:
-    """Median seconds of drafting a chain, and of all of a step but drafting and verifying."""
+    """`loop_seconds` of a chain."""
     draft = f"drafter=small_llama {word('drafter.path', options.draft)}"
     words = f"{draft} {tree('chain', levels)} tree.children=sample sampling=sample"
-    session = shop.session(words, rows=len(asked), longest=LOOP_PROMPT + LOOP_TOKENS)
-    session.warm_up(asked[0].tokens)
-    steps = [step.seconds for step in session.decode(asked, LOOP_TOKENS).steps[1:]]
-    rest = [sum(step.get(verb, 0.0) for verb in ("accept", "commit", "other")) for step in steps]
-    return statistics.median(step["draft"] for step in steps), statistics.median(rest)
+    session = shop.session(words, rows=len(prompts), longest=len(prompts[0]) + LOOP_TOKENS)
+    return loop_seconds(session.decoder, prompts, LOOP_TOKENS)
 
 
 def blank(options: Options) -> dict[str, Any]:
@@ -242,7 +153,8 @@ def blank(options: Options) -> dict[str, Any]:
             "context": options.draft_context,
             "seconds": [["todo"] * len(options.widths) for _ in batches],
         },
-        "loop": {name: ["todo"] * len(batches) for name in ("level", "step")} | {"batch": batches},
+        "loop": {"batch": batches}
+        | {name: ["todo"] * len(batches) for name in ("level", "start", "step")},
     }
 
 
@@ -255,10 +167,10 @@ def work(options: Options) -> None:
     result = {**blank(options), **begin(options, shop.models.placement.device)}
     save = partial(write, options.out, result)
     todo = [part for part in options.only if "todo" in str(result[part])]
-    if todo and todo != ["draft"]:
-        _ = shop.target  # is there, before the first cell is measured
-    if "draft" in todo:
+    if todo:  # both are there before the first cell is measured
         draft = shop.models.load(options.draft, setting="draft")
+        result["about"] = about(shop.target, draft)
+    if "draft" in todo:
         calibrate_draft(options, draft, result["draft"]["seconds"], save)
     if "verify" in todo:
         calibrate_verify(options, shop.target, result["verify"]["seconds"], save)

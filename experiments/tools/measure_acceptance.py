@@ -60,6 +60,7 @@ from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.method import Method
 from specdec.lab.prompts import ask
 from specdec.lab.workshop import StudyOptions, Workshop, word
+from specdec.models.fingerprint import fingerprint
 from specdec.rates import AcceptanceRates
 from specdec.tree import Children
 
@@ -252,6 +253,11 @@ def work(options: Options) -> None:
     cases = cases_of(options)
     bench = Bench(options)
     result = {"cases": [], "checks": [], **begin(options, bench.target.device)}
+    drafter = bench.method(cases[0]).drafter
+    result["models"] = {
+        "target": fingerprint(bench.target),
+        "draft": drafter.own_model and fingerprint(drafter.own_model),
+    }
     result["sets"] = {
         name: [one.name.partition("/")[2] for one in of] for name, of in bench.sets.items()
     }

@@ -8,23 +8,17 @@ from typing import Any
 
 import torch
 
+from specdec.models.fingerprint import hardware_of
+
 PACKAGES = ("specdec-lab", "torch", "transformers", "triton", "numpy")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """versions, hardware and git, as summaries and benchmark results carry them."""
-    hardware: dict[str, Any] = {
-        "device": str(device),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-    }
-    if device.type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
-        hardware["gpus"] = torch.cuda.device_count()
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "versions": {"python": platform.python_version(), **versions},
-        "hardware": hardware,
+        "hardware": hardware_of(device),
         "git": _git(),
     }
 
@@ -34,15 +28,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git() -> dict[str, Any] | None:

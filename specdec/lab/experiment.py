@@ -213,6 +213,8 @@ class Experiment:
         if not queue.open:
             return
         session = OurSession(method, self.target, self.capacity, self.stop_tokens, self._ends)
+        for name, note in method.tree.notes.items():
+            live.console.print(f"tree.{name}: {note}", soft_wrap=True, markup=False)
         self._warm_up(session)
         try:
             self._run(session, queue, side, live, title, on_step)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from specdec.decode import Decoder
 from specdec.models.generation import processors_of
 from specdec.processors import Processors
-from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, Verifier
+from specdec.protocols import AcceptanceRule, Drafter, Loaded, TreePolicy, Verifier
 from specdec.request import Capacity
 from specdec.sampling import SamplingParams
 from specdec.stop_strings import StopStrings
@@ -84,19 +84,26 @@ class Method:
         stop_tokens: Collection[int] = (),
         stop_strings: StopStrings | None = None,
     ) -> Decoder:
-        """A decoder of its own; one made before is of no use any more.
+        """A decoder of its own; one made before is of no use any more. The tree policy is fitted
+        before.
 
         Raises:
-            ValueError: as `processors`.
+            ValueError: as `processors`, or of the tree policy.
         """
-        return Decoder(
-            verifier=self.verifier(target),
-            drafter=self.drafter,
-            tree=self.tree,
-            rule=self.rule,
-            sampling=self.sampling,
-            capacity=capacity,
-            stop_tokens=stop_tokens,
-            stop_strings=stop_strings,
-            processors=self.processors(target, stop_tokens),
-        )
+        processors = self.processors(target, stop_tokens)
+
+        def made(tree: TreePolicy, capacity: Capacity, **stops: Any) -> Decoder:
+            return Decoder(
+                verifier=self.verifier(target),
+                drafter=self.drafter,
+                tree=tree,
+                rule=self.rule,
+                sampling=self.sampling,
+                capacity=capacity,
+                processors=processors,
+                **stops,
+            )
+
+        self.tree.fit(Loaded(target=target, drafter=self.drafter, capacity=capacity, decoder=made))
+        stops = {"stop_tokens": stop_tokens, "stop_strings": stop_strings}
+        return made(self.tree, capacity, **stops)

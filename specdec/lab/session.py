@@ -96,8 +96,11 @@ class OurSession:
         )
 
     def notes(self) -> dict[str, Any]:
-        graphs = self.decoder.graphs
-        return {"graphs": {"counts": graphs.counts, "obstacle": graphs.obstacle}}
+        graphs, chosen = self.decoder.graphs, dict(self.method.tree.notes)
+        return {
+            "graphs": {"counts": graphs.counts, "obstacle": graphs.obstacle},
+            **({"chosen_by": chosen} if chosen else {}),
+        }
 
 
 def wait(device: torch.device) -> None:

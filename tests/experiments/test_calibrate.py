@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from specdec.calibration import CHOICES, Passes
 from specdec.costs import CostTable
 from specdec.experiments.figures import decoding
 from specdec.experiments.tools import calibrate
+from specdec.models.fingerprint import fingerprint
 from specdec.models.load import load_model
 
 TINY = shlex.split(
@@ -22,6 +24,7 @@ TINY = shlex.split(
 def test_calibrate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(calibrate, "LOOP_TOKENS", 4)
     out = tmp_path / "calibrate.json"
     words = [*TINY, f"out={out}"]
     assert calibrate.main([*words, "only=draft"]) == 0
@@ -30,15 +33,20 @@ def test_calibrate(
     before = json.loads(out.read_text())
 
     timed: list[int] = []
-    monkeypatch.setattr(
-        calibrate, "replay_seconds", lambda *_: timed.append(0) or 0.001 * len(timed)
-    )
+
+    def fake(calls: Any, device: torch.device, *, replays: int) -> list[float]:
+        timed.append(len(calls))
+        return [0.001 * len(timed)]
+
+    monkeypatch.setattr(calibrate, "median_seconds", fake)
     assert calibrate.main([*words, "resume=true"]) == 0
     result = json.loads(out.read_text())
     assert result["draft"] == before["draft"]
     assert len(timed) == 2 * 2 * 2  # the target alone was missing
     assert result["command"].count("specdec.experiments.tools.calibrate") == 2
     assert {"hardware", "versions", "git"} <= result.keys()
+    models = result["about"]["models"]
+    assert models["target"] != models["draft"] == fingerprint(load_model("zoo:draft"))
     # One cache after the other, of a batch and a context; all its nodes.
     ms = torch.tensor(result["verify"]["seconds"]) * 1e3
     assert ms.round().tolist() == [[[1, 3], [2, 4]], [[5, 7], [6, 8]]]
@@ -61,16 +69,17 @@ def test_passes_are_those_of_a_step() -> None:
     """The tree has random keys before it, and the draft's level sees its parents."""
     torch.manual_seed(0)
     lm = load_model("zoo:draft")
-    cache = calibrate.filled_cache(lm, 2, 16, 6)
+    passes = Passes(lm, batch=2, context=16, nodes=6)
+    cache = passes.cache
     assert cache is not None
     assert cache.lengths.tolist() == [16, 16, 0]
     with torch.inference_mode():
-        logits: Any = calibrate.verify_call(lm, cache, 2, 6)()
+        logits: Any = passes.verify(6)()
         assert logits.shape == (2, 6, lm.vocab_size)
         assert bool(logits.isfinite().all())
-        call = calibrate.draft_call(lm, cache, 2, 3)
+        call = passes.draft(3)
         ids, _ = call()
-        assert ids.shape == (6, calibrate.CHOICES)
+        assert ids.shape == (6, CHOICES)
         seen = call()[1].clone()
         cache.tree_keys[:, :, :, :3].normal_()  # of the first level
         assert not torch.equal(call()[1], seen)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from specdec.drafters.trees.shapes import (
     optimal,
     parents_by_level,
 )
+from specdec.protocols import Drafter
 from specdec.rates import AcceptanceRates
 from tests.drafters.trees.measured import random_rates, rates_of
 
@@ -134,12 +137,61 @@ def test_what_was_not_measured_is_not_chosen() -> None:
     assert not choose(FALLING, alone, batch=1, **LIMITS).shape
 
 
-def test_cost_aware_says_what_it_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_aware_says_what_it_expects() -> None:
     policy = CostAware(rates="zoo", costs="h200", batch=8, budget=32)
     rates = AcceptanceRates.load("zoo", children="top_k", temperature=0.0)
     assert policy.shape == policy.choice.shape
     assert policy.choice.tokens == pytest.approx(1 + expected_accepted(policy.shape, rates))
-    for gpu, name in ((False, "cpu"), (True, "h200")):
-        monkeypatch.setattr(cost_aware.torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        chosen = [CostAware(rates="zoo", costs=c, budget=32).choice for c in ("auto", name)]
-        assert chosen[0] == chosen[1]
+
+
+class Fixed(Drafter):
+    """Stands for one that is loaded."""
+
+    def __init__(self, depth: int | None = None) -> None:
+        self.depth = depth
+
+
+def fitted(
+    monkeypatch: pytest.MonkeyPatch,
+    costs: CostTable,
+    drafter: Drafter,
+    rates: AcceptanceRates = FALLING,
+) -> CostAware:
+    """A policy whose costs are measured, as `costs`."""
+    monkeypatch.setattr(cost_aware, "measured_rates", lambda *args, **kwargs: rates)
+    monkeypatch.setattr(cost_aware, "costs_of", lambda *args, **kwargs: (costs, "measured"))
+    policy = CostAware(rates="zoo", costs="measure", budget=12, depth=6)
+    assert policy.shape == optimal(rates, 12, 6)
+    run: Any = SimpleNamespace(drafter=drafter)
+    drafter.check(policy)
+    policy.fit(run)
+    drafter.check(policy)
+    return policy
+
+
+def test_measured_costs_choose_when_models_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = costs_of(lambda b, n: 1 + 0.01 * n, flat(0.1))
+    limits = {"batch": 1, "context": 512, "budget": 12}
+    for depth in (None, 2):
+        policy = fitted(monkeypatch, costs, Fixed(depth))
+        best = choose(FALLING, costs, **limits, depth=depth or 6)
+        assert (policy.choice, policy.budget) == (best, len(best.shape))
+        assert policy.notes["costs"] == "measured"
+        plain = choose(FALLING, costs, **{**limits, "budget": 0}, depth=1)
+        gain = best.tokens_per_second / plain.tokens_per_second
+        assert f"{gain:.2f} times" in policy.notes["shape"]
+
+
+def test_a_gain_within_the_noise_of_measuring_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for draft, nodes in ((0.55, 0), (0.45, 1)):  # worth 1.03 and 1.10
+        costs = costs_of(flat(1.0), flat(draft))
+        policy = fitted(monkeypatch, costs, Fixed(1), rates_of([0.6]))
+        assert policy.budget == nodes
+
+
+def test_costs_of_the_first_level_are_none_of_plain_decoding() -> None:
+    grid = {"verify_grid": [[1], [1, 65], [9]], "verify_seconds": [[[1.0], [1.0]]]}
+    draft = {"draft_grid": [[1], [1, 9]], "draft_seconds": [[0.1, 0.1]]}
+    table = CostTable(**grid, **draft, loop_step=[0.5], loop_start=[0.25])
+    every = list(predictions(FALLING, table, batch=1, context=9, budget=2, depth=2))
+    assert [choice.seconds for choice in every] == pytest.approx([1.5, 1.85, 1.85, 1.95])
