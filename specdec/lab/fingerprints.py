@@ -95,8 +95,8 @@ def _mark(name: str, value: str) -> str | None:
     """Of what one setting names; None if that is no file."""
     if name == "_target_":
         return _code(value)
-    kind, _, model = value.partition(":")
-    if kind in ("zoo", "standin"):
+    kind, colon, model = value.partition(":")
+    if colon and kind in ("zoo", "standin"):  # `zoo` alone names rates
         return fingerprint(zoo_path(model if kind == "zoo" else named_shape(model, name)[1]))
     place = os.path.expanduser(value)
     if (name in FILES or "/" in value or Path(value).suffix) and os.path.exists(place):
