@@ -1,9 +1,12 @@
 """How runs end: by signals, refusals and failing trackers; and with which words they go on."""
 
 import os
+import random
 import shlex
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import yaml
 from specdec.lab.interrupts import SIGNALS, interruptible
 from specdec.lab.tracking import NoTracker
 from specdec.models import load
-from tests.running import QUICK, lines, outputs, summary_of
+from tests.running import QUICK, ROOT, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -75,6 +78,41 @@ def test_a_run_that_is_interrupted_while_it_loads_leaves_nothing(specdec, tmp_pa
     assert "0 finished texts" in printed
     assert "continues" not in printed
     assert left(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_killed_at_any_moment_goes_on(tmp_path, number):
+    command = [sys.executable, "-m", "specdec.run", "tracker=none", "prompts.limit=4"]
+    command += ["max_new_tokens=32", "sampling=sample", "batch_size=2"]
+
+    def begin(*words: str) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*command, *words], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+    def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+        _, error = process.communicate(timeout=300)
+        return process.returncode, error
+
+    assert end(begin(f"out={tmp_path}/whole")) == (0, "")
+    random.seed(number)
+    cut, killed = tmp_path / "cut", 0
+    for _ in range(2):
+        resume = ["resume=true"] * (cut / "config.yaml").exists()
+        process = begin(f"out={cut}", *resume)
+        while not (cut / "lock").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 3.0))
+        if process.poll() is None:
+            process.send_signal(number)
+        code, error = end(process)
+        assert (code, error) in {(0, ""), (-9, ""), (130, "")}
+        killed += code != 0
+    assert killed
+    resume = ["resume=true"] * (cut / "config.yaml").exists()
+    assert end(begin(f"out={cut}", *resume)) == (0, "")
+    assert outputs(cut) == outputs(tmp_path / "whole")
+    assert outputs(cut / "baseline") == outputs(tmp_path / "whole/baseline")
 
 
 GUESS = "def guess(tokens):\n    return [tokens[-{n}:]]\n"
