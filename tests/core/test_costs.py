@@ -78,6 +78,17 @@ def test_what_did_not_fit_into_memory_costs_what_a_shorter_context_does(tmp_path
     assert table.verify(8, 2, 1024) == pytest.approx(verify_cost(8, 2, 1024))
 
 
+def test_of_shorter_contexts_the_longest_stands_for_what_did_not_fit(tmp_path: Path) -> None:
+    found = data()
+    contexts, (shortest, longest) = [128, 512, 1024, 2048], (0.25, 0.5)
+    found["verify"] |= {
+        "context": contexts,
+        "seconds": [[[shortest, longest, None, None]] * len(NODES)] * len(BATCHES),
+    }
+    table = load(tmp_path, found)
+    assert [table.verify(8, 2, context) for context in contexts] == [shortest, *[longest] * 3]
+
+
 def broken(**changes: Any) -> dict[str, Any]:
     found = data()
     found["verify"] |= changes

@@ -2,6 +2,7 @@
 what a drafter is told."""
 
 import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from specdec.drafters.host import HostDrafter
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
+from specdec.flight import Step
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.observation import Observation
 from specdec.protocols import AcceptanceRule, StepContext, TreePolicy
-from specdec.request import Capacity
+from specdec.request import Capacity, Decoding, Request
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
@@ -37,6 +40,8 @@ from tests.core.generated import (
     family_prompts,
     generate,
 )
+from tests.decoding import decoder_of, requests_of
+from tests.drafters.learning import Scripted
 from tests.models.tiny import save, tiny
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -102,6 +107,55 @@ def test_a_drafter_with_less_room_than_the_target(zoo: Any) -> None:
     found = decode(zoo.target, drafter, shape, zoo.prompts[:3], 24, batch_size=3)
     plain = decode(zoo.target, NoDrafter(), None, zoo.prompts[:3], 24, batch_size=3)
     assert found.outputs == plain.outputs
+
+
+class Crowded(Scripted):
+    """A verifier whose caches hold two sequences at a time."""
+
+    held = 0
+
+    def start(self, sequences: Any, join: Callable[..., Any], read: Any) -> list[Decoding]:
+        admitted = super().start(list(sequences)[: 2 - self.held], join, read)
+        self.held += len(admitted)
+        return admitted
+
+    def finish(self, sequence: Decoding) -> None:
+        self.held -= 1
+
+
+def test_whoever_waits_takes_the_room_of_the_first_that_ends() -> None:
+    decoder = decoder_of(Crowded(), NoDrafter(), rows=3)
+    steps: list[Step] = []
+    requests = [
+        Request(id=i, prompt_ids=[3, 4], max_new_tokens=new)
+        for i, new in enumerate([2, 12, 3, 1, 12])
+    ]
+    done = list(decoder.run(requests, on_step=steps.append))
+    assert [sequence.request.id for sequence in done] == [0, 2, 3, 1, 4]
+    running = [sorted(step.requests) for step in steps]
+    assert running == [[0, 1]] * 2 + [[1, 2]] * 3 + [[1, 3]] + [[1, 4]] * 6 + [[4]] * 6
+
+
+# --- what is counted
+
+
+class Forked(HostDrafter):
+    """Proposes the same three nodes on two levels, whatever the text."""
+
+    def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
+        return [([1, 2], 0.6), ([3], 0.3)]
+
+
+def test_nodes_are_counted_without_the_root_and_depth_is_that_of_the_longest_path() -> None:
+    decoder = decoder_of(Scripted(), Forked(), Static(widths=[2, 1]))
+    steps: list[Step] = []
+    (done,) = decoder.run(requests_of([[5, 6]], 8), on_step=steps.append)
+    assert done.steps == len(steps)
+    for step in steps:
+        assert (step.nodes, step.depths) == ([3], [2])
+    assert done.drafted == 3 * len(steps)
+    assert [step.tokens[0] for step in steps] == done.accepted_lengths
+    assert sum(done.accepted_lengths) == len(done.output_ids) == 8
 
 
 # --- temperature 1
@@ -192,6 +246,14 @@ def test_a_sequence_ends_with_the_context(
     assert {sequence.finish_reason for sequence in run.sequences} == {"context"}
     assert {len(sequence.tokens) for sequence in run.sequences} == {32}
     assert run.outputs == [generate(reference, prompt, 32 - len(prompt)) for prompt in prompts]
+
+
+def test_a_prompt_must_leave_room_for_a_token() -> None:
+    decoder = decoder_of(Scripted(max_context=8), NoDrafter())
+    with pytest.raises(ValueError, match="request 0: a prompt of 8 tokens leaves no room"):
+        decoder.submit(requests_of([[1] * 8], 1)[0])
+    (done,) = decoder.run(requests_of([[1] * 7], 5))
+    assert (len(done.output_ids), done.finish_reason) == (1, "context")
 
 
 def test_a_stop_token_cuts_an_accepted_path_short(

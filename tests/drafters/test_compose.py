@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from specdec.drafters.bandit import Bandit
 from specdec.drafters.choosers import TRUSTED_HALF, Pulls
 from specdec.drafters.compose import Compose
 from specdec.drafters.early_exit import EarlyExit
@@ -28,6 +29,7 @@ from specdec.request import Decoding, Request
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from tests.decoding import decoder_of, requests_of
+from tests.drafters.learning import run, spied
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -277,6 +279,93 @@ def test_a_part_goes_as_deep_as_it_may(target: PagedLM) -> None:
     _, steps = decode(target, drafter, tree)
     assert (drafter.levels, text.levels, model.levels) == (8, 2, 8)
     assert max(depth for step in steps for depth in step.depths) == 8
+
+
+class Seven(HostDrafter):
+    """Knows of a long match, and how seven tokens go on."""
+
+    def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
+        yield [1, 2, 3, 4, 5, 6, 7][:levels], 1.0
+
+    def match_length(self, sequence: Decoding) -> int:
+        return 9
+
+
+@pytest.mark.parametrize("budget", [7, 8])
+@pytest.mark.parametrize("mode", ["union", "cascade", "bandit"])
+def test_all_levels_that_were_found_are_drafted(mode: str, budget: int) -> None:
+    """Also where the nodes found just fill a tree of one of the known sizes."""
+    parts = {"seven": Seven(), "ngram": NGram()}
+    drafter = spied(Compose, parts=parts, mode=mode, costs=[1.0, 1e9])
+    run(drafter, [[11, 12]], Chain(budget=budget), new=12)
+    paths = [rows[0] for _, rows, _ in drafter.noted]
+    assert paths[0][1:] == [1, 2, 3, 4, 5, 6, 7]
+    if mode == "cascade":
+        assert all(path[1:] == [1, 2, 3, 4, 5, 6, 7] for path in paths)
+
+
+class Choosy(HostDrafter):
+    """Has room for so many sequences, and notes which it was told to forget."""
+
+    def __init__(self, *, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.finished: list[int] = []
+
+    def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
+        return sequences[: self.room]
+
+    def finish(self, sequence: Decoding) -> None:
+        self.finished.append(sequence.request.id)
+
+    def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
+        return []
+
+
+def test_parts_that_have_taken_a_sequence_are_told_that_another_has_not() -> None:
+    parts = {name: Choosy(room=room) for name, room in {"a": 9, "b": 3, "c": 1}.items()}
+    sequences = [Decoding(request, request.id, [1]) for request in requests_of([[1]] * 4, 1)]
+    assert Compose(parts={**parts}, mode="union").start(sequences) == sequences[:1]
+    assert {name: sorted(part.finished) for name, part in parts.items()} == {
+        "a": [1, 2, 3],
+        "b": [1, 2],
+        "c": [],
+    }
+
+
+@pytest.mark.parametrize("costs", [None, [1.0, 2.0]])
+@pytest.mark.parametrize(
+    ("alone", "joined", "stepped", "learns"),
+    [
+        (True, False, True, True),
+        (True, True, True, False),
+        (False, False, True, False),
+        (True, False, False, False),
+    ],
+    ids=["a plain step", "a prompt was read", "another part drafted too", "no step"],
+)
+def test_a_bandit_learns_from_times_that_are_of_one_part_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    costs: list[float] | None,
+    alone: bool,
+    joined: bool,
+    stepped: bool,
+    learns: bool,
+) -> None:
+    """If costs are given the time is of no matter."""
+    learnt: list[Any] = []
+    monkeypatch.setattr(Bandit, "learn", lambda self, *what: learnt.append(what))
+    chooser, sequence, other = Pulls(2, costs, "never"), _sequence(), _sequence()
+    chooser.begin([sequence])
+    (part,) = chooser.choose(sequence, lambda number: 3.0)
+    chooser.chosen(alone)
+    if stepped:
+        sequence.steps, sequence.accepted_lengths = 1, [3]
+    chooser.begin([sequence, other] if joined else [sequence])
+    assert bool(learnt) == (stepped if costs else learns)
+    for (pulled, _), tokens, cost in learnt:
+        assert (pulled, tokens) == (part, 3)
+        assert cost == costs[part] if costs else 0 < cost < 10
 
 
 @pytest.mark.parametrize("parts", [("small_llama", "early_exit"), ("token_recycling", "ngram")])

@@ -106,6 +106,40 @@ def test_an_interrupted_run_resumes_to_the_same_outputs(
     assert summary["tokens"] == sum(sum(s["tokens"]) for s in lines(tmp_path / "cut/steps.jsonl"))
 
 
+def test_a_conversation_resumes_where_it_was(specdec, tmp_path, monkeypatch):
+    turns = ["Name a colour.", "Name an animal.", "Name a town.", "Name a river."]
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"turns": turns}))
+    arguments = ("drafter=none", "baseline=false", f"prompts.path={tmp_path}/asked.jsonl")
+    arguments += ("prompts.samples=2", "sampling=sample", *QUICK[:1], "max_new_tokens=4")
+    assert specdec(*arguments, f"out={tmp_path}/whole")[0] == 0
+    whole = lines(tmp_path / "whole/generations.jsonl")
+    assert len({g["request"] for g in whole}) == len(whole) == 8
+    for one in whole:
+        before = [g for g in whole if g["sample"] == one["sample"] and g["turn"] < one["turn"]]
+        for earlier in before:  # what was said is read again, in its order
+            said = earlier["prompt_ids"]
+            assert one["prompt_ids"][: len(said)] == said
+
+    seen: set[int] = set()
+
+    def interrupt(self: NoTracker, step: Any) -> None:
+        seen.update(step.requests)
+        if len(seen) == 4:  # in the last turn of the first sample
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NoTracker, "step", interrupt)
+        assert specdec(*arguments, f"out={tmp_path}/cut")[0] == 130
+    assert len(lines(tmp_path / "cut/generations.jsonl")) == 3
+    assert specdec(*arguments, "resume=true", f"out={tmp_path}/cut")[0] == 0
+    kept = ("request", "sample", "turn", "prompt_ids", "output_ids")
+    ours, theirs = (
+        sorted([g[name] for name in kept] for g in lines(tmp_path / run / "generations.jsonl"))
+        for run in ("cut", "whole")
+    )
+    assert ours == theirs
+
+
 class Learner(NoDrafter):
     reset = "category"
     seen: ClassVar[set[str | None]] = set()

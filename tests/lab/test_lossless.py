@@ -120,6 +120,14 @@ def drawn(target: PagedLM, sampling: SamplingParams, *, sharper: float = 1.0) ->
     return [*found, {"request": 9, "prompt_ids": [1], "output_ids": []}]
 
 
+def test_equally_probable_tokens_have_an_order(target):
+    """Of sixteen tokens, none likelier than another, each has a sixteenth of the unit interval."""
+    even = PagedLM(LlamaForCausalLM(target.model.config))
+    torch.nn.init.zeros_(even.model.lm_head.weight)
+    sampling = SamplingParams(temperature=1.0)
+    assert follow(drawn(even, sampling), even, sampling)["p_value"] > 0.01
+
+
 @pytest.mark.parametrize("top_p", [None, 0.8])
 def test_draws_from_the_target_follow_it_and_sharper_ones_do_not(target, monkeypatch, top_p):
     sampling = SamplingParams(temperature=0.9, top_p=top_p)

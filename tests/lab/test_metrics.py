@@ -17,6 +17,12 @@ def test_pooled_and_per_request_lengths_differ_as_defined():
     assert summary["finish_reasons"] == {"length": 2}
 
 
+def test_a_text_of_one_step_counts_and_one_of_none_does_not():
+    generations = [generation(0, [5] * 4, 1), generation(1, [5] * 2, 2), generation(2, [], 0)]
+    summary = summarise(generations, [step([0, 1], [3, 3], [3, 0], [4, 1])])
+    assert summary["mean_accepted_length"] == {"pooled": 6 / 3, "per_request": (4 + 1) / 2}
+
+
 def test_acceptance_by_depth_counts_trees_that_reached_it():
     steps = [
         step([0, 1], [3, 1], [2, 1], [3, 2]),

@@ -3,11 +3,14 @@
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 from tokenizers import Tokenizer, models
+from torch import Tensor
 
+from specdec.drafters.ngram import NGram
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
@@ -15,7 +18,7 @@ from specdec.drafters.trees.static import Static
 from specdec.experiments.studies.rule_laws import Tokens
 from specdec.flight import Step
 from specdec.models.paged import PagedLM
-from specdec.protocols import AcceptanceRule, TreePolicy
+from specdec.protocols import AcceptanceRule, StepContext, TreePolicy
 from specdec.sampling import SamplingParams
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
@@ -23,8 +26,11 @@ from specdec.verifier.k_seq import KSeq
 from specdec.verifier.multi_path import MultiPath
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
+from specdec.verifier.tokenwise import Tokenwise
 from specdec.verifier.traversal import Traversal
+from specdec.verifier.typical import Typical
 from tests.decoding import decoder_of, requests_of
+from tests.drafters.learning import Scripted
 from tests.tiny import MODEL_VOCAB, PROMPT, tiny_llama
 from tests.verifier.laws import ALPHA, chi_square, exact_law
 
@@ -166,3 +172,47 @@ def test_a_draft_equal_to_the_target_is_always_accepted(
     same = replace(tiny_models, draft_path=str(Path(tiny_models.draft_path).parent / "same"))
     _, accepted = decoded(same, RecursiveRejection(), tree, params, requests=200, count=8)
     assert accepted > 2.99
+
+
+@pytest.mark.parametrize(
+    ("rule", "children"),
+    [
+        *((rule, "sample") for rule in (RecursiveRejection(), Traversal(), TargetOnly())),
+        *((rule, "sample") for rule in (Tokenwise(), Block(), Typical())),
+        *((rule, "sample_with_replacement") for rule in (KSeq(), MultiPath())),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_no_random_number_is_used_twice(rule: AcceptanceRule, children: Any) -> None:
+    """Not by two sequences, by two steps, by draft and rule, by two levels of a draft, or by the
+    coins of a rule and its draw of a token: what must be independent is."""
+    chain = Chain(budget=3, children=children)
+    tree = chain if rule.chains else Static(widths=[2, 2, 1], children=children)
+    drafter = NGram()
+    decoder = decoder_of(Scripted(), drafter, tree, rule, temperature=1.0, rows=2)
+    asked: list[tuple[int, Tensor]] = []
+
+    def watch(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def watched(context: StepContext, *more: Any) -> Any:
+            def uniforms(stream: int, count: int) -> Tensor:
+                asked.append((stream, context.uniforms(stream, count)))
+                return asked[-1][1]
+
+            return call(replace(context, uniforms=uniforms), *more)
+
+        owner.__dict__[name] = watched
+
+    watch(drafter, "draft")
+    watch(rule, "accept")
+    try:
+        done = list(decoder.run(requests_of([[3, 7, 3, 9, 3, 7, 1, 3], [5, 6, 5]], 12)))
+    finally:
+        del rule.__dict__["accept"]
+    assert max(sequence.steps for sequence in done) > 2
+    levels = {stream for stream, _ in asked if stream >= 2}
+    assert len(levels) == 3
+    assert {stream for stream, _ in asked} - levels == ({1} if rule.name == "typical" else {0, 1})
+    numbers = [number for _, found in asked for number in found.flatten().tolist()]
+    assert len(set(numbers)) == len(numbers)

@@ -147,6 +147,26 @@ def test_likely_rules_keep_the_longest_path_that_their_formula_allows(
         assert torch.equal(accepted.next_token, expected)
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "kept"),
+    [(0.25, 4.0, 1), (0.2, 4.0, 2), (0.9, 0.9, 2), (0.9, 1.1, 1)],
+    ids=["at epsilon", "above epsilon", "above the share", "below the share"],
+)
+def test_typical_acceptance_keeps_what_is_above_and_not_what_is_at(
+    epsilon: float, delta: float, kept: int
+) -> None:
+    """Of four tokens of a quarter each; exp(-entropy) is a quarter as well."""
+    tree = TokenTree(
+        tokens=torch.tensor([[0, 1]]),
+        parents=torch.tensor([[-1, 0]], dtype=torch.int32),
+        size=torch.tensor([2], dtype=torch.int32),
+        depth=1,
+    )
+    context = context_for(SamplingParams(temperature=1.0), 1)
+    accepted = Typical(epsilon=epsilon, delta=delta).accept(context, tree, torch.zeros(1, 2, 4))
+    assert accepted.length.tolist() == [kept]
+
+
 def test_relaxed_acceptance_keeps_to_the_filters() -> None:
     """Of four tokens near enough to the first a filter leaves two."""
     probs = np.log([0.4, 0.3, 0.2, 0.1])

@@ -117,6 +117,19 @@ def test_the_batch_decides() -> None:
     assert one.tokens_per_second > many.tokens_per_second >= 1.0
 
 
+def test_the_widest_level_that_was_measured_may_be_chosen() -> None:
+    costs = CostTable(
+        verify_grid=[[1], [1, 65], [512]],
+        verify_seconds=[[[1.0], [1.0]]],
+        draft_grid=[[1], [1, 2]],
+        draft_seconds=[[1e-3, 1e-3]],
+    )
+    found = choose(
+        rates_of([0.5, 0.4], [0.9, 0.0]), costs, batch=1, context=512, budget=4, depth=2
+    )
+    assert found.shape == {(0,), (1,), (0, 0), (1, 0)}  # two nodes of a level have children
+
+
 def test_what_was_not_measured_is_not_chosen() -> None:
     small = costs_of(flat(1.0), flat(1e-9), nodes=33)
     assert len(choose(FALLING, small, batch=1, context=9, budget=60, depth=8).shape) == 32

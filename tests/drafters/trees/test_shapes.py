@@ -186,6 +186,13 @@ def test_where_the_three_constructions_differ() -> None:
     assert greedy(dead, 2, 1, in_order=True) == frozenset()
 
 
+def test_of_equally_likely_nodes_the_one_nearer_to_the_root_comes_first() -> None:
+    rates = rates_of([0.5, 0.25], [0.5, 0.25], [1.0, 0.0])  # (1,) is as likely as (0, 0)
+    for in_order in (False, True):
+        shapes = [greedy(rates, nodes, in_order=in_order) for nodes in (1, 2, 3)]
+        assert shapes == [{(0,)}, {(0,), (1,)}, {(0,), (1,), (0, 0)}]
+
+
 def test_a_shape_in_words_and_in_order() -> None:
     shape = shape_of([[1], [0], [0, 1], [0, 0], [1, 0], [0, 0, 0]])
     assert ordered(shape) == [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]

@@ -76,6 +76,22 @@ def test_threshold_counts_the_candidates_that_pass(
                 assert [parents.count(node) for node in first] == [taken.count(n) for n in first]
 
 
+@pytest.mark.parametrize("children", CHILDREN)
+def test_a_path_exactly_as_probable_as_the_threshold_is_drafted(children: str) -> None:
+    """Two children of a half each, which have one each of a half."""
+    policy = Threshold(threshold=0.25, budget=6, width=2, depth=3, children=children)
+
+    def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
+        shape = (*frontier.tokens.shape, 2)
+        return torch.arange(2).expand(shape), torch.full(shape, 0.5)
+
+    tree, _ = grow(policy, 3, context_for([3]), expand)
+    depths = [len(path) for path in paths_of(tree, 0)]
+    assert depths.count(1) == 2
+    assert depths.count(2) == 4 if children == "top_k" else depths.count(2) > 0
+    assert depths.count(3) == 0
+
+
 def test_threshold_is_confident_of_as_many_as_can_pass() -> None:
     """Ten nodes of a tenth each, though their sum is not 1 to the last bit."""
     policy = Threshold(threshold=0.1 - 1e-9, budget=40, width=10, depth=2)
