@@ -91,7 +91,7 @@ def mutants_of(file: Path, module: str) -> Iterator[Mutant]:
 
 
 def replacements(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand instead of a node."""
+    """What may stand instead of a node. (Long for it is a table, a case for each kind.)"""
     nothing = ast.Return(value=ast.Constant(value=None))
     match node:
         case ast.FunctionDef():

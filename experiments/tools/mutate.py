@@ -160,7 +160,7 @@ class Plan:
         touching = [name for name, test in tests.items() if line in test.lines]
         touching.sort(key=lambda name: (-self.kills[name], tests[name].seconds))
         left = float(self.options.limit)
-        chosen = []
+        chosen: list[str] = []
         for name in touching:
             left -= tests[name].seconds
             if left < 0 and chosen:

@@ -331,6 +331,13 @@ def test_id_and_category(
     assert (prompt.id, prompt.category) == (name, category)
 
 
+def test_of_several_names_of_a_record_the_first_that_is_known_counts(write: Write) -> None:
+    names = ["question_id", "task_id", "prompt_id", "id"]
+    for place, name in enumerate(names):
+        (prompt,) = load(write({"text": "a", **{one: one for one in reversed(names[place:])}}))
+        assert prompt.id == name
+
+
 def test_field_names_the_prompt(write: Write) -> None:
     path = write({"question": "q", "body": "raw", "talk": ["a", "b"]})
     assert load(path, field="body")[0].turns == ("raw",)
