@@ -1,7 +1,9 @@
 """The command line: `python -m specdec.run drafter=small_llama`. Settings become an `Experiment`.
 
 Whatever is wrong with them ends in one line on stderr and exit code 2, before any model is loaded
-where that is possible.
+where that is possible. Other exit codes: 0 all is well, 3 the check of a run has failed, 130 it
+was interrupted, 1 anything else, with a traceback. A sweep ends with the worst of its jobs: 3,
+then 2; an interruption or a crash ends it at once.
 """
 
 import os
@@ -89,7 +91,8 @@ def main() -> None:
         SweepFolder.forget()
     if len(_finished) + len(_refused) > 1:
         show_sweep(_finished, _refused, Console())
-    sys.exit(2 if _refused else 0)
+    failed = any(summary["lossless"]["verdict"] == "failed" for _, summary in _finished)
+    sys.exit(3 if failed else 2 if _refused else 0)
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")

@@ -13,7 +13,7 @@ import torch
 from specdec.flight import Step
 from specdec.lab.conversations import Conversations, check_numbers, number_of, prompt_of
 from specdec.lab.environment import describe_environment
-from specdec.lab.lossless import compare, follow
+from specdec.lab.lossless import verdict
 from specdec.lab.method import MARKS, Method, mark_of
 from specdec.lab.metrics import summarise
 from specdec.lab.prompts import Prompt, encode
@@ -22,6 +22,7 @@ from specdec.lab.runs import SCHEMA, RunFolder, Side
 from specdec.lab.session import OurSession
 from specdec.lab.terminal import Live
 from specdec.lab.tracking import Tracker
+from specdec.lab.witness import Witness
 from specdec.models.generation import own_settings, stop_strings_of
 from specdec.models.paged import PagedLM
 from specdec.processors import Processors
@@ -284,32 +285,31 @@ class Experiment:
             summary["baseline"] = summarise(baseline.generations.records, baseline.steps.records)
             theirs = summary["baseline"]["tokens_per_second"]
             summary["speedup"] = summary["tokens_per_second"] / theirs if theirs else None
-        summary["lossless"] = {"refused": "the check was interrupted"}
+        summary["lossless"] = _not_checked("the check was interrupted")
         return {**summary, **describe_environment(self.target.device)}
 
     def _check(self, folder: RunFolder, *, interrupted: bool) -> Record:
-        """What becomes of losslessness: texts against the baseline's, or the target's
-        distributions."""
-        if self.method.rule.synthetic:
-            return {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
-        mine, kv_dtype = folder.main.generations.records, self.capacity.kv_dtype
-        if self.method.sampling.greedy:
-            theirs = folder.baseline.generations.records if folder.baseline is not None else []
-            return compare(
-                mine, theirs, self.target, kv_dtype=kv_dtype, processors=self.processors
-            )
+        """What becomes of losslessness."""
+        rule, sampling = self.method.rule, self.method.sampling
+        if rule.synthetic:
+            return _not_checked("SYNTHETIC acceptance: outputs are not the target's")
         if interrupted:
-            return {"refused": "the run was interrupted"}
+            return _not_checked("the run was interrupted")
+        baseline = folder.baseline
         try:
-            return follow(
-                mine,
-                self.target,
-                self.method.sampling,
-                kv_dtype=kv_dtype,
-                processors=self.processors,
+            return verdict(
+                folder.main.generations.records,
+                Witness(self.target, self.capacity.kv_dtype, self.processors),
+                sampling,
+                baseline=None if baseline is None else baseline.generations.records,
+                lossy=rule.lossy(self.method.tree.children, sampling),
             )
         except torch.OutOfMemoryError:
-            return {"refused": "no memory is left for passes over the texts"}
+            return _not_checked("no memory is left for passes over the texts")
+
+
+def _not_checked(reason: str) -> Record:
+    return {"verdict": "not checked", "reason": reason}
 
 
 def stop_tokens(target: PagedLM, *, ignore_eos: bool) -> list[int]:

@@ -1,84 +1,195 @@
-"""Losslessness of outputs: at temperature 0 against the baseline's, token for token, each
-divergence explained; above it against the target's distributions."""
+"""Losslessness of outputs: the verdict of an independent pass over them, and at temperature 0 a
+comparison with the baseline's, token for token, each divergence explained."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from scipy import stats
 from torch import Tensor
 
-from specdec.models.paged import PagedLM
-from specdec.processors import NO_PROCESSORS, Processors
-from specdec.sampling import SEEDS, SamplingParams, probabilities
+from specdec.lab.draws import ALARM, Draws, places_of, together
+from specdec.lab.witness import Seen, Witness
+from specdec.sampling import SamplingParams, probabilities
 
 Record = Mapping[str, Any]
-BOUND = 4.0  # units in the last place of the larger logit
-CHUNK = 64  # tokens whose logits are looked at together
+SAMPLE = 16_384  # tokens that are read, prompts included
+
+
+def verdict(
+    texts: Sequence[Record],
+    witness: Witness,
+    sampling: SamplingParams,
+    *,
+    baseline: Sequence[Record] | None = None,
+    lossy: str | None = None,
+) -> dict[str, Any]:
+    """Whether texts are what the target would have decoded alone.
+
+    They fail if at temperature 0 one of them parts from the baseline's by more than rounding; if a
+    token among them is impossible; or if above temperature 0 all statistics of `draws.py` together
+    are so far off that chance would do it less often than `ALARM`.
+
+    Args:
+        texts: generations; a sample of them is read, `SAMPLE` tokens.
+        witness: reads them.
+        baseline: generations of plain decoding, to compare with at temperature 0.
+        lossy: why the texts need not be the target's; they are then described and fail in nothing.
+
+    Returns:
+        verdict: passed, failed, lossy, or not checked.
+        reason: why, in words.
+        At temperature 0 with a baseline what `compare` returns, and always what `read` does.
+    """
+    report: dict[str, Any] = {}
+    if sampling.greedy and baseline is not None:
+        report |= compare(texts, baseline, witness)
+    report |= read(texts, witness, sampling)
+    faults, said = _faults(report), "; ".join(_said(report))
+    if not report["tokens"]:
+        result, reason = "not checked", "there is no output"
+    elif lossy is not None:
+        result, reason = "lossy", f"{lossy}; {'; '.join(faults) or 'no difference seen'}; {said}"
+    elif faults:
+        result, reason = "failed", f"{'; '.join(faults)}; {said}"
+    else:
+        result, reason = "passed", said
+    return {"verdict": result, "reason": reason, **report}
+
+
+def _faults(report: Record) -> list[str]:
+    """What speaks against the texts, in words."""
+    found = []
+    parted = sum(not one["explained"] for one in report.get("divergences", ()))
+    if parted:
+        found.append(f"{parted} outputs part from the baseline's by more than rounding")
+    if report["impossible"]:
+        found.append(f"{report['impossible']} tokens are none that the target could choose")
+    if report["p_value"] is not None and report["p_value"] < ALARM:
+        tests = report["tests"]
+        worst = min(tests, key=lambda name: tests[name])
+        found.append(f"tokens are no draws from the target's distributions ({worst})")
+    return found
+
+
+def _said(report: Record) -> list[str]:
+    """What was looked at, in words."""
+    said = []
+    if "checked" in report:
+        said.append(
+            f"{report['identical']} of {report['checked']} outputs equal the baseline, token for "
+            f"token"
+        )
+        if report["left_out"]:
+            said[-1] += f", {report['left_out']} left out whose conversations had parted before"
+    line = f"{report['tokens']:,} tokens of {report['texts']} texts read by the model's own pass"
+    if report["p_value"] is not None:
+        line += f", p = {report['p_value']:.2g}"
+    if report["edge"]:
+        line += f"; rounding alone decided about {report['edge']} of them"
+    return [*said, line]
+
+
+def read(
+    texts: Sequence[Record], witness: Witness, sampling: SamplingParams, sample: int = SAMPLE
+) -> dict[str, Any]:
+    """What an independent pass says of the tokens of a sample of texts.
+
+    Returns:
+        texts, tokens: how many were read.
+        impossible: tokens of probability 0: not the most probable one at temperature 0, cut by a
+            filter above it.
+        edge: tokens that were so as well, but would not be if all tokens more probable were less
+            so by no more than rounding (`Witness.units`).
+        p_value: of all statistics together, and tests: of each (see `draws.py`); None and {} at
+            temperature 0 or without tokens.
+    """
+    draws, chosen = Draws(), _sample(texts, sample)
+    tokens = impossible = edge = 0
+    for text in chosen:
+        lengths = text.get("accepted_lengths") or [1] * len(text["output_ids"])
+        places = places_of(lengths)
+        shares = np.random.default_rng([sampling.seed, text["request"]]).random(len(places))
+        start = 0
+        for seen in witness.follow(text):
+            law = probabilities(seen.scores, sampling)
+            cut = law.gather(1, seen.drawn[:, None])[:, 0] == 0
+            if cut.any():
+                law[cut] = _within_rounding(seen, cut, witness, sampling)
+            legal = law.gather(1, seen.drawn[:, None])[:, 0] > 0
+            edge += int((cut & legal).sum())
+            impossible += int((~legal).sum())
+            end = start + len(law)
+            if not sampling.greedy:
+                kept = legal.tolist()
+                own = [np.compress(kept, of[start:end]) for of in (shares, places)]
+                draws.add(law[legal], seen.drawn[legal], *own)
+            start = end
+        tokens += start
+    tests = draws.tests()
+    return {
+        "texts": len(chosen),
+        "tokens": tokens,
+        "impossible": impossible,
+        "edge": edge,
+        "p_value": together(tests) if tests else None,
+        "tests": tests,
+    }
+
+
+def _sample(texts: Sequence[Record], most: int) -> list[Record]:
+    """Texts with output, picked whatever is in them, until there are so many tokens."""
+    found, tokens = [], 0
+    for place in np.random.default_rng(0).permutation(len(texts)):
+        text = texts[place]
+        if text["output_ids"] and tokens < most:
+            found.append(text)
+            tokens += len(text["prompt_ids"]) + len(text["output_ids"])
+    return found
+
+
+def _within_rounding(
+    seen: Seen, rows: Tensor, witness: Witness, sampling: SamplingParams
+) -> Tensor:
+    """Laws of some rows if what stands before the drawn token there is less probable by as much as
+    rounding may do."""
+    scores, drawn = seen.scores[rows], seen.drawn[rows][:, None]
+    before = (scores >= scores.gather(1, drawn)).scatter(1, drawn, False)
+    return probabilities(scores - before * witness.bound(scores)[:, None], sampling)
 
 
 def compare(
-    generations: Sequence[Record],
-    baseline: Sequence[Record],
-    target: PagedLM,
-    *,
-    kv_dtype: torch.dtype | None = None,
-    processors: Processors = NO_PROCESSORS,
+    generations: Sequence[Record], baseline: Sequence[Record], witness: Witness
 ) -> dict[str, Any]:
-    """Compare outputs of the same prompts, and see whether rounding explains where they part.
-
-    The bound: u is a unit in the last place of the larger of two logits. A pass rounds a logit by
-    at most u / 2; let rounding in the layers before move it by no more than that again, so that it
-    is within u of what exact arithmetic gives, and two passes are within 2 u of each other. Say
-    one pass puts token a first and another b. In a third, the one made here, logits are within 2 u
-    of those of either, and the gap between a and b within 4 u: so it exceeds 4 u in neither
-    direction. `BOUND` is this 4.
-
-    What is assumed about the layers is not certain, but can be measured: where `noise` exceeds 2
-    the bound is no proof, and the gaps themselves have to be looked at. In float32 a logit is the
-    sum of thousands of terms whose errors are as large as its own; there nothing should diverge
-    at all.
-
-    Args:
-        kv_dtype: of the cache both were decoded over, as in `PagedKVCache`.
-        processors: of the target's logits, of which all that is said here holds once processed.
+    """Compare outputs of the same prompts, and see whether rounding explains where they part
+    (`Witness.units`).
 
     Returns:
-        checked, how many outputs were compared. A turn whose conversation has diverged before it
-        is left out: the two sides were asked different things. identical, how many of them are
-        the same, token for token. divergences, one for each of the others: prompt, sample, turn,
-        position of the first token that differs, token and baseline_token there, logit_gap
-        (baseline_token less token), top2_gap (the most probable token less the next), bound, and
-        whether the gap is explained by it. Where an output has ended its token is None, and so
-        are gaps and bound.
+        checked, how many outputs were compared. left_out, how many turns were not, because their
+        conversation has diverged before: the two sides were asked different things. identical,
+        how many of those compared are the same, token for token. divergences, one for each of the
+        others: prompt, sample, turn, position of the first token that differs, token and
+        baseline_token there, logit_gap (baseline_token less token), top2_gap (the most probable
+        token less the next), bound, and whether the gap is explained by it. Where an output has
+        ended its token is None, and so are gaps and bound.
     """
     reference = {_turn(record): record for record in baseline}
-    checked = identical = 0
-    divergences = []
-    for generation in generations:
-        other = reference.get(_turn(generation))
-        if other is None or other["prompt_ids"] != generation["prompt_ids"]:
-            continue
-        checked += 1
-        if generation["output_ids"] == other["output_ids"]:
-            identical += 1
-        else:
-            see = partial(next_logits, target, kv_dtype=kv_dtype, processors=processors)
-            divergences.append(_divergence(generation, other["output_ids"], target, see))
-    return {"checked": checked, "identical": identical, "divergences": divergences}
+    pairs = [(g, reference[_turn(g)]) for g in generations if _turn(g) in reference]
+    asked = [(g, other) for g, other in pairs if g["prompt_ids"] == other["prompt_ids"]]
+    parted = [(g, o["output_ids"]) for g, o in asked if g["output_ids"] != o["output_ids"]]
+    return {
+        "checked": len(asked),
+        "left_out": len(pairs) - len(asked),
+        "identical": len(asked) - len(parted),
+        "divergences": [_divergence(*pair, witness) for pair in parted],
+    }
 
 
 def _turn(generation: Record) -> tuple[str, int, int]:
     return generation["prompt"], generation["sample"], generation["turn"]
 
 
-def _divergence(
-    generation: Record, theirs: Sequence[int], target: PagedLM, see: Callable[..., Tensor]
-) -> dict[str, Any]:
-    """Where an output parts from another, and why, by the logits that `see` finds."""
+def _divergence(generation: Record, theirs: Sequence[int], witness: Witness) -> dict[str, Any]:
+    """Where an output parts from another, and why."""
     mine = generation["output_ids"]
     position = next(
         (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
@@ -87,11 +198,11 @@ def _divergence(
     token, other = (ids[position] if position < len(ids) else None for ids in (mine, theirs))
     gap = top2_gap = bound = None
     if token is not None and other is not None:
-        logits = see(generation["prompt_ids"], mine[:position])
-        gap = float(logits[other] - logits[token])
-        first, second = logits.topk(2).values.tolist()
-        top2_gap = first - second
-        bound = BOUND * unit(float(logits[[token, other]].abs().max()), target.dtype)
+        *_, last = witness.follow({**generation, "output_ids": mine[: position + 1]})
+        scores = last.scores[-1:]
+        gap = float(scores[0, other] - scores[0, token])
+        first, second = scores[0].topk(2).values.tolist()
+        top2_gap, bound = first - second, float(witness.bound(scores))
     return {
         **{name: generation[name] for name in ("prompt", "sample", "turn")},
         "position": position,
@@ -102,127 +213,3 @@ def _divergence(
         "bound": bound,
         "explained": gap is not None and bound is not None and abs(gap) <= bound,
     }
-
-
-def unit(logit: float, dtype: torch.dtype) -> float:
-    """Distance of neighbouring numbers of a type at this size."""
-    return float(torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(abs(logit), 1e-9))))
-
-
-@torch.inference_mode()
-def noise(target: PagedLM, tokens: Sequence[int], count: int = 32) -> float:
-    """How far passes of different shapes lie apart: the largest difference of a logit among the
-    two most probable tokens after each of the last `count`, in units in the last place of the
-    larger; once all in one pass, once each in its own."""
-    count = min(count, len(tokens) - 1)
-    cache = target.new_cache(
-        rows=2, pages=2 * -(-len(tokens) // 16), page_size=16, max_tokens=len(tokens)
-    )
-    for row in (0, 1):
-        cache.open(row, tokens=len(tokens))
-    head, tail = list(tokens[:-count]), list(tokens[-count:])
-    target.prefill(cache, [0, 1], [head, head])
-    at_once = target.forward(
-        cache,
-        [0],
-        torch.tensor([tail], device=target.device),
-        torch.arange(count, device=target.device)[None],
-    )
-    assert at_once is not None
-    largest = 0.0
-    for token, logits in zip(tail, at_once[0].float(), strict=True):
-        alone = target.extend(cache, [1], [[token]])[0].float()
-        best = logits.topk(2)
-        size = unit(float(best.values.abs().max()), target.dtype)
-        distance = float((best.values - alone[best.indices]).abs().max())
-        largest = max(largest, distance / size)
-    return largest
-
-
-def follow(
-    generations: Sequence[Record],
-    target: PagedLM,
-    sampling: SamplingParams,
-    *,
-    kv_dtype: torch.dtype | None = None,
-    processors: Processors = NO_PROCESSORS,
-) -> dict[str, Any]:
-    """Test whether the outputs are draws from the target's distributions, temperature above 0.
-
-    With the tokens of a vocabulary in the order of their probability, the mass before a drawn
-    token plus a uniform share of its own is uniform in [0, 1], and independent of all that came
-    before (Rosenblatt 1952; the share makes up for the jumps of a discrete law). So those numbers,
-    of all tokens of all outputs, are tested for uniformity (Kolmogorov-Smirnov). A rule that
-    prefers likely tokens, or unlikely ones, makes them pile up.
-
-    Returns:
-        tokens: how many were looked at.
-        impossible: tokens of probability 0, which a filter forbids; rounding at the edge of
-            `top_p` may cause some.
-        p_value: how often as uneven numbers would come up by chance, if all is well; None without
-            tokens.
-    """
-    places, impossible = [], 0
-    for generation in generations:
-        output = generation["output_ids"]
-        if not output:
-            continue
-        generator = np.random.default_rng([sampling.seed % SEEDS, generation["request"]])
-        start = 0
-        for logits in _logits_of(target, generation["prompt_ids"], output, kv_dtype, processors):
-            drawn = torch.tensor(output[start : start + len(logits)], device=logits.device)[
-                :, None
-            ]
-            start += len(drawn)
-            law = probabilities(logits.double(), sampling)  # [n, V]
-            own = law.gather(1, drawn)
-            first = law > own
-            first |= (law == own) & (torch.arange(law.shape[1], device=law.device) < drawn)
-            before, share = (law * first).sum(1).cpu().numpy(), own[:, 0].cpu().numpy()
-            places.append(before + generator.random(len(drawn)) * share)
-            impossible += int((own == 0).sum())
-    found = np.concatenate(places) if places else np.empty(0)
-    p_value = float(stats.kstest(found, "uniform").pvalue) if len(found) else None
-    return {"tokens": len(found), "impossible": impossible, "p_value": p_value}
-
-
-def next_logits(
-    target: PagedLM,
-    prompt: Sequence[int],
-    output: Sequence[int] = (),
-    *,
-    kv_dtype: torch.dtype | None = None,
-    processors: Processors = NO_PROCESSORS,
-) -> Tensor:
-    """[V] logits after prompt and output, computed in one go over a fresh cache, and processed."""
-    (logits,) = next(_logits_of(target, [*prompt, *output], [0], kv_dtype, NO_PROCESSORS))
-    return processors.of_text(logits[None], prompt, output, len(output))[0].float()
-
-
-@torch.inference_mode()
-def _logits_of(
-    target: PagedLM,
-    prompt: Sequence[int],
-    output: Sequence[int],
-    kv_dtype: torch.dtype | None,
-    processors: Processors,
-) -> Iterator[Tensor]:
-    """[n, V] processed logits that the output tokens were chosen by, `CHUNK` at a time."""
-    before = [*prompt, *output[:-1]]
-    cache = target.new_cache(
-        rows=1,
-        pages=-(-len(before) // 16),
-        page_size=16,
-        max_tokens=len(before),
-        kv_dtype=kv_dtype,
-    )
-    cache.open(0, tokens=len(before))
-    committed = 0
-    for first in range(len(prompt) - 1, len(before), CHUNK):
-        target.prefill(cache, [0], [before[committed:first]])
-        committed = first
-        part = torch.tensor([before[first : first + CHUNK]], device=target.device)
-        offsets = torch.arange(part.shape[1], device=target.device)[None]
-        logits = target.forward(cache, [0], part, offsets)
-        assert logits is not None
-        yield processors.of_text(logits[0], prompt, output, first - len(prompt) + 1)

@@ -22,6 +22,7 @@ from specdec.lab.metrics import by_source
 from specdec.lab.prompts import Asked
 from specdec.lab.records import step_record
 from specdec.lab.session import Decoded, Session
+from specdec.lab.witness import Witness
 from specdec.lab.workshop import Way
 from specdec.models.paged import PagedLM
 
@@ -29,7 +30,7 @@ Entry = dict[str, Any]  # what a result file has of a method
 Turn = Callable[[Session, Sequence[Asked], Entry], Decoded]
 
 SEEDS_APART = 1000  # of the repeats of a prompt
-NOTHING_COMPARED: Entry = {"checked": 0, "identical": 0, "divergences": []}
+NOTHING_COMPARED: Entry = {"checked": 0, "left_out": 0, "identical": 0, "divergences": []}
 
 
 def spend(new: int) -> Turn:
@@ -201,7 +202,7 @@ class Study:
         plain = records(self._outputs[one.name] for one in batch)
         for name in done.keys() - {self.plain}:
             total = self.entries[name].setdefault("agreement", copy.deepcopy(NOTHING_COMPARED))
-            add(total, compare(records(done[name].outputs), plain, self.target))
+            add(total, compare(records(done[name].outputs), plain, Witness(self.target)))
 
     def _mark(self, way: Way) -> str:
         return digest([way.settings, self._prompts])

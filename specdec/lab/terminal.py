@@ -165,34 +165,20 @@ def _share(part: float, whole: float) -> str:
 def _lossless_cell(summary: Summary) -> str:
     lossless, mark = summary["lossless"], mark_of(summary)
     figure = "" if mark else "-"
-    if lossless.get("tokens"):
+    if lossless.get("p_value") is not None:
         figure = f"p={lossless['p_value']:.2g}"
-    if lossless.get("checked"):
+    elif lossless.get("checked"):
         figure = f"{lossless['identical']} of {lossless['checked']}"
+    if lossless["verdict"] == "failed":
+        mark = "[bold red]FAILED[/]"
     return f"{mark} {figure}".strip()
 
 
 def _lossless_line(summary: Summary) -> str:
     lossless = summary["lossless"]
-    if "refused" in lossless:
-        return f"lossless: not checked; {lossless['refused']}"
-    if summary["temperature"] > 0:
-        if not lossless["tokens"]:
-            return "lossless: not checked, there is no output"
-        line = (
-            f"lossless: {lossless['tokens']:,} tokens tested for being draws from the target's "
-            f"distributions, p = {lossless['p_value']:.2g} (tiny if they are not)"
-        )
-        if lossless["impossible"]:
-            line += f"; {lossless['impossible']} of them are excluded by the sampling settings"
-        return line
-    if not lossless["checked"]:
-        return "lossless: not checked (baseline=false)"
-    line = (
-        f"lossless: {lossless['identical']} of {lossless['checked']} outputs equal the baseline, "
-        f"token for token"
-    )
-    for d in lossless["divergences"]:
+    verdict = lossless["verdict"].replace("failed", "[bold red]FAILED[/]")
+    line = f"lossless: {verdict}; {lossless['reason']}"
+    for d in lossless.get("divergences", ()):
         gap = "an output ended" if d["logit_gap"] is None else f"logit gap {d['logit_gap']:.3g}"
         gap += ", explained by rounding" if d["explained"] else ", not explained by rounding"
         line += (

@@ -1,0 +1,165 @@
+"""Witness: the logits of a text by transformers' own pass. It shares no attention, mask, cache or
+shortcut with what decoded the text, so that a fault of those cannot hide in both."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+
+from specdec.kernels.reference.cache import as_stored
+from specdec.models.hook import ATTENTION
+from specdec.models.paged import PagedLM
+from specdec.processors import NO_PROCESSORS, Processors
+
+Record = Mapping[str, Any]
+CHUNK = 64  # tokens whose logits are looked at together
+PROMPT_CHUNK = 512  # tokens of a prompt that are read together
+BOUND = 4.0  # units in the last place of the larger of two logits
+
+
+class Seen(NamedTuple):
+    """Tokens of an output in a row, and what each was chosen by.
+
+    Attributes:
+        drawn: [n] int64.
+        scores: [n, V] float64, processed logits, of which sampling parameters make the law.
+    """
+
+    drawn: Tensor
+    scores: Tensor
+
+
+class Witness:
+    """Reads texts that a target is said to have decoded.
+
+    Args:
+        target: the model.
+        kv_dtype: of the cache it decoded over, as in `PagedKVCache`, whose rounding of keys and
+            values is shared.
+        processors: of its logits.
+    """
+
+    def __init__(
+        self,
+        target: PagedLM,
+        kv_dtype: torch.dtype | None = None,
+        processors: Processors = NO_PROCESSORS,
+    ) -> None:
+        self.target, self.kv_dtype, self.processors = target, kv_dtype, processors
+        self._read: list[int] = []  # a text to measure rounding with
+
+    def follow(self, text: Record) -> Iterator[Seen]:
+        """The tokens of an output, in order, `CHUNK` at a time."""
+        prompt, output = text["prompt_ids"], text["output_ids"]
+        self._read = self._read or [*prompt, *output]
+        start = 0
+        for logits in own_logits(self.target, prompt, output, kv_dtype=self.kv_dtype):
+            drawn = torch.tensor(output[start : start + len(logits)], device=logits.device)
+            scores = self.processors.of_text(logits.double(), prompt, output, start)
+            start += len(drawn)
+            yield Seen(drawn, scores)
+
+    @cached_property
+    def units(self) -> float:
+        """By how much rounding may part two logits at most that another pass has in the opposite
+        order, in units in the last place.
+
+        Let u be that unit of the larger of two logits. A pass rounds a logit by at most u / 2; let
+        rounding in the layers before move it by no more than that again, so that it is within u of
+        what exact arithmetic gives, and two passes are within 2 u of each other. Say one pass puts
+        token a first and another b. In a third, logits are within 2 u of those of either, and the
+        gap between a and b within 4 u: so it exceeds 4 u in neither direction. `BOUND` is this 4.
+
+        What is assumed about the layers is measured: where `noise` of a text exceeds 1, the bound
+        is 4 times that, twice what its own reasoning gives, for what is measured is the largest
+        of few.
+        """
+        return max(BOUND, 4.0 * noise(self.target, self._read, kv_dtype=self.kv_dtype))
+
+    def bound(self, scores: Tensor) -> Tensor:
+        """[n] the same for rows of logits [n, V], in logits."""
+        sizes = scores.amax(-1).abs().tolist()
+        units = [unit(size, self.target.dtype) for size in sizes]
+        return self.units * torch.tensor(units, device=scores.device, dtype=scores.dtype)
+
+
+@torch.inference_mode()
+def own_logits(
+    target: PagedLM,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    *,
+    kv_dtype: torch.dtype | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[Tensor]:
+    """[n, V] logits that the tokens of an output are chosen by, `chunk` at a time."""
+    if not output:
+        return
+    before, start = [*prompt, *output[:-1]], len(prompt) - 1
+    cache = RoundedCache(kv_dtype, config=target.model.config)
+    places = [*range(0, start, PROMPT_CHUNK), *range(start, len(before), chunk), len(before)]
+    for first, end in pairwise(places):
+        inputs = {
+            "input_ids": torch.tensor([before[first:end]], device=target.device),
+            "position_ids": torch.arange(first, end, device=target.device)[None],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        target.model.set_attn_implementation("eager")
+        try:
+            if first < start:
+                target.model.base_model(**inputs)
+                continue
+            logits = target.model(**inputs).logits[0]
+        finally:
+            target.model.set_attn_implementation(ATTENTION)
+        yield logits
+
+
+class RoundedCache(transformers.DynamicCache):
+    """Transformers' own cache, of keys and values rounded as quantised pages round them.
+
+    Args:
+        kv_dtype: of such pages; None rounds nothing.
+    """
+
+    def __init__(self, kv_dtype: torch.dtype | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._kv_dtype = kv_dtype
+
+    def update(self, key: Tensor, value: Tensor, *where: Any, **options: Any) -> Any:
+        if self._kv_dtype is not None:
+            key, value = (as_stored(x, self._kv_dtype) for x in (key, value))
+        return super().update(key, value, *where, **options)
+
+
+def noise(
+    target: PagedLM,
+    tokens: Sequence[int],
+    count: int = 32,
+    *,
+    kv_dtype: torch.dtype | None = None,
+) -> float:
+    """How far passes of different shapes lie apart: the largest difference of a logit among the
+    two most probable tokens after each of the last `count`, in units in the last place of the
+    larger; once all in one pass, once each in its own."""
+    count = min(count, len(tokens) - 1)
+    head, tail = tokens[:-count], [*tokens[-count:], 0]
+    together, apart = (
+        torch.cat([*own_logits(target, head, tail, kv_dtype=kv_dtype, chunk=chunk)]).float()
+        for chunk in (len(tail), 1)
+    )
+    best = together.topk(2)
+    distance = (best.values - apart.gather(1, best.indices)).abs().amax(1)
+    sizes = [unit(size, target.dtype) for size in best.values.abs().amax(1).tolist()]
+    return float((distance / torch.tensor(sizes, device=distance.device)).max())
+
+
+def unit(logit: float, dtype: torch.dtype) -> float:
+    """Distance of neighbouring numbers of a type at this size."""
+    return float(torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(abs(logit), 1e-9))))
