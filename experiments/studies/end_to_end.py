@@ -40,11 +40,11 @@ from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.figures import end_to_end_plot
 from specdec.experiments.studies.theirs import theirs
 from specdec.lab.command import Positive, begin, option, run_main, write
-from specdec.lab.witness import noise
 from specdec.lab.metrics import figures
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import Decoded, Session
 from specdec.lab.study import Entry, Study, Turn, add
+from specdec.lab.witness import noise
 from specdec.lab.workshop import PLAIN, Way, Workshop, name_of, tree, word
 
 LARGE = 8  # a batch from which the smaller grid counts
