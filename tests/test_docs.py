@@ -20,6 +20,7 @@ from specdec.lab.build import method_of
 from specdec.lab.command import parse
 from specdec.lab.lossless import compare
 from specdec.lab.settings import settings_of
+from specdec.lab.witness import Witness
 from specdec.models.load import load_model
 
 ROOT = Path(__file__).parents[1]
@@ -211,6 +212,7 @@ OUTPUTS = ROOT / "docs" / "outputs.md"
 VARIABLE = {"time": "VERB", "seconds": "VERB", "graphs.counts": "VERB"}
 VARIABLE |= {"finish_reasons": "REASON", "sources": "NAME", "own": "SETTING"}
 VARIABLE |= {"chosen_by": "SETTING"}
+VARIABLE |= {"lossless.tests": "TEST"}
 OWN = "tests.golden.repeat.repeat"
 LOSSY = "acceptance=typical acceptance.allow_lossy=true"
 RUNS = {
@@ -297,4 +299,4 @@ def divergence(run: Path) -> set[str]:
     """Fields of a divergence, of which the runs have none."""
     theirs = records(run / "baseline" / "generations.jsonl")
     mine = [{**one, "output_ids": [one["output_ids"][0] + 1]} for one in theirs]
-    return set(fields({"lossless": compare(mine, theirs, load_model("zoo:target"))}))
+    return set(fields({"lossless": compare(mine, theirs, Witness(load_model("zoo:target")))}))

@@ -12,7 +12,7 @@ from specdec.lab.witness import Seen, Witness
 from specdec.sampling import SamplingParams, probabilities
 
 Record = Mapping[str, Any]
-SAMPLE = 16_384  # tokens that are read, prompts included
+SAMPLE = 8192  # tokens that are read, prompts included
 
 
 def verdict(
@@ -154,7 +154,7 @@ def _within_rounding(
     rounding may do."""
     scores, drawn = seen.scores[rows], seen.drawn[rows][:, None]
     before = (scores >= scores.gather(1, drawn)).scatter(1, drawn, False)
-    return probabilities(scores - before * witness.bound(scores)[:, None], sampling)
+    return probabilities(scores - before * witness.bound(scores, drawn[:, 0])[:, None], sampling)
 
 
 def compare(
@@ -202,7 +202,7 @@ def _divergence(generation: Record, theirs: Sequence[int], witness: Witness) -> 
         scores = last.scores[-1:]
         gap = float(scores[0, other] - scores[0, token])
         first, second = scores[0].topk(2).values.tolist()
-        top2_gap, bound = first - second, float(witness.bound(scores))
+        top2_gap, bound = first - second, float(witness.bound(scores, last.drawn[-1:]))
     return {
         **{name: generation[name] for name in ("prompt", "sample", "turn")},
         "position": position,

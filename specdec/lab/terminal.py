@@ -176,7 +176,8 @@ def _lossless_cell(summary: Summary) -> str:
 
 def _lossless_line(summary: Summary) -> str:
     lossless = summary["lossless"]
-    verdict = lossless["verdict"].replace("failed", "[bold red]FAILED[/]")
+    loud = {"failed": "[bold red]FAILED[/]", "lossy": "LOSSY"}
+    verdict = loud.get(lossless["verdict"], lossless["verdict"])
     line = f"lossless: {verdict}; {lossless['reason']}"
     for d in lossless.get("divergences", ()):
         gap = "an output ended" if d["logit_gap"] is None else f"logit gap {d['logit_gap']:.3g}"

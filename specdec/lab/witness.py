@@ -1,6 +1,7 @@
 """Witness: the logits of a text by transformers' own pass. It shares no attention, mask, cache or
 shortcut with what decoded the text, so that a fault of those cannot hide in both."""
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -81,10 +82,12 @@ class Witness:
         """
         return max(BOUND, 4.0 * noise(self.target, self._read, kv_dtype=self.kv_dtype))
 
-    def bound(self, scores: Tensor) -> Tensor:
-        """[n] the same for rows of logits [n, V], in logits."""
-        sizes = scores.amax(-1).abs().tolist()
-        units = [unit(size, self.target.dtype) for size in sizes]
+    def bound(self, scores: Tensor, drawn: Tensor) -> Tensor:
+        """[n] the same in logits, for tokens [n] and what is the most probable in [n, V]."""
+        own = scores.gather(1, drawn[:, None])[:, 0]
+        top = scores.amax(-1)
+        sizes = torch.maximum(top.abs(), own.where(own.isfinite(), top).abs())
+        units = [unit(size, self.target.dtype) for size in sizes.tolist()]
         return self.units * torch.tensor(units, device=scores.device, dtype=scores.dtype)
 
 
@@ -101,13 +104,15 @@ def own_logits(
     if not output:
         return
     before, start = [*prompt, *output[:-1]], len(prompt) - 1
+    known = inspect.signature(target.model.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"  # as transformers called it before
     cache = RoundedCache(kv_dtype, config=target.model.config)
     places = [*range(0, start, PROMPT_CHUNK), *range(start, len(before), chunk), len(before)]
     for first, end in pairwise(places):
         inputs = {
             "input_ids": torch.tensor([before[first:end]], device=target.device),
             "position_ids": torch.arange(first, end, device=target.device)[None],
-            "past_key_values": cache,
+            name: cache,
             "use_cache": True,
         }
         target.model.set_attn_implementation("eager")

@@ -25,6 +25,7 @@ from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.kernels.choose import Kernels
 from specdec.lab.lossless import compare
+from specdec.lab.witness import Witness
 from specdec.models.load import load_model, zoo_path
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
@@ -200,7 +201,7 @@ def test_bfloat16_differs_at_near_ties_only(
 ) -> None:
     records, _ = decode(rounded, build(kind), TREES[tree], batch_size=batch_size)
     plain, _ = decode(rounded, NoDrafter(), None, batch_size=1)
-    divergences = compare(records, plain, rounded)["divergences"]
+    divergences = compare(records, plain, Witness(rounded))["divergences"]
     # bfloat16 keeps 8 bits: of logits around 20, neighbours are an eighth apart.
     assert all(abs(d["logit_gap"]) <= 0.25 for d in divergences)
 
@@ -212,7 +213,7 @@ def test_quantised_caches_differ_at_near_ties_only(exact: PagedLM, kv_dtype: tor
     drafter = build("small_llama")
     records, steps = decode(exact, drafter, TREES["dynamic"], batch_size=4, kv_dtype=kv_dtype)
     plain, _ = decode(exact, NoDrafter(), None, batch_size=1, kv_dtype=kv_dtype)
-    divergences = compare(records, plain, exact, kv_dtype=kv_dtype)["divergences"]
+    divergences = compare(records, plain, Witness(exact, kv_dtype))["divergences"]
     assert all(abs(d["logit_gap"]) <= 0.05 for d in divergences)
     assert sum(sum(step.accepted) for step in steps) > 0
 

@@ -66,7 +66,9 @@ def test_drafters_and_trees_equal_the_baseline(
     )
     summary = summary_of(tmp_path / "o")
     assert code == 0
-    assert summary["lossless"] == {"checked": 3, "identical": 3, "divergences": []}
+    found = summary["lossless"]
+    assert (found["verdict"], found["checked"], found["identical"]) == ("passed", 3, 3)
+    assert (found["tokens"], found["impossible"]) == (summary["tokens"], 0)
     assert outputs(tmp_path / "o") == outputs(tmp_path / "o/baseline")
 
 
@@ -119,7 +121,7 @@ def test_a_grid_verifies_what_is_lossless_and_refuses_the_rest(specdec, tmp_path
         ("static", "traversal"),
     ]
     for one in warm:
-        assert one["lossless"]["p_value"] > 1e-4
+        assert one["lossless"]["verdict"] == "passed"
         assert (one["lossless"]["tokens"], one["lossless"]["impossible"]) == (one["tokens"], 0)
     cold = [one for one in found if one["temperature"] == 0]
     assert len(cold) == 6  # at temperature 0 chains of rules and lossy ones are greedy
@@ -128,7 +130,7 @@ def test_a_grid_verifies_what_is_lossless_and_refuses_the_rest(specdec, tmp_path
     assert error.count("not lossless, typical acceptance prefers") == 2
     assert "acceptance=block: judges chains alone, and a node of tree=static may have" in error
     sweep, _, refused = printed.partition("refused")
-    assert sweep.count("p=0.") == 3
+    assert sweep.count("p=") == 3
     assert "acceptance=block" in refused
     assert refused.count("acceptance=typical") >= 3  # a reason, and the runs it is the reason for
 

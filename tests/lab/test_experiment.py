@@ -12,6 +12,7 @@ import yaml
 
 from specdec.cache import PagedKVCache
 from specdec.drafters.none import NoDrafter
+from specdec.lab.conversations import Conversations
 from specdec.lab.experiment import Experiment
 from specdec.lab.runs import SCHEMA
 from specdec.lab.tracking import NoTracker
@@ -176,7 +177,8 @@ def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkey
     summary = summary_of(tmp_path / "o")
     assert code == 0
     assert (summary["synthetic"], summary["acceptance"]) == (True, "synthetic")
-    assert summary["lossless"] == {"refused": "SYNTHETIC acceptance: outputs are not the target's"}
+    assert summary["lossless"]["verdict"] == "not checked"
+    assert summary["lossless"]["reason"].startswith("SYNTHETIC")
     assert all(g["synthetic"] for g in lines(tmp_path / "o/generations.jsonl"))
     assert not any("synthetic" in g for g in lines(tmp_path / "o/baseline/generations.jsonl"))
     assert printed.count("SYNTHETIC") == 3  # progress, the title, and instead of the check
@@ -282,3 +284,24 @@ def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch, draft
     code, _, error = specdec(f"drafter={drafter}", f"out={tmp_path}/o", *QUICK)
     assert (code, error) == (0, "")
     assert len(made) == 2
+
+
+def test_a_failed_check_has_an_exit_code_of_its_own(specdec, tmp_path, monkeypatch):
+    """One wrong token of the second of two jobs; a sweep ends with the worst of them."""
+    finish = Conversations.finish
+
+    def wrong(self: Conversations, *given: Any) -> Any:
+        for record in finish(self, *given):
+            drafted = record["drafted"] > 0
+            yield {**record, "output_ids": [7, *record["output_ids"][1:]]} if drafted else record
+
+    monkeypatch.setattr(Conversations, "finish", wrong)
+    words = ("drafter=ngram", "prompts.limit=2", "max_new_tokens=8", *QUICK[:1], *QUICK[3:])
+    code, printed, _ = specdec("-m", *words, "tree.budget=0,2", f"out={tmp_path}/s")
+    assert code == 3
+    first, second = (summary_of(tmp_path / "s" / job)["lossless"] for job in "01")
+    assert (first["verdict"], second["verdict"]) == ("passed", "failed")
+    assert second["impossible"] >= 1
+    assert printed.count("FAILED") == 2  # beneath the run, and in the table of all
+    both = ("-m", *words, "tree.budget=2,-1", f"out={tmp_path}/b")
+    assert specdec(*both)[0] == 3  # a refused run beside a failed one
