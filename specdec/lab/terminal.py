@@ -113,8 +113,7 @@ def show_summary(summary: Summary, console: Console) -> None:
         console.print(
             "acceptance by depth: " + "  ".join(f"{i + 1}: {a:.0%}" for i, a in enumerate(depths))
         )
-    line = _lossless_line(summary)
-    console.print(f"LOSSY acceptance; {line}" if summary["lossy"] else line)
+    console.print(_lossless_line(summary))
 
 
 def show_sweep(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specdec.drafters.early_exit import EarlyExit
+from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.lab import witness as witness_module
 from specdec.lab.draws import Draws, Sum, places_of, together
@@ -21,7 +21,6 @@ from specdec.models.placement import Placement
 from specdec.sampling import SamplingParams, probabilities
 from tests.decoding import decoder_of, requests_of
 from tests.lab.made import generation
-from tests.tiny import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -302,8 +301,7 @@ def test_draws_from_the_target_follow_it_and_sharper_ones_do_not(target, monkeyp
     assert read(texts, witness, narrow)["impossible"] > 0
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize(("temperature", "wrong"), [(0.0, True), (1.0, True), (1.0, False)])
 def test_a_wrong_bit_of_the_mask_of_trees_is_found(monkeypatch, temperature, wrong):
     """Nodes that do not see the first drafted one."""
     layout = PagedLM._layout
@@ -314,15 +312,17 @@ def test_a_wrong_bit_of_the_mask_of_trees_is_found(monkeypatch, temperature, wro
             ancestors[:, 2:] &= ~2
         return layout(lm, cache, rows, offsets, ancestors, *rest)
 
-    target = PagedLM(tiny_llama(seed=1, layers=3))
+    target = load_model("zoo:target")
     monkeypatch.setattr(PagedLM, "_layout", planted)
-    drafter, sampling = EarlyExit(exit_layer=1), SamplingParams(temperature=temperature, seed=3)
-    decoder = decoder_of(target, drafter, Chain(budget=3), sampling=sampling, rows=8)
-    prompts = [[i % 8, i // 8 % 8, 3] for i in range(40 if temperature else 8)]
+    drafter = SmallLlama(path="zoo:draft", candidates=16)
+    sampling = SamplingParams(temperature=temperature, seed=3)
+    decoder = decoder_of(target, drafter, Chain(budget=3), sampling=sampling, rows=16)
+    starts = ["It was a dark night", "def fold(items):", "The captain said", "Once there was"]
+    prompts = [target.tokenizer(f"{i} {start}").input_ids for i in range(4) for start in starts]
     texts = [
         text(s.request.id, s.output_ids, accepted_lengths=s.accepted_lengths)
         | {"prompt_ids": list(s.request.prompt_ids)}
-        for s in decoder.run(requests_of(prompts, 40))
+        for s in decoder.run(requests_of(prompts, 48 if temperature else 8))
     ]
     found = verdict(texts, Witness(target), sampling)
     assert found["verdict"] == ("failed" if wrong else "passed")
