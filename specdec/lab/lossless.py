@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.lab.draws import ALARM, Draws, places_of, together
 from specdec.lab.witness import Seen, Witness
-from specdec.sampling import SamplingParams, probabilities
+from specdec.sampling import SEEDS, SamplingParams, probabilities
 
 Record = Mapping[str, Any]
 SAMPLE = 8192  # tokens that are read, prompts included
@@ -108,7 +108,8 @@ def read(
     for text in chosen:
         lengths = text.get("accepted_lengths") or [1] * len(text["output_ids"])
         places = places_of(lengths)
-        shares = np.random.default_rng([sampling.seed, text["request"]]).random(len(places))
+        generator = np.random.default_rng([sampling.seed % SEEDS, text["request"]])
+        shares = generator.random(len(places))
         start = 0
         for seen in witness.follow(text):
             law = probabilities(seen.scores, sampling)
