@@ -46,7 +46,7 @@ class Draws:
     places: list[NDArray[np.int64]] = field(default_factory=list)  # [n] in the step
 
     def add(
-        self, law: Tensor, drawn: Tensor, share: Sequence[float], place: Sequence[int]
+        self, law: Tensor, drawn: Tensor, share: Array, place: NDArray[np.int64]
     ) -> None:
         """Add tokens.
 
@@ -62,10 +62,10 @@ class Draws:
         level = (-law.log() / STEP).round().clamp(max=LEVELS - 1).long()  # [n, V]
         chances = law.new_zeros(len(law), LEVELS).scatter_add_(1, level, law)
         before = (law * first).sum(1).cpu().numpy()
-        self.shares.append(before + np.asarray(share) * own[:, 0].cpu().numpy())
+        self.shares.append(before + share * own[:, 0].cpu().numpy())
         self.levels.append(level.gather(1, drawn[:, None])[:, 0].cpu().numpy())
         self.laws.append(chances.cpu().numpy())
-        self.places.append(np.asarray(place, dtype=np.int64))
+        self.places.append(place)
 
     def __len__(self) -> int:
         return sum(map(len, self.shares))
@@ -75,7 +75,8 @@ class Draws:
         tokens."""
         if not len(self):
             return {}
-        levels, laws, places = map(np.concatenate, (self.levels, self.laws, self.places))
+        levels, laws = np.concatenate(self.levels), np.concatenate(self.laws)
+        places = np.concatenate(self.places)
         groups, period = np.array([group_of(place) for place in places]), period_of(laws)
         sums = {
             name: Sum.of(laws[groups == name], levels[groups == name], period)

@@ -107,7 +107,7 @@ def read(
     tokens = impossible = edge = 0
     for text in chosen:
         lengths = text.get("accepted_lengths") or [1] * len(text["output_ids"])
-        places = places_of(lengths)
+        places = np.array(places_of(lengths))
         generator = np.random.default_rng([sampling.seed % SEEDS, text["request"]])
         shares = generator.random(len(places))
         start = 0
@@ -121,9 +121,9 @@ def read(
             impossible += int((~legal).sum())
             end = start + len(law)
             if not sampling.greedy:
-                kept = legal.tolist()
-                own = [np.compress(kept, of[start:end]) for of in (shares, places)]
-                draws.add(law[legal], seen.drawn[legal], *own)
+                kept = legal.cpu().numpy()
+                share, place = shares[start:end][kept], places[start:end][kept]
+                draws.add(law[legal], seen.drawn[legal], share, place)
             start = end
         tokens += start
     tests = draws.tests()
