@@ -45,9 +45,7 @@ class Draws:
     laws: list[Array] = field(default_factory=list)  # [n, LEVELS] chances of all levels
     places: list[NDArray[np.int64]] = field(default_factory=list)  # [n] in the step
 
-    def add(
-        self, law: Tensor, drawn: Tensor, share: Array, place: NDArray[np.int64]
-    ) -> None:
+    def add(self, law: Tensor, drawn: Tensor, share: Array, place: NDArray[np.int64]) -> None:
         """Add tokens.
 
         Args:

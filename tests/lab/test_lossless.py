@@ -239,7 +239,9 @@ def world(generator: np.random.Generator, tokens: int, *, bent: float = 1.0) -> 
             lengths.append(0)
     draws = Draws()
     seen = torch.tensor(laws[drawn[:-1]])
-    draws.add(seen, torch.tensor(drawn[1:]), generator.random(tokens), np.array(places_of(lengths)))
+    draws.add(
+        seen, torch.tensor(drawn[1:]), generator.random(tokens), np.array(places_of(lengths))
+    )
     assert len(draws) == tokens
     return draws.tests()
 
