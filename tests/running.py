@@ -1,6 +1,11 @@
 """The command line in tests: settings that make a run short, and what it leaves."""
 
 import json
+import os
+import runpy
+import sys
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +25,43 @@ def outputs(folder: Path) -> dict[tuple[int, int], list[int]]:
 def summary_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return found
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A program that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def forked(folder: Path, module: str, *arguments: str) -> Ended:
+    """`python -m MODULE ARGUMENTS` in that folder, by a fork of this process: what a process of its
+    own would do, without importing torch again.
+
+    Its folder is on the path first, and the output goes to two files of it.
+    """
+    logs = [folder / ".stdout", folder / ".stderr"]
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        return Ended(os.waitstatus_to_exitcode(status), *(log.read_text() for log in logs))
+    code = 1
+    try:
+        for stream, log in zip((1, 2), logs, strict=True):
+            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+        sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

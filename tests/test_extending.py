@@ -13,8 +13,8 @@ import pytest
 
 from specdec.lab.build import method_of
 from specdec.lab.settings import settings_of
+from tests.running import ROOT, forked
 
-ROOT = Path(__file__).parents[1]
 PAGE = "docs/extending.md"
 SHORT = ("tracker=none", "prompts.limit=2", "max_new_tokens=24")
 
@@ -39,22 +39,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("command", commands())
 def test_the_commands_of_the_page_run(command: str, folder: Path) -> None:
-    python, *arguments = shlex.split(command)
-    assert python == "python"
-    runs = "specdec.run" in arguments
-    done = call(folder, *arguments, *(SHORT if runs else ()))
+    python, flag, module, *arguments = shlex.split(command)
+    assert (python, flag) == ("python", "-m")
+    runs = module == "specdec.run"
+    done = forked(folder, module, *arguments, *(SHORT if runs else ()))
     assert done.returncode == 0, done.stderr
     if not runs:
         assert "keeps its contract" in done.stdout
@@ -201,7 +191,7 @@ class Bold(TargetOnly):
 )
 def test_mistakes_are_found(program: str, words: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "mistake.py").write_text(program)
-    done = call(tmp_path, "-m", "specdec.experiments.tools.contract", *words.split())
+    done = forked(tmp_path, "specdec.experiments.tools.contract", *words.split())
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = (text for text in done.stderr.splitlines() if text.startswith("error: "))
     assert re.search(message, line), line

@@ -148,7 +148,7 @@ def decode(
     requests = [Request(id=i, prompt_ids=ids, max_new_tokens=NEW) for i, ids in enumerate(prompts)]
     done = {s.request.id: s for s in decoder.run(requests, on_step=steps.append)}
     return [
-        {"prompt": i, "turn": 0, "prompt_ids": ids, "output_ids": done[i].output_ids}
+        {"prompt": i, "sample": 0, "turn": 0, "prompt_ids": ids, "output_ids": done[i].output_ids}
         for i, ids in enumerate(prompts)
     ], steps
 
