@@ -1,9 +1,11 @@
 """Shared by all tests: one thread per process, so that parallel test processes do not wait for
 each other; without a GPU, Triton kernels run in its interpreter."""
 
+import hashlib
 import os
 import sys
 import tempfile
+from collections import defaultdict
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for subprocesses
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +22,20 @@ import torch
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with the marker `some(n)` all cases but n are slow ones; which, its names decide."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("some"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for grid in cases.values():
+        (count,) = grid[0].get_closest_marker("some").args
+        grid.sort(key=lambda item: hashlib.sha256(item.name.encode()).digest())
+        for item in grid[count:]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")

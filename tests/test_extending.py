@@ -83,6 +83,7 @@ def test_a_parameter_without_a_type_is_named(
         method_of(settings_of("drafter=user drafter._target_=bare.Echo +drafter.window=4"))
 
 
+@pytest.mark.slow
 def test_a_drafter_added_to_the_repository_passes_its_contract_tests(folder: Path) -> None:
     """The contract test over every option, for that one alone."""
     copy = folder / "repository"

@@ -51,6 +51,7 @@ PAIRS = [(name, tree) for name, tree in zip(LOSSLESS, itertools.cycle(options("t
 PAIRS += [("small_llama", tree) for tree in options("tree")]
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("batch_size", [4])
 @pytest.mark.parametrize(("drafter", "tree"), dict.fromkeys(PAIRS))
 def test_drafters_and_trees_equal_the_baseline(
@@ -77,6 +78,7 @@ RULED = [(name, "auto") for name in options("drafter")]
 RULED += [("small_llama", rule) for rule in options("acceptance")]
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize(("drafter", "rule"), dict.fromkeys(RULED))
 def test_every_rule_samples_reproducibly(specdec, tmp_path, needed, drafter, rule):
     lossy = ["acceptance.allow_lossy=true"] if rule in LOSSY else []

@@ -106,6 +106,7 @@ def test_a_cascade_asks_the_model_where_no_match_is_long_enough(target: PagedLM)
         assert sum(kept for _, kept in step.sources[0].values()) == step.accepted[0]
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("mode", ["union", "cascade", "bandit"])
 @pytest.mark.parametrize("children", ["top_k", "sample"])
 def test_rows_of_a_batch_draft_as_if_alone(target: PagedLM, mode: str, children: str) -> None:

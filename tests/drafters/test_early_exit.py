@@ -43,6 +43,7 @@ def outputs(decoder: Decoder, target: PagedLM) -> list[list[int]]:
     return outputs_of(decoder, [target.tokenizer(text).input_ids for text in TEXTS], NEW)
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("exit_layer", [1, 2, 5])
 @pytest.mark.parametrize(
     "tree",

@@ -154,6 +154,7 @@ TREES: dict[str, TreePolicy] = {
 }
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("tree", TREES)
 def test_greedy_outputs_are_those_of_the_target(
@@ -243,6 +244,7 @@ def reference(model: Any, context: list[int], columns: Tensor) -> Tensor:
     return (logits[columns] / 0.8).softmax(-1)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("candidates", [16, KEPT])
 def test_it_proposes_the_drafts_distribution_over_shared_tokens(
     target: PagedLM, drafts: dict[int, str], prompts: list[list[int]], candidates: int
@@ -291,6 +293,7 @@ TINY_DRAFT = byte_level([*"cagbh", "ab", "bc", "d"])  # no e, f and cd
 PROMPT = [3, 1, 6, 1, 5]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize(
     "tree",
     [

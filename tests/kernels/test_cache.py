@@ -273,6 +273,7 @@ def accepted_paths(draw: st.DrawFn) -> tuple[Rows, list[list[int]], int]:
 # Scratch
 
 
+@pytest.mark.some(8)
 @both
 @pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.parametrize("stored", [None, *QUANTISED], ids=str)

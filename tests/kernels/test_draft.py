@@ -69,6 +69,7 @@ def assert_most_probable(found: tuple[Tensor, Tensor], logits: Tensor, temperatu
         )
 
 
+@pytest.mark.some(12)
 @both
 @pytest.mark.parametrize(
     ("vocab", "count"),

@@ -59,6 +59,7 @@ def assert_describes(found: TreeStructure, batch: list[list[int]]) -> None:
             assert lists["depths"][row][node] == len(line) - 1
 
 
+@pytest.mark.some(8)
 @both
 @pytest.mark.parametrize("nodes", SIZES)
 def test_structure_equals_a_walk_to_the_root(kernels: ModuleType, nodes: int) -> None:

@@ -69,6 +69,7 @@ def test_what_a_run_leaves(specdec, tmp_path):
     assert "3 of 3 outputs equal the baseline" in printed
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("stop_after", [1, 5, 11])
 def test_an_interrupted_run_resumes_to_the_same_outputs(
     specdec, tmp_path, monkeypatch, stop_after
