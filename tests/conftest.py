@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with the marker `some(n)` all cases but n are slow ones; which, its names decide."""
+    """Of a test with the marker `some(n)` all cases but n are slow ones, chosen by their names."""
     cases = defaultdict(list)
     for item in items:
         if item.get_closest_marker("some"):

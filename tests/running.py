@@ -37,7 +37,7 @@ class Ended:
 
 
 def forked(folder: Path, module: str, *arguments: str) -> Ended:
-    """`python -m MODULE ARGUMENTS` in that folder, by a fork of this process: what a process of its
+    """`python -m MODULE ARGUMENTS` in that folder, by a fork of this process: as a process of its
     own would do, without importing torch again.
 
     Its folder is on the path first, and the output goes to two files of it.

@@ -58,6 +58,7 @@ def test_a_model_reads_what_quantised_pages_stand_for(lm: PagedLM, name: str) ->
         assert not torch.equal(found, other)
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("kv_dtype", "impl"),
     [

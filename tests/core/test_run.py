@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from specdec import run as command
 from specdec.models.load import zoo_path
+from tests.models.tiny import disturbed, save, tiny
 from tests.running import QUICK, ROOT, SHARED, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -106,6 +107,7 @@ def test_the_grid_has_all_policies_and_rules():
     }
 
 
+@pytest.mark.slow
 def test_a_grid_verifies_what_is_lossless_and_refuses_the_rest(specdec, tmp_path):
     """Three rules on two trees at two temperatures, with a budget of tokens that shows a bias."""
     code, printed, error = specdec(
@@ -138,13 +140,16 @@ def test_a_grid_verifies_what_is_lossless_and_refuses_the_rest(specdec, tmp_path
 
 
 def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"text": "It was a"}\n')
+    prompts, model = tmp_path / "prompts.jsonl", tiny("llama", num_hidden_layers=2)
+    prompts.write_text('{"text": "w3 w1 w4 w1"}\n')
+    target = save(model, tmp_path / "target")
+    draft = save(disturbed(model, 0.3), tmp_path / "draft")
     for kernels in ("reference", "triton"):
         code, _, error = specdec(
             *(f"kernels={kernels}", f"prompts.path={prompts}", f"out={tmp_path}/{kernels}"),
+            *("target=hf", f"target.path={target}", f"drafter.path={draft}"),
             *("drafter=small_llama", "tree=static", "tree.widths=[2]", "batch_size=1"),
-            *("cache.page_size=4", "dtype=float32", "tracker=none", "max_new_tokens=3"),
+            *("cache.page_size=4", "dtype=float32", "tracker=none", "max_new_tokens=6"),
             "baseline=false",
         )
         assert (code, error) == (0, "")

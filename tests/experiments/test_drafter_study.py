@@ -37,6 +37,7 @@ def words_of(files: Path, out: Path, *more: str) -> list[str]:
     return [*sets, "device=cpu", "tokens=8", "prompts=2", f"out={out}", *more]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("grid", ["budgets", "speed"])
 def test_grids_keep_budgets_and_lose_nothing(grid: str, temperature: float) -> None:
@@ -98,6 +99,7 @@ def test_from_prompts_to_tables(
     assert json.loads(out.read_text())["parts"] == result["parts"]  # nothing was missing
 
 
+@pytest.mark.slow
 def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert retokenize.main(["keep=6000", f"out={other}"]) == 0

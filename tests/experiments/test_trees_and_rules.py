@@ -32,6 +32,7 @@ def words(tmp_path: Path) -> list[str]:
     return [f"humaneval={tmp_path}/code.jsonl", *sizes, f"out={tmp_path}/out.json"]
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("grid", ["lengths", "speed"])
 def test_methods_are_lossless_keep_budgets_and_have_names(words: list[str], grid: str) -> None:
     options = parse(study.Options, [*words, f"grid={grid}"])
@@ -54,6 +55,7 @@ def test_methods_are_lossless_keep_budgets_and_have_names(words: list[str], grid
             assert isinstance(built.tree, Chain) == (method.policy == "chain")
 
 
+@pytest.mark.slow
 def test_from_prompts_to_tables_and_plots(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +93,7 @@ def test_from_prompts_to_tables_and_plots(
     }
 
 
+@pytest.mark.slow
 def test_speed_takes_turns_and_compares_with_fixed_trees(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,7 @@ def test_many_siblings_are_rejected_one_after_the_other(rule: str, repeats: bool
     assert 3 < lengths.count(1) < 29
 
 
+@pytest.mark.some(6)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("sizes", "vocab", "support", "bushy"),
@@ -308,6 +309,7 @@ def test_children_need_draft_probabilities() -> None:
 # The law
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("rule", ["target_only", "recursive_rejection"])
 def test_first_tokens_follow_the_target(rule: str) -> None:
     """Two children of the root, drawn anew for every row; chi-square of the first token."""

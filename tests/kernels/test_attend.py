@@ -42,6 +42,7 @@ if ON_GPU:
     EDGES += [[255, 256, 257, 0, 1000], [4095, 4096, 4097]]
 
 
+@pytest.mark.some(8)
 @pytest.mark.parametrize("page_size", [16, 32, 48, 64, 128])
 @pytest.mark.parametrize("contexts", EDGES, ids=str)
 @each_dtype
@@ -78,6 +79,7 @@ def test_head_sizes(dtype: torch.dtype, key_dim: int, value_dim: int, nodes: int
     )
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("group", [1, 4] if ON_GPU else [1])
 @pytest.mark.parametrize("nodes", [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256])
@@ -121,6 +123,7 @@ VIEWS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.some(12)
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("view", VIEWS)
@@ -136,6 +139,7 @@ def test_options_and_views(
     assert_right(case, fixed_splits=splits, **options)
 
 
+@pytest.mark.some(10)
 @pytest.mark.parametrize("splits", SPLITS)
 @pytest.mark.parametrize("stored", [None, *QUANTISED], ids=str)
 @pytest.mark.parametrize("window", [None, 30])

@@ -81,6 +81,7 @@ def check_product(
     assert_close(products(kernels)[name](x, weight, **how), expected, x.dtype)
 
 
+@pytest.mark.some(36)
 @both
 @types
 @pytest.mark.parametrize("name", ["linear", "project", "gated_linear"])

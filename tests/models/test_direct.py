@@ -57,6 +57,7 @@ def test_tables_of_angles_end_where_the_model_does() -> None:
     assert len(lm._direct.cos) == 100
 
 
+@pytest.mark.slow
 def test_quantised_weights_go_the_general_way(tmp_path: Path) -> None:
     if find_spec("torchao") is None:
         if not APART.is_dir():

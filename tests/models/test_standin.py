@@ -230,6 +230,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.some(1)
 @pytest.mark.usefixtures("small_shapes")
 @pytest.mark.parametrize(("path", "draft"), PAIRS)
 def test_pairs_of_stand_ins_and_zoo_decode_losslessly(
@@ -241,6 +242,7 @@ def test_pairs_of_stand_ins_and_zoo_decode_losslessly(
     assert drafter.vocab_size == min(target.vocab_size, drafter.lm.vocab_size)
 
 
+@pytest.mark.some(1)
 @pytest.mark.usefixtures("small_shapes")
 @pytest.mark.parametrize(("path", "draft"), PAIRS)
 def test_pairs_sample_tokens_that_there_are(path: str, draft: str) -> None:
