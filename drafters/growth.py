@@ -55,6 +55,8 @@ class ShapedDrafter(Drafter):
         composable: False if it cannot guess for trees that others have a part in. A class that
             has a `draft` or, on the host, a `commit` of its own, or on the device a `commit`
             without `follow`, is not, unless it says that it is.
+        most_candidates: the limit of `candidates`, if it has to be stated before the vocabulary
+            is known.
         tree, levels: the policy of the run, and the levels to grow; 0 turns drafting off.
 
     Raises:
@@ -62,6 +64,7 @@ class ShapedDrafter(Drafter):
     """
 
     composable = True
+    most_candidates: int | None = None
     tree: TreePolicy
     levels: int
 
@@ -72,6 +75,9 @@ class ShapedDrafter(Drafter):
             )
         if candidates < 1:
             raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
+        most = self.most_candidates
+        if most is not None and candidates > most:
+            raise ValueError(f"drafter.candidates={candidates}: must be at most {most}")
         self.depth, self.candidates = depth, candidates
         self._joined: int | None = None  # levels of the trees it has a part in
 

@@ -49,6 +49,8 @@ class HostDrafter(ShapedDrafter):
     Settings and errors are those of `ShapedDrafter`.
     """
 
+    most_candidates = 1024  # all of which have a place at every node
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if {"draft", "commit"} & vars(cls).keys() and "composable" not in vars(cls):

@@ -11,6 +11,7 @@ from specdec.protocols import StepContext, TreePolicy
 from specdec.request import Decoding
 from specdec.tree import Acceptance, TokenTree
 
+MOST = 1024  # columns, and tokens of one
 EXPLORED = 1e-6  # draft probability of a node of the window: not certain, and not impossible
 
 
@@ -58,10 +59,10 @@ class Lookahead(HostDrafter):
         reset: Reset = "prompt",
     ) -> None:
         super().__init__(depth=depth)
-        if window < 1:
-            raise ValueError(f"drafter.window={window}: must be at least 1")
-        if ngram < 2:
-            raise ValueError(f"drafter.ngram={ngram}: must be at least 2")
+        if not 1 <= window <= MOST:
+            raise ValueError(f"drafter.window={window}: must be from 1 to {MOST}")
+        if not 2 <= ngram <= MOST:
+            raise ValueError(f"drafter.ngram={ngram}: must be from 2 to {MOST}")
         if guesses < 1:
             raise ValueError(f"drafter.guesses={guesses}: must be at least 1")
         check_reset(reset)

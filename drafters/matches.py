@@ -1,5 +1,7 @@
 """What drafters that search for matches share: how far a match reaches, and what it weighs."""
 
+import math
+
 DOUBLINGS = 1000  # of the weight of a match: floats end at 2 to the power of 1024
 
 
@@ -10,7 +12,7 @@ def check_matches(min_match: int, max_match: int, max_spec_factor: float | None)
             f"drafter.min_match={min_match}, drafter.max_match={max_match}: "
             f"need 1 <= min_match <= max_match"
         )
-    if max_spec_factor is not None and max_spec_factor < 1:
+    if max_spec_factor is not None and not 1 <= max_spec_factor < math.inf:
         raise ValueError(f"drafter.max_spec_factor={max_spec_factor}: must be at least 1")
 
 

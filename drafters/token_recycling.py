@@ -15,6 +15,7 @@ from specdec.protocols import StepContext, TreePolicy
 from specdec.request import Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
 
+MOST = 1024  # successors of a token
 UNKNOWN = -1  # in the table, where a token has fewer successors than there is room for
 
 
@@ -57,8 +58,8 @@ class TokenRecycling(GrowingDrafter):
         prompt_candidates: bool = False,
         reset: Reset = "prompt",
     ) -> None:
-        if successors < 1:
-            raise ValueError(f"drafter.successors={successors}: must be at least 1")
+        if not 1 <= successors <= MOST:
+            raise ValueError(f"drafter.successors={successors}: must be from 1 to {MOST}")
         if not 0 < decay <= 1:
             raise ValueError(f"drafter.decay={decay}: must be above 0 and at most 1")
         check_reset(reset)

@@ -332,10 +332,15 @@ class TreePolicy:
         return None
 
 
+MOST_NODES = 4096  # of a tree: masks grow with the square
+
+
 def check_basics(budget: int, children: str) -> None:
     """Raise ValueError, naming the setting, unless any policy could have these."""
     if budget < 0:
         raise ValueError(f"tree.budget={budget}: must be 0 (no drafting) or positive")
+    if budget > MOST_NODES:
+        raise ValueError(f"tree.budget={budget}: must be at most {MOST_NODES}, of any tree")
     if children not in get_args(Children):
         known = ", ".join(get_args(Children))
         raise ValueError(f"tree.children={children}: must be one of {known}")

@@ -30,7 +30,7 @@ class Typical(LikelyRule):
     def __init__(self, *, epsilon: float = 0.09, delta: float = 0.3) -> None:
         if not 0.0 < epsilon < 1.0:
             raise ValueError(f"acceptance.epsilon={epsilon}: must be between 0 and 1")
-        if not delta > 0.0:
+        if not 0.0 < delta < float("inf"):
             raise ValueError(f"acceptance.delta={delta}: must be positive")
         self.epsilon, self.delta = epsilon, delta
 

@@ -1,5 +1,6 @@
 """What policies share whose trees have the same shape at every step, whatever it is."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -122,6 +123,10 @@ def measured_rates(
     """
     check_basics(budget, children)
     check_positive(depth=depth)
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"tree.temperature={temperature}: must be 0 or positive")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"tree.top_p={top_p}: must be in (0, 1], or null")
     if budget > MOST_NODES:
         raise ValueError(f"tree.budget={budget}: must be at most {MOST_NODES} to be searched for")
     return AcceptanceRates.load(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from specdec.protocols import TreePolicy
+from specdec.protocols import MOST_NODES, TreePolicy
 
 
 class Static(TreePolicy):
@@ -31,6 +31,11 @@ class Static(TreePolicy):
             level *= width
             nodes += level
         nodes -= 1
+        if nodes > MOST_NODES:
+            raise ValueError(
+                f"tree.widths={list(widths)}: {nodes} nodes, and a tree has at most {MOST_NODES}; "
+                f"lower the widths"
+            )
         if budget and nodes > budget:
             raise ValueError(
                 f"tree.widths={list(widths)}: {nodes} nodes exceed tree.budget={budget}; "

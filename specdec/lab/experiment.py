@@ -13,6 +13,7 @@ import torch
 from specdec.flight import Step
 from specdec.lab.conversations import Conversations, check_numbers, number_of, prompt_of
 from specdec.lab.environment import describe_environment
+from specdec.lab.fit import check_fit, check_memory
 from specdec.lab.lossless import verdict
 from specdec.lab.method import MARKS, Method, mark_of
 from specdec.lab.metrics import summarise
@@ -77,6 +78,7 @@ class Experiment:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size}: must be at least 1")
+        check_fit(self.target, self.method.tree, self.max_new_tokens)
         check_numbers(self.prompts, self.samples)
         config, sampling = self.target.model.generation_config, self.method.sampling
         self.processors = self.method.processors(self.target, self.stop_tokens)
@@ -88,6 +90,7 @@ class Experiment:
         self.capacity = self.cache.capacity(
             rows=self.batch_size, max_tokens=self._longest(), device=self.target.device
         )
+        check_memory(self.target, self.method.tree, self.capacity)
 
     def _longest(self) -> int:
         """Tokens that a sequence may have.

@@ -1,5 +1,6 @@
 """Prompt sets: read them from files or data sets, and encode them for a model."""
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -58,7 +59,9 @@ def load_prompts(
     records = records_of(path=path, split=split, name=name)
     prompts = [
         read_record(record, index=index, field=field, shown=shown, place=place)
-        for index, (place, record) in enumerate(islice(records, limit))
+        for index, (place, record) in enumerate(
+            islice(records, None if limit is None else min(limit, sys.maxsize))
+        )
     ]
     if not prompts:
         raise ValueError(f"prompts.path={shown} holds no records; give a set with at least one")

@@ -2,7 +2,9 @@
 is."""
 
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -56,6 +58,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+            raise ValueError(f"device={name}: must be auto, cpu or cuda, as in cuda:1")
         torch.empty(0, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
@@ -80,8 +84,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that tensors may still take on a GPU; on a CPU, all there are."""
+    """Bytes that tensors may still take; on a CPU without /proc, all there are."""
     if device.type != "cuda":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        known = Path("/proc/meminfo")
+        found = re.search(r"MemAvailable: +(\d+) kB", known.read_text() if known.exists() else "")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(found[1]) * 1024 if found else total
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
