@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from specdec.lab.lossless import compare, follow, next_logits
+from specdec.lab.lossless import compare, read
+from specdec.lab.witness import Witness, own_logits
 from specdec.models.generation import processors_of
 from specdec.models.load import load_model, zoo_path
 from specdec.sampling import SamplingParams
@@ -99,9 +100,9 @@ def test_the_check_is_about_the_processed_law(
     warm = SamplingParams(temperature=1.0)
     config = target.model.generation_config
     processors = processors_of(config, warm, ends=[0], vocab=target.vocab_size)
-    found = follow(records, target, warm, processors=processors)
+    found = read(records, Witness(target, processors=processors), warm)
     assert found["p_value"] > 1e-3
-    assert follow(records, target, warm)["p_value"] < 1e-5
+    assert read(records, Witness(target), warm)["p_value"] < 1e-5
 
 
 def test_a_divergence_is_weighed_by_processed_logits(own: Path) -> None:
@@ -115,10 +116,9 @@ def test_a_divergence_is_weighed_by_processed_logits(own: Path) -> None:
     (found,) = compare(
         [{**base, "output_ids": mine}],
         [{**base, "output_ids": theirs}],
-        target,
-        processors=processors,
+        Witness(target, processors=processors),
     )["divergences"]
-    logits = next_logits(target, prompt + mine[:3])
+    logits = [*own_logits(target, prompt, mine)][0][3]
     for token in {*prompt, *mine[:3]}:
         logits[token] *= 1.3 if logits[token] < 0 else 1 / 1.3
     first, second = logits.topk(2).values.tolist()
