@@ -16,7 +16,7 @@ from specdec.lab.environment import describe_environment
 from specdec.lab.fit import check_fit, check_memory
 from specdec.lab.lossless import verdict
 from specdec.lab.method import MARKS, Method, mark_of
-from specdec.lab.metrics import summarise
+from specdec.lab.metrics import speedup_interval, summarise
 from specdec.lab.prompts import Prompt, encode
 from specdec.lab.records import Record, step_record
 from specdec.lab.runs import SCHEMA, RunFolder, Side
@@ -288,6 +288,8 @@ class Experiment:
             summary["baseline"] = summarise(baseline.generations.records, baseline.steps.records)
             theirs = summary["baseline"]["tokens_per_second"]
             summary["speedup"] = summary["tokens_per_second"] / theirs if theirs else None
+            sides = ((side.generations.records, side.steps.records) for side in (main, baseline))
+            summary["speedup_interval"] = speedup_interval(*sides)
         summary["lossless"] = _not_checked("the check was interrupted")
         return {**summary, **describe_environment(self.target.device)}
 

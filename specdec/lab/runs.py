@@ -80,8 +80,9 @@ class Side:
         """Forget steps of prompts that have no generation yet; those are decoded again from the
         start.
 
-        A step it shares with finished prompts keeps its whole time: it was spent on those as well.
-        Its lists are by request.
+        A step it shares with finished prompts keeps the share of its time that those have in its
+        sequences: what it did for the others is done again, and timed then. Its lists are by
+        request.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,9 @@ class Side:
                     for name, values in step.items()
                     if isinstance(values, list) and len(values) == len(requests)
                 }
-                kept.append({**step, **lists})
+                share = len(places) / len(requests)
+                times = {verb: seconds * share for verb, seconds in step["seconds"].items()}
+                kept.append({**step, **lists, "seconds": times})
         self.generations.rewrite(self.generations.records)
         self.steps.rewrite(kept)
 

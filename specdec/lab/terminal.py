@@ -94,7 +94,7 @@ def show_summary(summary: Summary, console: Console) -> None:
     row("tokens/s", [f"{s['tokens_per_second']:.1f}" for s in sides])
     row("tokens/s without prefill", [f"{s['decode_tokens_per_second']:.1f}" for s in sides])
     if baseline and summary["speedup"]:
-        row("speedup", [f"[bold]{summary['speedup']:.2f}x[/bold]", "1.00x"])
+        row("speedup", [_speedup(summary), "1.00x"])
     lengths = [s["mean_accepted_length"] for s in sides]
     row("accepted length, pooled", [f"{length['pooled']:.2f}" for length in lengths])
     row(
@@ -111,7 +111,8 @@ def show_summary(summary: Summary, console: Console) -> None:
     depths = summary["acceptance_by_depth"]
     if depths:
         console.print(
-            "acceptance by depth: " + "  ".join(f"{i + 1}: {a:.0%}" for i, a in enumerate(depths))
+            "acceptance by depth (accepted lengths are cut at stop and limit, this is not): "
+            + "  ".join(f"{i + 1}: {a:.0%}" for i, a in enumerate(depths))
         )
     console.print(_lossless_line(summary))
 
@@ -155,6 +156,13 @@ def show_sweep(
     for reason, names in runs_of.items():
         table.add_row(reason, "\n".join(names))
     console.print(table)
+
+
+def _speedup(summary: Summary) -> str:
+    """With its interval."""
+    ends = summary["speedup_interval"]
+    about = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
+    return f"[bold]{summary['speedup']:.2f}x[/bold]{about}"
 
 
 def _share(part: float, whole: float) -> str:

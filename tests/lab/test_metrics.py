@@ -1,6 +1,6 @@
 """Figures against records made by hand."""
 
-from specdec.lab.metrics import acceptance_by_depth, summarise
+from specdec.lab.metrics import acceptance_by_depth, speedup_interval, summarise
 from tests.lab.made import generation, step
 
 
@@ -48,3 +48,19 @@ def test_sources_are_summed_where_trees_have_several():
     assert summarise([], steps)["sources"] == expected
     assert "sources" not in summarise([], steps[2:])
     assert "sources" not in summarise([], [{**steps[2], "sources": [{}]}])
+
+
+def test_a_speedup_has_an_interval_over_prompts():
+    """Steps of two prompts count half for each: 4 tokens in 2 s and 1 token in 1 s here, 2 tokens
+    in 2 s each there. Drawn are one of them, the other, or (in half of all cases) both."""
+    mine = (
+        [{**generation(i, [5] * n, 1), "request": i} for i, n in enumerate((4, 1))],
+        [step([0, 1], [0, 0], [0, 0], [1, 1])] * 2 + [step([0], [0], [0], [3])],
+    )
+    theirs = (
+        [{**generation(i, [5] * 2, 1), "request": i} for i in range(2)],
+        [step([0, 1], [0, 0], [0, 0], [1, 1])] * 4,
+    )
+    assert speedup_interval(mine, theirs) == [1.0, 2.0]
+    assert speedup_interval(tuple(side[:1] for side in mine), theirs) is None
+    assert speedup_interval(mine, ([], [])) is None

@@ -118,7 +118,7 @@ def test_a_divergence_is_weighed_by_processed_logits(own: Path) -> None:
         [{**base, "output_ids": theirs}],
         Witness(target, processors=processors),
     )["divergences"]
-    logits = [*own_logits(target, prompt, mine)][0][3]
+    logits = next(own_logits(target, prompt, mine))[3].clone()
     for token in {*prompt, *mine[:3]}:
         logits[token] *= 1.3 if logits[token] < 0 else 1 / 1.3
     first, second = logits.topk(2).values.tolist()

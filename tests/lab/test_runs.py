@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from specdec.lab.lock import Lock
+from specdec.lab.metrics import summarise
 from specdec.lab.runs import SCHEMA, RunFolder
 from tests.lab.made import generation, step
 from tests.running import ROOT
@@ -35,8 +36,32 @@ def test_sources_of_finished_prompts_survive_a_resume(tmp_path: Path):
     kept, other = folder.main.steps.records
     assert (kept["requests"], kept["sources"]) == ([8], [{"a": [1, 0]}])
     assert other == bare
+    assert kept["seconds"] == {verb: t / 2 for verb, t in shared["seconds"].items()}
     assert not (tmp_path / "error.txt").exists()
     folder.close()
+
+
+def test_time_of_a_shared_step_is_not_counted_twice(tmp_path: Path):
+    """Four sequences share 6 steps of a second; a text of one of them is finished. What is decoded
+    again takes what it takes: 3 sequences, 6 steps of a second."""
+    folder = RunFolder(tmp_path, config={}, resume=False)
+    folder.begin()
+    four = step([5, 6, 7, 8], [0] * 4, [0] * 4, [1] * 4)
+    for _ in range(6):
+        folder.main.steps.append(four)
+    done = {**generation(0, [5] * 6, 6), "request": 5, "accepted_lengths": [1] * 6}
+    folder.main.generations.append(done)
+    folder.close()
+
+    folder = RunFolder(tmp_path, config={}, resume=True)
+    folder.begin()
+    found = [summarise([], folder.main.steps.records)]
+    for _ in range(6):
+        folder.main.steps.append(step([6, 7, 8], [0] * 3, [0] * 3, [1] * 3))
+    found.append(summarise([], folder.main.steps.records))
+    folder.close()
+    assert [one["seconds"] for one in found] == [6 / 4, 6 / 4 + 6]
+    assert found[0]["time"]["verify"] == 0.5 * 6 / 4
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path):

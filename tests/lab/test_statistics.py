@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from specdec.lab.statistics import ratio
+from specdec.lab.statistics import product, ratio
 
 
 def test_prompts_that_agree_leave_no_doubt() -> None:
@@ -33,6 +33,13 @@ def test_it_is_paired_and_seeded() -> None:
     assert found.high - found.low < 0.05
     assert found == ratio(above.tolist(), below.tolist())
     assert found != ratio(above.tolist(), below.tolist(), seed=1)
+
+
+def test_rates_of_unequal_texts_are_compared() -> None:
+    # Tokens 3 and 1 in a second each, of another 1 and 1: as the ratio of the tokens.
+    assert product([[3, 1], [1, 1]], [[1, 1], [1, 1]]) == ratio([3, 1], [1, 1])
+    # Twice as many tokens in the same time, whatever is drawn.
+    assert product([[2, 8], [1, 5]], [[1, 5], [1, 4]]) == (2.0, 2.0, 2.0)
 
 
 @pytest.mark.parametrize(("above", "below"), [([], []), ([1.0], [1.0, 2.0])])
