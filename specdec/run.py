@@ -53,6 +53,7 @@ from specdec.lab.settings import (
 from specdec.lab.setup import General, general_of, target_of, tracker_of
 from specdec.lab.terminal import Live, show_summary, show_sweep
 from specdec.lab.tracking import Careful
+from specdec.lab.unused import without_effect
 from specdec.models.load import Models, find_model
 from specdec.sampling import SamplingParams
 
@@ -108,7 +109,7 @@ def _hydra_main(config: DictConfig) -> float | None:
         place = out_of(settings)
         out = place / str(job.job.num) if sweep else place
         again = continuing(sys.argv[1:], place)
-        summary = run(settings, out, console, title=" ".join(words), again=again, sweep=sweep)
+        summary = run(settings, out, console, words=words, again=again, sweep=sweep)
     except (ValueError, *ERRORS) as error:
         where = f" ({' '.join(words)})" if sweep else ""
         _refuse(message_of(error) + where, words)  # a sweep goes on with its other jobs
@@ -122,7 +123,7 @@ def run(
     out: Path,
     console: Console,
     *,
-    title: str = "",
+    words: Sequence[str] = (),
     again: str = "",
     sweep: bool = False,
 ) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def run(
 
     Args:
         out: the folder of this run.
-        title: what trackers call the run; its drafter if empty.
+        words: what was typed, which is what trackers call the run; its drafter if there are none.
         again: the command that continues it, for the one who interrupts it.
         sweep: whether it is one of several, in the folder of all of them.
 
@@ -144,7 +145,7 @@ def run(
         try:
             tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
             tracker = Careful(tracker_of(settings), tell)
-            experiment = _experiment(settings, general, console)
+            experiment = _experiment(settings, general, words, console)
             method = experiment.method
             prompts = digest([asdict(prompt) for prompt in experiment.prompts])
             folder.identify(
@@ -155,7 +156,7 @@ def run(
                 config={**settings, **method.marks},
                 folder=out,
                 group="-".join(out.parent.parts[-2:]) if sweep else None,
-                name=f"{mark_of(method.marks)} {title or method.drafter_name}".strip(),
+                name=f"{mark_of(method.marks)} {' '.join(words) or method.drafter_name}".strip(),
             )
             summary = experiment.run(folder, tracker, Live(console))
         except KeyboardInterrupt:
@@ -169,12 +170,16 @@ def run(
     return summary
 
 
-def _experiment(settings: Settings, general: General, console: Console) -> Experiment:
+def _experiment(
+    settings: Settings, general: General, words: Sequence[str], console: Console
+) -> Experiment:
     """Everything is checked before a model is loaded, as far as that is possible."""
     method, path = method_of(settings), target_of(settings)
     models, asked = Models(placement_of(settings)), _asked(settings, method.sampling, console)
     find_model(path, setting="target.path")
     method.drafter.find()
+    for line in without_effect(settings, method, models.placement.kernels.impl, words):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     target = models.load(path, setting="target.path")
     method.load(target, models)
     return Experiment(
