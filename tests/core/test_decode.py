@@ -267,7 +267,7 @@ def test_a_stop_token_cuts_an_accepted_path_short(
     place = next(i for i in range(1, DEPTH) if output[i] not in output[:i])
     drafter, shape = drafter_of("small_llama", folder), TREES["chain"]("top_k")
     run = decode(target, drafter, shape, [prompt], 20, stop=[output[place]])
-    (step,) = run.steps
+    step = run.steps[0]  # on a GPU the next one is under way when this one lands
     assert step.accepted == [DEPTH]  # all of it was right
     assert step.tokens == [place + 1]
     assert run.outputs == [output[: place + 1]]

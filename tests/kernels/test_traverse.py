@@ -138,7 +138,9 @@ def test_traversal(shape: str, repeats: bool) -> None:
 def test_traversal_of_bare_roots() -> None:
     case = random_case(0, sizes=[1, 0, 1], vocab=12, support=3, repeats=False, dtype=torch.float32)
     judged = Judged.of(case, 3)
-    last, left, chance = judged.by(gpu, torch.full((3, 1), 0.99, dtype=torch.float64))
+    last, left, chance = judged.by(
+        gpu, torch.full((3, 1), 0.99, dtype=torch.float64, device=DEVICE)
+    )
     assert last.tolist() == [0, 0, 0]
     assert torch.equal(left, judged.target[:, 0])
     assert chance[[0, 2]].tolist() == [[1.0], [1.0]]

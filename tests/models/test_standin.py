@@ -352,4 +352,4 @@ def test_an_unknown_name_is_refused_in_one_line(specdec, tmp_path, setting):
 def test_a_wrong_name_in_a_folder_of_options_names_those_there_are(specdec):
     code, _, error = specdec("target=standin/llama3_9b")
     assert code == 2
-    assert "standin/llama3_70b; standin/llama3_8b" in error
+    assert "standin/llama3_70b, standin/llama3_8b" in error
