@@ -6,7 +6,7 @@ import pytest
 
 from specdec.lab.prompts import Asked
 from specdec.lab.session import Decoded
-from specdec.lab.study import Study, spend
+from specdec.lab.study import NOTHING_COMPARED, Study, spend
 from specdec.lab.workshop import Way, Workshop, name_of, tree, word
 
 NEW = 5
@@ -121,7 +121,7 @@ def test_of_others_what_is_missing_is_measured_and_equals_once() -> None:
     ways["other"] = way("other", log, settings="new")
     study(entries, plain="none").one_by_one(ways)
     assert asked(log) == ["none 0", "none 1", "other 0", "other 1"]
-    assert entries["other"]["agreement"] == {"checked": 2, "identical": 2, "divergences": []}
+    assert entries["other"]["agreement"] == {**NOTHING_COMPARED, "checked": 2, "identical": 2}
 
 
 @pytest.mark.parametrize(("state", "first"), [("prompt", "one 1"), ("never", "one 0")])
