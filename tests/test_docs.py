@@ -78,6 +78,7 @@ def first_of_a_sweep(word: str) -> str:
     return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
 
 
+@pytest.mark.some(20)
 @pytest.mark.parametrize("line", commands("python -m specdec.run", "make run ARGS="))
 def test_settings_of_a_run_can_be_used(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,11 +15,11 @@ REMAKE = 'if this is meant: python -m tests.golden.{} --write "why it had to cha
 )
 def test_trace(sampling: str, batch: int, every: bool) -> None:
     """All cases at both batches take long, so each is replayed at one of them, chains and trees
-    in turn; and prompt by prompt two are enough."""
+    in turn, and not for all prompts."""
     trees = trace.TREES if sampling == "greedy" else trace.TREES[::-1]
     tree = trees[batch != 1]
     cases = [c for c in trace.CASES if f"sampling={sampling}" in c and (every or tree in c)]
-    prompts = 2 if batch == 1 and not every else trace.COUNT
+    prompts = trace.COUNT if every else 1 if batch == 1 else 3
     expected = trace.recorded(prompts)
     assert expected.keys() == set(trace.CASES), REMAKE.format("trace")
     for case, _, lines in trace.replay(cases, batch, prompts):
@@ -27,6 +27,7 @@ def test_trace(sampling: str, batch: int, every: bool) -> None:
         assert wrong is None, f"{wrong}\n{REMAKE.format('trace')}"
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("group", lengths.GROUPS)
 def test_lengths(group: str) -> None:
     expected = lengths.recorded()

@@ -301,6 +301,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         ), f"no {suffix} file of specdec/{folder} in the wheel"
 
 
+@pytest.mark.slow
 def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
     from_sdist = build(tmp_path)  # builds the sdist, and the wheel from it
     with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(from_sdist) as other:

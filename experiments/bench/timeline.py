@@ -18,7 +18,7 @@ GROUPS = {
     "attention": r"^(attention|merge|_plan|_share)_kernel",
     "layers": r"^(add_norm|rotate|gate|write_tree|quantise)_kernel",
     "rules, top tokens": r"^(_scan|_law|_greedy|judge|race|rest|_prepare|_traverse|_divisor"
-    r"|_merge|_uniforms)_kernel",
+    r"|_merge|_uniforms|process|note)_kernel",
     "trees": r"^(tree_structure|_extend|_best|_compact)_kernel",
     "cache": r"^commit_path_kernel",
     "copies": r"^mem(cpy|set)",

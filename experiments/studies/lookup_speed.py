@@ -185,7 +185,8 @@ class Options:
 
 
 def work(options: Options) -> None:
-    target = SimpleNamespace(tokenizer=load_tokenizer(options.tokenizer))
+    tokenizer = load_tokenizer(options.tokenizer)
+    target = SimpleNamespace(tokenizer=tokenizer, vocab_size=len(tokenizer))
     with tempfile.TemporaryDirectory() as temporary, Progress() as progress:
         folder = options.store or Path(temporary) / "store"
         if (folder / METADATA).exists():

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from specdec.decode import Decoder
-from specdec.models.generation import processors_of
 from specdec.processors import Processors
 from specdec.protocols import AcceptanceRule, Drafter, Loaded, TreePolicy, Verifier
 from specdec.request import Capacity
@@ -74,6 +73,8 @@ class Method:
         Raises:
             ValueError: the model asks for what cannot be done.
         """
+        from specdec.models.generation import processors_of  # benches do without transformers
+
         config = target.model.generation_config
         return processors_of(config, self.sampling, ends=stop_tokens, vocab=target.vocab_size)
 

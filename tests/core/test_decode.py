@@ -167,7 +167,7 @@ SAMPLED: list[tuple[AcceptanceRule, Children]] = [
 ]
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("tree", ["chain", "dynamic"])
 @pytest.mark.parametrize(
     ("rule", "children"), SAMPLED, ids=[f"{rule.name}-{children}" for rule, children in SAMPLED]

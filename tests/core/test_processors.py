@@ -102,6 +102,7 @@ def obeyed(settings: dict[str, Any], sampling: SamplingParams = GREEDY) -> Proce
     return processors_of(GenerationConfig(**settings), sampling, ends=[END], vocab=VOCABULARY)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_outputs_are_those_of_generate(
     models: tuple[Any, Path], target: PagedLM, name: str

@@ -52,7 +52,7 @@ PAIRS = [(name, tree) for name, tree in zip(LOSSLESS, itertools.cycle(options("t
 PAIRS += [("small_llama", tree) for tree in options("tree")]
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("batch_size", [4])
 @pytest.mark.parametrize(("drafter", "tree"), dict.fromkeys(PAIRS))
 def test_drafters_and_trees_equal_the_baseline(
@@ -79,7 +79,7 @@ RULED = [(name, "auto") for name in options("drafter")]
 RULED += [("small_llama", rule) for rule in options("acceptance")]
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("drafter", "rule"), dict.fromkeys(RULED))
 def test_every_rule_samples_reproducibly(specdec, tmp_path, needed, drafter, rule):
     lossy = ["acceptance.allow_lossy=true"] if rule in LOSSY else []
@@ -139,6 +139,7 @@ def test_a_grid_verifies_what_is_lossless_and_refuses_the_rest(specdec, tmp_path
     assert refused.count("acceptance=typical") >= 3  # a reason, and the runs it is the reason for
 
 
+@pytest.mark.slow
 def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
     prompts, model = tmp_path / "prompts.jsonl", tiny("llama", num_hidden_layers=2)
     prompts.write_text('{"text": "w3 w1 w4 w1"}\n')
@@ -311,6 +312,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.some(30)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_in_one_line_that_names_it(specdec, tmp_path, mistake):
     typed = mistake.split()

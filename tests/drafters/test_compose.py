@@ -106,7 +106,7 @@ def test_a_cascade_asks_the_model_where_no_match_is_long_enough(target: PagedLM)
         assert sum(kept for _, kept in step.sources[0].values()) == step.accepted[0]
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("mode", ["union", "cascade", "bandit"])
 @pytest.mark.parametrize("children", ["top_k", "sample"])
 def test_rows_of_a_batch_draft_as_if_alone(target: PagedLM, mode: str, children: str) -> None:
@@ -170,6 +170,7 @@ def test_a_model_that_waits_reads_what_others_have_drafted(target: PagedLM) -> N
         assert mixed[text] == alone[text]
 
 
+@pytest.mark.slow
 def test_in_a_union_a_long_match_counts_more(target: PagedLM) -> None:
     tree = Chain(budget=2)
     weights = []
@@ -370,6 +371,7 @@ def test_a_bandit_learns_from_times_that_are_of_one_part_alone(
         assert cost == costs[part] if costs else 0 < cost < 10
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("parts", [("small_llama", "early_exit"), ("token_recycling", "ngram")])
 def test_any_drafters_make_a_union(target: PagedLM, parts: tuple[str, str]) -> None:
     tree = Dynamic(budget=8)

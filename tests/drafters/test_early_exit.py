@@ -43,7 +43,7 @@ def outputs(decoder: Decoder, target: PagedLM) -> list[list[int]]:
     return outputs_of(decoder, [target.tokenizer(text).input_ids for text in TEXTS], NEW)
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("exit_layer", [1, 2, 5])
 @pytest.mark.parametrize(
     "tree",
@@ -81,6 +81,7 @@ def test_a_verified_node_costs_each_layer_once(
     assert (dropped > 0) == isinstance(tree, Dynamic)  # candidates drafted on, but not kept
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("depth", [None, 2])
 def test_resumed_logits_are_those_of_a_whole_pass(
     depth: int | None, monkeypatch: pytest.MonkeyPatch

@@ -154,7 +154,7 @@ TREES: dict[str, TreePolicy] = {
 }
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("tree", TREES)
 def test_greedy_outputs_are_those_of_the_target(
@@ -171,6 +171,7 @@ def test_greedy_outputs_are_those_of_the_target(
     assert accepted_length(done) > 1.5
 
 
+@pytest.mark.slow
 def test_it_drafts_nearly_as_well_as_with_the_same_tokenizer(
     target: PagedLM, drafts: dict[int, str], prompts: list[list[int]]
 ) -> None:
@@ -183,6 +184,7 @@ def test_it_drafts_nearly_as_well_as_with_the_same_tokenizer(
     assert length[3000] > 2
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_with_the_same_tokenizer_it_is_small_llama(
     target: PagedLM, prompts: list[list[int]], temperature: float
@@ -347,6 +349,7 @@ def decode_many(lm: PagedLM, drafter: Drafter, tree: TreePolicy, count: int) -> 
     return outputs(done)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("context", [16, 32])
 def test_a_text_beyond_the_drafts_context_stays_lossless(
     target: PagedLM,

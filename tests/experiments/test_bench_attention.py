@@ -15,16 +15,11 @@ from torch import Tensor
 from specdec.experiments.bench import attention as kernel_attention
 from specdec.experiments.bench import clock as gpu_clock
 from specdec.experiments.bench import peers
-from specdec.experiments.bench.cases import (
-    TREE_DEPTH,
-    Case,
-    Shape,
-    ancestors_of,
-    random_parents,
-)
+from specdec.experiments.bench.cases import Case, Shape, ancestors_of
 from specdec.experiments.bench.clock import GraphClock
 from specdec.experiments.bench.peers import Contender
 from specdec.kernels import reference
+from specdec.tree import RANDOM_DEPTH, random_parents
 from tests.experiments.benched import DEVICE, ScriptedClock, small_case
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -133,7 +128,7 @@ def test_trees_are_as_deep_as_they_should_be() -> None:
             assert path[-1] == 0
             assert sorted(path) == seen[node].nonzero()[:, 0].tolist()
         deepest.append(int(seen.sum(-1).max()) - 1)
-    assert deepest[-1] == TREE_DEPTH
+    assert deepest[-1] == RANDOM_DEPTH
 
 
 def test_pages_hold_context_and_tree() -> None:

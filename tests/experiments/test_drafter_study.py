@@ -63,6 +63,7 @@ def test_grids_keep_budgets_and_lose_nothing(grid: str, temperature: float) -> N
     assert {name for name, _, _ in found} == wanted
 
 
+@pytest.mark.slow
 def test_from_prompts_to_tables(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def test_a_fault_is_noted_without_figures() -> None:
     assert entry == {"fault": "RuntimeError: out of luck"}
 
 
+@pytest.mark.slow
 def test_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

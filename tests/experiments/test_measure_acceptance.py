@@ -191,6 +191,7 @@ def test_a_draft_like_the_target_is_always_accepted() -> None:
     np.testing.assert_allclose(watch.estimate().rates, [[1.0], [1.0]], atol=1e-4)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[5]], ids=lambda case: case.name)
 def test_cut_steps_lose_nothing(
     case: Case, tiny: dict[str, transformers.LlamaForCausalLM]
@@ -335,6 +336,7 @@ def predictions(*more: str) -> list[float]:
     return [check(bench, entry, widths)["relative_error"] for widths in TREES]
 
 
+@pytest.mark.slow
 def test_yields_are_predicted() -> None:
     """At temperature 0 nothing but the positions where steps begin differs from tree to tree."""
     settings = ["prompts=5", "tokens=24", "ranks=4", "depth=3", "expand=2"]

@@ -70,6 +70,7 @@ def test_that_fails():
 """
 
 
+@pytest.mark.slow
 def test_survivors_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

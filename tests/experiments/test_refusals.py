@@ -8,7 +8,7 @@ import pytest
 
 REFUSED = {
     "tools.contract": "nothing to check: choose drafter=, tree=, acceptance=",
-    "tools.contract drafter=unheard_of": "Could not find 'drafter/unheard_of'",
+    "tools.contract drafter=unheard_of": "drafter=unheard_of: no such option",
     "tools.calibrate batches=0": "batches=[0]: must be greater than or equal to 1",
     "tools.measure_acceptance out=x temperatures=[]": "temperatures=0: children are the most",
     "tools.measure_acceptance out=x drafter=ngram prompts=1": "prompts=1: does not say how much",

@@ -121,6 +121,7 @@ def check(case: Case, rule: str, temperature: float, support: int | None = None)
 RULES = ("greedy", "target_only", "recursive_rejection")
 
 
+@pytest.mark.some(2)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("repeats", [False, True], ids=["sample", "with_replacement"])
 @pytest.mark.parametrize("rule", RULES)
@@ -146,6 +147,7 @@ def test_the_kernel_keeps_what_the_papers_keep(rule: str, repeats: bool) -> None
     assert {0, 1, 2} <= set(lengths)
 
 
+@pytest.mark.some(1)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("repeats", [False, True], ids=["sample", "with_replacement"])
 @pytest.mark.parametrize("rule", ["target_only", "recursive_rejection"])
@@ -163,7 +165,7 @@ def test_many_siblings_are_rejected_one_after_the_other(rule: str, repeats: bool
     assert 3 < lengths.count(1) < 29
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(4)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("sizes", "vocab", "support", "bushy"),

@@ -251,7 +251,7 @@ def trees(batch: int, heads: int, rows: int, dim: int, dtype: torch.dtype) -> li
     return list(memory[..., :dim].transpose(2, 3))
 
 
-@pytest.mark.some(16)
+@pytest.mark.some(8)
 @both
 @types
 @one_part

@@ -21,7 +21,7 @@ from tests.kernels.attention_cases import (
 from tests.kernels.memory import DEVICE
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, None])
 @pytest.mark.parametrize("view", ["tree", "later chain"])
 @each_dtype
@@ -140,7 +140,7 @@ SHARING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("splits", [None, 2])
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("group", [1, 8] if ON_GPU else [1])

@@ -88,6 +88,7 @@ def expected_tokens(rest: Rest, step: int) -> tuple[list[int], bool]:
     return tokens.tolist(), bool((clear | (rest.length == 0)).all())
 
 
+@pytest.mark.some(2)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("vocab", "support", "dtype", "everything"),

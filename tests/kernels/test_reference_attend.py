@@ -146,6 +146,7 @@ def test_float32_is_computed_in_float32_and_float64_in_float64() -> None:
     assert case.run().dtype == torch.float64
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("part", ["query", "keys"])
 def test_without_scores_the_output_is_the_mean_of_what_is_visible(part: str) -> None:
     case = random_case(**RAGGED, seed=10)
@@ -257,6 +258,7 @@ def test_scratch_rows_that_no_query_sees_may_hold_anything(batch: int) -> None:
     torch.testing.assert_close(dirty.run(), part.run(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("sinks", [None, torch.zeros(4)], ids=["plain", "sinks"])
 def test_a_query_that_sees_nothing_gives_zeros(batch: int, sinks: Tensor | None) -> None:

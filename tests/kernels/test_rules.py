@@ -33,6 +33,7 @@ from tests.kernels.cases import DEVICE, Case, context_for, keys_at, random_case
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
 
 
+@pytest.mark.some(3)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     "params",
@@ -96,6 +97,7 @@ class Guesses(HostDrafter):
             yield [(last + i + k) % 12 for k in range(levels)], 1.0 + i
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rule", [TargetOnly(), RecursiveRejection()], ids=lambda rule: rule.name)
 def test_the_loop_gives_the_same_with_and_without_kernels(
@@ -156,6 +158,7 @@ def rows_that_differ(found: Acceptance, expected: Acceptance, tree: TokenTree) -
     return int((differ & (tree.size > 0)).sum())
 
 
+@pytest.mark.some(4)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     "params",

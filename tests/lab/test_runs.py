@@ -158,6 +158,7 @@ def die(tokens):
 """
 
 
+@pytest.mark.slow
 def test_the_settings_of_a_run_that_was_killed_are_there(tmp_path: Path):
     (tmp_path / "killed_drafter.py").write_text(KILLED)
     command = [

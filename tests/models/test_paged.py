@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_model_s_own_attention(kind: str) -> None:
 INTERPRETED = ("deepseek_v3", "gemma2", "gpt_oss")
 
 
-@pytest.mark.some(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ACCEPTED if DEVICE.type == "cuda" else INTERPRETED)
 def test_triton_gives_the_logits_of_the_model_s_own_attention(kind: str) -> None:
     model = tiny(kind, **ACCEPTED[kind]).to(DEVICE)

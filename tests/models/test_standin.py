@@ -143,6 +143,7 @@ def expected(small: Any) -> list[list[int]]:
 # --- the same function
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("fit", FITS)
 @torch.no_grad()
 def test_logits_are_those_of_the_small_model(fit: str, small: Any, tokens: Tensor) -> None:
@@ -166,6 +167,7 @@ def test_bfloat16_rounds_no_worse_than_the_small_model(small: Any, tokens: Tenso
     assert mine <= 2 * theirs
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("layers", [6, 7, 12, 32])
 def test_leaving_early_leaves_the_small_model_early(
     layers: int, small: Any, tokens: Tensor
@@ -202,10 +204,12 @@ def test_padded_tokens_may_come_in(large: Any) -> None:
 # --- the same tokens
 
 
+@pytest.mark.slow
 def test_generate_gives_the_same_tokens(large: Any, expected: list[list[int]]) -> None:
     assert generate(large, tokens_of()) == expected
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("direct", [True, False])
 def test_greedy_tokens_are_those_of_generate(
     direct: bool, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
@@ -253,12 +257,14 @@ def test_pairs_sample_tokens_that_there_are(path: str, draft: str) -> None:
         assert max(output) < SMALL_VOCABULARY
 
 
+@pytest.mark.slow
 def test_the_160m_shape_gives_the_tokens_of_zoo_draft() -> None:
     prompts = tokens_of()
     target = load_model("standin:llama_160m")
     assert decode(target, NoDrafter(), new_tokens=12) == generate(zoo("draft"), prompts, 12)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_160m_shape_runs_in_bfloat16(tokens: Tensor) -> None:
     model = build("llama_160m", "draft", dtype=torch.bfloat16)

@@ -109,7 +109,7 @@ def test_another_architecture_is_refused(tmp_path: Path, kind: str, settings: An
 
 
 def test_what_has_no_room_is_refused_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdec.models.placement.os.sysconf", lambda name: 1000)
+    monkeypatch.setattr("specdec.models.standin.free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="GiB does not fit the") as refusal:
         standin(zoo_path("draft"), "llama_160m", device="cpu", dtype=torch.float32)
     assert "\n" not in str(refusal.value)

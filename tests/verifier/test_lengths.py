@@ -109,6 +109,7 @@ def test_block_verification_of_chains_keeps_all_that_can_be_kept(depth: int) -> 
         assert max(gains) > 0.05
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("shape", [(3,), (2, 1), (1, 2), (2, 2), (2, 1, 1)], ids=str)
 @pytest.mark.parametrize("children", DRAWN)
 def test_order_of_the_rules_for_trees(shape: tuple[int, ...], children: Children) -> None:

@@ -100,7 +100,7 @@ WARM = SamplingParams(temperature=1.0, seed=7)
 NUCLEUS = SamplingParams(temperature=1.0, top_p=0.8, seed=8)
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(
     ("rule", "tree", "params", "count"),
     [

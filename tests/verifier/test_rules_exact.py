@@ -181,6 +181,7 @@ def test_lossless_under_sampling_parameters(rule: CoinRule, params: SamplingPara
         assert distance(law, extend_law({(): 1.0}, expected, 2)) < 1e-9
 
 
+@pytest.mark.some(5)
 @pytest.mark.parametrize("children", ["top_k", "sample"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_temperature_zero_gives_the_argmax_path(rule: CoinRule, children: str) -> None:

@@ -136,7 +136,7 @@ def specdec(monkeypatch: pytest.MonkeyPatch, load_once: None) -> Callable[..., i
     return call
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("tree", NEW)
 def test_trees_of_the_command_line_equal_the_baseline(
     specdec: Callable[..., int], tmp_path: Path, tree: str
