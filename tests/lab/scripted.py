@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import BatchEncoding, GenerationConfig
 
+from specdec.cache import KVShape
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.flight import Step
@@ -105,6 +106,8 @@ def experiment() -> Experiment:
         check_tokens=lambda *_: None,
         max_context=200,
         device=torch.device("cpu"),
+        dtype=torch.float32,
+        kv_shape=KVShape(layers=1, kv_heads=1, key_dim=1, value_dim=1),
         kernels=SimpleNamespace(impl="reference"),
     )
     method = Method(

@@ -72,7 +72,7 @@ def test_defaults_are_left_out_of_the_command_and_free_words_are_one_option() ->
         (["t", "tokens=few"], "tokens=few: must be a valid integer"),
         (["t", "tokens=99"], "tokens=99: must be greater than or equal to 100"),
         (["t", "tokens=1.5"], "tokens=1.5: must be a valid integer"),
-        (["t", "tokens=true"], "tokens=True: must be a valid integer"),
+        (["t", "tokens=true"], "tokens=true: must be a valid integer"),
         (["t", "device=tpu"], "device=tpu: must be 'cpu' or 'cuda'"),
         (["t", "batches=[1,x]"], "batches=[1, 'x']: must be a valid integer"),
         (["t", "batches=[1"], "batches=[1: not YAML; put it in quotes"),
