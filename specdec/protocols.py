@@ -88,7 +88,7 @@ class DraftError(RuntimeError):
         )
 
 
-class LogitsError(RuntimeError):
+class LogitsError(ValueError):
     """The target's logits make no distribution, as `specdec.sampling.sound` has it.
 
     Args:
