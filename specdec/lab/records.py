@@ -8,23 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Annotated, Any, TextIO
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from specdec.flight import Step
 
 Record = dict[str, Any]
 
 
-class Line(BaseModel):
-    """What a line must have; it may have more."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class GenerationLine(Line):
-    """Of generations.jsonl."""
+class GenerationLine(BaseModel):
+    """What a line of generations.jsonl must have; it may have more."""
 
     request: int
     prompt: int
@@ -42,22 +36,16 @@ class GenerationLine(Line):
     accepted_lengths: list[int] = []
 
 
-class StepLine(Line):
-    """Of steps.jsonl."""
+def _even(step: Step) -> Step:
+    lists = step.requests, step.nodes, step.depths, step.accepted, step.tokens
+    if len({len(values) for values in lists}) > 1:
+        raise ValueError("its lists have different lengths")
+    return step
 
-    requests: list[int]
-    nodes: list[int]
-    depths: list[int]
-    accepted: list[int]
-    tokens: list[int]
-    seconds: dict[str, float]
 
-    @model_validator(mode="after")
-    def _even(self) -> Self:
-        lists = self.requests, self.nodes, self.depths, self.accepted, self.tokens
-        if len({len(values) for values in lists}) > 1:
-            raise ValueError("its lists have different lengths")
-        return self
+Kind = TypeAdapter[Any]  # of the lines of a file
+GENERATIONS: Kind = TypeAdapter(GenerationLine)
+STEPS: Kind = TypeAdapter(Annotated[Step, AfterValidator(_even)])
 
 
 def step_record(step: Step) -> Record:
@@ -91,7 +79,7 @@ class RecordFile:
     Its methods raise ValueError if the file cannot be written, a disk being full.
     """
 
-    def __init__(self, path: Path, kind: type[Line]) -> None:
+    def __init__(self, path: Path, kind: Kind) -> None:
         self.path, self.kind = path, kind
         self.records: list[Record] = []
         self._file: TextIO | None = None
@@ -133,7 +121,7 @@ class RecordFile:
                 file.close()
 
 
-def _read_lines(path: Path, kind: type[Line]) -> list[Record]:
+def _read_lines(path: Path, kind: Kind) -> list[Record]:
     """The complete lines of the file. A last line that a crash has cut off is dropped, and so are
     zeros, which some file systems leave in place of what they had not written yet."""
     lines = path.read_bytes().rstrip(b"\0").split(b"\n")
@@ -143,7 +131,7 @@ def _read_lines(path: Path, kind: type[Line]) -> list[Record]:
             continue
         try:
             record = json.loads(line)
-            kind.model_validate(record)
+            kind.validate_json(line, strict=True)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}: line {number} is no record, {_reason(error)}; delete it, and its text "

@@ -23,10 +23,10 @@ import yaml
 
 from specdec.lab.lock import Lock
 from specdec.lab.records import (
-    GenerationLine,
+    GENERATIONS,
+    STEPS,
     Record,
     RecordFile,
-    StepLine,
     replace_file,
     to_json,
     writing,
@@ -43,8 +43,8 @@ class Side:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.generations = RecordFile(folder / "generations.jsonl", GenerationLine)
-        self.steps = RecordFile(folder / "steps.jsonl", StepLine)
+        self.generations = RecordFile(folder / "generations.jsonl", GENERATIONS)
+        self.steps = RecordFile(folder / "steps.jsonl", STEPS)
         self.files = self.generations, self.steps
 
     def read(self) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
-from specdec.lab.records import Line, RecordFile, to_json
+from specdec.lab.records import RecordFile, to_json
 from specdec.lab.runs import RunFolder
 from specdec.observation import Observation
 from specdec.protocols import AcceptanceRule, DraftError, LogitsError, StepContext
@@ -163,7 +164,7 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     value = {"a": [1.5, math.nan, (math.inf, "NaN")], "b": {"c": -math.inf}, "d": None}
     expected = {"a": [1.5, None, [None, "NaN"]], "b": {"c": None}, "d": None}
     assert json.loads(to_json(value)) == expected
-    file = RecordFile(tmp_path / "r.jsonl", Line)
+    file = RecordFile(tmp_path / "r.jsonl", TypeAdapter(dict))
     file.append(value)
     file.close()
     file.read()
