@@ -11,7 +11,13 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config
 from specdec.models.standin import named_shape, standin
-from specdec.models.weights import check_files, check_finite, check_report, folder_of
+from specdec.models.weights import (
+    BrokenFilesError,
+    check_files,
+    check_finite,
+    check_report,
+    folder_of,
+)
 
 CPU = Placement()
 
@@ -86,9 +92,9 @@ def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
     except UnsupportedError as reason:
         kind = (config.architectures or [config.model_type])[0]
         raise ValueError(f"{name}: {kind} cannot run over the paged cache: {reason}") from None
+    except BrokenFilesError:
+        raise
     except Exception as error:  # of any class: a configuration can hold anything
-        if str(error).startswith(f"{name}: "):
-            raise
         first = _first_line(error)
         raise ValueError(f"{name}: cannot be loaded as a causal LM: {first}") from error
     return model, tokenizer
@@ -103,7 +109,7 @@ def _tokenizer(where: str, name: str) -> Any:
         if set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
             return tokenizer
         reason = "they hold no tokens"
-    raise ValueError(
+    raise BrokenFilesError(
         f"{name}: cannot be loaded as a causal LM: its files make no tokenizer; put its "
         f"tokenizer.json beside the weights ({reason})"
     )

@@ -33,6 +33,10 @@ NO_MODEL = {  # how files begin that came instead of a model's
 AGAIN = "download it again"
 
 
+class BrokenFilesError(ValueError):
+    """What is wrong with files of a model, in one line that names setting and file."""
+
+
 def folder_of(where: str) -> Path | None:
     """Where the files of a model lie, given its folder or hub id; None if nothing of it is here.
 
@@ -61,10 +65,12 @@ def check_files(folder: Path, name: str, *, complete: bool) -> None:
             if file.suffix == ".json":
                 found = _read_object(file, name)
                 if file.name == INDEX and not {"metadata", "weight_map"} <= found.keys():
-                    raise ValueError(f"{name}: {INDEX} has no metadata or weight_map; {AGAIN}")
+                    raise BrokenFilesError(
+                        f"{name}: {INDEX} has no metadata or weight_map; {AGAIN}"
+                    )
     files = weight_files(folder)
     if complete and not files and any(folder.glob("*.bin")):
-        raise ValueError(
+        raise BrokenFilesError(
             f"{name}: its weights are pickles (*.bin), which are not read; save them as "
             f"{WEIGHTS}, by save_pretrained of transformers"
         )
@@ -73,7 +79,7 @@ def check_files(folder: Path, name: str, *, complete: bool) -> None:
             _check_kind(file, name)
             _tensors_in(file, name)
         elif complete:
-            raise ValueError(
+            raise BrokenFilesError(
                 f"{name}: {file.name} is missing, which {INDEX} names; download it as well"
             )
 
@@ -105,23 +111,23 @@ def check_report(report: Mapping[str, Any], folder: Path | None, name: str) -> N
     mend = "config.json and weights must be of one model: download both again"
     if shapes:
         key, there, wanted = shapes[0]
-        raise ValueError(
+        raise BrokenFilesError(
             f"{name}: {_file_of(key, folder)} holds {key} with shape {list(there)}, and "
             f"config.json asks for {list(wanted)}{_more(shapes)}; {mend}"
         )
     if missing:
         instead = f", but {unknown[0]}{_more(unknown)} instead" if unknown else ""
-        raise ValueError(
+        raise BrokenFilesError(
             f"{name}: {_file_of(missing[0], folder)} has no {missing[0]}{_more(missing)}, which "
             f"config.json asks for{instead}; {mend}"
         )
     if unknown:
-        raise ValueError(
+        raise BrokenFilesError(
             f"{name}: {_file_of(unknown[0], folder)} holds {unknown[0]}{_more(unknown)}, for "
             f"which config.json has no place; {mend}"
         )
     if errors:
-        raise ValueError(f"{name}: {' '.join(str(errors[0]).split())}; {mend}")
+        raise BrokenFilesError(f"{name}: {' '.join(str(errors[0]).split())}; {mend}")
 
 
 @torch.no_grad()
@@ -144,7 +150,7 @@ def check_finite(model: Any, folder: Path | None, name: str) -> None:
     if bool(wrong.any()):
         keys = [key for key, tensor in tensors.items() if tensor.numel()]
         bad = [key for key, no in zip(keys, wrong.tolist(), strict=True) if no]
-        raise ValueError(
+        raise BrokenFilesError(
             f"{name}: {_file_of(bad[0], folder)} gives {bad[0]}{_more(bad)} values that are NaN "
             f"or infinite in {str(tensors[bad[0]].dtype).removeprefix('torch.')}; take other "
             f"weights, or another dtype if they are finite there"
@@ -157,12 +163,12 @@ def _check_kind(file: Path, name: str) -> None:
         with file.open("rb") as opened:
             head = opened.read(64).lower()
     except OSError as error:
-        raise ValueError(f"{name}: {file.name} cannot be read: {error.strerror}") from None
+        raise BrokenFilesError(f"{name}: {file.name} cannot be read: {error.strerror}") from None
     if not head:
-        raise ValueError(f"{name}: {file.name} is empty; {AGAIN}")
+        raise BrokenFilesError(f"{name}: {file.name} is empty; {AGAIN}")
     for beginning, reason in NO_MODEL.items():
         if head.lstrip().startswith(beginning):
-            raise ValueError(f"{name}: {file.name} {reason}")
+            raise BrokenFilesError(f"{name}: {file.name} {reason}")
 
 
 def _read_object(file: Path, name: str) -> dict[str, Any]:
@@ -170,9 +176,9 @@ def _read_object(file: Path, name: str) -> dict[str, Any]:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name}: {file.name} is not JSON ({reason}); {AGAIN}") from None
+        raise BrokenFilesError(f"{name}: {file.name} is not JSON ({reason}); {AGAIN}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{name}: {file.name} is JSON, but no object; {AGAIN}")
+        raise BrokenFilesError(f"{name}: {file.name} is JSON, but no object; {AGAIN}")
     return found
 
 
@@ -183,14 +189,13 @@ def _tensors_in(file: Path, name: str) -> list[str]:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise BrokenFilesError(
             f"{name}: {file.name} is cut or no safetensors file ({reason}); {AGAIN}"
         ) from None
 
 
 def _file_of(key: str, folder: Path | None) -> str:
-    """The file that holds a tensor, or should: the one with its neighbours' names unknown, the
-    index of all of them."""
+    """The file that holds a tensor; of one that none holds the only file, or the index of all."""
     files = [] if folder is None else [file for file in weight_files(folder) if file.exists()]
     for file in files:
         if key in _tensors_in(file, file.name):
