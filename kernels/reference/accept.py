@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.layout import TargetLaw
-from specdec.kernels.reference.draft import LEAST, SMALL, uniforms
+from specdec.kernels.reference.draft import LEAST, over, uniforms
 
 
 def target_law(
@@ -22,13 +22,9 @@ def target_law(
         entropy: whether it is wanted.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    top = wide.amax(-1)
-    if temperature >= SMALL:
-        weights = (wide / temperature - (top / temperature)[..., None]).exp()
-    else:
-        temperature = max(temperature, LEAST)
-        weights = ((wide - top[..., None]) / temperature).exp()
-    total = weights.sum(-1)
+    scores, top = over(wide, temperature), wide.amax(-1)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    total, temperature = weights.sum(-1), max(temperature, LEAST)
     if not entropy:
         return TargetLaw(top, total, temperature)
     probs = weights / total[..., None]
