@@ -138,7 +138,7 @@ class Flight:
         step: dict[str, list[Any]] = {name: [] for name in names}
         parts = self.results.parts(len(self.sequences))[:5]
         rows = zip(self.sequences, *(part.tolist() for part in parts), strict=True)
-        for sequence, (length, size, *_), parents, path, new, source in rows:
+        for sequence, (length, size, _), parents, path, new, source in rows:
             if sequence.finish_reason:
                 continue
             finish(sequence, new[:length])

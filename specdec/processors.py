@@ -89,7 +89,7 @@ class Processors:
             return scores
         for token, amount in self.bias.items():
             scores[:, token] += amount
-        known = torch.zeros_like(scores[0], dtype=torch.bool)
+        earliest, known = self._earliest, torch.zeros_like(scores[0], dtype=torch.bool)
         known[[*prompt_ids, *output_ids[:start]]] = True
         for new, row in enumerate(scores, start):
             if new > start:
@@ -98,7 +98,7 @@ class Processors:
                 row < 0, row * self.repetition_penalty, row / self.repetition_penalty
             )
             row.copy_(penalised.where(known, row))
-            for token, (least_new, least) in self._earliest.items():
+            for token, (least_new, least) in earliest.items():
                 if new < least_new or len(prompt_ids) + new < least:
                     row[token] = -torch.inf
         return scores

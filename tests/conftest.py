@@ -10,8 +10,9 @@ from collections import defaultdict
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for subprocesses
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
-# Costs measured by tests are none of the machine's.
-os.environ.setdefault("SPECDEC_CACHE", tempfile.mkdtemp(prefix="specdec-costs-"))
+if "SPECDEC_CACHE" not in os.environ:  # costs measured by tests are none of the machine's
+    costs = tempfile.TemporaryDirectory(prefix="specdec-costs-")
+    os.environ["SPECDEC_CACHE"] = costs.name
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -249,18 +249,8 @@ def _run(options: Options, mutants: Sequence[Mutant], report: Any) -> None:
     settings.register_profile("mutate", database=None, deadline=None, derandomize=True)
     settings.load_profile("mutate")
     plan = Plan(options, mutants, report)
-    words = [
-        "-q",
-        "-W",
-        "ignore",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:faulthandler",
-    ]
-    pytest.main([*words, *map(str, options.tests)], plugins=[plan])
+    off = [f"-pno:{plugin}" for plugin in ("cacheprovider", "xdist", "faulthandler")]
+    pytest.main(["-q", "-Wignore", *off, *map(str, options.tests)], plugins=[plan])
     if plan.fault:
         raise plan.fault
 

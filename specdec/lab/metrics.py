@@ -121,10 +121,10 @@ def _by_prompt(
         prompts[generation["request"]] = generation["prompt"]
         tokens[generation["prompt"]] += generation["tokens"]
     for step in steps:
-        for request in step["requests"]:
+        total, requests = sum(step["seconds"].values()), step["requests"]
+        for request in requests:
             if request in prompts:
-                share = sum(step["seconds"].values()) / len(step["requests"])
-                seconds[prompts[request]] += share
+                seconds[prompts[request]] += total / len(requests)
     return tokens, seconds
 
 

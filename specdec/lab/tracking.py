@@ -70,9 +70,7 @@ class Careful:
             if "wandb" in sys.modules:
                 import wandb
 
-                with suppress(
-                    Exception
-                ):  # its process may be dead, which it would tell at the end
+                with suppress(Exception):  # its dead process would be told of at the end
                     wandb.teardown(1)
 
 
