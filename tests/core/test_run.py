@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from specdec import run as command
-from specdec.models.load import zoo_path
+from specdec.models.load import Models, zoo_path
 from tests.models.tiny import disturbed, save, tiny
 from tests.running import QUICK, ROOT, SHARED, lines, outputs, summary_of
 
@@ -164,7 +164,7 @@ def test_triton_decodes_what_the_reference_decodes(specdec, tmp_path):
 
 def test_triton_is_refused_where_it_cannot_run(specdec, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(command.Models, "load", None)  # before any model is loaded
+    monkeypatch.setattr(Models, "load", None)  # before any model is loaded
     for where, reason in {
         "device=cpu": "device=cpu is none",
         "dtype=float64": "has no kernels for float64",
