@@ -1,4 +1,4 @@
-"""What a comparison of finished runs amounts to, as the table, CSV, JSON and the report show it."""
+"""What a comparison of runs amounts to, as the table, CSV, JSON and the report show it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

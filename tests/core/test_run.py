@@ -8,7 +8,6 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from specdec import run as command
 from specdec.models.load import Models, zoo_path
 from tests.models.tiny import disturbed, save, tiny
 from tests.running import QUICK, ROOT, SHARED, lines, outputs, summary_of
