@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from specdec.reasons import first_line
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Graphs:
         except RuntimeError as error:  # something in the model waits for the device
             self.enabled = False
             self._captured.clear()  # what was captured leaves no trace in Python objects
-            self.obstacle = str(error).strip().splitlines()[0]
+            self.obstacle = first_line(error)
             log.warning("steps run without CUDA graphs: %s", self.obstacle)
             torch.cuda.synchronize()
             return None

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from specdec.reasons import first_line
+
 DATA = Path(__file__).parent / "data"
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ def load_table(
     except KeyError as error:
         raise ValueError(f"{start}: is no such table, it has no {error}; {mend}") from None
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{start}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{start}: {first_line(error)}") from None
 
 
 def _located(path: str, packaged: str | None) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.decode import Decoder
-from specdec.lab.prompts import Prompt, encode
+from specdec.lab.prompts import Prompt, encode, prompt_hash
 from specdec.lab.records import Record
 from specdec.request import Decoding, Request
 
@@ -173,6 +173,7 @@ class Conversations:
             "id": conversation.prompt.id,
             "category": conversation.prompt.category,
             "prompt_ids": list(request.prompt_ids),
+            "prompt_hash": prompt_hash(request.prompt_ids),
             "output_ids": output,
             "text": _writable(self.tokenizer.decode(said, skip_special_tokens=True)),
             "finish_reason": reason,

@@ -4,7 +4,7 @@ compared.
 Built by `run.py` from settings, or by hand from Python.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class Experiment:
         stop_strings: texts that do; None for those of the target's own generation settings.
         chat: when a chat template is applied: auto, always or never.
         label: what the summary calls the target.
+        too_long: how many prompts of the set were `skipped` and `truncated`.
 
     Raises:
         ValueError: a setting out of range, a prompt that does not fit the target, or a target that
@@ -66,6 +67,7 @@ class Experiment:
     stop_strings: Sequence[str] | None = None
     chat: str = "auto"
     label: str = ""
+    too_long: Mapping[str, int] = field(default_factory=dict)
     capacity: Capacity = field(init=False)
     processors: Processors = field(init=False)
     _ends: StopStrings | None = field(init=False)
@@ -107,7 +109,7 @@ class Experiment:
             if len(ids) >= context:
                 raise ValueError(
                     f"prompt {prompt.id!r}: {len(ids)} tokens leave no room in the context of "
-                    f"{context}; shorten it, or leave it out with prompts.limit"
+                    f"{context}; use prompts.too_long=skip or truncate, or shorten it"
                 )
             later, new = len(prompt.turns) - 1, prompt.max_new_tokens or self.max_new_tokens
             if later:
@@ -275,6 +277,7 @@ class Experiment:
             "generation_config": self._own,
             "batch_size": self.batch_size,
             "samples": self.samples,
+            "too_long": {"skipped": 0, "truncated": 0, **self.too_long},
             **summarise(mine, main.steps.records),
             **dict.fromkeys(MARKS, False),
             **self.method.marks,

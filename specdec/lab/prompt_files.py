@@ -1,26 +1,31 @@
 """Files and data sets of prompts: the records they hold, each with its place."""
 
-import json
-from collections.abc import Iterator, Mapping
+import gzip
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from specdec.lab.prompt_records import DIALOGUES, TEXT_FIELDS
+from specdec.lab.prompt_formats import READERS, TABLES, Placed
+from specdec.reasons import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 BUILT_IN = Path(__file__).parents[1] / "data" / "prompts.jsonl"
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+PACKED = ".gz"  # may follow the name of every file of text
+FILE_SUFFIXES = (*READERS, ".parquet")
 # What a file may begin with, and the encoding that it tells; UTF-8 without one.
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 UTF8 = "utf-8-sig"  # with a mark or without
-Placed = tuple[str, Mapping[str, Any]]  # such as "line 3", and a record
+GZIP = b"\x1f\x8b"
 
 
-def records_of(*, path: str | None, split: str | None, name: str | None) -> Iterator[Placed]:
+def records_of(
+    *, path: str | None, split: str | None, name: str | None, field: str | None = None
+) -> Iterator[Placed]:
     """The records of a set in its order, each with its place in it; arguments as in
-    `load_prompts`.
+    `load_prompts`. (Of formats only tables need to know which field is asked for.)
 
     Raises:
         ValueError: a setting that cannot be used; a set that is missing or cannot be read, with
@@ -28,7 +33,7 @@ def records_of(*, path: str | None, split: str | None, name: str | None) -> Iter
     """
     shown = "null" if path is None else repr(path)
     source = BUILT_IN if path is None else _source(path)
-    suffix = source.suffix.lower()
+    suffix = Path(source.name.lower().removesuffix(PACKED)).suffix
     if source.is_dir() or (suffix not in FILE_SUFFIXES and not source.exists()):
         return _rows(_load(path=str(path), split=split, name=name), shown)
     for setting, value in (("split", split), ("name", name)):
@@ -39,17 +44,17 @@ def records_of(*, path: str | None, split: str | None, name: str | None) -> Iter
             )
     if not source.is_file():
         raise ValueError(f"prompts.path={shown} is not a file; check the spelling or use null")
-    if suffix not in FILE_SUFFIXES:
+    if suffix not in FILE_SUFFIXES or (suffix not in READERS and _packed(source)):
         raise ValueError(
             f"prompts.path={shown} is no kind of file that can be read; "
-            f"use one of {', '.join(FILE_SUFFIXES)}"
+            f"use one of {', '.join(FILE_SUFFIXES)}, all but the last also as {PACKED}"
         )
     # The readers below would call an empty file malformed; no records is what the caller reports.
     if source.stat().st_size == 0:
         return iter(())
     if suffix == ".parquet":
         return _rows(_load(path=str(source), split="train", name=None), shown)
-    return _readable(_json_lines(source) if suffix == ".jsonl" else _json(source), shown)
+    return _read(source, suffix, shown, field)
 
 
 def _source(path: str) -> Path:
@@ -70,109 +75,49 @@ def _source(path: str) -> Path:
     return source
 
 
-def _readable(records: Iterator[Placed], shown: str) -> Iterator[Placed]:
-    """The records of a file, or why they cannot be read on."""
+def _read(source: Path, suffix: str, shown: str, field: str | None) -> Iterator[Placed]:
+    """The records of a file of text, or why they cannot be read on."""
+    place = "its beginning"
     try:
-        yield from records
-    except OSError as error:
-        raise ValueError(f"prompts.path={shown} cannot be read ({first_line(error)})") from error
+        with _opened(source, shown, lines=suffix not in TABLES) as file:
+            for place, record in READERS[suffix](file, shown, field):
+                yield place, record
     except UnicodeError as error:
         raise ValueError(
             f"prompts.path={shown} is not in the encoding that its first bytes tell "
             f"({first_line(error)}); save it as UTF-8"
         ) from error
-
-
-def _encoding(source: Path) -> str:
-    with source.open("rb") as file:
-        return MARKS.get(file.read(2), UTF8)
-
-
-def _json_lines(source: Path) -> Iterator[Placed]:
-    shown = repr(str(source))
-    # Bytes that are no text pass as lone surrogates, so that they are reported with their line.
-    with source.open(encoding=_encoding(source), errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            record = _parsed(line, f"prompts.path={shown}: line {number}", "one record per line")
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"prompts.path={shown}: line {number} is a JSON {type(record).__name__}; "
-                    "write one object with named fields per line"
-                )
-            yield f"line {number}", record
-
-
-def _json(source: Path) -> Iterator[Placed]:
-    """A list of objects or texts, an object that holds one list of objects, or one record; or
-    JSON lines under another name."""
-    text = source.read_text(encoding=_encoding(source), errors="surrogateescape")
-    shown = repr(str(source))
-    if not text.strip():
-        return
-    try:
-        content = _parsed(text, f"prompts.path={shown}", "a list of records")
-    except ValueError:
-        first = next(line for line in text.splitlines() if line.strip())
-        if not isinstance(_or_none(first), dict):
-            raise
-        yield from _json_lines(source)
-        return
-    if isinstance(content, dict):
-        content = _inside(content, shown)
-    if not isinstance(content, list):
+    except (EOFError, zlib.error) as error:
         raise ValueError(
-            f"prompts.path={shown} is a JSON {type(content).__name__}; write a list of records"
-        )
-    for number, record in enumerate(content, start=1):
-        if isinstance(record, str):
-            record = {"text": record}
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"prompts.path={shown}: record {number} is a JSON {type(record).__name__}; write "
-                "objects with named fields"
-            )
-        yield f"record {number}", record
-
-
-def _inside(content: dict[str, Any], shown: str) -> list[Any]:
-    """The records that an object holds, or is."""
-    lists = [v for v in content.values() if isinstance(v, list) and v]
-    wrapped = [v for v in lists if all(isinstance(record, dict) for record in v)]
-    if len(wrapped) == 1 and content.keys().isdisjoint(TEXT_FIELDS):
-        return wrapped[0]
-    columns = all(isinstance(value, list | dict) for value in content.values())
-    if columns and content.keys().isdisjoint(DIALOGUES):
-        raise ValueError(
-            f"prompts.path={shown} is one object of columns; write a list with an object for each "
-            "prompt"
-        )
-    return [content]
-
-
-def _parsed(text: str, where: str, wanted: str) -> Any:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        byte = ord(text[error.start]) & 0xFF
-        raise ValueError(
-            f"{where} is not UTF-8 (byte 0x{byte:02x} at character {error.start + 1}); "
-            "save the file as UTF-8"
+            f"prompts.path={shown} is cut off or damaged behind {place} ({first_line(error)}); "
+            "pack it anew"
         ) from error
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"prompts.path={shown} cannot be read ({first_line(error)})") from error
+
+
+def _packed(source: Path) -> bool:
+    return source.suffix.lower() == PACKED
+
+
+def _opened(source: Path, shown: str, *, lines: bool) -> TextIO:
+    """A file of text; with `lines`, all ends of lines are the same in it."""
+    opener: Any = gzip.open if _packed(source) else open
+    with opener(source, "rb") as file:
+        head = file.read(2)
+    if head == GZIP:
         raise ValueError(
-            f"{where} is not JSON that can be read ({first_line(error)}); write {wanted}"
-        ) from error
-
-
-def _or_none(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+            f"prompts.path={shown} is packed by gzip; let its name end in {PACKED}"
+            f"{' once' if _packed(source) else ''}"
+        )
+    opened: TextIO = opener(
+        source,
+        "rt",
+        encoding=MARKS.get(head, UTF8),
+        errors="surrogateescape",
+        newline=None if lines else "",
+    )
+    return opened
 
 
 def _rows(rows: "Dataset", shown: str) -> Iterator[Placed]:
@@ -235,7 +180,3 @@ def _load(*, path: str, split: str | None, name: str | None) -> "Dataset":
             f"prompts.path={path!r}; use one of {', '.join(loaded)}"
         )
     return loaded[chosen]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no message").splitlines()[0]

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from specdec.lab.selection import Label
+
 ID_FIELDS = ("question_id", "task_id", "prompt_id", "id")
 DIALOGUES = ("turns", "messages", "conversations", "conversation")  # JSON as text, in some sets
 TEXT_FIELDS = (*DIALOGUES, "prompt", "question", "instruction", "text")
@@ -30,7 +32,12 @@ ROLES = {
     "bard": "assistant",
     "model": "assistant",
     "observation": "tool",
+    "function": "tool",
+    "function_call": "assistant",
 }
+TEXT_PARTS = ("text", "input_text", "output_text")
+# What SPEED-Bench's published files have where other sets' texts belong.
+UNPREPARED = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
 Message = dict[str, Any]
 
 
@@ -48,6 +55,7 @@ class Prompt:
         tools: descriptions of functions, for the chat template.
         max_new_tokens: of each turn, where the record says so.
         unused: fields of the record that are no part of the prompt.
+        keep: of a plain text that is too long, so many of its last tokens are asked.
     """
 
     index: int
@@ -60,6 +68,15 @@ class Prompt:
     tools: tuple[Mapping[str, Any], ...] = ()
     max_new_tokens: int | None = None
     unused: tuple[str, ...] = ()
+    keep: int | None = None
+
+
+def label_of(record: Mapping[str, Any], index: int) -> Label:
+    """What a record is selected by: its own name, else its place, and its category."""
+    names = (record.get(key) for key in ID_FIELDS)
+    name = next((str(one) for one in names if one is not None), str(index))
+    category = record.get("category")
+    return Label(name, None if category is None else str(category))
 
 
 def read_record(
@@ -77,7 +94,7 @@ def read_record(
     """
     # `datasets` fills the fields that a record lacks with None.
     present = {key: value for key, value in record.items() if value is not None}
-    name = next((str(present[key]) for key in ID_FIELDS if key in present), str(index))
+    name, category = label_of(present, index)
     where = f"prompts.path={shown}: {place} (id {name!r})"
     key = _find_field(present) if field is None else field
     fields = ", ".join(map(_shown, present)) or "none"
@@ -88,17 +105,21 @@ def read_record(
         )
     if key not in present:
         raise ValueError(f"prompts.field={key!r} is not in {where}; use one of: {fields}")
-    category = present.get("category")
     named = where if field is None else f"prompts.field={field!r} of {where}"
     reader = _Reader(present, key, named=field is not None, where=named)
     prompt = Prompt(
         index=index,
         id=name,
-        category=None if category is None else str(category),
+        category=category,
         **reader.read(),
     )
     if not all(turn.strip() for turn in prompt.turns):
         raise ValueError(f"{where}: {key} is blank; remove the record or give it a text")
+    if any(UNPREPARED in turn for turn in prompt.turns):
+        raise ValueError(
+            f"{where}: {key} is SPEED-Bench's placeholder, not the text; prepare the set with its "
+            "own prepare script, and give the file that it writes"
+        )
     said = [name, prompt.category, prompt.turns, prompt.messages, prompt.after, prompt.tools]
     try:
         json.dumps(said, ensure_ascii=False, default=str).encode("utf-8")
@@ -243,6 +264,14 @@ class _Reader:
             content = "\n".join(
                 self._part(part, f"{name}.content[{i}]") for i, part in enumerate(content)
             )
+        if role == "function_call":  # as LLaMA-Factory has it: the call as JSON in place of a text
+            message, content = {**message, "function_call": self._unpacked(str(content))}, None
+        if (called := message.pop("function_call", None)) is not None:  # before there were tools
+            called = called if isinstance(called, list) else [called]
+            if not all(isinstance(one, dict) for one in called):
+                mend = "write an object with name and arguments"
+                self._refuse(name, "is no call of a function", mend)
+            message["tool_calls"] = [{"type": "function", "function": one} for one in called]
         calls = message.get("tool_calls")
         if content is None and calls:
             content = ""
@@ -254,7 +283,8 @@ class _Reader:
 
     def _part(self, part: Any, name: str) -> str:
         text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
+        other = isinstance(part, dict) and part.get("type", "text") not in TEXT_PARTS
+        if other or not isinstance(text, str):
             kind = part.get("type", "object") if isinstance(part, dict) else _kind(part)
             self._refuse(name, f"is no text ({kind!r})", "leave the record out")
         return text

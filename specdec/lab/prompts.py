@@ -1,14 +1,17 @@
 """Prompt sets: read them from files or data sets, and encode them for a model."""
 
+import hashlib
+import json
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from specdec.lab.prompt_files import records_of
-from specdec.lab.prompt_records import Message, read_record
+from specdec.lab.prompt_records import Message, label_of, read_record
 from specdec.lab.prompt_records import Prompt as Prompt
+from specdec.lab.selection import Names, Selection
 from specdec.lab.templates import templated
 
 if TYPE_CHECKING:
@@ -36,35 +39,50 @@ def load_prompts(
     limit: int | None,
     split: str | None = None,
     name: str | None = None,
+    category: Names | None = None,
+    ids: Names | None = None,
+    per_category: int | None = None,
+    turns: int | None = None,
+    shuffle: int | None = None,
 ) -> list[Prompt]:
-    """The prompts of a set in its order, at least one.
+    """The prompts of a set that are selected, at least one. (Long by its settings.)
 
     Args:
-        path: None for the built-in set; a `.jsonl`, `.json` or `.parquet` file; a folder; or the
-            id of a data set that the `datasets` library can load.
+        path: None for the built-in set; a file of one of `FILE_SUFFIXES`; a folder; or the id of
+            a data set that the `datasets` library can load.
         field: what holds the prompt: a string is raw text, a list a conversation's turns or
             messages. None takes the first of `TEXT_FIELDS` that a record has, a list in `prompt`
             before all but `turns`.
-        limit: the first so many; None for all.
         split: of a data set; None takes `test`, else the only one there is.
         name: configuration of a data set that has several.
+        turns: of each conversation, the first so many.
+        limit, category, ids, per_category, shuffle: as in `Selection`; what is not selected is not
+            looked into.
 
     Raises:
         ValueError: a setting that cannot be used, a set that is missing, empty or cannot be
-            loaded, or a record without a prompt.
+            loaded, a category or an id that it does not have, or a record without a prompt.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"prompts.limit={limit} must be at least 1; use null to read all")
-    shown = "null" if path is None else repr(path)
-    records = records_of(path=path, split=split, name=name)
-    prompts = [
-        read_record(record, index=index, field=field, shown=shown, place=place)
-        for index, (place, record) in enumerate(
-            islice(records, None if limit is None else min(limit, sys.maxsize))
+    selection = Selection(
+        category=category, ids=ids, per_category=per_category, shuffle=shuffle, limit=limit
+    )
+    if turns is not None and turns < 1:
+        raise ValueError(f"prompts.turns={turns} must be at least 1; use null to ask all")
+    shown, most = "null" if path is None else repr(path), selection.beginning
+    records = list(
+        islice(
+            records_of(path=path, split=split, name=name, field=field),
+            None if most is None else min(most, sys.maxsize),
         )
-    ]
-    if not prompts:
+    )
+    if not records:
         raise ValueError(f"prompts.path={shown} holds no records; give a set with at least one")
+    labels = [label_of(record, index) for index, (_, record) in enumerate(records)]
+    prompts = []
+    for index in selection.places(labels, shown):
+        place, record = records[index]
+        prompt = read_record(record, index=index, field=field, shown=shown, place=place)
+        prompts.append(replace(prompt, turns=prompt.turns[:turns]))
     return prompts
 
 
@@ -92,22 +110,29 @@ def ask(
     found: dict[str, list[Asked]] = {}
     number = 0
     for name, path in paths.items():
-        prompts = load_prompts(path=path, field=None, limit=None)
-        step = max(1, len(prompts) // limit) if take == "spread" else 1
         by_category = take == "by_category" and name in CATEGORIES
-        most = max(1, limit // CATEGORIES[name]) if by_category else limit
+        each = max(1, limit // CATEGORIES[name]) if by_category else None
+        first = limit if take == "first" or (take == "by_category" and not by_category) else None
+        prompts = load_prompts(path=path, field=None, limit=first, per_category=each)
+        if take == "spread":
+            prompts = prompts[:: max(1, len(prompts) // limit)][:limit]
         known = {one.category for asked in found.values() for one in asked}
-        counts: Counter[str] = Counter()
         found[name] = []
-        for prompt in prompts[::step]:
+        for prompt in prompts:
             group = (prompt.category if by_category else None) or name
-            counts[group] += 1
-            if counts[group] > most or (by_category and group in known):
+            if by_category and group in known:
                 continue
             tokens = encode(tokenizer, prompt, chat=chat)
             found[name].append(Asked(number, f"{group}/{prompt.id}", tokens, prompt.category))
             number += 1
     return found
+
+
+def prompt_hash(ids: Sequence[int]) -> str:
+    """16 hex digits of the SHA-256 of a prompt's tokens, as JSON without spaces: equal where the
+    same was asked."""
+    text = json.dumps(list(ids), separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def encode(
@@ -132,21 +157,39 @@ def encode(
             f"answers holds {len(answers)} texts but prompt {prompt.id!r} has "
             f"{len(prompt.turns)} turns; give fewer answers than turns"
         )
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat == "always" and not has_template:
+    if chat == "always" and not has_template(tokenizer):
         raise ValueError(
             "prompts.chat='always' needs a tokenizer with a chat template, and this one has none; "
             "use auto or never"
         )
 
-    told = chat == "always" or (chat == "auto" and has_template and prompt.conversation)
-    ids = (_templated if told else _joined)(tokenizer, prompt, _dialogue(prompt, answers), chat)
+    by_template = told_by_template(tokenizer, prompt, chat)
+    encoded = _templated if by_template else _joined
+    ids = encoded(tokenizer, prompt, _dialogue(prompt, answers), chat)
+    if prompt.keep is not None:
+        ids = _last(ids, prompt.keep, tokenizer)
     if not ids:
         raise ValueError(
             f"prompts.chat={chat!r}: prompt {prompt.id!r} encodes to no tokens with this "
             "tokenizer; remove the prompt or use another tokenizer"
         )
     return ids
+
+
+def has_template(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def told_by_template(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, chat: str) -> bool:
+    """Whether the prompt goes through the chat template; `chat` as in `encode`."""
+    return chat == "always" or (chat == "auto" and has_template(tokenizer) and prompt.conversation)
+
+
+def _last(ids: list[int], count: int, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """So many last tokens, those included that a tokenizer puts before every text."""
+    special = set(tokenizer.all_special_ids)
+    before = list(takewhile(special.__contains__, ids))[: count - 1]
+    return [*before, *ids[len(before) :][len(before) - count :]] if len(ids) > count else ids
 
 
 def _templated(

@@ -18,6 +18,7 @@ from specdec.lab.build import (
 )
 from specdec.lab.experiment import Experiment, stop_tokens
 from specdec.lab.fingerprints import contents_of, digest
+from specdec.lab.lengths import TOO_LONG, fitted
 from specdec.lab.method import mark_of
 from specdec.lab.options import nearest
 from specdec.lab.prompts import CHAT_MODES, load_prompts, unused_fields
@@ -99,6 +100,16 @@ def _experiment(
     for line in without_effect(settings, method, models.placement.kernels.impl, words):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     target = models.load(path, setting="target.path")
+    fit = fitted(
+        asked.pop("prompts"),
+        target.tokenizer,
+        context=target.max_context,
+        max_new_tokens=general.max_new_tokens,
+        chat=asked["chat"],
+        too_long=asked.pop("too_long"),
+    )
+    if fit.told:
+        console.print(fit.told, soft_wrap=True, markup=False, highlight=False)
     method.load(target, models)
     return Experiment(
         target=target,
@@ -110,23 +121,27 @@ def _experiment(
         stop_tokens=stop_tokens(target, ignore_eos=general.ignore_eos),
         stop_strings=general.stop_strings,
         label=path,
+        prompts=fit.prompts,
+        too_long={"skipped": fit.skipped, "truncated": fit.truncated},
         **asked,
     )
 
 
 def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> dict[str, Any]:
-    """What is decoded: prompts, samples of each, and whether a chat template is applied."""
-    kinds = {**get_type_hints(load_prompts), "chat": str, "samples": int}
+    """What is decoded: prompts, samples of each, whether a chat template is applied, and what
+    becomes of prompts that are too long."""
+    kinds = {**get_type_hints(load_prompts), "chat": str, "samples": int, "too_long": str}
     source: dict[str, Any] = {"path": None, "field": None, "limit": None}
-    source |= {"chat": "auto", "samples": 1}
+    source |= {"chat": "auto", "samples": 1, "too_long": "refuse"}
     for name, value in settings["prompts"].items():
         if name not in kinds:
             near = nearest(f"prompts.{name}", (f"prompts.{one}" for one in kinds))
             raise ValueError(f"prompts.{name}={shown(value)}: there is no such setting{near}")
         source[name] = typed(f"prompts.{name}", value, kinds[name])
-    chat, samples = source.pop("chat"), source.pop("samples")
-    if chat not in CHAT_MODES:
-        raise ValueError(f"prompts.chat={chat}: must be one of {', '.join(CHAT_MODES)}")
+    chat, samples, too_long = (source.pop(name) for name in ("chat", "samples", "too_long"))
+    for name, value, known in (("chat", chat, CHAT_MODES), ("too_long", too_long, TOO_LONG)):
+        if value not in known:
+            raise ValueError(f"prompts.{name}={value}: must be one of {', '.join(known)}")
     if samples < 1:
         raise ValueError(f"prompts.samples={samples}: must be at least 1")
     if samples > 1 and sampling.greedy:
@@ -144,4 +159,4 @@ def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> di
     if unused:
         said = f"fields of the prompts that are not used: {', '.join(unused)}"
         console.print(said, soft_wrap=True, markup=False)
-    return {"prompts": prompts, "samples": samples, "chat": chat}
+    return {"prompts": prompts, "samples": samples, "chat": chat, "too_long": too_long}

@@ -4,17 +4,30 @@ A template is a program that came with the model: it may fail in any way, want c
 or leave out what its model was not trained on.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from specdec.lab.prompt_files import first_line
 from specdec.lab.prompt_records import Message
+from specdec.reasons import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Tools = Sequence[Mapping[str, Any]]
+# What templates leave out of dialogues of a shape, by tokenizer: found once, not for every text.
+_known: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, str | None]]" = WeakKeyDictionary()
+
+
+def template_hash(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """16 hex digits of the SHA-256 of the chat template, or of all by name; None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def templated(
@@ -85,7 +98,17 @@ def _left_out(
     }
     named = [_named(tool, f"tool{i}of") for i, tool in enumerate(tools)]
     wanted |= {f"tool{i}of": f"tool {i}" for i in range(len(tools))}
-    text = _rendered(tokenizer, marked, named, form)
+    shape = json.dumps(
+        [template_hash(tokenizer), form.__name__, marked, named], sort_keys=True, default=repr
+    )
+    found = _known.setdefault(tokenizer, {})
+    if shape not in found:
+        found[shape] = _first_missing(_rendered(tokenizer, marked, named, form), wanted, form)
+    return found[shape]
+
+
+def _first_missing(text: str, wanted: Mapping[str, str], form: Callable[[str], Any]) -> str | None:
+    """What the first mark stands for that a text does not have."""
     for mark, said in wanted.items():
         content = form(mark)
         raw = not isinstance(content, str) and (

@@ -18,6 +18,7 @@ from specdec.models.weights import (
     check_report,
     folder_of,
 )
+from specdec.reasons import first_line
 
 CPU = Placement()
 
@@ -95,7 +96,7 @@ def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
     except BrokenFilesError:
         raise
     except Exception as error:  # of any class: a configuration can hold anything
-        first = _first_line(error)
+        first = _reason(error)
         raise ValueError(f"{name}: cannot be loaded as a causal LM: {first}") from error
     return model, tokenizer
 
@@ -104,7 +105,7 @@ def _tokenizer(where: str, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:  # of any class, as above
-        reason = _first_line(error)
+        reason = _reason(error)
     else:
         if set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
             return tokenizer
@@ -115,8 +116,8 @@ def _tokenizer(where: str, name: str) -> Any:
     )
 
 
-def _first_line(error: Exception) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0]
+def _reason(error: Exception) -> str:
+    first = first_line(error)
     said = isinstance(error, OSError | ValueError)  # others say little without their class
     return first if said else f"{type(error).__name__}: {first}"
 

@@ -14,6 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from specdec.reasons import first_line
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEXTS = (
     "config.json",
@@ -175,7 +177,7 @@ def _read_object(file: Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise BrokenFilesError(f"{name}: {file.name} is not JSON ({reason}); {AGAIN}") from None
     if not isinstance(found, dict):
         raise BrokenFilesError(f"{name}: {file.name} is JSON, but no object; {AGAIN}")
@@ -188,7 +190,7 @@ def _tensors_in(file: Path, name: str) -> list[str]:
         with safe_open(file, "pt") as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise BrokenFilesError(
             f"{name}: {file.name} is cut or no safetensors file ({reason}); {AGAIN}"
         ) from None

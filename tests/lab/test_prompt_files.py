@@ -1,5 +1,6 @@
 """Files and data sets of prompts: every kind that is read, and every refusal."""
 
+import gzip
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -65,6 +66,13 @@ READ: dict[str, tuple[str, bytes, list[str]]] = {
         ["Hi", "a"],
     ),
     "spread": (".json", json.dumps([HI], indent=1).encode("utf-16"), ["Hi"]),
+    "another name": (".ndjson", f"{GOOD}\n".encode(), ["Hi"]),
+    "packed lines": (
+        ".jsonl.gz",
+        gzip.compress(f"{GOOD}\r\n{GOOD}".encode("utf-16")),
+        ["Hi", "Hi"],
+    ),
+    "packed list": (".JSON.GZ", gzip.compress(b'["Hi"]'), ["Hi"]),
     "lines": (".json", f"{GOOD}\n{GOOD}\n".encode(), ["Hi", "Hi"]),
     "one record": (".json", GOOD.encode(), ["Hi"]),
     "one dialogue": (".json", json.dumps({"messages": [USER]}).encode(), ["Hi"]),
@@ -98,9 +106,17 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "a number": (".json", b"1", "is a JSON int"),
     "columns": (".json", b'{"text": ["Hi", "Bye"]}', "is one object of columns"),
     "columns by number": (".json", b'{"text": {"0": "Hi"}}', "is one object of columns"),
-    "packed": (".jsonl.gz", b"\x1f\x8b", "no kind of file that can be read; use one of .jsonl"),
-    "table": (".csv", b"text\nHi\n", "no kind of file that can be read; use one of .jsonl"),
-    "packed all the same": (".jsonl", b"\x1f\x8b\x08\x00", "line 1 is not UTF-8"),
+    "a sheet": (".xlsx", b"PK\x03\x04", "no kind of file that can be read; use one of .jsonl"),
+    "a packed column store": (".parquet.gz", b"PAR1", "all but the last also as .gz"),
+    "packed all the same": (".jsonl", b"\x1f\x8b\x08\x00", "let its name end in .gz"),
+    "packed twice": (
+        ".jsonl.gz",
+        gzip.compress(gzip.compress(b"{}")),
+        "let its name end in .gz once",
+    ),
+    "not packed": (".jsonl.gz", GOOD.encode(), "Not a gzipped file"),
+    "begun to be packed": (".jsonl.gz", b"\x1f\x8b", "cut off or damaged behind its beginning"),
+    "packed latin-1": (".json.gz", gzip.compress(b'["caf\xe9"]'), "is not UTF-8 (byte 0xe9"),
 }
 
 
@@ -178,7 +194,7 @@ def test_missing_and_empty_files(tmp_path: Path, suffix: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path, write: Write) -> None:
-    assert "no kind of file" in refusal(lambda: load(write({"text": "a"}, name="set.txt")))
+    assert "no kind of file" in refusal(lambda: load(write({"text": "a"}, name="set.md")))
     broken = tmp_path / "set.parquet"
     broken.write_bytes(b"not parquet")
     assert "check the file" in refusal(lambda: load(str(broken)))

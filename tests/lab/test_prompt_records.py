@@ -101,6 +101,7 @@ def shared(*texts: str) -> list[dict[str, Any]]:
 
 CALL = {"id": "1", "type": "function", "function": {"name": "w", "arguments": '{"a": 1}'}}
 CALLED = {**CALL, "function": {"name": "w", "arguments": {"a": 1}}}
+ASKED = {"type": "function", "function": CALLED["function"]}
 RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "1"}
 WEATHER = [user("Weather?"), {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT]
 TOLD = [user("Weather?"), answer("", tool_calls=[CALLED]), RESULT]
@@ -129,6 +130,54 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[str], list[s
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, "Ho"]}]},
         [user("Hi\nHo")],
         [],
+        [],
+    ),
+    "function call": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Weather?"},
+                {"from": "function_call", "value": '{"name": "w", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "sunny"},
+            ],
+            "tools": "[]",
+        },
+        [user("Weather?"), answer("", tool_calls=[ASKED]), {"role": "tool", "content": "sunny"}],
+        [],
+        [],
+    ),
+    "call of a function": (
+        {
+            "messages": [
+                user("Weather?"),
+                {"role": "assistant", "content": None, "function_call": CALL["function"]},
+                {"role": "function", "name": "w", "content": "sunny"},
+            ],
+        },
+        [
+            user("Weather?"),
+            answer("", tool_calls=[ASKED]),
+            {"role": "tool", "name": "w", "content": "sunny"},
+        ],
+        [],
+        [],
+    ),
+    "SPEED-Bench": (
+        {
+            "question_id": "a" * 32,
+            "category": "rag",
+            "sub_category": None,
+            "src_id": "1",
+            "multiturn": True,
+            "turns": ["Hi", "Bye"],
+        },
+        [user("Hi")],
+        ["Bye"],
+        ["src_id", "multiturn"],
+    ),
+    "SPEED-Bench as messages": (
+        {"question_id": "a" * 32, "category": "rag", "messages": [user("Hi"), user("Bye")]},
+        [user("Hi")],
+        ["Bye"],
         [],
     ),
     "tool call": ({"messages": [*WEATHER, user("Thanks")]}, [*TOLD, user("Thanks")], [], []),
@@ -368,6 +417,30 @@ def test_field_names_the_prompt(write: Write) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             None,
             "messages[0].content[0] is no text ('image_url')",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}]},
+            None,
+            "messages[0].content[0] is no text ('image')",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "function_call", "value": "f()"},
+                ]
+            },
+            None,
+            "conversations[1] is no call of a function; write an object",
+        ),
+        (
+            {
+                "turns": [
+                    "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
+                ]
+            },
+            None,
+            "turns is SPEED-Bench's placeholder, not the text; prepare the set",
         ),
         (
             {"messages": [{"role": "assistant", "content": "a"}]},

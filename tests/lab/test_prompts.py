@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from specdec.lab.prompts import Prompt, encode
+from specdec.lab.prompts import Prompt, encode, prompt_hash
+from specdec.lab.templates import template_hash
 from tests.lab.asking import load, refusal
 
 ZOO_TARGET = Path(__file__).parents[2] / "specdec" / "zoo" / "target"
@@ -204,6 +205,53 @@ def test_tools_are_told_by_a_template_that_can(plain_tokenizer: PreTrainedTokeni
         assert message.endswith("use another model, or remove the prompt")
     message = refusal(lambda: encode(plain_tokenizer, asked, chat="never"))
     assert "prompt 'p' has tools" in message
+
+
+@needs_zoo
+def test_what_a_template_leaves_out_is_asked_once_for_dialogues_of_a_shape(
+    plain_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[str] = []
+    original = type(plain_tokenizer).apply_chat_template
+
+    def counted(self: Any, messages: Any, **options: Any) -> Any:
+        rendered.append(messages[-1]["content"])
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(type(plain_tokenizer), "apply_chat_template", counted)
+    plain_tokenizer.chat_template = IN_TEXTS
+    for text in ("a", "b", "c"):
+        encode(plain_tokenizer, make(text), chat="auto")
+    assert rendered == ["a", "mark0of", "b", "c"]
+    encode(plain_tokenizer, make("a", system="x"), chat="auto")
+    assert rendered[4:] == ["a", "mark1of"]
+    # Another template is another question.
+    plain_tokenizer.chat_template = "{{ messages[0].content }}"
+    assert "message 1" in refusal(
+        lambda: encode(plain_tokenizer, make("a", system="x"), chat="auto")
+    )
+
+
+@needs_zoo
+def test_hashes(tokenizer: PreTrainedTokenizerBase) -> None:
+    # By `printf %s '[1,22,3]' | sha256sum` and the like.
+    assert prompt_hash([1, 22, 3]) == "fe994f1d9f359140"
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "a {{ b }}"
+        assert template_hash(tokenizer) == "efe80ad491deb091"
+        tokenizer.chat_template = {"default": "a", "tools": "b"}
+        both = template_hash(tokenizer)
+        tokenizer.chat_template = {"tools": "b", "default": "a"}
+        assert template_hash(tokenizer) == both != template_hash_of(tokenizer, "a")
+        assert template_hash_of(tokenizer, None) is None
+    finally:
+        tokenizer.chat_template = own
+
+
+def template_hash_of(tokenizer: PreTrainedTokenizerBase, template: Any) -> str | None:
+    tokenizer.chat_template = template
+    return template_hash(tokenizer)
 
 
 def test_built_in_set() -> None:
