@@ -107,12 +107,13 @@ def read_record(
         raise ValueError(f"prompts.field={key!r} is not in {where}; use one of: {fields}")
     named = where if field is None else f"prompts.field={field!r} of {where}"
     reader = _Reader(present, key, named=field is not None, where=named)
-    prompt = Prompt(
-        index=index,
-        id=name,
-        category=category,
-        **reader.read(),
-    )
+    prompt = Prompt(index=index, id=name, category=category, **reader.read())
+    _check_texts(prompt, key, where)
+    return prompt
+
+
+def _check_texts(prompt: Prompt, key: str, where: str) -> None:
+    """Raise ValueError for a text that is blank, stands in place of another, or is none."""
     if not all(turn.strip() for turn in prompt.turns):
         raise ValueError(f"{where}: {key} is blank; remove the record or give it a text")
     if any(UNPREPARED in turn for turn in prompt.turns):
@@ -120,7 +121,7 @@ def read_record(
             f"{where}: {key} is SPEED-Bench's placeholder, not the text; prepare the set with its "
             "own prepare script, and give the file that it writes"
         )
-    said = [name, prompt.category, prompt.turns, prompt.messages, prompt.after, prompt.tools]
+    said = [prompt.id, prompt.category, prompt.turns, prompt.messages, prompt.after, prompt.tools]
     try:
         json.dumps(said, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -130,7 +131,6 @@ def read_record(
         ) from error
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply; remove the record") from error
-    return prompt
 
 
 def _find_field(record: Mapping[str, Any]) -> str | None:
