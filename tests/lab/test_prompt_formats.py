@@ -57,6 +57,8 @@ def test_columns_are_fields(tmp_path: Path) -> None:
     assert first.unused == ("answer",)
     assert (second.id, second.category, second.max_new_tokens) == ("1", None, None)
     assert second.turns == ("Go on",)
+    (pandas,) = load(written(tmp_path, ".csv", b",prompt\n0,Hi\n"))
+    assert pandas.unused == ("column 1",)
     named = written(tmp_path, ".tsv", b"body\tprompt\nraw\tno\n")
     assert load(named, field="body")[0].turns == ("raw",)
 
