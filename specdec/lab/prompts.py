@@ -112,7 +112,7 @@ def ask(
     for name, path in paths.items():
         by_category = take == "by_category" and name in CATEGORIES
         each = max(1, limit // CATEGORIES[name]) if by_category else None
-        first = limit if take == "first" or (take == "by_category" and not by_category) else None
+        first = None if by_category or take == "spread" else limit
         prompts = load_prompts(path=path, field=None, limit=first, per_category=each)
         if take == "spread":
             prompts = prompts[:: max(1, len(prompts) // limit)][:limit]

@@ -41,13 +41,19 @@ def test_what_leaves_no_room_for_an_answer_is_left_out(
 ) -> None:
     edge = [raw(tokenizer, tokens) for tokens in (29, 30, 31, 60)]
     brief = raw(tokenizer, 35, max_new_tokens=5)
-    long = raw(tokenizer, 5, max_new_tokens=36)
-    found = fit(tokenizer, *edge, brief, long, too_long="skip")
+    greedy = raw(tokenizer, 5, max_new_tokens=36)
+    found = fit(tokenizer, *edge, brief, greedy, too_long="skip")
     assert [prompt.index for prompt in found.prompts] == [29, 30, 35]
     assert (found.skipped, found.truncated) == (3, 0)
     assert found.told == "prompts.too_long=skip: 3 of 6 prompts skipped: 31, 60, 5"
     assert fit(tokenizer, *edge, too_long="refuse") == Fitted(prompts=edge)
     assert fit(tokenizer, *edge[:2], too_long="skip") == Fitted(prompts=edge[:2])
+    for long, names in (
+        (range(31, 36), "31, 32, 33, 34, 35"),
+        (range(31, 37), "31, 32, 33, 34, 35, ..."),
+    ):
+        prompts = [edge[0], *(raw(tokenizer, tokens) for tokens in long)]
+        assert fit(tokenizer, *prompts, too_long="skip").told.endswith(f"skipped: {names}")
     message = refusal(lambda: fit(tokenizer, edge[3], too_long="skip"))
     assert "prompts.too_long=skip leaves none of 1 prompts" in message
 
@@ -75,14 +81,17 @@ def test_what_a_tokenizer_puts_before_every_text_stays(
         chat_template = None
 
         def __call__(self, text: str) -> dict[str, list[int]]:
-            return {"input_ids": [1, *tokenizer(text).input_ids]}
+            return {"input_ids": [1, 2, *tokenizer(text).input_ids]}
 
     prompt = raw(tokenizer, 60)
     known: Any = WithBeginning()
     (cut,) = fit(known, prompt, too_long="truncate").prompts
-    assert encode(known, cut, chat="auto") == [1, *encode(tokenizer, prompt, chat="auto")[-29:]]
-    (least,) = fit(known, prompt, too_long="truncate", context=NEW + 1).prompts
-    assert len(encode(known, least, chat="auto")) == 1
+    ids = encode(tokenizer, prompt, chat="auto")
+    assert encode(known, cut, chat="auto") == [1, 2, *ids[-28:]]
+    # At least one token is the prompt's own.
+    for room, expected in ((1, ids[-1:]), (2, [1, *ids[-1:]]), (3, [1, 2, *ids[-1:]])):
+        (cut,) = fit(known, prompt, too_long="truncate", context=NEW + room).prompts
+        assert encode(known, cut, chat="auto") == expected
 
 
 def test_chat_templates_are_not_cut(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -126,6 +126,9 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     message = refusal(lambda: load(path, field="bod"))
     assert message.startswith("prompts.field='bod' is not in prompts.path=")
     assert message.endswith("use one of: prompt, body")
+    lines = written(tmp_path, ".txt", b"\nHi\n")
+    message = refusal(lambda: load(lines, field="body"))
+    assert message.endswith("line 2 (id '0'); use one of: text")
 
 
 def test_what_lies_behind_the_limit_is_not_read(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from specdec.lab.prompts import Prompt, encode, prompt_hash
+from specdec.lab.prompts import Prompt, ask, encode, prompt_hash
 from specdec.lab.templates import template_hash
-from tests.lab.asking import load, refusal
+from tests.lab.asking import Write, load, refusal
 
 ZOO_TARGET = Path(__file__).parents[2] / "specdec" / "zoo" / "target"
 
@@ -252,6 +252,38 @@ def test_hashes(tokenizer: PreTrainedTokenizerBase) -> None:
 def template_hash_of(tokenizer: PreTrainedTokenizerBase, template: Any) -> str | None:
     tokenizer.chat_template = template
     return template_hash(tokenizer)
+
+
+@needs_zoo
+def test_prompts_of_several_sets_are_numbered_through(
+    tokenizer: PreTrainedTokenizerBase, write: Write
+) -> None:
+    def written(name: str, categories: str) -> str:
+        records = [
+            {"turns": [f"{kind}{i}"], "category": kind} for i, kind in enumerate(categories)
+        ]
+        return write(*records, name=name)
+
+    paths = {
+        "mt_bench": written("mt.jsonl", "aabbab"),
+        "spec_bench": written("spec.jsonl", "bccdcccc"),
+        "other": written("other.jsonl", "eeeeeeee"),
+    }
+
+    def names(**asked: Any) -> list[str]:
+        found = [one for group in ask(tokenizer, paths, **asked).values() for one in group]
+        assert [one.id for one in found] == list(range(len(found)))
+        return [one.name for one in found]
+
+    m, s, o = paths
+    assert names(limit=2) == [f"{name}/{i}" for name in (m, s, o) for i in (0, 1)]
+    spread = {m: (0, 3), s: (0, 4), o: (0, 4)}
+    assert names(limit=2, take="spread") == [f"{k}/{i}" for k, v in spread.items() for i in v]
+    # An eighth of the limit of each category of MT-Bench; of Spec-Bench those that it has not.
+    assert names(limit=3, take="by_category") == [
+        *("a/0", "b/2", "c/1", "c/2", "d/3", "c/4"),
+        *("other/0", "other/1", "other/2"),
+    ]
 
 
 def test_built_in_set() -> None:
