@@ -10,7 +10,7 @@ def cpu_speed(result: Result) -> str:
         f"Greedy decoding of {len(result['prompts'])} built-in prompts, "
         f"{result['tokens_per_output']:.0f} tokens each, one at a time, float32, "
         f"{hardware['threads']} threads of an {hardware['cpu']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}; 95 % paired bootstrap intervals over prompts; "
+        f"transformers {versions['transformers']}; 95 % jackknife intervals over prompts; "
         f"{result['outputs_unlike_transformers_generate']} outputs differ from those of "
         f"transformers' `generate` ({source(result, 'cpu_speed')}):"
     )

@@ -82,7 +82,7 @@ def drafter_speed(result: Result) -> str:
         f"{sum(map(len, groups.values()))} prompts; models of `{settings['draft']}`, but that "
         f"`translated` drafts with a built-in model of 2.4 M parameters and another tokenizer. "
         f"Of each drafter the fastest tree of its grid; by device time of all steps, over `none` "
-        f"in the same turns, with 95 % paired bootstrap intervals over prompts, and by prompts "
+        f"in the same turns, with 95 % jackknife intervals over prompts, and by prompts "
         f"({source(result, 'drafter_speed')}). Identical: "
         f"outputs equal to those of `none`; every other one parts at a gap of logits within the "
         f'rounding bound of `specdec/lab/lossless.py` where "explained" says so:',
@@ -100,7 +100,7 @@ def drafter_speed(result: Result) -> str:
             seconds = [
                 [side["prompts"][one]["seconds"] for one in every] for side in (plain, entry)
             ]
-            gain = interval(*ratio(*seconds))
+            gain = interval(*ratio(*seconds).around)
             own = [summary(entry, plain, of)["speedup"] for of in groups.values()]
             checked = entry["agreement"]
             explained = sum(one["explained"] for one in checked["divergences"])

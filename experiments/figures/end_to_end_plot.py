@@ -50,7 +50,7 @@ def end_to_end(result: Mapping[str, Any]) -> str:
         f"the time of such a run less that of a run of one token, by the clock, which flatters "
         f"methods with few steps by up to 1 / steps; the next column, all tokens over the device "
         f"time of all steps, does not. Of each grid of trees the fastest is shown; over `none` in "
-        f"the same turns, with 95 % paired bootstrap intervals over prompts (batch 1). Identical: "
+        f"the same turns, with 95 % jackknife intervals over prompts (batch 1). Identical: "
         f"outputs equal to those of `none`, token for token; of the others, how many part at a "
         f"gap of logits within the rounding bound of `specdec/lab/lossless.py` "
         f"({source(result, 'end_to_end')}):"

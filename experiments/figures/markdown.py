@@ -21,6 +21,7 @@ def piece(about: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def interval(value: float, low: float, high: float) -> str:
+    """A figure and the ends of its interval."""
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 

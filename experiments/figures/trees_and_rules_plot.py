@@ -45,7 +45,7 @@ def chain_of(result: Entry, budget: int) -> Entry:
 
 def compared(entry: Entry, other: Entry, key: str = "steps") -> Ratio:
     """How many times fewer steps (or seconds) than another for the same tokens, with its 95 %
-    paired bootstrap interval over prompts, or over batches, whose prompts share their seconds."""
+    jackknife interval over prompts, or over batches, whose prompts share their seconds."""
     names = [name for name in other["prompts"] if name in entry["prompts"]]
     sums: dict[str, list[float]] = {"mine": [], "theirs": []}
     for _, group in groupby(names, lambda name: (key == "steps" and name, _seconds(other, name))):
@@ -79,7 +79,7 @@ def lengths(result: Entry, axis: str) -> list[str]:
     for name in names:
         word, _, rest = name.partition(" ")
         cells = (
-            interval(*accepted_length(entries[name])) if name in entries else ""
+            interval(*accepted_length(entries[name]).around) if name in entries else ""
             for entries in found.values()
         )
         rows.append([f"`{word}` {rest}".strip(), *cells])
@@ -93,7 +93,7 @@ def tree_lengths(result: Entry) -> str:
     lines = [
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, temperature 1: "
         f"{count} prompts of HumanEval and MT-Bench, {settings['tokens']} new tokens each, tokens "
-        f"over steps of all prompts with 95 % bootstrap intervals over prompts; at every budget "
+        f"over steps of all prompts with 95 % jackknife intervals over prompts; at every budget "
         f"of nodes the best setting of each policy ({source(result, 'tree_lengths')}). "
         f"{worth(result)} Policies with sampled children and recursive rejection, chains with "
         f"token-wise sampling; `cost_aware` is after speed, here that of a CPU, where nodes are "
@@ -116,7 +116,7 @@ def worth(result: Entry) -> str:
     for axis in TITLES:
         found = best(result, axis, budget)
         name = max(found, key=lambda one: pooled(found[one])["accepted_length"])
-        gain = interval(*compared(found[name], chain_of(result, budget)))
+        gain = interval(*compared(found[name], chain_of(result, budget)).around)
         said.append(f"the best {'tree' if axis == 'policy' else axis}, `{name}`, {gain}")
     return (
         f"With up to {budget} nodes the accepted length of the tuned chain with token-wise "
@@ -135,14 +135,14 @@ def tree_speed(result: Entry) -> str:
     aware = next(
         one for one in methods.values() if (one["policy"], one["axis"]) == ("cost_aware", "policy")
     )
-    against = interval(*compared(aware, top, "seconds"))
+    against = interval(*compared(aware, top, "seconds").around)
     units = "prompts" if settings["batch"] == 1 else "batches"
     file = f"tree_speed{'' if settings['batch'] == 1 else '_batch' + str(settings['batch'])}"
     about = (
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, one "
         f"{device(result)}, temperature 1, batch {settings['batch']}: "
         f"{len(plain['prompts'])} prompts, {settings['tokens']} new tokens each, all methods in "
-        f"turns, by device time of all steps, with 95 % paired bootstrap intervals over {units} "
+        f"turns, by device time of all steps, with 95 % jackknife intervals over {units} "
         f"({source(result, file)}). `cost_aware` chose its tree beforehand, "
         f"from acceptance (measured on a few of these prompts) and costs; its speed over that of "
         f"the fastest fixed tree of the grid ({_named(top)}, chosen afterwards) is {against}:"
@@ -153,7 +153,7 @@ def tree_speed(result: Entry) -> str:
     for entry in shown:
         found = pooled(entry)
         over = [
-            interval(*compared(entry, other, "seconds")) if entry is not plain else ""
+            interval(*compared(entry, other, "seconds").around) if entry is not plain else ""
             for other in (plain, chain)
         ]
         children, nodes = SHORT.get(entry.get("children", ""), ""), str(entry.get("nodes", 0))
@@ -183,7 +183,7 @@ def plot(result: Entry, path: Path, *, axis: str) -> None:
     for place, name in enumerate(names):
         shift = 1.0 + 0.05 * (place - (len(names) - 1) / 2) / len(names) * 4
         points = [
-            (budget * shift, *compared(entries[name], chain_of(result, budget)))
+            (budget * shift, *compared(entries[name], chain_of(result, budget)).around)
             for budget, entries in found.items()
             if name in entries
         ]

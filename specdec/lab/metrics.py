@@ -92,22 +92,24 @@ def summarise(generations: Sequence[Record], steps: Sequence[Record]) -> dict[st
 
 
 def speedup_interval(mine: Side, theirs: Side) -> list[float] | None:
-    """95 % interval of tokens per second of one side of a run over those of another, by a paired
-    bootstrap over the prompts that both have finished, all samples and turns of one together. A
-    step's time belongs in equal parts to the sequences it ran.
+    """95 % interval of tokens per second of one side of a run over those of another.
+
+    By the jackknife over the prompts that both have finished, all samples and turns of one
+    together. A step's time belongs in equal parts to the sequences it ran.
 
     Args:
         mine, theirs: generations and steps of each.
 
     Returns:
-        [low, high]; None of fewer than two prompts.
+        [low, high]; None of fewer than six prompts.
     """
     tokens, seconds = zip(*(_by_prompt(*side) for side in (mine, theirs)), strict=True)
     both = sorted(tokens[0].keys() & tokens[1].keys())
     columns = [[of[name] for name in both] for of in (*tokens, *seconds)]
-    if len(both) < 2 or not all(min(column) > 0 for column in columns):
+    if not both or not all(min(column) > 0 for column in columns):
         return None
-    return list(product(columns[::3], columns[1:3])[1:])
+    ends = product(columns[::3], columns[1:3]).ends
+    return None if ends is None else list(ends)
 
 
 def _by_prompt(
@@ -169,8 +171,9 @@ def figures(method: Mapping[str, Any], plain: Mapping[str, Any], part: Mapping[s
     Returns:
         By set: ms_per_token (of one sequence, by job), tokens_per_second (all jobs),
         accepted_length (pooled), step_tokens_per_second (of ours: all tokens over the device time
-        of all steps, prompts left out), speedup over `none` (all jobs) and its interval: paired
-        bootstrap over prompts at batch 1, else the least and largest of the repeats.
+        of all steps, prompts left out), speedup over `none` (all jobs) and its interval: by the
+        jackknife over prompts at batch 1 (of fewer than six the least and largest of single
+        ones), else the least and largest of the repeats.
     """
     tokens = (part["new_tokens"] - 1) * part["batch"]
     found = {}
@@ -197,7 +200,7 @@ def figures(method: Mapping[str, Any], plain: Mapping[str, Any], part: Mapping[s
         if name == "all" and steps:
             found[name]["step_tokens_per_second"] = yielded / steps
         if part["batch"] == 1:
-            found[name]["interval"] = list(ratio(theirs, mine)[1:])
+            found[name]["interval"] = list(ratio(theirs, mine).around[1:])
         else:
             repeats = by_repeat(method["runs"], plain["runs"], own)
             found[name]["interval"] = [min(repeats), max(repeats)]

@@ -1,6 +1,9 @@
 """Figures against records made by hand."""
 
-from specdec.lab.metrics import acceptance_by_depth, speedup_interval, summarise
+import pytest
+
+from specdec.lab.metrics import Side, acceptance_by_depth, speedup_interval, summarise
+from specdec.lab.statistics import product
 from tests.lab.made import generation, step
 
 
@@ -51,16 +54,18 @@ def test_sources_are_summed_where_trees_have_several():
 
 
 def test_a_speedup_has_an_interval_over_prompts():
-    """Steps of two prompts count half for each: 4 tokens in 2 s and 1 token in 1 s here, 2 tokens
-    in 2 s each there. Drawn are one of them, the other, or (in half of all cases) both."""
-    mine = (
-        [{**generation(i, [5] * n, 1), "request": i} for i, n in enumerate((4, 1))],
-        [step([0, 1], [0, 0], [0, 0], [1, 1])] * 2 + [step([0], [0], [0], [3])],
-    )
-    theirs = (
-        [{**generation(i, [5] * 2, 1), "request": i} for i in range(2)],
-        [step([0, 1], [0, 0], [0, 0], [1, 1])] * 4,
-    )
-    assert speedup_interval(mine, theirs) == [1.0, 2.0]
-    assert speedup_interval(tuple(side[:1] for side in mine), theirs) is None
+    """Steps of two prompts count half for each. Three pairs of prompts, 4 tokens in 2 s and 1
+    token in 1 s here, 2 tokens in 2 s each there."""
+    mine: Side = ([], [])
+    theirs: Side = ([], [])
+    for a in (0, 2, 4):
+        for i, n in ((a, 4), (a + 1, 1)):
+            mine[0].append({**generation(i, [5] * n, 1), "request": i})
+            theirs[0].append({**generation(i, [5] * 2, 1), "request": i})
+        mine[1].extend([step([a, a + 1], [0, 0], [0, 0], [1, 1])] * 2)
+        mine[1].append(step([a], [0], [0], [3]))
+        theirs[1].extend([step([a, a + 1], [0, 0], [0, 0], [1, 1])] * 4)
+    found = product([[4, 1] * 3, [2, 2] * 3], [[2, 1] * 3, [2, 2] * 3])
+    assert speedup_interval(mine, theirs) == pytest.approx(found.ends)
+    assert speedup_interval(tuple(side[:5] for side in mine), theirs) is None  # five prompts
     assert speedup_interval(mine, ([], [])) is None
