@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.batch import SIZES, Batch, Batches, HostTrees
-from specdec.flight import Flight, Step, Yield
+from specdec.flight import Flight, Step, Yield, to_host
 from specdec.graphs import Graphs
 from specdec.observation import Observation
 from specdec.processors import NO_PROCESSORS, Processing, Processors
@@ -31,6 +31,7 @@ from specdec.sampling import SamplingParams, uniforms
 from specdec.stop_strings import StopStrings
 from specdec.timing import Stopwatch
 from specdec.tree import Acceptance, TokenTree
+from specdec.tree_records import figures_of
 
 
 class Decoder:
@@ -54,6 +55,7 @@ class Decoder:
         stop_strings: and after the token that completes one of these; None: there are none.
         processors: what is done to the target's logits before the rule sees them. A drafter goes
             on observing what the model says itself.
+        trees: of the first so many steps of each sequence the trees are recorded.
 
     Raises:
         ValueError: a setting out of range, or trees that the drafter cannot draft.
@@ -71,9 +73,10 @@ class Decoder:
         stop_tokens: Collection[int] = (),
         stop_strings: StopStrings | None = None,
         processors: Processors = NO_PROCESSORS,
+        trees: int = 0,
     ) -> None:
         self.verifier, self.drafter, self.rule, self.sampling = verifier, drafter, rule, sampling
-        self.device, self.capacity = verifier.device, capacity
+        self.device, self.capacity, self._recorded = verifier.device, capacity, trees
         self._kernels = verifier.kernels.on(self.device)
         self.stop_tokens, self.stop_strings = frozenset(stop_tokens), stop_strings
         self._processing: Processing | None = None
@@ -94,7 +97,8 @@ class Decoder:
         # Steps queued before the last one ends: none if drafting begins with a look at its tokens.
         self._ahead = int(padded and drafter.on_device and not drafter.variants)
         self._batches = Batches(capacity.rows, self.device, padded=padded)
-        self._host_trees = HostTrees(self.device, padded=padded, proposals=rule.needs_proposal)
+        proposals = rule.needs_proposal or trees > 0
+        self._host_trees = HostTrees(self.device, padded=padded, proposals=proposals)
         self._wanted: Hashable = None  # variant of the draft, while warming up
         self._flights: deque[Flight] = deque()
         self._finished: deque[Decoding] = deque()
@@ -269,6 +273,7 @@ class Decoder:
         key = len(batch.rows), tree.nodes, tree.depth, tree.support, variant
         logits, seen = self.graphs.run("verify", key, lambda: self.verifier.verify(context, tree))
         self._stopwatch.lap("verify")
+        figures = self._figures(context, tree, logits)
         acceptance, results = self.graphs.run(
             "accept", key, lambda: self._accept(context, tree, logits, seen)
         )
@@ -283,7 +288,20 @@ class Decoder:
             results=results,
             arrived=arrived,
             laps=self._stopwatch.take(),
+            figures=figures,
+            recorded=self._recorded,
         )
+
+    def _figures(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Tensor | None:
+        """What trees are recorded with, on its way to the host; None if none of this step are.
+        Before the rule, which has processors count what it keeps."""
+        if not self._recorded or all(s.steps >= self._recorded for s in context.sequences):
+            return None
+        if self._processing is not None:
+            logits = self._processing.process(context.rows, tree, logits)
+        figures = to_host(figures_of(tree, logits, self.sampling))
+        self._stopwatch.lap("other")
+        return figures
 
     def _context(self, sequences: Sequence[Decoding], batch: Batch) -> StepContext:
         if self._kernels.LOOKS:

@@ -12,6 +12,7 @@ from specdec.protocols import StepContext
 from specdec.request import Decoding
 from specdec.timing import Laps
 from specdec.tree import Acceptance, TokenTree
+from specdec.tree_records import TreeRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,7 @@ class Step:
         seconds: time of each verb.
         sources: [B] of trees with several sources, by name: nodes drafted and nodes accepted; else
             empty.
+        trees: what is recorded of them: nothing, or those of sequences in their first steps.
     """
 
     requests: list[int]
@@ -37,6 +39,7 @@ class Step:
     tokens: list[int]
     seconds: dict[str, float]
     sources: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    trees: list[TreeRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -76,8 +79,7 @@ class Yield:
         """Itself on the host, and what to wait for until it is there; None: it is."""
         if not self.packed.is_cuda:
             return self, None
-        host = torch.empty(self.packed.shape, dtype=self.packed.dtype, pin_memory=True)
-        host.copy_(self.packed, non_blocking=True)
+        host = to_host(self.packed)
         arrived = torch.cuda.Event()
         arrived.record()
         return replace(self, packed=host), arrived
@@ -109,6 +111,9 @@ class Flight:
         context: what the drafter was given.
         results: on the host.
         arrived: None if they are there already.
+        figures: [B, N, 3] as of `figures_of`, on the host when the results are; None: no tree of
+            this step is recorded.
+        recorded: steps of each sequence whose trees are.
     """
 
     sequences: list[Decoding]
@@ -117,6 +122,8 @@ class Flight:
     results: Yield
     arrived: torch.cuda.Event | None
     laps: Laps
+    figures: Tensor | None = None
+    recorded: int = 0
 
     def wait(self) -> None:
         if self.arrived is not None:
@@ -134,13 +141,24 @@ class Flight:
         Returns:
             What a `Step` holds, without the times.
         """
-        names = ("requests", "nodes", "depths", "accepted", "tokens", "sources")
+        names = ("requests", "nodes", "depths", "accepted", "tokens", "sources", "trees")
         step: dict[str, list[Any]] = {name: [] for name in names}
         parts = self.results.parts(len(self.sequences))[:5]
         rows = zip(self.sequences, *(part.tolist() for part in parts), strict=True)
-        for sequence, (length, size, _), parents, path, new, source in rows:
+        for place, (sequence, numbers, parents, path, new, source) in enumerate(rows):
             if sequence.finish_reason:
                 continue
+            length, size, next_token = numbers
+            if self.figures is not None and sequence.steps < self.recorded:
+                record = TreeRecord.of(
+                    self.figures[place],
+                    request=sequence.request.id,
+                    step=sequence.steps,
+                    parents=parents[:size],
+                    path=path[:length],
+                    next_token=next_token,
+                )
+                step["trees"].append(record)
             finish(sequence, new[:length])
             sequence.steps += 1
             sequence.drafted += size - 1
@@ -157,6 +175,16 @@ class Flight:
                 }
             )
         return step
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, which is there when what is queued up to now is done; a tensor of the
+    host itself."""
+    if not tensor.is_cuda:
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host
 
 
 def _sums(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:

@@ -183,6 +183,17 @@ class Acceptance:
         return padded.scatter(1, last, self.next_token[:, None])
 
 
+def of_parents(tree: TokenTree, proposal: Proposal, *values: Tensor) -> list[Tensor]:
+    """[B, N] each: the entry of a node's token in [B, N, K] values of its parent; 0 where the
+    parent did not propose it, and for roots."""
+    parent = tree.parents.long().clamp(min=0)[..., None].expand(-1, -1, proposal.ids.shape[2])
+    own = (proposal.ids.gather(1, parent) == tree.tokens[..., None]) & (
+        proposal.probs.gather(1, parent) > 0
+    )
+    own = own & (tree.parents >= 0)[..., None]
+    return [(value.gather(1, parent) * own).sum(-1) for value in values]
+
+
 def random_parents(nodes: int, generator: torch.Generator) -> list[int]:
     """The parents of a tree of up to RANDOM_DEPTH levels: each node below a random earlier one."""
     parents, depths = [-1], [0]

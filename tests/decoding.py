@@ -57,6 +57,7 @@ def decoder_of(
     stop_tokens: Collection[int] = (),
     stop_strings: StopStrings | None = None,
     processors: Processors = NO_PROCESSORS,
+    trees: int = 0,
     **capacity: Any,
 ) -> Decoder:
     """A decoder over a model, for which the drafter is loaded, or over a verifier.
@@ -83,6 +84,7 @@ def decoder_of(
         stop_tokens=stop_tokens,
         stop_strings=stop_strings,
         processors=processors,
+        trees=trees,
     )
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from specdec.verifier.support import SupportRule, Trial, of_parents
+from specdec.tree import of_parents
+from specdec.verifier.support import SupportRule, Trial
 from specdec.verifier.walk import Path, at, child_counts, walk
 
 

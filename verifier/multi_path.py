@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from specdec.tree import PADDING, TokenTree
+from specdec.tree import PADDING, TokenTree, of_parents
 from specdec.verifier.block import judge_chains
-from specdec.verifier.support import SupportRule, Trial, of_parents
+from specdec.verifier.support import SupportRule, Trial
 from specdec.verifier.walk import Path, child_counts, elder_siblings, walk
 
 

@@ -137,14 +137,3 @@ def proposal_of(tree: TokenTree, rule: str, dtype: torch.dtype) -> Proposal:
         raise ValueError(f"acceptance={rule}: the tree has no draft probabilities")
     nothing = tree.tokens.new_zeros(*tree.tokens.shape, 1)  # roots have no children to judge
     return Proposal(ids=nothing, probs=nothing.to(dtype), children="sample")
-
-
-def of_parents(tree: TokenTree, proposal: Proposal, *values: Tensor) -> list[Tensor]:
-    """[B, N] each: the entry of a node's token in [B, N, K] values of its parent; 0 where the
-    parent did not propose it, and for roots."""
-    parent = tree.parents.long().clamp(min=0)[..., None].expand(-1, -1, proposal.ids.shape[2])
-    own = (proposal.ids.gather(1, parent) == tree.tokens[..., None]) & (
-        proposal.probs.gather(1, parent) > 0
-    )
-    own = own & (tree.parents >= 0)[..., None]
-    return [(value.gather(1, parent) * own).sum(-1) for value in values]

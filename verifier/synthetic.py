@@ -5,9 +5,9 @@ from torch import Tensor
 
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.sampling import ACCEPT_STREAM, SamplingParams
-from specdec.tree import Acceptance, Children, TokenTree
+from specdec.tree import Acceptance, Children, TokenTree, of_parents
 from specdec.verifier.coins import choose_after
-from specdec.verifier.support import of_parents, proposal_of
+from specdec.verifier.support import proposal_of
 from specdec.verifier.walk import one_of_siblings, walk
 
 

@@ -5,7 +5,7 @@ Built by `run.py` from settings, or by hand from Python.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from specdec.lab.lossless import verdict
 from specdec.lab.method import MARKS, Method, mark_of
 from specdec.lab.metrics import speedup_interval, summarise
 from specdec.lab.prompts import Prompt, encode
-from specdec.lab.records import Record, step_record
+from specdec.lab.records import Record, RecordSettings, step_record
 from specdec.lab.runs import SCHEMA, RunFolder, Side
 from specdec.lab.session import OurSession
 from specdec.lab.terminal import Live
@@ -49,6 +49,7 @@ class Experiment:
         chat: when a chat template is applied: auto, always or never.
         label: what the summary calls the target.
         too_long: how many prompts of the set were `skipped` and `truncated`.
+        record: what is recorded besides texts and steps.
 
     Raises:
         ValueError: a setting out of range, a prompt that does not fit the target, or a target that
@@ -68,6 +69,7 @@ class Experiment:
     chat: str = "auto"
     label: str = ""
     too_long: Mapping[str, int] = field(default_factory=dict)
+    record: RecordSettings = field(default_factory=RecordSettings)
     capacity: Capacity = field(init=False)
     processors: Processors = field(init=False)
     _ends: StopStrings | None = field(init=False)
@@ -218,7 +220,10 @@ class Experiment:
         )
         if not queue.open:
             return
-        session = OurSession(method, self.target, self.capacity, self.stop_tokens, self._ends)
+        trees = self.record.trees if method is self.method else 0  # plain ones are roots alone
+        session = OurSession(
+            method, self.target, self.capacity, self.stop_tokens, self._ends, trees
+        )
         for name, note in method.tree.notes.items():
             live.console.print(f"tree.{name}: {note}", soft_wrap=True, markup=False)
         self._warm_up(session)
@@ -239,6 +244,8 @@ class Experiment:
         decoder = session.decoder
 
         def record(step: Step) -> None:
+            for tree in step.trees:
+                side.trees.append(asdict(tree), flush=False)
             side.steps.append(step_record(step), flush=False)
             on_step(step)
             live.step(step)
@@ -247,7 +254,7 @@ class Experiment:
             for generation in queue.begin(decoder):
                 side.generations.append(generation)
             for sequence in decoder.run(on_step=record):
-                side.steps.flush()
+                side.flush()
                 for generation in queue.finish(decoder, sequence):
                     side.generations.append(generation)
                 live.finished()

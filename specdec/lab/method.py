@@ -84,16 +84,17 @@ class Method:
         capacity: Capacity,
         stop_tokens: Collection[int] = (),
         stop_strings: StopStrings | None = None,
+        trees: int = 0,
     ) -> Decoder:
         """A decoder of its own; one made before is of no use any more. The tree policy is fitted
-        before.
+        before. Arguments are those of `Decoder`.
 
         Raises:
             ValueError: as `processors`, or of the tree policy.
         """
         processors = self.processors(target, stop_tokens)
 
-        def made(tree: TreePolicy, capacity: Capacity, **stops: Any) -> Decoder:
+        def made(tree: TreePolicy, capacity: Capacity, **rest: Any) -> Decoder:
             return Decoder(
                 verifier=self.verifier(target),
                 drafter=self.drafter,
@@ -102,9 +103,9 @@ class Method:
                 sampling=self.sampling,
                 capacity=capacity,
                 processors=processors,
-                **stops,
+                **rest,
             )
 
         self.tree.fit(Loaded(target=target, drafter=self.drafter, capacity=capacity, decoder=made))
-        stops = {"stop_tokens": stop_tokens, "stop_strings": stop_strings}
-        return made(self.tree, capacity, **stops)
+        rest = {"stop_tokens": stop_tokens, "stop_strings": stop_strings, "trees": trees}
+        return made(self.tree, capacity, **rest)

@@ -6,15 +6,36 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from specdec.flight import Step
+from specdec.tree_records import TreeRecord
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordSettings:
+    """What a run records besides texts and steps.
+
+    Args:
+        trees: of the first so many steps of each text, the tree.
+        energy: what the GPU uses.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    trees: int = 0
+    energy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.trees < 0:
+            raise ValueError(f"record.trees={self.trees}: must be 0 (none) or a number of steps")
 
 
 class GenerationLine(BaseModel):
@@ -46,12 +67,15 @@ def _even(step: Step) -> Step:
 Kind = TypeAdapter[Any]  # of the lines of a file
 GENERATIONS: Kind = TypeAdapter(GenerationLine)
 STEPS: Kind = TypeAdapter(Annotated[Step, AfterValidator(_even)])
+TREES: Kind = TypeAdapter(TreeRecord)
 
 
 def step_record(step: Step) -> Record:
-    """As a line of steps.jsonl; without sources, if there are none to tell apart."""
-    record = asdict(step)
-    return record if any(step.sources) else {k: v for k, v in record.items() if k != "sources"}
+    """As a line of steps.jsonl, which has no trees; without sources, if there are none to tell
+    apart."""
+    record = asdict(replace(step, trees=[]) if step.trees else step)
+    left_out = ["trees"] if any(step.sources) else ["trees", "sources"]
+    return {name: value for name, value in record.items() if name not in left_out}
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -75,12 +99,21 @@ class RecordFile:
 
     Args:
         kind: of its lines.
+        lost: what becomes of what a line was about, if it is deleted.
+        kept: whether lines stay in memory, as `records`.
 
     Its methods raise ValueError if the file cannot be written, a disk being full.
     """
 
-    def __init__(self, path: Path, kind: Kind) -> None:
-        self.path, self.kind = path, kind
+    def __init__(
+        self,
+        path: Path,
+        kind: Kind,
+        *,
+        lost: str = "its text is decoded again",
+        kept: bool = True,
+    ) -> None:
+        self.path, self.kind, self.lost, self.kept = path, kind, lost, kept
         self.records: list[Record] = []
         self._file: TextIO | None = None
 
@@ -90,7 +123,7 @@ class RecordFile:
         Raises:
             ValueError: a line that is no record.
         """
-        self.records = _read_lines(self.path, self.kind) if self.path.exists() else []
+        self.records = self._lines() if self.path.exists() else []
 
     def append(self, record: Record, *, flush: bool = True) -> None:
         """Add a line; without `flush` it may reach the disk later."""
@@ -100,7 +133,8 @@ class RecordFile:
             self._file.write(to_json(record) + "\n")
             if flush:
                 self._file.flush()
-        self.records.append(record)
+        if self.kept:
+            self.records.append(record)
 
     def flush(self) -> None:
         if self._file is not None:
@@ -110,7 +144,7 @@ class RecordFile:
     def rewrite(self, records: list[Record]) -> None:
         """Replace the contents."""
         self.close()
-        self.records = records
+        self.records = records if self.kept else []
         lines = [to_json(record) + "\n" for record in records]
         replace_file(self.path, "".join(lines))
 
@@ -120,25 +154,24 @@ class RecordFile:
             with writing(self.path):
                 file.close()
 
-
-def _read_lines(path: Path, kind: Kind) -> list[Record]:
-    """The complete lines of the file. A last line that a crash has cut off is dropped, and so are
-    zeros, which some file systems leave in place of what they had not written yet."""
-    lines = path.read_bytes().rstrip(b"\0").split(b"\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            kind.validate_json(line, strict=True)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}: line {number} is no record, {_reason(error)}; delete it, and its text "
-                f"is decoded again"
-            ) from None
-        records.append(record)
-    return records
+    def _lines(self) -> list[Record]:
+        """The complete lines of the file. A last line that a crash has cut off is dropped, and so
+        are zeros, which some file systems leave in place of what they had not written yet."""
+        lines = self.path.read_bytes().rstrip(b"\0").split(b"\n")
+        records = []
+        for number, line in enumerate(lines[:-1], start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                self.kind.validate_json(line, strict=True)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{self.path}: line {number} is no record, {_reason(error)}; delete it, and "
+                    f"{self.lost}"
+                ) from None
+            records.append(record)
+        return records
 
 
 def _reason(error: Exception) -> str:

@@ -24,14 +24,16 @@ from specdec.lab.options import nearest
 from specdec.lab.prompts import CHAT_MODES, load_prompts, unused_fields
 from specdec.lab.runs import RunFolder
 from specdec.lab.settings import Settings
-from specdec.lab.setup import General, general_of, target_of, tracker_of
+from specdec.lab.setup import General, general_of, record_of, target_of, tracker_of
 from specdec.lab.terminal import Live, show_summary
 from specdec.lab.tracking import Careful
 from specdec.lab.unused import without_effect
 from specdec.models.load import Models, find_model
 from specdec.sampling import SamplingParams
 
-VOLATILE = frozenset({"resume", "tracker", "out", "choices"})  # may differ when a run is resumed
+VOLATILE = frozenset(
+    {"resume", "tracker", "out", "choices", "record"}
+)  # may differ when a run is resumed
 MOST_TEXTS = 1_000_000  # of a run
 
 
@@ -93,7 +95,7 @@ def _experiment(
     settings: Settings, general: General, words: Sequence[str], console: Console
 ) -> Experiment:
     """Everything is checked before a model is loaded, as far as that is possible."""
-    method, path = method_of(settings), target_of(settings)
+    method, path, record = method_of(settings), target_of(settings), record_of(settings)
     models, asked = Models(placement_of(settings)), _asked(settings, method.sampling, console)
     find_model(path, setting="target.path")
     method.drafter.find()
@@ -123,6 +125,7 @@ def _experiment(
         label=path,
         prompts=fit.prompts,
         too_long={"skipped": fit.skipped, "truncated": fit.truncated},
+        record=record,
         **asked,
     )
 

@@ -3,6 +3,7 @@ continue.
 
 generations.jsonl   one line for each decoded prompt (for each turn of a conversation)
 steps.jsonl         one line for each step
+trees.jsonl         one line for each tree that is recorded
 baseline/           the same two files for plain decoding
 config.yaml         every setting, resolved
 summary.json        the figures
@@ -25,6 +26,7 @@ from specdec.lab.lock import Lock
 from specdec.lab.records import (
     GENERATIONS,
     STEPS,
+    TREES,
     Record,
     RecordFile,
     replace_file,
@@ -35,16 +37,21 @@ from specdec.lab.records import (
 SCHEMA = 1  # of these files, as docs/outputs.md has them
 CONFIG, ERROR = "config.yaml", "error.txt"
 FACTS = ("resolved", "contents")
-OWN = (CONFIG, "generations.jsonl", "steps.jsonl", "baseline", "summary.json", "wandb")
+OWN = (CONFIG, "generations.jsonl", "steps.jsonl", "trees.jsonl")
+OWN += ("baseline", "summary.json", "wandb")
 
 
 class Side:
-    """The records of one decoder: `generations` and `steps`."""
+    """The records of one decoder: `generations`, `steps`, and `trees`, of which there is a file if
+    some are recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.generations = RecordFile(folder / "generations.jsonl", GENERATIONS)
         self.steps = RecordFile(folder / "steps.jsonl", STEPS)
+        self.trees = RecordFile(
+            folder / "trees.jsonl", TREES, lost="its tree is missing then", kept=False
+        )
         self.files = self.generations, self.steps
 
     def read(self) -> list[str]:
@@ -52,7 +59,7 @@ class Side:
 
         A text counts once, if all its steps are there, and all turns before it.
         """
-        for file in self.files:
+        for file in (*self.files, self.trees):
             file.read()
         lengths: dict[int, list[int]] = defaultdict(list)
         for step in self.steps.records:
@@ -102,6 +109,18 @@ class Side:
                 kept.append({**step, **lists, "seconds": times})
         self.generations.rewrite(self.generations.records)
         self.steps.rewrite(kept)
+        if self.trees.path.exists():
+            self.trees.rewrite([tree for tree in self.trees.records if tree["request"] in done])
+
+    def flush(self) -> None:
+        """What was added without waiting for the disk is there."""
+        for file in (self.trees, self.steps):
+            file.flush()
+
+    def close(self) -> None:
+        with ExitStack() as last:  # all of it, whatever a full disk says of one file
+            for file in (*self.files, self.trees):
+                last.callback(file.close)
 
 
 class RunFolder:
@@ -239,8 +258,7 @@ class RunFolder:
         with ExitStack() as last:  # all of it, whatever a full disk says of one file
             last.callback(self._lock.release)
             for side in self.sides:
-                for file in side.files:
-                    last.callback(file.close)
+                last.callback(side.close)
 
     def __enter__(self) -> Self:
         return self

@@ -62,6 +62,7 @@ class OurSession:
     Args:
         capacity: of its caches; what a batch has more than rows waits for its turn.
         stop_tokens, stop_strings: none for outputs of equal length.
+        trees: of the first so many steps of each sequence the trees are recorded.
     """
 
     def __init__(
@@ -71,9 +72,10 @@ class OurSession:
         capacity: Capacity,
         stop_tokens: Collection[int] = (),
         stop_strings: StopStrings | None = None,
+        trees: int = 0,
     ) -> None:
         self.method, self.device = method, target.device
-        self.decoder = method.decoder(target, capacity, stop_tokens, stop_strings)
+        self.decoder = method.decoder(target, capacity, stop_tokens, stop_strings, trees)
 
     def warm_up(self, tokens: Sequence[int], new: int = WARM_UP_TOKENS) -> None:
         self.decoder.warm_up(tokens, new)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from specdec.lab.build import Settings, build, group_of, imported
 from specdec.lab.options import no_setting
+from specdec.lab.records import RecordSettings
 from specdec.lab.tracking import Tracker
 
 
@@ -53,7 +54,7 @@ class Source:
 
 GROUPS = (
     *("target", "drafter", "tree", "acceptance", "sampling"),
-    *("prompts", "tracker", "cache", "kernels"),
+    *("prompts", "tracker", "cache", "kernels", "record"),
 )
 
 
@@ -90,3 +91,9 @@ def tracker_of(settings: Settings) -> Tracker:
         )
     tracker: Tracker = build(kind, "tracker", group)
     return tracker
+
+
+def record_of(settings: Settings) -> RecordSettings:
+    """What is recorded besides texts and steps."""
+    record: RecordSettings = build(RecordSettings, "record", group_of(settings, "record"))
+    return record

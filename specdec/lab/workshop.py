@@ -21,7 +21,7 @@ from specdec.protocols import TreePolicy
 
 PLAIN = "drafter=none tree.budget=0"
 SETS = ("humaneval", "gsm8k", "mt_bench", "spec_bench")
-NO_SETTINGS = ("out", "resume", "tracker", "prompts", "baseline")  # of a method
+NO_SETTINGS = ("out", "resume", "tracker", "record", "prompts", "baseline")  # of a method
 SIZES = ("tree.budget", "tree.widths", "tree.width", "tree.depth")
 BARE = ("tree.children", "acceptance")  # values that say what they are
 
