@@ -24,10 +24,12 @@ from specdec.lab.terminal import Live
 from specdec.lab.tracking import NoTracker
 from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
+from specdec.tree_records import TreeRecord
 from specdec.verifier.greedy import Greedy
 
 SETTINGS = {"seed": 3, "baseline": True}
 FACTS = {"resolved": {"dtype": "float32"}, "contents": {"prompts": "0123"}}
+TREES = 2  # of each text
 TEXTS = [("one",), ("two", "and more"), ("three é",), ("four",), ("five", "6", "seven")]
 
 
@@ -66,7 +68,9 @@ class Decoder:
             names = ("nodes", "depths", "accepted")
             lists = {name: [count - 1 for count in counts] for name in names}
             requests = [sequence.request.id for sequence in live]
-            on_step(Step(requests=requests, tokens=counts, seconds={"verify": 0.5}, **lists))
+            trees = [self.tree(sequence) for sequence in live if sequence.steps <= TREES]
+            seconds = {"verify": 0.5}
+            on_step(Step(requests=requests, tokens=counts, seconds=seconds, trees=trees, **lists))
             for sequence in [one for one in live if one.finish_reason]:
                 live.remove(sequence)
                 yield sequence
@@ -80,6 +84,19 @@ class Decoder:
         sequence.accepted_lengths.append(len(new))
         sequence.finish_reason = "length" if len(new) == left else None
         return len(new)
+
+    def tree(self, sequence: Decoding) -> TreeRecord:
+        """A root, and what came after it."""
+        return TreeRecord(
+            request=sequence.request.id,
+            step=sequence.steps - 1,
+            tokens=[sequence.tokens[-sequence.accepted_lengths[-1] - 1]],
+            parents=[-1],
+            draft=[None],
+            target=[None],
+            path=[0],
+            next_token=sequence.tokens[-1],
+        )
 
 
 class Session:

@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(out: Path) -> Any:
-    """All texts, and what their steps come to."""
+    """All texts, and what their steps come to; of the first steps of each text there is a tree."""
     found = []
     for side in SIDES:
         generations = {g["request"]: g for g in lines(out / f"{side}generations.jsonl")}
@@ -60,6 +60,9 @@ def results(out: Path) -> Any:
                 lengths[request].append(tokens)
         found.append((dict(sorted(generations.items())), lengths))
         assert lengths == {r: g["accepted_lengths"] for r, g in generations.items()}
+        trees = [(tree["request"], tree["step"]) for tree in lines(out / f"{side}trees.jsonl")]
+        first = {r: range(min(scripted.TREES, len(of))) for r, of in lengths.items()}
+        assert sorted(trees) == sorted((r, step) for r, steps in first.items() for step in steps)
     return found
 
 
