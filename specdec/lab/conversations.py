@@ -8,6 +8,7 @@ from typing import Any
 from specdec.decode import Decoder
 from specdec.lab.prompts import Prompt, encode, prompt_hash
 from specdec.lab.records import Record
+from specdec.lab.repetition import repetition
 from specdec.request import Decoding, Request
 
 # A request number has these fields in decimal, the lowest first: it seeds random numbers, and has
@@ -174,6 +175,7 @@ class Conversations:
             "category": conversation.prompt.category,
             "prompt_ids": list(request.prompt_ids),
             "prompt_hash": prompt_hash(request.prompt_ids),
+            "repetition": repetition(output),
             "output_ids": output,
             "text": _writable(self.tokenizer.decode(said, skip_special_tokens=True)),
             "finish_reason": reason,

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from specdec.lab.repetition import degenerate
 from specdec.lab.statistics import product, ratio
 
 Record = Mapping[str, Any]
@@ -29,6 +30,19 @@ def accepted_length(generations: Sequence[Record]) -> dict[str, float]:
     return {
         "pooled": tokens / steps if steps else 0.0,
         "per_request": _mean([g["tokens"] / g["steps"] for g in decoded]),
+    }
+
+
+def repetitive(generations: Sequence[Record]) -> dict[str, Any]:
+    """How many texts are degenerate (`specdec.lab.repetition`), and the mean accepted length
+    without them; None if none are left."""
+    bad = [degenerate(g) for g in generations]
+    others = [
+        g for g, left_out in zip(generations, bad, strict=True) if g["steps"] and not left_out
+    ]
+    return {
+        "texts": sum(bad),
+        "accepted_length_without": accepted_length(others) if others else None,
     }
 
 
@@ -65,9 +79,9 @@ def summarise(generations: Sequence[Record], steps: Sequence[Record]) -> dict[st
     Returns:
         prompts, tokens, steps (of the target: one pass over the batch), seconds (all of `time`),
         tokens_per_second, decode_tokens_per_second (prefill left out), mean_accepted_length,
-        acceptance_by_depth, drafted_per_step (nodes for each sequence and step),
-        tokens_per_target_pass, time (seconds by verb), finish_reasons; sources, if trees have
-        several.
+        repetitive (texts, and the accepted length without them), acceptance_by_depth,
+        drafted_per_step (nodes for each sequence and step), tokens_per_target_pass, time (seconds
+        by verb), finish_reasons; sources, if trees have several.
     """
     time = {verb: sum(step["seconds"].get(verb, 0.0) for step in steps) for verb in VERBS}
     seconds = sum(time.values())
@@ -82,6 +96,7 @@ def summarise(generations: Sequence[Record], steps: Sequence[Record]) -> dict[st
         "tokens_per_second": _rate(tokens, seconds),
         "decode_tokens_per_second": _rate(tokens, seconds - time["prefill"]),
         "mean_accepted_length": accepted_length(generations),
+        "repetitive": repetitive(generations),
         "acceptance_by_depth": acceptance_by_depth(steps),
         "drafted_per_step": _rate(_total(generations, "drafted"), _total(generations, "steps")),
         "tokens_per_target_pass": _rate(tokens, len(steps)),

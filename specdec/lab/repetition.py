@@ -5,12 +5,15 @@ guess than a loop, so that an accepted length may say how often texts loop inste
 drafter guesses.
 """
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
 LONGEST_PERIOD = 32  # tokens
+# Of stretches of 48 and 128 tokens of human prose, answers and code, 2 in 9,226 are degenerate by
+# these; of greedy texts of the zoo's target 31 % and 52 %, of sampled ones fewer than 1 %.
+LEAST_LOOP, LEAST_SHARE = 16, 0.25  # tokens, and of a text
 
 
 class Repetition(TypedDict):
@@ -37,6 +40,13 @@ def repetition(tokens: Sequence[int]) -> Repetition:
     _, names = np.unique(text, return_inverse=True)
     distinct = len(np.unique(names[:-1] * len(text) + names[1:]))
     return {"distinct_bigrams": distinct / pairs, "longest_loop": _longest_loop(text)}
+
+
+def degenerate(text: Mapping[str, Any]) -> bool:
+    """Whether a record of generations.jsonl is a degenerate text: its longest loop has 16 tokens
+    or more, and a quarter of the text."""
+    found = text.get("repetition") or repetition(text["output_ids"])
+    return bool(found["longest_loop"] >= max(LEAST_LOOP, LEAST_SHARE * text["tokens"]))
 
 
 def _longest_loop(text: np.ndarray) -> int:

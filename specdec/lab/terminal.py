@@ -20,6 +20,7 @@ from specdec.lab.method import mark_of
 from specdec.lab.metrics import VERBS
 
 Summary = dict[str, Any]
+FEEDS = 0.05  # of an accepted length: what degenerate texts may make of it without a word
 
 
 class Live:
@@ -114,6 +115,8 @@ def show_summary(summary: Summary, console: Console) -> None:
             "acceptance by depth (accepted lengths are cut at stop and limit, this is not): "
             + "  ".join(f"{i + 1}: {a:.0%}" for i, a in enumerate(depths))
         )
+    if line := _repetition_line(summary):
+        console.print(line, soft_wrap=True)
     console.print(_lossless_line(summary))
 
 
@@ -163,6 +166,19 @@ def _speedup(summary: Summary) -> str:
     ends = summary["speedup_interval"]
     about = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
     return f"[bold]{summary['speedup']:.2f}x[/bold]{about}"
+
+
+def _repetition_line(summary: Summary) -> str:
+    """What is to be said if acceptance feeds on texts that repeat themselves; else nothing."""
+    found, length = summary["repetitive"], summary["mean_accepted_length"]["pooled"]
+    others, texts = found["accepted_length_without"], found["texts"]
+    if not texts or (others and abs(length / others["pooled"] - 1) <= FEEDS):
+        return ""
+    rest = f"is {others['pooled']:.2f} without them" if others else "is that of loops alone"
+    return (
+        f"[bold]repetition[/bold]: {texts} of {sum(summary['finish_reasons'].values())} texts "
+        f"{'loops' if texts == 1 else 'loop'}; the accepted length, {length:.2f}, {rest}"
+    )
 
 
 def _share(part: float, whole: float) -> str:

@@ -1,8 +1,8 @@
-"""Recorded trees: probabilities are those of transformers' own passes of both models, and the paths
-are what the texts consist of."""
+"""Recorded trees: probabilities are those of transformers' own passes of both models, and the
+paths are what the texts consist of."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ def logits() -> dict[str, Law]:
         model = AutoModelForCausalLM.from_pretrained(zoo_path(name), dtype=torch.float64)
         model.to(DEVICE)
 
-        @lru_cache(maxsize=None)
+        @cache
         @torch.inference_mode()
         def after(tokens: tuple[int, ...]) -> Tensor:
             found: Tensor = model(torch.tensor([tokens], device=DEVICE)).logits[:, -1]
