@@ -37,8 +37,10 @@ from specdec.lab.records import (
 SCHEMA = 1  # of these files, as docs/outputs.md has them
 CONFIG, ERROR = "config.yaml", "error.txt"
 FACTS = ("resolved", "contents")
-OWN = (CONFIG, "generations.jsonl", "steps.jsonl", "trees.jsonl")
-OWN += ("baseline", "summary.json", "wandb")
+OWN = (
+    *(CONFIG, "generations.jsonl", "steps.jsonl", "trees.jsonl"),
+    *("baseline", "summary.json", "wandb"),
+)
 
 
 class Side:
