@@ -31,9 +31,8 @@ from specdec.lab.unused import without_effect
 from specdec.models.load import Models, find_model
 from specdec.sampling import SamplingParams
 
-VOLATILE = frozenset(
-    {"resume", "tracker", "out", "choices", "record"}
-)  # may differ when a run is resumed
+# What may differ when a run is resumed.
+VOLATILE = frozenset({"resume", "tracker", "out", "choices", "record"})
 MOST_TEXTS = 1_000_000  # of a run
 
 
