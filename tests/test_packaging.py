@@ -153,8 +153,8 @@ def broken_rule(module: str, name: str) -> str | None:
         return "specdec.lab.command reads command lines"
     if root in ("hydra", "omegaconf") and module not in HYDRA:
         return "only specdec/run.py and specdec/lab/settings.py know Hydra"
-    if root == "wandb" and module != "specdec.lab.tracking":
-        return "only specdec/lab/tracking.py knows wandb"
+    if root in ("wandb", "trackio") and module != f"specdec.lab.{root}_tracker":
+        return f"only specdec/lab/{root}_tracker.py knows {root}"
     if within(module, "specdec.experiments"):
         return None
     if within(name, "specdec.experiments"):
@@ -213,6 +213,7 @@ def test_import_rules_hold() -> None:
         ("specdec.decode", "from omegaconf import DictConfig"),
         ("specdec.lab.tracking", "import hydra.utils"),
         ("specdec.experiments.x", "import wandb"),
+        ("specdec.lab.wandb_tracker", "import trackio"),
         ("specdec.experiments.x", "import argparse"),
         ("specdec.experiments.x", "from hydra import compose"),
         ("specdec.experiments.x", "from kernels import reference"),
@@ -232,7 +233,7 @@ def test_import_rules_catch(module: str, source: str) -> None:
     [
         ("specdec.run", "import hydra\nfrom omegaconf import DictConfig"),
         ("specdec.lab.settings", "from omegaconf import OmegaConf"),
-        ("specdec.lab.tracking", "def f():\n    import wandb"),
+        ("specdec.lab.wandb_tracker", "def f():\n    import wandb"),
         ("specdec.drafters.x", "from specdec.kernels import reference\nfrom .base import Base"),
         (
             "specdec.kernels.x",

@@ -22,7 +22,7 @@ from specdec.lab.records import Record, RecordSettings, step_record
 from specdec.lab.runs import SCHEMA, RunFolder, Side
 from specdec.lab.session import OurSession
 from specdec.lab.terminal import Live
-from specdec.lab.tracking import Tracker
+from specdec.lab.tracking import Tracker, replay
 from specdec.lab.witness import Witness
 from specdec.models.generation import own_settings, stop_strings_of
 from specdec.models.paged import PagedLM
@@ -167,6 +167,7 @@ class Experiment:
             )
         for note in folder.notes:
             live.console.print(f"resumed: {note}", soft_wrap=True)
+        replay(folder.main.steps.records, tracker)
         try:
             if self.baseline is not None and folder.baseline is not None:
                 self._decode(self.baseline, folder.baseline, live, "baseline", lambda step: None)

@@ -16,6 +16,7 @@ from specdec.flight import Step
 from specdec.tree_records import TreeRecord
 
 Record = dict[str, Any]
+TRACKING = "tracking.json"  # by what trackers know a run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,13 +19,13 @@ from specdec.lab.build import (
 from specdec.lab.experiment import Experiment, stop_tokens
 from specdec.lab.fingerprints import contents_of, digest
 from specdec.lab.lengths import TOO_LONG, fitted
-from specdec.lab.method import mark_of
 from specdec.lab.options import nearest
 from specdec.lab.prompts import CHAT_MODES, load_prompts, unused_fields
 from specdec.lab.runs import RunFolder
 from specdec.lab.settings import Settings
 from specdec.lab.setup import General, general_of, record_of, target_of, tracker_of
 from specdec.lab.terminal import Live, show_summary
+from specdec.lab.tracked import tracked_run
 from specdec.lab.tracking import Careful
 from specdec.lab.unused import without_effect
 from specdec.models.load import Models, find_model
@@ -66,18 +66,13 @@ def run(
             tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
             tracker = Careful(tracker_of(settings), tell)
             experiment = _experiment(settings, general, words, console)
-            method = experiment.method
             prompts = digest([asdict(prompt) for prompt in experiment.prompts])
             folder.identify(
                 resolved=experiment.resolved,
                 contents={**contents_of(settings), "prompts": prompts},
             )
-            tracker.start(
-                config={**settings, **method.marks},
-                folder=out,
-                group="-".join(out.parent.parts[-2:]) if sweep else None,
-                name=f"{mark_of(method.marks)} {' '.join(words) or method.drafter_name}".strip(),
-            )
+            shown = {**settings, "resolved": experiment.resolved}
+            tracker.start(tracked_run(out, shown, experiment.method.marks, words))
             summary = experiment.run(folder, tracker, Live(console))
         except KeyboardInterrupt:
             said = f"interrupted: {folder.finished} finished texts are in {out}"

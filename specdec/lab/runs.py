@@ -8,6 +8,7 @@ baseline/           the same two files for plain decoding
 config.yaml         every setting, resolved
 summary.json        the figures
 error.txt           the traceback, if the drafter failed
+tracking.json       by what trackers know the run
 lock                who works there, as long as it does
 """
 
@@ -26,6 +27,7 @@ from specdec.lab.lock import Lock
 from specdec.lab.records import (
     GENERATIONS,
     STEPS,
+    TRACKING,
     TREES,
     Record,
     RecordFile,
@@ -39,7 +41,7 @@ CONFIG, ERROR = "config.yaml", "error.txt"
 FACTS = ("resolved", "contents")
 OWN = (
     *(CONFIG, "generations.jsonl", "steps.jsonl", "trees.jsonl"),
-    *("baseline", "summary.json", "wandb"),
+    *("baseline", "summary.json", "wandb", TRACKING),
 )
 
 

@@ -213,9 +213,10 @@ def resolved(config: DictConfig, choices: Mapping[str, Any], words: Sequence[str
             )
     if "choices" in settings:
         raise ValueError(no_setting("choices"))
+    named = [*map(str, config), "experiment"]
     return {
         **settings,
-        "choices": {name: choices[name] for name in map(str, config) if name in choices},
+        "choices": {name: choices[name] for name in named if choices.get(name) is not None},
     }
 
 

@@ -87,7 +87,8 @@ def tracker_of(settings: Settings) -> Tracker:
     kind = imported("tracker", group.get("_target_"))
     if not isinstance(kind, type) or not issubclass(kind, Tracker) or kind is Tracker:
         raise ValueError(
-            f"tracker._target_={group['_target_']}: must be a class with start, step and finish"
+            f"tracker._target_={group['_target_']}: must be a class with the methods of a "
+            f"Tracker; derive it from specdec.lab.tracking.NoTracker"
         )
     tracker: Tracker = build(kind, "tracker", group)
     return tracker

@@ -1,193 +1,189 @@
-"""Trackers: where the figures of a run go besides its folder. The only file that imports wandb."""
+"""Trackers: where the figures of a run go besides its folder. A tracker may be slow, fail or hang;
+the run is not to notice."""
 
-import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Full, Queue
+from threading import Event, Thread
 from typing import Any, Protocol, runtime_checkable
 
 from specdec.flight import Step
+from specdec.lab.curves import Table
+from specdec.lab.records import STEPS
 
 Record = Mapping[str, Any]
+BEGIN, STEP, END = 5.0, 0.05, 60.0  # seconds that a run waits for its tracker at most
+WAITING = 20_000  # steps that a tracker may be behind
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """What a tracker is told of a run, or of the comparison of several, when it begins.
+
+    Args:
+        folder: of the run; of the sweep if it is a comparison.
+        id: of the run, the same whenever it continues.
+        job_type: run or comparison.
+        group: what the runs of a sweep share; None of a run by itself.
+        config: by flat name, as `drafter/max_match`; `drafter` itself is the option.
+    """
+
+    folder: Path
+    id: str
+    name: str
+    job_type: str = "run"
+    group: str | None = None
+    tags: Sequence[str] = ()
+    config: Record = field(default_factory=dict)
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Follows one run from `start` to `finish`."""
+    """Follows one run from `start` to `finish`, or shows a comparison.
 
-    def start(self, *, config: Record, folder: Path, group: str | None, name: str) -> None: ...
+    `finish` and `compare` return where it can be seen, or how, in one line. `abandon` ends what
+    would keep the process from ending, after anything has failed or taken too long.
+    """
+
+    def start(self, run: TrackedRun) -> None: ...
     def step(self, step: Step) -> None: ...
-    def finish(self, summary: Record, generations: Sequence[Record]) -> None: ...
+    def finish(self, summary: Record, generations: Sequence[Record]) -> str | None: ...
+    def compare(
+        self, run: TrackedRun, tables: Mapping[str, Table], files: Sequence[Path]
+    ) -> str | None: ...
+    def abandon(self) -> None: ...
 
 
 class NoTracker:
     """tracker=none: the run folder is all there is."""
 
-    def start(self, *, config: Record, folder: Path, group: str | None, name: str) -> None:
+    def start(self, run: TrackedRun) -> None:
         pass
 
     def step(self, step: Step) -> None:
         pass
 
-    def finish(self, summary: Record, generations: Sequence[Record]) -> None:
+    def finish(self, summary: Record, generations: Sequence[Record]) -> str | None:
+        return None
+
+    def compare(
+        self, run: TrackedRun, tables: Mapping[str, Table], files: Sequence[Path]
+    ) -> str | None:
+        return None
+
+    def abandon(self) -> None:
         pass
+
+
+def replay(steps: Iterable[Record], tracker: Tracker) -> None:
+    """Tell a tracker of the steps of an earlier process, so that it shows the run as one."""
+    for record in steps:
+        tracker.step(STEPS.validate_python(record))
+
+
+@dataclass
+class _Job:
+    work: Callable[[], str | None]
+    said: str | None = None
+    done: Event = field(default_factory=Event)
 
 
 class Careful:
     """A tracker whose faults cost no run anything: the first is told in one line, and then it is
     left alone.
 
+    It works on a thread of its own. The run waits for it between steps, so that it takes no time
+    of what is measured, but only until it has been late once: for 5 s when it begins, 0.05 s at a
+    step, and in any case up to 60 s at the end.
+
     Args:
-        tell: what to do with that line.
+        tell: what to do with lines for the user.
     """
 
     def __init__(self, tracker: Tracker, tell: Callable[[str], None]) -> None:
         self._tracker, self._tell = tracker, tell
+        self._jobs: Queue[_Job | None] = Queue(WAITING)  # None: there will be no more
+        self._folder: Path | None = None
+        self._late = False
+        self._lost = 0  # steps that found no room
+        self._over = False
+        self._idle = type(tracker) is NoTracker
+        if not self._idle:
+            Thread(target=self._work, daemon=True, name="tracker").start()
 
-    def start(self, *, config: Record, folder: Path, group: str | None, name: str) -> None:
-        with self._careful():
-            self._tracker.start(config=config, folder=folder, group=group, name=name)
-
-    def step(self, step: Step) -> None:
-        with self._careful():
-            self._tracker.step(step)
-
-    def finish(self, summary: Record, generations: Sequence[Record]) -> None:
-        with self._careful():
-            self._tracker.finish(summary, generations)
-
-    @contextmanager
-    def _careful(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            name = type(self._tracker).__name__
-            self._tracker = NoTracker()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._tell(f"{name} failed, {reason}; the run goes on without it")
-            if "wandb" in sys.modules:
-                import wandb
-
-                with suppress(Exception):  # its dead process would be told of at the end
-                    wandb.teardown(1)
-
-
-class WandbTracker:
-    """tracker=wandb: config, metrics by step, summary, a table of generations, acceptance by
-    depth.
-
-    Online when the user is logged in, else offline, without a question; WANDB_MODE has the last
-    word.
-
-    Args:
-        project, entity: where the run goes.
-        mode: auto, online, offline or disabled.
-        every: steps that are averaged into one logged point.
-
-    Raises:
-        ValueError: a setting out of range.
-    """
-
-    MODES = ("auto", "online", "offline", "disabled")
-
-    def __init__(
-        self,
-        *,
-        project: str = "specdec",
-        entity: str | None = None,
-        mode: str = "auto",
-        every: int = 10,
-    ) -> None:
-        for name, value in {"project": project, "entity": entity}.items():
-            if value is not None and not re.fullmatch(r"[^/\\#?%:]{1,128}", value):
-                raise ValueError(
-                    f"tracker.{name}={value}: must be 1 to 128 characters, without / \\ # ? % :"
-                )
-        if mode not in self.MODES:
-            raise ValueError(f"tracker.mode={mode}: must be one of {', '.join(self.MODES)}")
-        if every < 1:
-            raise ValueError(f"tracker.every={every}: must be at least 1")
-        self.project, self.entity, self.mode, self.every = project, entity, mode, every
-        self._run: Any = None
-        self._pending: list[Step] = []
-        self._steps = 0
-
-    def start(self, *, config: Record, folder: Path, group: str | None, name: str) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb
-
-        mode: Any = os.environ.get("WANDB_MODE", self.mode)
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        options: dict[str, Any] = {
-            "project": self.project,
-            "entity": self.entity,
-            "group": group,
-            "name": name,
-            "config": dict(config),
-            "dir": str(folder),
-            "settings": wandb.Settings(silent=True, init_timeout=30, console="off"),
-        }
-        try:
-            self._run = wandb.init(mode=mode, **options)
-        except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError):
-            # Results must not depend on a network; an offline run can be synced later.
-            self._run = wandb.init(mode="offline", **options)
+    def start(self, run: TrackedRun) -> None:
+        self._folder = run.folder
+        self._do(lambda: self._tracker.start(run), BEGIN)
 
     def step(self, step: Step) -> None:
-        self._pending.append(step)
-        self._steps += 1
-        if len(self._pending) == self.every:
-            self._log_pending()
+        self._do(lambda: self._tracker.step(step), STEP)
 
-    def finish(self, summary: Record, generations: Sequence[Record]) -> None:
-        import wandb
+    def finish(self, summary: Record, generations: Sequence[Record]) -> str | None:
+        return self._end(lambda: self._tracker.finish(summary, generations))
 
-        self._log_pending()
-        columns = (
-            "prompt",
-            "turn",
-            "category",
-            "tokens",
-            "accepted_length",
-            "finish_reason",
-            "text",
-        )
-        rows = [[generation[column] for column in columns] for generation in generations]
-        self._run.log({"generations": wandb.Table(columns=list(columns), data=rows)})
-        by_depth = [[d + 1, rate] for d, rate in enumerate(summary["acceptance_by_depth"])]
-        table = wandb.Table(columns=["depth", "acceptance"], data=by_depth)
-        chart = wandb.plot.bar(table, "depth", "acceptance", title="Acceptance by depth")
-        self._run.log({"acceptance_by_depth": chart})
-        self._run.summary.update(_flat(summary))
-        self._run.finish()
+    def compare(
+        self, run: TrackedRun, tables: Mapping[str, Table], files: Sequence[Path]
+    ) -> str | None:
+        return self._end(lambda: self._tracker.compare(run, tables, files))
 
-    def _log_pending(self) -> None:
-        if not self._pending:
+    def abandon(self) -> None:
+        self._over = True
+        with suppress(Exception, SystemExit):
+            self._tracker.abandon()
+
+    def _do(self, work: Callable[[], None], patience: float) -> None:
+        if self._idle:
+            work()
+        if self._idle or self._over:
             return
-        count, rows = len(self._pending), sum(len(step.requests) for step in self._pending)
-        point: dict[str, float] = {"step/batch": rows / count}
-        if rows:  # the last step may have run for sequences that had already ended
-            tokens = sum(sum(step.tokens) for step in self._pending)
-            point["step/accepted_length"] = tokens / rows
-            point["step/nodes"] = sum(sum(step.nodes) for step in self._pending) / rows
-        for step in self._pending:
-            for verb, seconds in step.seconds.items():
-                point[f"time/{verb}_ms"] = (
-                    point.get(f"time/{verb}_ms", 0.0) + seconds * 1e3 / count
-                )
-        self._run.log(point, step=self._steps)
-        self._pending = []
-
-
-def _flat(record: Record, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts with their keys joined by slashes, as the charts of wandb want them."""
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}/"))
+        job = _Job(work)
+        try:
+            self._jobs.put_nowait(job)
+        except Full:
+            self._lost += 1
         else:
-            flat[prefix + key] = value
-    return flat
+            self._late = self._late or not job.done.wait(patience)
+
+    def _end(self, work: Callable[[], str | None]) -> str | None:
+        """The last job; what it says is told."""
+        job = _Job(work)
+        if not self._idle and not self._over:
+            with suppress(Full):
+                self._jobs.put(job, timeout=END)
+            if not job.done.wait(END):
+                self.abandon()
+                self._tell(f"{self._name} did not end within {END:.0f} s{self._mend}")
+            elif self._lost and not self._over:
+                self._tell(f"{self._name} was too slow for {self._lost} steps{self._mend}")
+        self._over = True
+        with suppress(Full):
+            self._jobs.put_nowait(None)
+        if job.said:
+            self._tell(job.said)
+        return job.said
+
+    @property
+    def _name(self) -> str:
+        return type(self._tracker).__name__
+
+    @property
+    def _mend(self) -> str:
+        if self._folder is None:
+            return ""
+        return f"; {shlex.join(['specdec', 'sync', str(self._folder)])} makes up for it"
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job.said = None if self._over else job.work()
+            except BaseException as error:
+                if not self._over:
+                    self.abandon()
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    without = "the run goes on without it"
+                    self._tell(f"{self._name} failed, {reason}; {without}{self._mend}")
+            finally:
+                job.done.set()

@@ -173,7 +173,7 @@ def test_a_resumed_run_says_what_its_drafter_no_longer_knows(specdec, tmp_path, 
 
 def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkeypatch):
     started: dict[str, Any] = {}
-    monkeypatch.setattr(NoTracker, "start", lambda self, **kwargs: started.update(kwargs))
+    monkeypatch.setattr(NoTracker, "start", lambda self, run: started.update(vars(run)))
     code, printed, _ = specdec("drafter=synthetic", "ignore_eos=true", f"out={tmp_path}/o", *QUICK)
     summary = summary_of(tmp_path / "o")
     assert code == 0

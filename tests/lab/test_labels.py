@@ -34,7 +34,7 @@ def test_the_rule_and_the_sampling_say_what_is_marked(words, marks):
 
 def test_lossy_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkeypatch):
     started = {}
-    monkeypatch.setattr(NoTracker, "start", lambda self, **kwargs: started.update(kwargs))
+    monkeypatch.setattr(NoTracker, "start", lambda self, run: started.update(vars(run)))
     words = ("drafter=ngram", *TYPICAL, "sampling=sample")
     code, printed, _ = specdec(*words, f"out={tmp_path}/o", *SMALL)
     summary = summary_of(tmp_path / "o")

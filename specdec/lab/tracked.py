@@ -1,0 +1,108 @@
+"""What trackers call a run: name, group, tags and config, from its folder and its settings. What
+was made up when it began is kept there, so that it is the same run when it continues."""
+
+import json
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from specdec.lab.curves import flat
+from specdec.lab.fingerprints import digest
+from specdec.lab.method import MARKS, mark_of
+from specdec.lab.records import TRACKING, replace_file, to_json
+from specdec.lab.tracking import TrackedRun
+
+NOTED = ("id", "name")
+NOT_SHOWN = ("schema", "choices", "contents", "tracker", "resume")
+NOT_NAMED = ("out=", "resume=", "tracker.", "tracker=")  # words that say nothing of the run
+LONGEST_NAME, LONGEST_TAG = 128, 64  # of wandb
+
+
+def tracked_run(
+    folder: Path, settings: Mapping[str, Any], marks: Mapping[str, Any], words: Sequence[str] = ()
+) -> TrackedRun:
+    """What trackers are told of a run.
+
+    Args:
+        settings: of config.yaml, `resolved` among them.
+        marks: of its method, or its summary.
+        words: what was typed, by which it is named; its drafter and folder if there are none.
+    """
+    choices, mark = settings["choices"], mark_of(marks)
+    said = " ".join(word for word in words if not word.lstrip("+~").startswith(NOT_NAMED))
+    name = f"{mark} {said or choices['drafter'] + ' ' + folder.name}".strip()
+    known = _known(folder, name)
+    tags = [mark] if mark else []
+    return TrackedRun(
+        folder=folder,
+        id=known["id"],
+        name=known["name"],
+        group=_group(folder),
+        tags=[*tags, *_tags(settings)],
+        config=_config(settings) | {one: True for one in MARKS if marks.get(one)},
+    )
+
+
+def tracked_comparison(folder: Path) -> TrackedRun:
+    """What trackers are told of the comparison of a sweep: it belongs to the group of the runs."""
+    group = _named(folder)
+    known = _known(folder, f"comparison of {group}")
+    return TrackedRun(
+        folder=folder,
+        id=known["id"],
+        name=known["name"],
+        job_type="comparison",
+        group=group,
+        tags=["comparison"],
+    )
+
+
+def _known(folder: Path, name: str) -> dict[str, str]:
+    """Name and id, as they were when it began. The id has the host and the time in it: another
+    machine may have a folder of the same path, and this one may have had it for another run."""
+    path = folder / TRACKING
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict) and all(isinstance(found.get(key), str) for key in NOTED):
+            return dict(found)
+    place = str(folder.absolute())
+    known = {"id": digest([place, socket.gethostname(), time.time_ns()]), "name": name}
+    known["name"] = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    with suppress(ValueError):  # a folder that cannot be written to
+        replace_file(path, to_json({"schema": 1, **known}) + "\n")
+    return known
+
+
+def _group(folder: Path) -> str | None:
+    """Of a run in the folder of a sweep."""
+    sweep = folder.absolute().parent
+    of_sweep = (sweep / "jobs").is_dir() or (sweep / "multirun.yaml").is_file()
+    return _named(sweep) if of_sweep else None
+
+
+def _named(sweep: Path) -> str:
+    return "-".join(sweep.absolute().parts[-2:])[-LONGEST_NAME:].lstrip("/")
+
+
+def _tags(settings: Mapping[str, Any]) -> list[str]:
+    choices, resolved = settings["choices"], settings.get("resolved", {})
+    tags = [
+        str(settings["target"]["path"]),
+        choices["drafter"],
+        choices["tree"],
+        str(resolved.get("acceptance", choices["acceptance"])),
+        f"T={settings['sampling']['temperature']:g}",
+        f"batch={settings['batch_size']}",
+        str(choices.get("experiment") or ""),
+    ]
+    return list(dict.fromkeys(tag[-LONGEST_TAG:] for tag in tags if tag))
+
+
+def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """By flat name, with the option of each group under the name of the group."""
+    shown = {name: value for name, value in settings.items() if name not in NOT_SHOWN}
+    options = {name: one for name, one in settings["choices"].items() if name != "tracker"}
+    return {**options, **flat(shown)}
