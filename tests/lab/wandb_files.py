@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,18 @@ class Offline:
     points: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     artifacts: list[Any] = field(default_factory=list)
+    ended: bool = False
 
 
 def read(path: Path) -> Offline:
+    """Once wandb's process has written the end of it, which it does soon after `finish`."""
+    until = time.monotonic() + 20
+    while not (found := _read(path)).ended and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
+
+
+def _read(path: Path) -> Offline:
     found = Offline()
     for record in _records(path):
         kind = record.WhichOneof("record_type")
@@ -39,6 +49,8 @@ def read(path: Path) -> Offline:
             found.metrics[metric.glob_name or metric.name] = metric
         elif kind == "artifact":
             found.artifacts.append(record.artifact)
+        elif kind == "exit":
+            found.ended = True
     return found
 
 
@@ -57,6 +69,8 @@ def _records(path: Path) -> Iterator[Any]:
             position += left
             continue
         length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        if position + 7 + length > len(data):
+            return
         pending += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or its last part
