@@ -149,14 +149,7 @@ class Experiment:
                 written.
         """
         folder.begin()
-        for what, own in self._own.items():
-            if own:
-                said = f"{', '.join(own)} {'is' if len(own) == 1 else 'are'}"
-                live.console.print(
-                    f"sampling: the model's own {said} {what.replace('_', ' ')}",
-                    soft_wrap=True,
-                    markup=False,
-                )
+        self._tell_own(live)
         self._resumed = any(side.generations.records for side in folder.sides)
         reset, finished = self.method.drafter.reset, len(folder.main.generations.records)
         if finished and reset not in (None, "prompt"):
@@ -186,6 +179,17 @@ class Experiment:
                 f"{self._blame(error)}; the traceback is in {path}, and {left}"
             ) from error
         return self._finish(folder, tracker, interrupted=False)
+
+    def _tell_own(self, live: Live) -> None:
+        """What becomes of generation settings that the target brings."""
+        for what, own in self._own.items():
+            if own:
+                said = f"{', '.join(own)} {'is' if len(own) == 1 else 'are'}"
+                live.console.print(
+                    f"sampling: the model's own {said} {what.replace('_', ' ')}",
+                    soft_wrap=True,
+                    markup=False,
+                )
 
     def _finish(self, folder: RunFolder, tracker: Tracker, *, interrupted: bool) -> Record:
         summary = self._summarise(folder, interrupted=interrupted)
