@@ -296,6 +296,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         ("zoo/target", ".safetensors"),
         ("zoo/draft", ".safetensors"),
         ("data", ".jsonl"),
+        ("compare", ".j2"),
+        ("compare", ".css"),
+        ("compare", ".js"),
     ]:
         assert any(
             name.startswith(f"specdec/{folder}/") and name.endswith(suffix) for name in files

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specdec.experiments.figures.canvas import canvas, save
+from specdec.compare.canvas import canvas, save
 
 FLOOR = 2e-4  # rates below it are not drawn
 

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.markdown import Markdown
 from rich.text import Text
 
-from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
+from specdec.compare.canvas import COLOURS, by_powers_of_two, canvas, save
 from specdec.experiments.figures.markdown import device, interval, number, piece, source
 
 ENTRIES = {  # what a page shows, by the beginning of a method's name

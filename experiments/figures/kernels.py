@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
+from specdec.compare.canvas import COLOURS, by_powers_of_two, canvas, save
 from specdec.experiments.figures.markdown import Result, device, number, piece, source
 
 PEERS = {

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from specdec.experiments.figures.canvas import COLOURS, by_powers_of_two, canvas, save
+from specdec.compare.canvas import COLOURS, by_powers_of_two, canvas, save
 from specdec.experiments.figures.markdown import device, interval, piece, source, table
 from specdec.lab.metrics import pooled
 from specdec.lab.statistics import Ratio, ratio

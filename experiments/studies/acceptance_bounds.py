@@ -24,7 +24,7 @@ from rich.progress import track
 from scipy.optimize import linprog
 from scipy.sparse import coo_array
 
-from specdec.experiments.figures.canvas import COLOURS, canvas, save
+from specdec.compare.canvas import COLOURS, canvas, save
 from specdec.experiments.figures.markdown import piece, show
 from specdec.experiments.studies.rule_laws import (
     CONCENTRATION,

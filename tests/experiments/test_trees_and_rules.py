@@ -59,7 +59,6 @@ def test_methods_are_lossless_keep_budgets_and_have_names(words: list[str], grid
 def test_from_prompts_to_tables_and_plots(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(study, "CHAINS", (1, 2))
     monkeypatch.setattr(study, "THRESHOLDS", (0.1,))
     wanted = [*words, "grid=lengths", "budgets=8"]
