@@ -21,7 +21,7 @@ VERBS = tuple(f"#0003{i:02x}" for i in range(6))
 VARIABLES |= {colour: f"var(--m{i})" for i, colour in enumerate(METHODS)}
 VARIABLES |= {colour: f"var(--v{i})" for i, colour in enumerate(VERBS)}
 
-PAGE = {  # one unit is a CSS pixel
+PAGE: dict[Any, Any] = {  # one unit is a CSS pixel
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
     "axes.spines.right": False,

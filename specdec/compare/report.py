@@ -18,6 +18,7 @@ from specdec.compare.canvas import page_style
 from specdec.compare.figures import Comparison, Group
 from specdec.compare.tables import Table
 from specdec.compare.tree_picture import Picture, picture, printable
+from specdec.lab.metrics import VERBS
 
 TREES = 12  # pictures of a group
 
@@ -81,7 +82,7 @@ def html(comparison: Comparison) -> str:
         settings=settings,
         environment=tables.matrix(environment, "machine") if environment else None,
         shapes=[(charts.MARKERS[i], i) for i in range(len(charts.MARKERS))],
-        verbs=charts.VERBS,
+        verbs=VERBS,
     )
     return page.lstrip()
 
@@ -250,7 +251,7 @@ def _anatomy(group: Group, name: str) -> Part:
 def _differences(group: Group, styles: Mapping[str, int], name: str) -> Part | None:
     if not group.differences:
         return None
-    found = []
+    found: list[tuple[str, Markup]] = []
     for quantity in dict.fromkeys(one.quantity for one in group.differences):
         drawn = [d for d in group.differences if d.quantity == quantity and d.second in styles]
         if drawn:
@@ -289,7 +290,7 @@ def _trees(group: Group, styles: Mapping[str, int]) -> Part:
     if not group.trees:
         return replace(part, empty="No trees were kept; record.trees=8 keeps the first of a run.")
     of_method: dict[str, int] = {}
-    turns = []  # a tree of each method before the second of any
+    turns: list[tuple[int, int, int]] = []  # a tree of each method before the second of any
     for tree in group.trees:
         turn = of_method[tree.method] = of_method.get(tree.method, -1) + 1
         turns.append((turn, styles.get(tree.method, len(styles)), len(turns)))
