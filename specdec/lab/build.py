@@ -2,7 +2,6 @@
 refused here, in one line that names the setting."""
 
 import inspect
-import json
 import pkgutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from specdec.kernels.choose import Kernels
 from specdec.lab.method import Method
 from specdec.lab.options import CONFIGS, nearest
+from specdec.lab.values import shown, typed
 from specdec.models.placement import Placement
 from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, part_of
 from specdec.request import CacheSettings
@@ -355,25 +354,3 @@ def _parameters(kind: type) -> tuple[Mapping[str, Any], Mapping[str, inspect.Par
         return get_type_hints(make, include_extras=True), inspect.signature(kind).parameters
     except ValueError:
         return {}, {}
-
-
-def typed(name: str, value: Any, kind: Any) -> Any:
-    """The value, if it is of that type; a list serves as a tuple, and a text as a path.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # a folder called 7
-    try:
-        return TypeAdapter(kind).validate_json(json.dumps(value, default=str), strict=True)
-    except ValidationError as error:
-        expected = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise ValueError(f"{name}={shown(value)}: {expected}") from None
-
-
-def shown(value: Any) -> str:
-    """A value as one types it: null and true, not None and True."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return str(value)

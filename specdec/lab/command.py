@@ -32,17 +32,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 from pydantic import Field
 
-from specdec.lab.build import typed
-from specdec.lab.environment import describe_environment
+from specdec.lab.files import replace_file, to_json, writing
 from specdec.lab.interrupts import interruptible
 from specdec.lab.lock import Lock
-from specdec.lab.records import replace_file, to_json, writing
+from specdec.lab.values import typed
+
+if TYPE_CHECKING:
+    import torch
 
 Options = TypeVar("Options")
 Positive = Annotated[int, Field(ge=1)]
@@ -188,7 +189,7 @@ def _text(value: Any) -> str:
     return json.dumps(value, default=str, separators=(",", ":"))
 
 
-def begin(options: Any, device: torch.device, program: str | None = None) -> dict[str, Any]:
+def begin(options: Any, device: "torch.device", program: str | None = None) -> dict[str, Any]:
     """What every result file begins with: command, settings, versions, hardware and git; and with
     `resume=true` what an earlier run has left in `out`, with the commands of both. Settings are
     the options, but for `out`, `resume` and those that vary. `program`: see `command_line`.
@@ -196,6 +197,8 @@ def begin(options: Any, device: torch.device, program: str | None = None) -> dic
     Raises:
         ValueError: the earlier one had other settings.
     """
+    from specdec.lab.environment import describe_environment  # imports torch, as few commands do
+
     settings = {
         one.name: getattr(options, one.name)
         for one in fields(options)

@@ -1,11 +1,6 @@
-"""Records on disk: lines of JSON that are complete or not there, files that are whole or not
-there."""
+"""Records on disk: lines of JSON that are complete or not there."""
 
 import json
-import math
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -13,6 +8,7 @@ from typing import Annotated, Any, TextIO
 from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
 
 from specdec.flight import Step
+from specdec.lab.files import replace_file, to_json, writing
 from specdec.tree_records import TreeRecord
 
 Record = dict[str, Any]
@@ -75,22 +71,6 @@ def step_record(step: Step) -> Record:
     record = asdict(replace(step, trees=[]) if step.trees else step)
     left_out = ["trees"] if any(step.sources) else ["trees", "sources"]
     return {name: value for name, value in record.items() if name not in left_out}
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """As JSON that any reader takes: NaN and infinities, which JSON does not have, are null."""
-    try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RecordFile:
@@ -178,34 +158,3 @@ def _reason(error: Exception) -> str:
         first = error.errors()[0]
         return ": ".join([*map(str, first["loc"][:1]), first["msg"]])
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write the file whole or not at all.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())  # the name must not be on the disk before the text
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say in one line what the system says of a file that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written, {error.strerror or error}; what was written before is "
-            f"kept, and resume=true continues once it can be"
-        ) from error

@@ -13,8 +13,6 @@ from specdec.lab.build import (
     cache_of,
     method_of,
     placement_of,
-    shown,
-    typed,
 )
 from specdec.lab.experiment import Experiment, stop_tokens
 from specdec.lab.fingerprints import contents_of, digest
@@ -28,6 +26,7 @@ from specdec.lab.terminal import Live, show_summary
 from specdec.lab.tracked import tracked_run
 from specdec.lab.tracking import Careful
 from specdec.lab.unused import without_effect
+from specdec.lab.values import shown, typed
 from specdec.models.load import Models, find_model
 from specdec.sampling import SamplingParams
 

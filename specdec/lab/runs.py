@@ -23,18 +23,9 @@ from typing import Any, Self
 
 import yaml
 
+from specdec.lab.files import replace_file, to_json, writing
 from specdec.lab.lock import Lock
-from specdec.lab.records import (
-    GENERATIONS,
-    STEPS,
-    TRACKING,
-    TREES,
-    Record,
-    RecordFile,
-    replace_file,
-    to_json,
-    writing,
-)
+from specdec.lab.records import GENERATIONS, STEPS, TRACKING, TREES, Record, RecordFile
 
 SCHEMA = 1  # of these files, as docs/outputs.md has them
 CONFIG, ERROR = "config.yaml", "error.txt"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from specdec.lab.curves import flat
+from specdec.lab.files import replace_file, to_json
 from specdec.lab.fingerprints import digest
 from specdec.lab.method import MARKS, mark_of
-from specdec.lab.records import TRACKING, replace_file, to_json
+from specdec.lab.records import TRACKING
 from specdec.lab.tracking import TrackedRun
 
 NOTED = ("id", "name")

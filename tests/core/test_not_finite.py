@@ -15,7 +15,8 @@ from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
-from specdec.lab.records import RecordFile, to_json
+from specdec.lab.files import to_json
+from specdec.lab.records import RecordFile
 from specdec.lab.runs import RunFolder
 from specdec.observation import Observation
 from specdec.protocols import AcceptanceRule, DraftError, LogitsError, StepContext

@@ -12,7 +12,8 @@ import pytest
 import torch
 from pydantic import Field
 
-from specdec.lab.command import begin, command_line, option, parse, run_main, typed, write
+from specdec.lab.command import begin, command_line, option, parse, run_main, write
+from specdec.lab.values import typed
 
 
 @dataclass(frozen=True, kw_only=True)
