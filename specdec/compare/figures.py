@@ -53,7 +53,8 @@ class Entry:
     """A method of a group.
 
     Args:
-        name: what distinguishes it in its group; with LOSSY or SYNTHETIC before it if it is.
+        name: what distinguishes it in its group.
+        mark: LOSSY, SYNTHETIC or FAILED (its check), of what is no lossless method.
         labels: drafter, tree, children, acceptance, and words that differ.
         folders: its runs, one for each seed.
         accepted_length: pooled; `per_request` averages requests.
@@ -61,7 +62,9 @@ class Entry:
             share of texts that do.
         tokens_per_second, speedup, anatomy (ms of a step by verb), energy (joules for a token),
             idle_watts: None where times cannot be used, or were not measured.
-        tokens_per_pass: of the target, gained by
+        repeats: largest relative difference of tokens per second between runs of equal seed; None
+            if each is there once.
+        tokens_per_pass: of the target over the whole batch.
         nodes_per_step: drafted nodes verified, for each sequence.
         predicted_speedup: what `cost_aware` promised, if it chose the tree.
         by_category: in the order of the categories.
@@ -91,6 +94,7 @@ class Entry:
     predicted_speedup: float | None
     by_category: Mapping[str, Share]
     lossless: list[Mapping[str, Any]]
+    repeats: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,10 +131,11 @@ class Group:
         times: how they were measured ("in turns", "one process each, anchor within 1.2 %"), or why
             they are not compared ("runs on different GPUs").
         entries: the best first; lossless ones before those that are not.
-        differences: between the best and each other one, of each quantity.
+        differences: between the best and each other one of the same mark, of each quantity.
         chosen: by drafter, settings chosen on one half of the conversations and their figures on
             the other; empty if no drafter has several.
         verdict: three sentences.
+        notes: what to know before one believes them.
     """
 
     name: str
@@ -141,6 +146,7 @@ class Group:
     chosen: list[Entry]
     verdict: list[str]
     trees: list[Tree] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

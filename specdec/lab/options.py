@@ -20,7 +20,8 @@ A word is group=option, or setting=value with the value in YAML, as in
     python -m specdec.run drafter=small_llama tree=static tree.widths=[3,2,1]
 Of a group one option counts; its settings follow, with their defaults. ??? must be given.
 --config-dir FOLDER adds options of your own, -m runs every combination of a=1,2 b=3,4, --cfg job
-prints all settings instead of running, --version the version, --hydra-help what Hydra can do."""
+prints all settings instead of running, --version the version, --hydra-help what Hydra can do.
+Other commands: specdec compare FOLDERS, specdec sync FOLDERS; --help after them tells more."""
 
 
 class Setting(NamedTuple):

@@ -1,0 +1,155 @@
+"""From folders to a comparison."""
+
+import shlex
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from specdec.compare.figures import Comparison, Entry, Estimate, Group
+from specdec.compare.grouping import Workload, settings_that_differ, several, workloads
+from specdec.compare.measure import best_first, chosen, differences, entry
+from specdec.compare.read import Found, Run, find
+from specdec.compare.times import clock_of, pace_of
+from specdec.compare.trees import trees_of
+from specdec.compare.verdict import verdict
+from specdec.compare.words import words_of
+from specdec.lab.values import shown
+
+MOST = 3  # remarks of a kind
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """What runs say together.
+
+    Args:
+        folders: of runs and of sweeps.
+
+    Raises:
+        ValueError: a folder holds no run, a file is broken, or single runs cannot be compared.
+    """
+    found = find(folders)
+    groups = [_group(work) for work in workloads(found)]
+    return Comparison(
+        groups=groups,
+        differing=settings_that_differ(found.runs),
+        left_out=found.left_out,
+        environment=_environment(found.runs),
+        commands=_commands(found),
+    )
+
+
+def _group(work: Workload) -> Group:
+    times, said = clock_of(work)
+    pace, how = pace_of(work) if times else (False, said)
+    methods, keys = work.methods, work.keys
+    entries = best_first([entry(one, keys, times=times) for one in methods], pace=pace)
+    found = differences(methods, keys, pace=pace)
+    notes = [*work.notes, *_orders(entries), *_clocks(entries)]
+    return Group(
+        name=_title(work),
+        workload=_described(work),
+        times=how,
+        entries=entries,
+        differences=found,
+        chosen=chosen(methods, keys, times=times, pace=pace),
+        verdict=verdict(methods, keys, entries, found, pace=pace),
+        trees=[tree for one in methods for tree in trees_of(one)],
+        notes=notes,
+    )
+
+
+def _described(work: Workload) -> dict[str, Any]:
+    """What was done, the most important first."""
+    first = work.runs[0]
+    settings = first.settings
+    sets = [run.choices.get("prompts") for run in work.runs]
+    names = ", ".join(sorted({name for name in sets if name}))
+    found: dict[str, Any] = {
+        "target": settings.get("target.path", ""),
+        "temperature": settings.get("sampling.temperature", 0.0),
+        "prompts": f"{names + ': ' if names else ''}{len(work.keys)} conversations",
+        "max_new_tokens": settings.get("max_new_tokens"),
+        "batch_size": settings.get("batch_size", 1),
+    }
+    return found | {name: shown(value) for name, value in work.own.items() if name not in found}
+
+
+def _title(work: Workload) -> str:
+    """The target, the temperature, the batch, and what else this group differs in."""
+    described = _described(work)
+    parts = [
+        str(described["target"]),
+        f"T={float(described['temperature']):g}",
+        f"batch {described['batch_size']}",
+    ]
+    named = {"target.path", "sampling.temperature", "batch_size"}
+    parts += [
+        f"{name}={shown(value)}"
+        for name, value in work.own.items()
+        if name not in named and not name.startswith("contents of ")
+    ]
+    return " · ".join(parts)
+
+
+# What to know
+
+
+def _orders(entries: Sequence[Entry]) -> list[str]:
+    """Pairs of methods whose order depends on how accepted lengths are averaged."""
+    flips = [
+        f"{one.name} has the longer accepted length pooled ({one.accepted_length.value:.2f} and "
+        f"{other.accepted_length.value:.2f}), {other.name} the longer one by request "
+        f"({one.per_request.value:.2f} and {other.per_request.value:.2f})"
+        for first, second in combinations(entries, 2)
+        for one, other in ((first, second), (second, first))
+        if one.accepted_length.value > other.accepted_length.value
+        and one.per_request.value < other.per_request.value
+    ]
+    more = [f"so with {len(flips) - MOST} other pairs"] if len(flips) > MOST else []
+    return [*flips[:MOST], *more]
+
+
+def _clocks(entries: Sequence[Entry]) -> list[str]:
+    """Methods whose repeats differ by more than their conversations let one know."""
+    return [
+        f"unstable clock: repeats of {one.name} differ by {one.repeats:.1%}, more than half the "
+        f"interval of its speedup; the machine decides there, not the prompts"
+        for one in entries
+        if one.repeats is not None and one.speedup and one.repeats > _half(one.speedup)
+    ]
+
+
+def _half(one: Estimate) -> float:
+    """Half its interval, relative to its value."""
+    if one.low is None or one.high is None:
+        return float("inf")
+    return (one.high - one.low) / (2.0 * one.value)
+
+
+# What the runs are
+
+
+def _environment(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """Versions, hardware and git of the runs, equal ones once."""
+    names = ("versions", "hardware", "git")
+    same: list[tuple[dict[str, Any], list[str]]] = []
+    for run in runs:
+        own = {name: run.summary[name] for name in names if run.summary.get(name)}
+        for other, folders in same:
+            if own == other:
+                folders.append(run.name)
+                break
+        else:
+            same.append((own, [run.name]))
+    if len(same) == 1:
+        return {"all runs": same[0][0]}
+    return {several(folders): own for own, folders in same if own}
+
+
+def _commands(found: Found) -> list[str]:
+    """Those that make the runs again."""
+    return [
+        shlex.join(["python", "-m", "specdec.run", *(run.words or words_of(run))])
+        for run in found.runs
+    ]

@@ -1,0 +1,158 @@
+"""What a run has spent on each conversation: all turns and samples of one prompt together."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from specdec.lab.repetition import degenerate
+
+Record = Mapping[str, Any]
+
+
+class Conversation(NamedTuple):
+    """A prompt by what was asked: `mark` is a hash of the tokens of its first turn."""
+
+    category: str
+    id: str
+    mark: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.category}/{self.id}" if self.category else self.id
+
+
+@dataclass(slots=True)
+class Sums:
+    """Of one conversation, or several.
+
+    Args:
+        texts: how many, of which `decoded` had a step; `loops` are degenerate.
+        tokens, steps, drafted: tokens, steps of the sequences, nodes.
+        lengths: sum of the accepted lengths of the decoded texts.
+        loop_tokens, loop_steps: of the degenerate texts.
+        verbs: seconds; a step's time belongs in equal parts to its sequences.
+        passes: of the target, shared out likewise.
+        depths: how often a tree of that depth had a path of that length accepted.
+    """
+
+    texts: int = 0
+    decoded: int = 0
+    loops: int = 0
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0
+    lengths: float = 0.0
+    loop_tokens: int = 0
+    loop_steps: int = 0
+    passes: float = 0.0
+    verbs: Counter[str] = field(default_factory=Counter)
+    depths: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.verbs.values())
+
+    def add(self, other: "Sums") -> None:
+        for name in self.__slots__:
+            mine, more = getattr(self, name), getattr(other, name)
+            if isinstance(mine, Counter):
+                mine.update(more)
+            else:
+                setattr(self, name, mine + more)
+
+
+def total(parts: Iterable[Sums]) -> Sums:
+    """All of them together."""
+    found = Sums()
+    for part in parts:
+        found.add(part)
+    return found
+
+
+def read_side(folder: Path, *, plain: bool = False) -> dict[Conversation, Sums]:
+    """What generations.jsonl and steps.jsonl say of each conversation, as far as they were
+    written: of texts without all their steps nothing counts.
+
+    Args:
+        plain: it is plain decoding, of which depths are not asked for.
+
+    Raises:
+        ValueError: a file is missing, or a line in it is broken.
+    """
+    records = list(lines_of(folder / "generations.jsonl", ("request", "prompt", "turn", "tokens")))
+    names = {one["prompt"]: _conversation(one) for one in records if not one["turn"]}
+    texts = {one["request"]: one for one in records if one["prompt"] in names}
+    sums = {request: _of_text(one) for request, one in texts.items()}
+    seen = Counter[int]()
+    for step in lines_of(folder / "steps.jsonl", ("requests", "seconds", "depths", "accepted")):
+        requests, seconds = step["requests"], step["seconds"]
+        share = 1.0 / len(requests) if requests else 0.0
+        for place, request in enumerate(requests):
+            own = sums.get(request)
+            if own is None:
+                continue
+            seen[request] += 1
+            own.passes += share
+            for verb, spent in seconds.items():
+                own.verbs[verb] += spent * share
+            if not plain:
+                own.depths[step["depths"][place], step["accepted"][place]] += 1
+    found: defaultdict[Conversation, Sums] = defaultdict(Sums)
+    for request, one in texts.items():
+        if seen[request] == one["steps"]:
+            found[names[one["prompt"]]].add(sums[request])
+    return dict(found)
+
+
+def _of_text(text: Record) -> Sums:
+    """What its own line says."""
+    tokens, steps, loops = text["tokens"], text["steps"], degenerate(text)
+    return Sums(
+        texts=1,
+        decoded=int(steps > 0),
+        loops=int(loops),
+        tokens=tokens,
+        steps=steps,
+        drafted=text["drafted"],
+        lengths=tokens / steps if steps else 0.0,
+        loop_tokens=tokens * loops,
+        loop_steps=steps * loops,
+    )
+
+
+def _conversation(text: Record) -> Conversation:
+    mark = text.get("prompt_hash")  # older runs have none
+    if mark is None:
+        ids = json.dumps(text["prompt_ids"], separators=(",", ":"))
+        mark = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return Conversation(text["category"] or "", text["id"], mark)
+
+
+def lines_of(path: Path, names: tuple[str, ...]) -> Iterator[Record]:
+    """The complete lines of a file one by one, each with these fields. What a crash has left of a
+    last one is none.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is broken.
+    """
+    try:
+        whole = path.read_bytes().rstrip(b"\0").split(b"\n")[:-1]
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read, {error.strerror}; put it back, or leave the run out"
+        ) from None
+    for number, line in enumerate(whole, start=1):
+        try:
+            record = json.loads(line)
+            if not all(name in record for name in names):
+                raise ValueError(f"it has not all of {', '.join(names)}")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{path}: line {number} is no record, {str(error).splitlines()[0]}; leave the "
+                f"run out, or delete the line and continue the run with resume=true"
+            ) from None
+        yield record
