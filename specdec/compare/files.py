@@ -5,8 +5,6 @@ import csv
 import io
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +26,15 @@ def write_all(comparison: Comparison, folder: Path) -> list[Path]:
     Raises:
         ValueError: one cannot be written.
     """
+    from specdec.compare import report  # draws, which takes a while to import
+
     paths = [folder / name for name in (REPORT, CSV, JSON)]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     replace_file(paths[2], to_json({"schema": SCHEMA, **asdict(comparison)}, indent=1) + "\n")
     replace_file(paths[1], table_of(comparison))
-    if find_spec("specdec.compare.report"):
-        report: Any = import_module("specdec.compare.report")  # draws, which takes a while
-        with writing(paths[0]):
-            report.write(comparison, paths[0])
+    with writing(paths[0]):
+        report.write(comparison, paths[0])
     return paths
 
 
