@@ -85,10 +85,9 @@ def _hydra_main(config: DictConfig) -> float | None:
     try:
         settings = resolved(config, job.runtime.choices, words)
         place = out_of(settings)
-        out = place / str(job.job.num) if sweep else place
         again = continuing(sys.argv[1:], place)
         summary = run(
-            settings, out, console, words=words, again=again, sweep=sweep, others=bool(_finished)
+            settings, place, console, words=words, again=again, sweep=sweep, others=bool(_finished)
         )
     except (ValueError, *ERRORS) as error:
         where = f" ({' '.join(words)})" if sweep else ""

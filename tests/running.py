@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 QUICK = ("tracker=none", "prompts.limit=3", "max_new_tokens=10", "dtype=float32")
@@ -24,6 +26,22 @@ def outputs(folder: Path) -> dict[tuple[int, int], list[int]]:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return found
+
+
+def jobs(folder: Path) -> list[Path]:
+    """Folders of the jobs of a sweep."""
+    return sorted(path.parent for path in folder.glob("*/config.yaml"))
+
+
+def jobs_by(folder: Path, setting: str) -> dict[Any, Path]:
+    """Those folders by the value of a setting."""
+    found = {}
+    for job in jobs(folder):
+        value = yaml.safe_load((job / "config.yaml").read_text())
+        for name in setting.split("."):
+            value = value[name]
+        found[value] = job
     return found
 
 

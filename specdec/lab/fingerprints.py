@@ -6,7 +6,7 @@ import json
 import os
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -115,3 +115,20 @@ def _code(target: str) -> str | None:
     module = getattr(pkgutil.resolve_name(target), "__module__", None) or ""
     file = getattr(sys.modules.get(module), "__file__", None)
     return None if file is None or module.startswith("specdec.") else fingerprint(Path(file))
+
+
+def fingerprint_of_code(root: Path, *, without: Collection[str] = ()) -> str:
+    """Of the names and contents of all files of Python below a folder, those that links lead to
+    among them.
+
+    Args:
+        without: names of folders in it that do not count.
+    """
+    found = hashlib.sha256()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if name not in (*without, "__pycache__"))
+        for name in sorted(files):
+            if name.endswith(".py"):
+                path = Path(folder, name)
+                found.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]

@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 
+class TakenError(ValueError):
+    """Another process works there; `sure` if it runs on this host."""
+
+    def __init__(self, message: str, *, sure: bool) -> None:
+        super().__init__(message)
+        self.sure = sure
+
+
 class Lock:
     """Held until it is released or the process ends, however that comes about: the system knows
     (flock). The file has the owner's pid, host and time, for messages, and for file systems that
@@ -20,8 +28,8 @@ class Lock:
         name: what error messages begin with.
 
     Raises:
-        ValueError: another process holds it, or may hold it on another host; or the file cannot be
-            written.
+        TakenError: another process holds it, or may hold it on another host.
+        ValueError: the file cannot be written.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -59,7 +67,7 @@ class Lock:
         """The file, locked.
 
         Raises:
-            ValueError: it is another's.
+            TakenError: it is another's.
         """
         while True:
             file = self.path.open("a+", encoding="utf-8")
@@ -78,7 +86,7 @@ class Lock:
             if not held and not elsewhere:
                 return file
             file.close()
-            raise ValueError(self._taken(owner, sure=held))
+            raise TakenError(self._taken(owner, sure=held), sure=held)
 
     def _taken(self, owner: dict[str, Any], *, sure: bool) -> str:
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"

@@ -1,13 +1,15 @@
 """One run: from resolved settings to a finished folder."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from rich.console import Console
 
+from specdec.lab.baselines import SharedBaseline
 from specdec.lab.build import (
     baseline_of,
     cache_of,
@@ -15,24 +17,42 @@ from specdec.lab.build import (
     placement_of,
 )
 from specdec.lab.experiment import Experiment, stop_tokens
-from specdec.lab.fingerprints import contents_of, digest
+from specdec.lab.identity import identity_of
 from specdec.lab.lengths import TOO_LONG, fitted
+from specdec.lab.method import Method
 from specdec.lab.options import nearest
 from specdec.lab.prompts import CHAT_MODES, load_prompts, unused_fields
-from specdec.lab.runs import RunFolder
+from specdec.lab.runs import RunFolder, read_config
 from specdec.lab.settings import Settings
 from specdec.lab.setup import General, general_of, record_of, target_of, tracker_of
 from specdec.lab.terminal import Live, show_summary
 from specdec.lab.tracked import tracked_run
-from specdec.lab.tracking import Careful
+from specdec.lab.tracking import Careful, Tracker
 from specdec.lab.unused import without_effect
 from specdec.lab.values import shown, typed
 from specdec.models.load import Models, find_model
+from specdec.models.placement import Placement
 from specdec.sampling import SamplingParams
 
-# What may differ when a run is resumed.
-VOLATILE = frozenset({"resume", "tracker", "out", "choices", "record"})
 MOST_TEXTS = 1_000_000  # of a run
+GROWING = ("prompts.limit", "prompts.per_category")  # what a folder may have more of
+_kept: list[tuple[str, Models]] = []  # target of the last run of this process, and its models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run that can begin.
+
+    Args:
+        folder: open, with `summary` if there is nothing left to do; then there is no `experiment`.
+        tracker: started.
+        shared: plain decoding of the sweep it belongs to.
+    """
+
+    folder: RunFolder
+    experiment: Experiment | None
+    tracker: Tracker
+    shared: SharedBaseline | None
 
 
 def run(
@@ -45,55 +65,141 @@ def run(
     sweep: bool = False,
     others: bool = False,
 ) -> dict[str, Any]:
-    """Decode as the settings say, print the table and return the summary.
+    """Decode as the settings say, print the table and return the summary; with `folder`, where it
+    is, and `done_already`, if nothing was left to do.
 
     Args:
-        out: the folder of this run.
+        out: the folder of this run, or that of the sweep in which it has its own, named by what it
+            is.
         words: what was typed, which is what trackers call the run; its drafter if there are none.
         again: the command that continues it, for the one who interrupts it.
-        sweep: whether it is one of several, in the folder of all of them, and
+        sweep: whether it is one of several, and
         others: whether some of those are finished.
 
     Raises:
         ValueError: a setting that cannot be used; the message names it.
     """
-    general = general_of(settings)
-    resume = general.resume
-    folder = RunFolder(out, config=settings, resume=resume, volatile=VOLATILE, may_begin=sweep)
+    settings, out = continued(settings, words, out)
+    begun = partial(opened, words=words, again=again, sweep=sweep, others=others)
+    with begun(settings, out, console) as job:
+        folder = job.folder
+        if job.experiment is None:
+            summary = dict(folder.summary or {}, done_already=True)
+            _tell(console, f"done already: {folder.path}")
+        else:
+            summary = job.experiment.run(folder, job.tracker, Live(console), job.shared)
+    show_summary(summary, console)
+    _tell(console, f"results in {folder.path}")
+    return {**summary, "folder": str(folder.path)}
+
+
+@contextmanager
+def opened(
+    settings: Settings,
+    out: Path,
+    console: Console,
+    *,
+    words: Sequence[str] = (),
+    again: str = "",
+    sweep: bool = False,
+    others: bool = False,
+) -> Iterator[Job]:
+    """A run whose settings are checked, whose folder is open and whose models are loaded, as far
+    as there is anything to do. Arguments as of `run`.
+
+    Raises:
+        ValueError: a setting that cannot be used, before a model is loaded where that is possible.
+    """
+    general, placement = general_of(settings), placement_of(settings)
+    method, path = method_of(settings), target_of(settings)
+    record_of(settings)
+    asked = _asked(settings, method.sampling, console)
+    find_model(path, setting="target.path")
+    method.drafter.find()
+    identity = identity_of(settings, asked["prompts"], placement)
+    place = out
+    if sweep:
+        place = out / f"{method.drafter_name}-{method.tree_name}-{identity.method[:8]}"
+    folder = RunFolder(
+        place,
+        config=settings,
+        resume=general.resume,
+        identity=identity,
+        texts={one.index: len(one.turns) * asked["samples"] for one in asked["prompts"]},
+        job=sweep,
+    )
     with folder:
+        tracker = Careful(tracker_of(settings), partial(_tell, console))
+        if folder.summary is not None:
+            yield Job(folder=folder, experiment=None, tracker=tracker, shared=None)
+            return
+        for line in without_effect(settings, method, placement.kernels.impl, words):
+            _tell(console, line)
         try:
-            tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
-            tracker = Careful(tracker_of(settings), tell)
-            experiment = _experiment(settings, general, words, console)
-            prompts = digest([asdict(prompt) for prompt in experiment.prompts])
-            folder.identify(
-                resolved=experiment.resolved,
-                contents={**contents_of(settings), "prompts": prompts},
+            experiment = _experiment(settings, general, placement, method, path, asked, console)
+            folder.identify(experiment.resolved)
+            tracker.start(
+                tracked_run(
+                    folder.path,
+                    {**settings, "resolved": experiment.resolved},
+                    method.marks,
+                    words,
+                )
             )
-            shown = {**settings, "resolved": experiment.resolved}
-            tracker.start(tracked_run(out, shown, experiment.method.marks, words))
-            summary = experiment.run(folder, tracker, Live(console))
+            shared = SharedBaseline(out, identity) if sweep and general.baseline else None
+            yield Job(folder=folder, experiment=experiment, tracker=tracker, shared=shared)
         except KeyboardInterrupt:
-            said = f"interrupted: {folder.finished} finished texts are in {out}"
+            said = f"interrupted: {folder.finished} finished texts are in {folder.path}"
             if folder.resumable or (sweep and others):
                 said += f"; this continues: {again}"
-            console.print(said, soft_wrap=True, markup=False, highlight=False)
+            _tell(console, said)
             raise
-    show_summary(summary, console)
-    console.print(f"results in {out}")
-    return summary
+
+
+def continued(settings: Settings, words: Sequence[str], out: Path) -> tuple[Settings, Path]:
+    """The settings and the folder of a run, which are those of the folder that `resume` names.
+
+    Raises:
+        ValueError: there is no such folder, or words stand beside it that would change the run.
+    """
+    resume = settings.get("resume")
+    if not isinstance(resume, str) or resume == "auto":
+        return settings, out
+    folder = Path(resume).expanduser()
+    if (folder / "multirun.yaml").is_file():
+        raise ValueError(
+            f"resume={resume}: is the folder of a sweep; repeat its words with out={resume}, and "
+            f"what is finished is skipped"
+        )
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"resume={resume}: must be true, false, auto or the folder of a run")
+    stored = read_config(folder / "config.yaml")
+    for word in words:
+        name = word.partition("=")[0].lstrip("+")
+        if name != "resume" and name.split(".")[0] != "tracker" and name not in GROWING:
+            raise ValueError(
+                f"{word}: cannot stand beside resume={resume}, which has settings of its own; "
+                f"leave it out, or choose another folder with out="
+            )
+        if name in GROWING:
+            stored["prompts"][name.split(".")[1]] = settings["prompts"][name.split(".")[1]]
+    stored = {name: v for name, v in stored.items() if name not in ("schema", "resolved")}
+    if any(word.startswith("tracker") for word in words):
+        stored["tracker"] = settings["tracker"]
+    return {**stored, "resume": True, "out": str(folder)}, folder.absolute()
 
 
 def _experiment(
-    settings: Settings, general: General, words: Sequence[str], console: Console
+    settings: Settings,
+    general: General,
+    placement: Placement,
+    method: Method,
+    path: str,
+    asked: dict[str, Any],
+    console: Console,
 ) -> Experiment:
-    """Everything is checked before a model is loaded, as far as that is possible."""
-    method, path, record = method_of(settings), target_of(settings), record_of(settings)
-    models, asked = Models(placement_of(settings)), _asked(settings, method.sampling, console)
-    find_model(path, setting="target.path")
-    method.drafter.find()
-    for line in without_effect(settings, method, models.placement.kernels.impl, words):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    """With the models loaded."""
+    models = _models(path, placement)
     target = models.load(path, setting="target.path")
     fit = fitted(
         asked.pop("prompts"),
@@ -104,7 +210,7 @@ def _experiment(
         too_long=asked.pop("too_long"),
     )
     if fit.told:
-        console.print(fit.told, soft_wrap=True, markup=False, highlight=False)
+        _tell(console, fit.told)
     method.load(target, models)
     return Experiment(
         target=target,
@@ -116,11 +222,24 @@ def _experiment(
         stop_tokens=stop_tokens(target, ignore_eos=general.ignore_eos),
         stop_strings=general.stop_strings,
         label=path,
+        record=record_of(settings),
         prompts=fit.prompts,
         too_long={"skipped": fit.skipped, "truncated": fit.truncated},
-        record=record,
         **asked,
     )
+
+
+def _models(target: str, placement: Placement) -> Models:
+    """Those of the last run of this process, if it had the same target at the same place: the jobs
+    of a sweep load it once."""
+    if not _kept or (_kept[0][0], _kept[0][1].placement) != (target, placement):
+        _kept.clear()  # before others take their memory
+        _kept.append((target, Models(placement)))
+    return _kept[0][1]
+
+
+def _tell(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> dict[str, Any]:

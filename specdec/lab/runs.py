@@ -6,32 +6,35 @@ steps.jsonl         one line for each step
 trees.jsonl         one line for each tree that is recorded
 baseline/           the same two files for plain decoding
 config.yaml         every setting, resolved
+identity.json       by what the run is known
 summary.json        the figures
 error.txt           the traceback, if the drafter failed
 tracking.json       by what trackers know the run
 lock                who works there, as long as it does
 """
 
+import json
 import os
 import shutil
 import traceback
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 
 from specdec.lab.files import replace_file, to_json, writing
+from specdec.lab.identity import IDENTITY, Identity
 from specdec.lab.lock import Lock
 from specdec.lab.records import GENERATIONS, STEPS, TRACKING, TREES, Record, RecordFile
 
-SCHEMA = 1  # of these files, as docs/outputs.md has them
+SCHEMA = 2  # of these files, as docs/outputs.md has them
 CONFIG, ERROR = "config.yaml", "error.txt"
-FACTS = ("resolved", "contents")
 OWN = (
-    *(CONFIG, "generations.jsonl", "steps.jsonl", "trees.jsonl"),
+    *(CONFIG, IDENTITY, "generations.jsonl", "steps.jsonl", "trees.jsonl"),
     *("baseline", "summary.json", "wandb", TRACKING),
 )
 
@@ -82,26 +85,12 @@ class Side:
         """Forget steps of prompts that have no generation yet; those are decoded again from the
         start.
 
-        A step it shares with finished prompts keeps the share of its time that those have in its
-        sequences: what it did for the others is done again, and timed then. Its lists are by
-        request.
+        What a step did for them is done again, and timed then.
         """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         done = {generation["request"] for generation in self.generations.records}
-        kept = []
-        for step in self.steps.records:
-            requests = step["requests"]
-            places = [i for i, request in enumerate(requests) if request in done]
-            if places:
-                lists = {
-                    name: [values[i] for i in places]
-                    for name, values in step.items()
-                    if isinstance(values, list) and len(values) == len(requests)
-                }
-                share = len(places) / len(requests)
-                times = {verb: seconds * share for verb, seconds in step["seconds"].items()}
-                kept.append({**step, **lists, "seconds": times})
+        kept = of_requests(self.steps.records, done)
         self.generations.rewrite(self.generations.records)
         self.steps.rewrite(kept)
         if self.trees.path.exists():
@@ -118,18 +107,39 @@ class Side:
                 last.callback(file.close)
 
 
+def of_requests(steps: Iterable[Record], wanted: Collection[int]) -> list[Record]:
+    """Steps as if they had run for these requests alone, with the share of their time that those
+    have in their sequences; their lists are by request."""
+    kept = []
+    for step in steps:
+        requests = step["requests"]
+        places = [i for i, request in enumerate(requests) if request in wanted]
+        if places:
+            lists = {
+                name: [values[i] for i in places]
+                for name, values in step.items()
+                if isinstance(values, list) and len(values) == len(requests)
+            }
+            share = len(places) / len(requests)
+            times = {verb: seconds * share for verb, seconds in step["seconds"].items()}
+            kept.append({**step, **lists, "seconds": times})
+    return kept
+
+
 class RunFolder:
     """The output folder of a run, which is the only one to work in it until it is closed.
 
     As a context it closes itself, and what a ValueError ends before anything is finished leaves
-    nothing behind.
+    nothing behind. A folder goes on with the same run (`Identity`) alone: with what is missing of
+    it, or with more prompts. If nothing is missing, `summary` is that of the finished run.
 
     Args:
         path: made if missing.
         config: every setting of the run, resolved.
-        resume: continue what the folder holds.
-        volatile: settings that may differ between a run and its resumption.
-        may_begin: whether one that is to be continued may not have begun, as of a sweep.
+        resume: continue an unfinished run; `auto` begins if there is none.
+        identity: by what the run is known; its settings, if left out.
+        texts: how many it has of each prompt, by its place in the set.
+        job: whether it is one of a sweep, whose folders are continued without being told.
 
     Raises:
         ValueError: the folder cannot be used, another run works in it or has left results there;
@@ -141,82 +151,116 @@ class RunFolder:
         path: Path,
         *,
         config: Mapping[str, Any],
-        resume: bool,
-        volatile: frozenset[str] = frozenset(),
-        may_begin: bool = False,
+        resume: bool | str,
+        identity: Identity | None = None,
+        texts: Mapping[int, int] | None = None,
+        job: bool = False,
     ) -> None:
         self.path = path
         self.notes: list[str] = []  # what to tell of a resumption
-        self._config: Record = {**config, **{name: {} for name in FACTS}}
-        self._found: Mapping[str, Any] = {}
+        self.summary: Record | None = None
+        self.identity = identity or Identity(settings=config)
+        self._texts = texts or {}
+        self._config: Record = {**config, "resolved": {}}
+        self._resolved: Mapping[str, Any] = {}  # that of the run that goes on
         self.main = Side(path)
         self.baseline = Side(path / "baseline") if config.get("baseline") else None
         self.sides = [side for side in (self.main, self.baseline) if side is not None]
         self._lock = Lock(path / "lock", f"out={path}")
         try:
             self._before = set(os.listdir(path))
-            if resume and not (may_begin and self._empty):
-                self._found = self._resume(volatile)
-            elif any(_size(side.generations.path) for side in self.sides):
+            if not self._empty:
+                self._go_on(wanted=bool(resume) or job)
+            elif resume is True and not job:
                 raise ValueError(
-                    f"out={path}: holds results already; "
-                    f"resume=true continues them, or choose another folder"
+                    f"resume=true: there is nothing to continue in out={path}; leave it out, or "
+                    f"name the folder of a run"
                 )
         except BaseException:
             self._lock.release()
             raise
 
     @property
+    def _heads(self) -> list[Path]:
+        return [self.path / CONFIG, self.path / IDENTITY]
+
+    @property
     def _empty(self) -> bool:
         files = [file.path for side in self.sides for file in side.files]
-        return not (self.path / CONFIG).exists() and not any(map(_size, files))
+        return not any(map(_size, [*self._heads, *files]))
 
-    def _resume(self, volatile: frozenset[str]) -> Mapping[str, Any]:
-        """Read what the folder holds; returns its config.yaml."""
-        files = [file.path for side in self.sides for file in side.files]
-        place = self.path / CONFIG
-        absent = [file for file in (place, *files) if not file.exists()]
-        if self._empty:
+    def _go_on(self, *, wanted: bool) -> None:
+        """Read what the folder holds.
+
+        Args:
+            wanted: whether that was asked for; if not, only a finished run goes on.
+        """
+        summary = _read_object(self.path / "summary.json")
+        if not wanted and not (summary or {}).get("finished"):
+            if not any(_size(side.generations.path) for side in self.sides):
+                return  # it ended before anything was finished
             raise ValueError(
-                f"resume=true: there is nothing to continue in out={self.path}; leave it out, or "
-                f"name the folder of a run"
+                f"out={self.path}: holds results already; resume=true continues them, or choose "
+                f"another folder"
             )
-        if place in absent or (absent and any(map(_size, files))):
+        begun = [side for side in self.sides if side.folder.exists()]
+        files = [file.path for side in begun for file in side.files]
+        absent = [file for file in files if not file.exists()] if any(map(_size, files)) else []
+        absent = [f for f in self._heads if not f.exists()] + absent
+        if absent:
             raise ValueError(
                 f"{absent[0]}: is missing; put it back, or choose another folder with out="
             )
-        found = _read_config(place)
-        names = sorted({*found, *self._config} - volatile - {"schema", *FACTS})
-        changed = [name for name in names if found.get(name) != self._config.get(name)]
-        self._refuse(changed)
+        self._resolved = read_config(self.path / CONFIG)["resolved"]
+        self._take_over(_read_identity(self.path / IDENTITY))
         for side in self.sides:
             self.notes += side.read()
-        return found
+        if summary and summary.get("finished") and self._complete(summary):
+            self.summary = summary
 
-    def identify(self, **facts: Mapping[str, Any]) -> None:
-        """Note what the settings came to here: `resolved`, values of settings that leave it open,
-        and `contents`, fingerprints of what they name.
+    def _take_over(self, record: Mapping[str, Any]) -> None:
+        """The prompts of the run that goes on, if it is the same one."""
+        mine, theirs = self.identity.prompts, record["prompts"]
+        other = [name for name in mine if theirs.get(name, mine[name]) != mine[name]]
+        changed = self.identity.differences(record["parts"])
+        self._refuse(changed or [f"prompt {name}" for name in other[:3]])
+        if mine.keys() - theirs and theirs.keys() - mine:
+            raise ValueError(
+                f"out={self.path}: holds other prompts than those asked for; choose another "
+                f"folder, or ask for those of it and more"
+            )
+        self.identity = replace(self.identity, prompts={**theirs, **mine})
+
+    def _complete(self, summary: Mapping[str, Any]) -> bool:
+        """Whether no text is missing, on any side, but for prompts that were too long."""
+        skipped = summary.get("too_long", {}).get("skipped", 0)
+        sides = [self.main]
+        place = summary.get("baseline_from")
+        if self.baseline is not None and not (place and (self.path / place).is_dir()):
+            sides.append(self.baseline)
+        for side in sides:
+            found = Counter(record["prompt"] for record in side.generations.records)
+            lacking = [index for index, count in self._texts.items() if found[index] != count]
+            if len(lacking) > skipped or any(found[index] for index in lacking):
+                return False
+        return bool(self._texts) and not self.notes
+
+    def identify(self, resolved: Mapping[str, Any]) -> None:
+        """Note what settings that leave it open came to here, by their names.
 
         Raises:
             ValueError: they have changed since the run that is resumed.
         """
-        self._config |= {name: dict(values) for name, values in facts.items()}
-        if self._found:
-            before = {name: self._found[name] for name in facts}
-            self._refuse(
-                [
-                    f"{name} of {key}" if name == "contents" else key
-                    for name, values in facts.items()
-                    for key in sorted({*values, *before[name]})
-                    if before[name].get(key) != values.get(key)
-                ]
-            )
+        self._config["resolved"] = dict(resolved)
+        if self._resolved:
+            names = sorted({*resolved, *self._resolved} - {"device"})
+            self._refuse([n for n in names if self._resolved.get(n) != resolved.get(n)])
 
     def _refuse(self, changed: list[str]) -> None:
         if changed:
             raise ValueError(
-                f"resume=true: {', '.join(changed)} differ from the run in out={self.path}; "
-                f"use the same settings, or choose another folder"
+                f"out={self.path}: {', '.join(changed)} differ from the run there; use the same "
+                f"settings, or choose another folder"
             )
 
     @property
@@ -235,9 +279,11 @@ class RunFolder:
             self.path / CONFIG,
             yaml.safe_dump({"schema": SCHEMA, **self._config}, sort_keys=False),
         )
+        replace_file(self.path / IDENTITY, to_json(self.identity.record(), indent=1) + "\n")
         (self.path / ERROR).unlink(missing_ok=True)
         for side in self.sides:
-            side.begin()
+            if side is self.main or side.generations.records:
+                side.begin()
 
     def write_error(self, error: Exception) -> Path:
         """The file that holds its traceback from now on."""
@@ -277,10 +323,15 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a run, as its folder has them.
+
+    Raises:
+        ValueError: the file is broken.
+    """
     try:
         found = yaml.safe_load(path.read_bytes())
-        whole = isinstance(found, dict) and all(isinstance(found.get(f), dict) for f in FACTS)
+        whole = isinstance(found, dict) and isinstance(found.get("resolved"), dict)
         reason = "" if whole else "it is cut off, or of an older version"
     except (yaml.YAMLError, ValueError) as error:
         whole, reason = False, " ".join(str(error).split())
@@ -289,3 +340,22 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read, {reason}; put it back, or choose another folder with out="
         )
     return found
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    found = _read_object(path)
+    if found is None or not all(isinstance(found.get(n), dict) for n in ("parts", "prompts")):
+        raise ValueError(
+            f"{path}: cannot be read, it is cut off; put it back, or choose another folder with "
+            f"out="
+        )
+    return found
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """What a file of JSON holds; nothing of one that is not there, or not whole."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -27,7 +27,7 @@ class General:
     dtype: str
     device: str
     baseline: bool
-    resume: bool
+    resume: bool | str
     out: str
     stop_strings: list[Annotated[str, Field(min_length=1)]] | None = None
 

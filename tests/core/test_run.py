@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from specdec.models.load import Models, zoo_path
 from tests.models.tiny import disturbed, save, tiny
-from tests.running import QUICK, ROOT, SHARED, lines, outputs, summary_of
+from tests.running import QUICK, ROOT, SHARED, jobs, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -114,11 +114,10 @@ def test_a_grid_verifies_what_is_lossless_and_refuses_the_rest(specdec, tmp_path
         *("sampling=sample,greedy", "tracker=none", "prompts.limit=2", "max_new_tokens=24"),
         f"out={tmp_path}/g",
     )
-    folders = [tmp_path / "g" / str(number) for number in range(12)]
-    found = [json.loads(p.read_text()) for f in folders if (p := f / "summary.json").exists()]
+    found = [summary_of(job) for job in jobs(tmp_path / "g")]
     warm = [one for one in found if one["temperature"] > 0]
     assert code == 2
-    assert [(one["tree"], one["acceptance"]) for one in warm] == [
+    assert sorted((one["tree"], one["acceptance"]) for one in warm) == [
         ("chain", "block"),
         ("chain", "traversal"),
         ("static", "traversal"),
@@ -192,7 +191,7 @@ def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(specdec, tmp_path
     summaries = sorted((tmp_path / "s").glob("*/summary.json"))
     assert code == 2
     assert error.count("error: tree.budget=-1") == 2
-    assert [s.parent.name for s in summaries] == ["0", "2"]
+    assert len(summaries) == 2
     assert [json.loads(s.read_text())["drafter"] for s in summaries] == ["ngram", "small_llama"]
     assert "drafter=ngram" in printed
 

@@ -17,6 +17,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.flight import Step
 from specdec.lab.experiment import Experiment
+from specdec.lab.identity import Identity
 from specdec.lab.method import Method
 from specdec.lab.prompts import Prompt
 from specdec.lab.runs import RunFolder
@@ -28,8 +29,9 @@ from specdec.tree_records import TreeRecord
 from specdec.verifier.greedy import Greedy
 
 SETTINGS = {"seed": 3, "baseline": True}
-FACTS = {"resolved": {"dtype": "float32"}, "contents": {"prompts": "0123"}}
 TREES = 2  # of each text
+RESOLVED = {"dtype": "float32"}
+IDENTITY = Identity(settings=SETTINGS, contents={"prompts": "0123"})
 TEXTS = [("one",), ("two", "and more"), ("three é",), ("four",), ("five", "6", "seven")]
 
 
@@ -111,7 +113,7 @@ class Session:
 
 
 class Scripted(Experiment):
-    def _check(self, folder: RunFolder, *, interrupted: bool) -> dict[str, Any]:
+    def check(self, *_: Any, interrupted: bool) -> dict[str, Any]:
         return {}
 
 
@@ -152,8 +154,11 @@ def experiment() -> Experiment:
 
 def decode(out: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """A run in a folder; its summary."""
-    with RunFolder(out, config=SETTINGS, resume=resume) as folder:
-        folder.identify(**FACTS)
+    texts = {i: len(turns) for i, turns in enumerate(TEXTS)}
+    with RunFolder(out, config=SETTINGS, resume=resume, identity=IDENTITY, texts=texts) as folder:
+        if folder.summary is not None:
+            return folder.summary
+        folder.identify(RESOLVED)
         live = Live(console or Console(quiet=True))
         summary: dict[str, Any] = experiment().run(folder, NoTracker(), live)
     return summary

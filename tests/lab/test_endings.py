@@ -1,5 +1,6 @@
 """How runs end: by signals, refusals and failing trackers; and with which words they go on."""
 
+import json
 import os
 import random
 import shlex
@@ -18,7 +19,7 @@ import yaml
 from specdec.lab.interrupts import SIGNALS, interruptible
 from specdec.lab.tracking import NoTracker
 from specdec.models import load
-from tests.running import QUICK, ROOT, lines, outputs, summary_of
+from tests.running import QUICK, ROOT, jobs_by, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -142,16 +143,18 @@ def test_a_run_goes_on_with_the_same_files_alone(specdec, own_folder, monkeypatc
     assert (config["dtype"], config["acceptance"]["_target_"]) == ("auto", None)
     resolved = config["resolved"]
     assert (resolved["dtype"], resolved["acceptance"]) == ("float32", "greedy")
-    assert set(config["contents"]) == {"prompts", "target.path", "drafter._target_"}
+    identity = json.loads((own_folder / "o/identity.json").read_text())
+    contents = identity["parts"]["contents"]
+    assert set(contents) == {"prompts", "target.path", "drafter._target_"}
     for name, setting in (("prompts.jsonl", "prompts"), ("guessing.py", "drafter._target_")):
         before = (own_folder / name).read_text()
         (own_folder / name).write_text(before.replace("It", "This").replace("2", "3"))
         code, _, error = specdec(*words, "resume=true")
         assert (code, error.count("\n")) == (2, 1)
-        assert f"resume=true: contents of {setting} differ from the run in out=" in error
+        assert f"/o: contents of {setting} differ from the run there; " in error
         (own_folder / name).write_text(before)
     monkeypatch.setattr("specdec.models.placement.choose_dtype", lambda *_: torch.float64)
-    assert "resume=true: dtype differ" in specdec(*words, "resume=true")[2]
+    assert "/o: dtype differ from the run there" in specdec(*words, "resume=true")[2]
     monkeypatch.undo()
     monkeypatch.chdir(own_folder)
     assert specdec(*words, "resume=true")[0] == 0
@@ -189,21 +192,18 @@ def test_a_sweep_goes_on_where_it_was_interrupted(specdec, own_folder, monkeypat
         interrupt_at(patch, 13, signal.SIGINT)  # in the second run of three
         code, printed, _ = specdec(*words, "out=s")
     assert code == 130
-    assert sorted(path.name for path in (own_folder / "s").iterdir()) == [
-        "0",
-        "1",
-        "multirun.yaml",
-    ]
+    assert sorted(jobs_by(own_folder / "s", "seed")) == [1, 2]
     assert specdec(*continued(printed))[0] == 0
-    for number in range(3):
-        assert len(outputs(own_folder / f"s/{number}")) == 2
+    found = jobs_by(own_folder / "s", "seed")
+    assert sorted(found) == [1, 2, 3]
+    assert all(len(outputs(job)) == 2 for job in found.values())
 
 
 def test_a_sweep_keeps_what_was_finished(specdec, tmp_path):
     code, _, error = specdec("-m", *SHORT, "seed=1,x,2", f"out={tmp_path}/s", "prompts.limit=1")
     assert code == 2
     assert error.startswith("error: seed=x: ")
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["0", "2", "multirun.yaml"]
+    assert sorted(jobs_by(tmp_path / "s", "seed")) == [1, 2]
 
 
 class Failing(NoTracker):

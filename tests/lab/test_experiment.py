@@ -17,7 +17,7 @@ from specdec.lab.experiment import Experiment
 from specdec.lab.runs import SCHEMA
 from specdec.lab.tracking import NoTracker
 from specdec.verifier.verifier import TreeVerifier
-from tests.running import QUICK, lines, outputs, summary_of
+from tests.running import QUICK, jobs_by, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -194,7 +194,7 @@ def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkey
     assert "SYNTHETIC" in row
     (row,) = (line for line in printed.splitlines() if "drafter=ngram" in line and "│" in line)
     assert "SYNTHETIC" not in row
-    assert not summary_of(tmp_path / "s/0")["synthetic"]
+    assert not summary_of(jobs_by(tmp_path / "s", "choices.drafter")["ngram"])["synthetic"]
 
 
 def test_the_probabilities_of_another_drafter_are_taken_for_rates_on_demand(specdec, tmp_path):
@@ -254,8 +254,9 @@ def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, o
     assert code == 2
     assert error.count("failed on prompt a/2: IndexError") == 1
     assert error.count("\n") == 1
-    assert not summary_of(own_folder / "s/1")["interrupted"]
-    assert len(lines(own_folder / "s/1/generations.jsonl")) == 3
+    whole = jobs_by(own_folder / "s", "drafter._target_")["failing_drafter.repeat"]
+    assert not summary_of(whole)["interrupted"]
+    assert len(lines(whole / "generations.jsonl")) == 3
 
     own_folder.joinpath("failing_at_once.py").write_text(FAILING.format(limit=0))
     code, _, error = specdec(*arguments, "drafter._target_=failing_at_once.fail", "out=w")
@@ -269,7 +270,7 @@ def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch, draft
     """On a GPU a cache may take most of the memory: that of the baseline is gone before the other
     side has its own, and that before the texts are checked."""
     made: list[weakref.ref[PagedKVCache]] = []
-    prepare, check = TreeVerifier.prepare, Experiment._check
+    prepare, check = TreeVerifier.prepare, Experiment.check
 
     def prepared(self: TreeVerifier, *given: Any) -> None:
         assert [cache() for cache in made] == [None] * len(made)
@@ -281,7 +282,7 @@ def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch, draft
         return check(self, *given, **more)
 
     monkeypatch.setattr(TreeVerifier, "prepare", prepared)
-    monkeypatch.setattr(Experiment, "_check", checked)
+    monkeypatch.setattr(Experiment, "check", checked)
     code, _, error = specdec(f"drafter={drafter}", f"out={tmp_path}/o", *QUICK)
     assert (code, error) == (0, "")
     assert len(made) == 2
@@ -300,7 +301,8 @@ def test_a_failed_check_has_an_exit_code_of_its_own(specdec, tmp_path, monkeypat
     words = ("drafter=ngram", "prompts.limit=2", "max_new_tokens=8", *QUICK[:1], *QUICK[3:])
     code, printed, _ = specdec("-m", *words, "tree.budget=0,2", f"out={tmp_path}/s")
     assert code == 3
-    first, second = (summary_of(tmp_path / "s" / job)["lossless"] for job in "01")
+    found = jobs_by(tmp_path / "s", "tree.budget")
+    first, second = (summary_of(found[budget])["lossless"] for budget in (0, 2))
     assert (first["verdict"], second["verdict"]) == ("passed", "failed")
     assert second["impossible"] >= 1
     assert printed.count("FAILED") == 2  # beneath the run, and in the table of all

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +302,7 @@ def test_what_a_refused_run_leaves(tmp_path, monkeypatch):
 def test_a_run_that_was_interrupted_before_its_first_text_can_go_on(tmp_path, whole):
     interrupted = RunFolder(tmp_path / "o", config=scripted.SETTINGS, resume=False)
     with contextlib.suppress(KeyboardInterrupt), interrupted as folder:
-        folder.identify(**scripted.FACTS)
+        folder.identify(scripted.RESOLVED)
         folder.begin()
         raise KeyboardInterrupt
     assert "resumed" not in assert_recovers(tmp_path / "o", whole)
@@ -310,16 +311,17 @@ def test_a_run_that_was_interrupted_before_its_first_text_can_go_on(tmp_path, wh
 def test_settings_and_what_they_name_stay_the_same(tmp_path, whole):
     out = tmp_path / "o"
     shutil.copytree(whole, out)
-    for config, facts, name in (
-        ({"seed": 4}, {}, "seed"),
-        ({}, {"resolved": {"dtype": "bfloat16"}}, "dtype"),
-        ({}, {"contents": {"prompts": "4567"}}, "contents of prompts"),
-        ({}, {"contents": {}}, "contents of prompts"),
+    for changed, resolved, name in (
+        ({"settings": {**scripted.SETTINGS, "seed": 4}}, {}, "seed"),
+        ({}, {"dtype": "bfloat16"}, "dtype"),
+        ({"contents": {"prompts": "4567"}}, {}, "contents of prompts"),
+        ({"contents": {}}, {}, "contents of prompts"),
+        ({"code": "89ab"}, {}, "the code of specdec"),
     ):
-        settings = {**scripted.SETTINGS, **config}
+        identity = replace(scripted.IDENTITY, **changed)
         with (
-            pytest.raises(ValueError, match=rf"^resume=true: {name} differ from the run in out="),
-            RunFolder(out, config=settings, resume=True) as folder,
+            pytest.raises(ValueError, match=rf"^out={out}: {name} differ from the run there"),
+            RunFolder(out, config=scripted.SETTINGS, resume=True, identity=identity) as folder,
         ):
-            folder.identify(**{**scripted.FACTS, **facts})
+            folder.identify({**scripted.RESOLVED, **resolved})
     assert json.loads((out / "summary.json").read_text())["tokens"]
