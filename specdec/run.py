@@ -22,7 +22,7 @@ from rich.console import Console
 from specdec import __version__
 from specdec.lab.interrupts import interruptible
 from specdec.lab.options import CONFIGS, usage
-from specdec.lab.running import run
+from specdec.lab.running import forget_models, run
 from specdec.lab.settings import (
     ERRORS,
     Refused,
@@ -68,6 +68,7 @@ def main() -> None:
         sys.exit(130)
     finally:
         SweepFolder.forget()
+        forget_models()
     if len(_finished) + len(_refused) > 1:
         show_sweep(_finished, _refused, Console())
     failed = any(summary["lossless"]["verdict"] == "failed" for _, summary in _finished)

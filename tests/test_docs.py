@@ -268,7 +268,7 @@ def agrees(title: str, found: list[set[str]]) -> None:
     always = {name for name, case in page.items() if not case}
     for names in found:
         assert always <= names, "listed as always there"
-    elsewhere = {name for name, case in page.items() if case == "on a GPU"}
+    elsewhere = {name for name, case in page.items() if case in ("on a GPU", "in a sweep")}
     assert set.union(*found) == set(page) - elsewhere
 
 
@@ -284,6 +284,15 @@ def test_fields_of_lines_are_those_listed(runs: list[Path], file: str) -> None:
 def test_fields_of_the_config_are_those_listed(runs: list[Path]) -> None:
     configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
     agrees("config.yaml", [set(config) for config in configs])
+
+
+def test_fields_of_the_identity_are_those_listed(runs: list[Path]) -> None:
+    found = [json.loads((run / "identity.json").read_text()) for run in runs]
+    for record in found:
+        for part in ("settings", "contents"):
+            record["parts"][part] = None
+        record["prompts"] = None
+    agrees("identity.json", [set(fields(record)) for record in found])
 
 
 def test_fields_of_the_summary_are_those_listed(runs: list[Path]) -> None:

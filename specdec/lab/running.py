@@ -229,6 +229,11 @@ def _experiment(
     )
 
 
+def forget_models() -> None:
+    """Give up those that are kept for the next run of this process."""
+    _kept.clear()
+
+
 def _models(target: str, placement: Placement) -> Models:
     """Those of the last run of this process, if it had the same target at the same place: the jobs
     of a sweep load it once."""
