@@ -29,7 +29,7 @@ README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
 DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "specdec/zoo/README.md"]
 PAGES = ["README", *(f"docs/{page}" for page in ("guide", "drafters", "trees_and_rules"))]
-PAGES += ["docs/acceptance", "docs/sweeps"]
+PAGES += ["docs/acceptance", "docs/sweeps", "docs/compare"]
 SOURCES = ("specdec", "drafters", "verifier", "kernels", "experiments", "tests")
 
 

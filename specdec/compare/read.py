@@ -13,7 +13,10 @@ from specdec.compare.sums import Conversation, Sums, read_side
 
 METHOD = ("drafter", "tree", "acceptance")  # groups of settings that make a method
 # Settings that change neither what is decoded nor how. Prompts count one by one, by their tokens.
-NO_PART = ("out", "resume", "tracker", "record", "baseline", "choices", "resolved", "contents")
+NO_PART = (
+    *("schema", "out", "resume", "tracker", "record", "baseline"),
+    *("choices", "resolved", "contents"),  # facts among the settings
+)
 NO_WORK = (*METHOD, "seed", "device", "prompts")  # of the rest, those that may differ
 SAMPLES = ("prompts.samples", "prompts.turns")  # of prompts, what a conversation consists of
 ENDED_WELL = ("finished", "done already")
@@ -29,7 +32,7 @@ class Run:
         settings: by full name.
         contents: fingerprints of what they name.
         code: of the package; empty of older runs, which are `unverified`.
-        choices: options of groups, by group.
+        config: of its config.yaml, empty if it has none.
         summary: empty if it was killed.
         texts: by conversation; plain: of plain decoding, None without any.
         plain_name: tells whether two runs share it.
@@ -42,7 +45,7 @@ class Run:
     settings: Mapping[str, Any]
     contents: Mapping[str, str]
     code: str
-    choices: Mapping[str, str]
+    config: Mapping[str, Any]
     summary: Mapping[str, Any]
     texts: Mapping[Conversation, Sums]
     plain: Mapping[Conversation, Sums] | None
@@ -53,6 +56,11 @@ class Run:
     @property
     def unverified(self) -> bool:
         return not self.code
+
+    @property
+    def choices(self) -> Mapping[str, str]:
+        """Options of groups, by group."""
+        return self.config.get("choices") or {}
 
     @property
     def seed(self) -> int:
@@ -192,10 +200,8 @@ def read(
     """
     summary, identity = (_json(folder / file) for file in ("summary.json", "identity.json"))
     parts = identity.get("parts") or {}
-    if not parts or not summary:
-        config = settings_of_folder(folder)
-    else:
-        config = {"choices": {k: summary[k] for k in ("drafter", "tree")}}
+    needed = not parts or (folder / "config.yaml").exists()
+    config = _config(folder / "config.yaml") if needed else {}
     settings = parts.get("settings") or flat(config) | config.get("resolved", {})
     plain = _plain_folder(folder, summary)
     if plain is not None and plain not in known:
@@ -206,7 +212,7 @@ def read(
         settings={k: v for k, v in settings.items() if group_of(k) not in NO_PART},
         contents=parts.get("contents") or config.get("contents", {}),
         code=parts.get("code", ""),
-        choices=config.get("choices", {}),
+        config=config,
         summary=summary,
         texts=read_side(folder),
         plain=None if plain is None else known[plain],
@@ -255,13 +261,12 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def settings_of_folder(folder: Path) -> dict[str, Any]:
-    """All settings of a run, as its config.yaml has them.
+def _config(path: Path) -> dict[str, Any]:
+    """All settings of a run.
 
     Raises:
         ValueError: the file is missing or broken.
     """
-    path = folder / "config.yaml"
     try:
         found = yaml.load(path.read_bytes(), Loader=LOADER)
         reason = "" if isinstance(found, dict) else "it holds no settings"

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic_core import from_json
+
 from specdec.lab.repetition import degenerate
 
 Record = Mapping[str, Any]
@@ -145,12 +147,13 @@ def lines_of(path: Path, names: tuple[str, ...]) -> Iterator[Record]:
         raise ValueError(
             f"{path}: cannot be read, {error.strerror}; put it back, or leave the run out"
         ) from None
+    wanted = set(names)
     for number, line in enumerate(whole, start=1):
         try:
-            record = json.loads(line)
-            if not all(name in record for name in names):
+            record = from_json(line)
+            if not wanted <= record.keys():
                 raise ValueError(f"it has not all of {', '.join(names)}")
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"{path}: line {number} is no record, {str(error).splitlines()[0]}; leave the "
                 f"run out, or delete the line and continue the run with resume=true"

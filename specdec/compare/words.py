@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from specdec.compare.read import Run, settings_of_folder
+from specdec.compare.read import Run
 from specdec.lab.options import CONFIGS, general, read
 
 NO_WORD = ("out", "resume", "tracker", "record")  # of the same results elsewhere
@@ -16,8 +16,7 @@ NO_WORD = ("out", "resume", "tracker", "record")  # of the same results elsewher
 
 def words_of(run: Run) -> list[str]:
     """What differs from the defaults, as one types it."""
-    config = settings_of_folder(run.folder)
-    return list(_words(config, config.get("choices", {})))
+    return list(_words(run.config, run.choices))
 
 
 def _words(config: Mapping[str, Any], choices: Mapping[str, str]) -> Iterator[str]:
