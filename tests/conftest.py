@@ -13,6 +13,9 @@ os.environ.setdefault("WANDB_MODE", "offline")
 if "SPECDEC_CACHE" not in os.environ:  # costs measured by tests are none of the machine's
     costs = tempfile.TemporaryDirectory(prefix="specdec-costs-")
     os.environ["SPECDEC_CACHE"] = costs.name
+if "TRACKIO_DIR" not in os.environ:  # which is read when it is imported
+    tracked = tempfile.TemporaryDirectory(prefix="specdec-trackio-")
+    os.environ["TRACKIO_DIR"] = tracked.name
 
 from collections.abc import Callable, Iterator
 from typing import Any

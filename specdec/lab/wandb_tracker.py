@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from specdec.lab.tracking import Record, TrackedRun
 
 # By the axis they are drawn over, and what the summary has of them.
 AXES = {"step/*": ("steps", "mean"), "time/*": ("steps", "mean"), "so_far/*": ("tokens", "last")}
-INIT, FINISH = 20, 30  # seconds
+INIT, FINISH = 12, 30  # seconds
 
 
 class WandbTracker:
@@ -81,6 +81,7 @@ class WandbTracker:
             self._run = wandb.init(mode=mode, **options)
         except (wandb.errors.CommError, wandb.errors.AuthenticationError, wandb.errors.UsageError):
             # Results must not depend on a network; an offline run can be synced later.
+            wandb.teardown(1)  # which still has a run of that id
             self._run = wandb.init(mode="offline", **options)
         for name, (axis, summary) in AXES.items():
             self._run.define_metric(name, step_metric=axis, summary=summary)
@@ -129,8 +130,8 @@ class WandbTracker:
         by_depth = [[d, rate] for d, rate in enumerate(summary["acceptance_by_depth"], start=1)]
         table = wandb.Table(columns=["depth", "acceptance"], data=by_depth)
         chart = wandb.plot.bar(table, "depth", "acceptance", title="Acceptance by depth")
-        self._run.log({"generations": _table(texts(generations)), "acceptance/by_depth": chart})
-        return self._end()
+        shown = {"generations": _table(texts(generations)), "acceptance/by_depth": chart}
+        return self._last(lambda: self._run.log(shown))
 
     def compare(
         self, run: TrackedRun, tables: Mapping[str, Table], files: Sequence[Path]
@@ -144,15 +145,21 @@ class WandbTracker:
             artifact.add_file(str(file))
             if file.suffix == ".html":
                 shown["compare/report"] = wandb.Html(file.read_text(), inject=False)
-        self._run.log(shown)
-        self._run.log_artifact(artifact)
-        return self._end()
 
-    def _end(self) -> str | None:
-        """Finish the run; where it is."""
+        def show() -> None:
+            self._run.log(shown)
+            self._run.log_artifact(artifact)
+
+        return self._last(show)
+
+    def _last(self, work: Callable[[], Any]) -> str | None:
+        """Finish the run, whatever becomes of that work; where it is."""
         url, place = self._run.url, self._run.settings.sync_dir
         mode = self._run.settings.mode
-        self._run.finish()
+        try:
+            work()
+        finally:
+            self._run.finish()
         if mode == "offline":
             return f"wandb: {shlex.join(['wandb', 'sync', str(place)])} sends it"
         return f"wandb: {url}" if url else None
