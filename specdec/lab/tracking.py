@@ -111,8 +111,7 @@ class Careful:
         self._lost = 0  # steps that found no room
         self._over = False
         self._idle = type(tracker) is NoTracker
-        if not self._idle:
-            Thread(target=self._work, daemon=True, name="tracker").start()
+        self._thread = Thread(target=self._work, daemon=True, name="tracker")
 
     def start(self, run: TrackedRun) -> None:
         self._folder = run.folder
@@ -140,6 +139,7 @@ class Careful:
         if self._idle or self._over:
             return
         job = _Job(work)
+        self._begin()
         try:
             self._jobs.put_nowait(job)
         except Full:
@@ -151,6 +151,7 @@ class Careful:
         """The last job; what it says is told."""
         job = _Job(work)
         if not self._idle and not self._over:
+            self._begin()
             with suppress(Full):
                 self._jobs.put(job, timeout=END)
             if not job.done.wait(END):
@@ -164,6 +165,10 @@ class Careful:
         if job.said:
             self._tell(job.said)
         return job.said
+
+    def _begin(self) -> None:
+        if self._thread.ident is None:  # runs that have nothing to do need none
+            self._thread.start()
 
     @property
     def _name(self) -> str:
