@@ -66,7 +66,7 @@ def _described(work: Workload) -> dict[str, Any]:
     sets = [run.choices.get("prompts") for run in work.runs]
     names = ", ".join(sorted({name for name in sets if name}))
     found: dict[str, Any] = {
-        "target": settings.get("target.path", ""),
+        "target": first.value("target.path") or "",
         "temperature": settings.get("sampling.temperature", 0.0),
         "prompts": f"{names + ': ' if names else ''}{len(work.keys)} conversations",
         "max_new_tokens": settings.get("max_new_tokens"),

@@ -16,7 +16,7 @@ MISSING = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Contender:
     """Runs that differ in nothing but their seed, or not even in that.
 
     Args:
@@ -73,13 +73,13 @@ class Workload:
     notes: Sequence[str]
 
     @cached_property
-    def methods(self) -> list[Method]:
+    def methods(self) -> list[Contender]:
         by_method: dict[str, list[Run]] = {}
         for run in self.runs:
             by_method.setdefault(_text(run.method), []).append(run)
         every = list(by_method.values())
         names = _names([runs[0] for runs in every])
-        return [Method(name=name, runs=runs) for name, runs in zip(names, every, strict=True)]
+        return [Contender(name=name, runs=runs) for name, runs in zip(names, every, strict=True)]
 
 
 def workloads(found: Found) -> list[Workload]:
@@ -102,10 +102,8 @@ def _refuse(groups: Sequence[Sequence[Run]]) -> None:
     """Say why single runs cannot be compared."""
     if len(groups) > 1:
         one, other = groups[0][0], groups[1][0]
-        names = differing([one.workload, other.workload])
-        said = [
-            f"{key} ({shown(value)} and {shown(names[1][key])})" for key, value in names[0].items()
-        ]
+        names = differing([one.workload, other.workload])[0]
+        said = [f"{key} ({_given(one, key)} and {_given(other, key)})" for key in names]
         what = f"differ in {', '.join(said)}" if said else "have no prompt in common"
         raise ValueError(
             f"{one.name}, {other.name}: {what}, so that they cannot be compared; a sweep's folder "
@@ -118,6 +116,14 @@ def _refuse(groups: Sequence[Sequence[Run]]) -> None:
             f"{one.name}: its acceptance is synthetic, which cannot be compared with runs of "
             f"models; leave it out"
         )
+
+
+def _given(run: Run, key: str) -> str:
+    """A part of a workload in words; of contents, the name of what has them, and their mark."""
+    name = key.removeprefix("contents of ")
+    if name == key:
+        return shown(run.workload.get(key, MISSING))
+    return f"{shown(run.value(name))} #{run.contents.get(name, MISSING)[:6]}"
 
 
 def _overlapping(runs: Sequence[Run]) -> list[list[Run]]:

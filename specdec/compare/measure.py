@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specdec.compare.figures import Difference, Entry, Estimate, Share
-from specdec.compare.grouping import MARKS, Method, labels_of
+from specdec.compare.grouping import MARKS, Contender, labels_of
 from specdec.compare.read import Run
 from specdec.compare.sums import Conversation, Sums, total
 from specdec.lab.metrics import VERBS
@@ -17,7 +17,7 @@ LENGTH, SPEED = "accepted_length", "tokens_per_second"
 EXPECTED = re.compile(r"([\d.]+) times plain decoding expected")
 
 
-def entry(method: Method, keys: Keys, *, times: bool) -> Entry:
+def entry(method: Contender, keys: Keys, *, times: bool) -> Entry:
     """The figures of a method on these conversations.
 
     Args:
@@ -73,7 +73,7 @@ def by_category(keys: Keys) -> dict[str, list[Conversation]]:
     return found if len(found) > 1 else {}
 
 
-def speedup(method: Method, keys: Keys) -> Estimate | None:
+def speedup(method: Contender, keys: Keys) -> Estimate | None:
     """Over plain decoding, whose texts need not be equally long; None without its times."""
     plain = method.plain
     if plain is None or not all(key in plain for key in keys):
@@ -101,7 +101,7 @@ def _unrepetitive(parts: Sequence[Sums]) -> Estimate | None:
     return estimate(ratio(*zip(*kept, strict=True))) if kept else None
 
 
-def _share(method: Method, keys: Keys, *, times: bool) -> Share:
+def _share(method: Contender, keys: Keys, *, times: bool) -> Share:
     return Share(
         conversations=len(keys),
         accepted_length=estimate(_length([method.texts[key] for key in keys])),
@@ -147,7 +147,7 @@ def _lossless(run: Run) -> Mapping[str, Any]:
     return verdict or {"verdict": "not checked", "reason": "the run was killed"}
 
 
-def _repeats(method: Method, keys: Keys) -> float | None:
+def _repeats(method: Contender, keys: Keys) -> float | None:
     """By how much the speeds of runs of equal seed differ, at most."""
     by_seed: dict[int, list[float]] = {}
     for run in method.runs:
@@ -157,7 +157,7 @@ def _repeats(method: Method, keys: Keys) -> float | None:
     return max(spreads, default=None)
 
 
-def differences(methods: Sequence[Method], keys: Keys, *, pace: bool) -> list[Difference]:
+def differences(methods: Sequence[Contender], keys: Keys, *, pace: bool) -> list[Difference]:
     """Of each quantity, the method with the most of it against each other one, lossless ones and
     those of each other mark among themselves."""
     found: list[Difference] = []
@@ -172,7 +172,7 @@ def differences(methods: Sequence[Method], keys: Keys, *, pace: bool) -> list[Di
     return found
 
 
-def _against_best(methods: Sequence[Method], keys: Keys, quantity: str) -> list[Difference]:
+def _against_best(methods: Sequence[Contender], keys: Keys, quantity: str) -> list[Difference]:
     order = sorted(methods, key=lambda method: worth(method, keys, quantity), reverse=True)
     ratios = [compared(order[0], other, keys, quantity) for other in order[1:]]
     corrected = holm([one.p for one in ratios])
@@ -191,13 +191,13 @@ def _against_best(methods: Sequence[Method], keys: Keys, quantity: str) -> list[
     ]
 
 
-def worth(method: Method, keys: Keys, quantity: str) -> float:
+def worth(method: Contender, keys: Keys, quantity: str) -> float:
     """Its accepted length or tokens per second."""
     whole = total(method.texts[key] for key in keys)
     return _over(whole.tokens, whole.seconds if quantity == SPEED else whole.steps)
 
 
-def compared(one: Method, other: Method, keys: Keys, quantity: str) -> Ratio:
+def compared(one: Contender, other: Contender, keys: Keys, quantity: str) -> Ratio:
     """The ratio of two methods, paired by conversation."""
     tokens, spent = [], []
     for method in (one, other):
@@ -214,7 +214,7 @@ def names_of(keys: Keys) -> list[str]:
     return [f"{key.name} #{key.mark[:6]}" if key.name in twice else key.name for key in keys]
 
 
-def chosen(methods: Sequence[Method], keys: Keys, *, times: bool, pace: bool) -> list[Entry]:
+def chosen(methods: Sequence[Contender], keys: Keys, *, times: bool, pace: bool) -> list[Entry]:
     """The best setting of each drafter that has several, chosen on one half of the conversations
     (by a hash of the prompt) and measured on the other: the best of many on the same prompts
     promises too much."""
@@ -223,7 +223,7 @@ def chosen(methods: Sequence[Method], keys: Keys, *, times: bool, pace: bool) ->
         halves[hashlib.sha256(f"{key.name} {key.mark}".encode()).digest()[0] % 2].append(key)
     if not all(halves):
         return []
-    by_drafter: dict[str, list[Method]] = {}
+    by_drafter: dict[str, list[Contender]] = {}
     for method in methods:
         if not method.mark:
             by_drafter.setdefault(labels_of(method.runs[0])["drafter"], []).append(method)

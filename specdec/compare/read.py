@@ -62,6 +62,13 @@ class Run:
         """Options of groups, by group."""
         return self.config.get("choices") or {}
 
+    def value(self, name: str) -> Any:
+        """Of a setting, as it was given; None if it is not known."""
+        found: Any = self.config
+        for part in name.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return self.settings.get(name) if found is None else found
+
     @property
     def seed(self) -> int:
         return int(self.settings.get("seed") or 0)

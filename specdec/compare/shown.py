@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from rich.box import SIMPLE_HEAD  # columns are many
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -9,7 +10,7 @@ from rich.text import Text
 from specdec.compare.figures import Comparison, Difference, Entry, Estimate, Group
 from specdec.compare.measure import LENGTH, SPEED
 
-WIDE = 4  # methods beside each other
+WIDE = 19  # characters of a column with a method above it
 LOUD = {"LOSSY": "yellow", "SYNTHETIC": "yellow", "FAILED": "bold red"}
 
 
@@ -19,7 +20,7 @@ def show(comparison: Comparison, console: Console) -> None:
         console.rule(Text(group.name), align="left")
         console.print(_methods(group))
         if any(entry.by_category for entry in group.entries):
-            console.print(_categories(group))
+            console.print(_categories(group, console.width))
         if group.chosen:
             console.print(_chosen(group))
         for sentence in group.verdict:
@@ -35,8 +36,8 @@ COLUMNS: Sequence[Column] = (
     ("speedup", lambda one: estimated(one.speedup, "x")),
     ("tok/s", lambda one: _number(one.tokens_per_second, 1)),
     ("accepted", lambda one: estimated(one.accepted_length)),
-    ("by request", lambda one: _number(one.per_request.value)),
-    ("not repetitive", lambda one: estimated(one.unrepetitive)),
+    ("request", lambda one: _number(one.per_request.value)),
+    ("unlooped", lambda one: _number(getattr(one.unrepetitive, "value", None))),
     ("nodes", lambda one: f"{one.nodes_per_step:.1f}"),
     ("J/token", lambda one: _number(one.energy)),
     ("lossless", lambda one: ", ".join(sorted({str(r.get("verdict")) for r in one.lossless}))),
@@ -49,9 +50,9 @@ def _methods(group: Group) -> Table:
     columns = [one for one in COLUMNS if _wanted(one, group.entries)]
     chances = [quantity for quantity in (SPEED, LENGTH) if _of(group, quantity)]
     for title, _ in columns:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for quantity in chances:
-        table.add_column("p, tok/s" if quantity == SPEED else "p, accepted", justify="right")
+        table.add_column("p speed" if quantity == SPEED else "p length", justify="right")
     for one in group.entries:
         cells = [cell(one) for _, cell in columns]
         cells += [_chance(_of(group, quantity), one.name) for quantity in chances]
@@ -63,7 +64,7 @@ def _wanted(column: Column, entries: Sequence[Entry]) -> bool:
     """Whether it tells anything: accepted lengths without degenerate texts only if there are
     some."""
     title, cell = column
-    if title == "not repetitive":
+    if title == "unlooped":
         return any(one.repetitive for one in entries)
     return any(cell(one) for one in entries)
 
@@ -76,16 +77,17 @@ def _chance(own: Sequence[Difference], name: str) -> str:
     """That a method differs from the best by chance alone, after Holm."""
     for one in own:
         if one.second == name and one.equivalent:
-            return "equal within 2 %"
+            return "equal"
         if one.second == name:
             return _number(one.p_holm, 4)
     return "best" if any(one.first == name for one in own) else ""
 
 
-def _categories(group: Group) -> Table:
+def _categories(group: Group, width: int) -> Table:
     """Accepted lengths by category, a row for each, of the best methods; the best in bold."""
-    shown = group.entries[:WIDE]
-    rest = f", of the first {WIDE} methods" if len(group.entries) > WIDE else ""
+    count = max(2, width // WIDE - 1)
+    shown = group.entries[:count]
+    rest = f", of the first {count} methods" if len(group.entries) > count else ""
     table = _table(f"accepted length by category{rest}")
     for one in shown:
         table.add_column(_named(one), justify="right", overflow="fold")
@@ -117,8 +119,9 @@ def _chosen(group: Group) -> Table:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("", overflow="fold", min_width=16)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.pad_edge, table.collapse_padding = False, True
+    table.add_column("", overflow="fold", min_width=12)
     return table
 
 

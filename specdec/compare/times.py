@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from specdec.compare.grouping import Workload
+from specdec.compare.grouping import Workload, several
 from specdec.compare.read import Run
 from specdec.compare.sums import total
 
@@ -58,7 +58,7 @@ def _left_out(runs: Sequence[Run]) -> list[str]:
         "shared their device": [run.name for run in runs if run.shared],
         "kept another pace": [run.name for run in runs if run.timed and not run.steady],
     }
-    return [f"not of runs that {why}: {', '.join(own)}" for why, own in reasons.items() if own]
+    return [f"not of runs that {why}: {several(own)}" for why, own in reasons.items() if own]
 
 
 def _off(anchor: dict[str, object]) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.compare.figures import Tree
-from specdec.compare.grouping import Method
+from specdec.compare.grouping import Contender
 from specdec.compare.read import Run
 from specdec.compare.sums import lines_of
 
@@ -14,7 +14,7 @@ MOST, READ = 3, 1000  # trees of a method; lines of a file that are looked at
 FIELDS = ("request", "step", "tokens", "parents", "draft", "target", "path", "next_token")
 
 
-def trees_of(method: Method) -> list[Tree]:
+def trees_of(method: Contender) -> list[Tree]:
     """Of the first prompts of a method's first run, the tree of which most was kept."""
     run = method.runs[0]
     path = run.folder / "trees.jsonl"
@@ -27,7 +27,7 @@ def trees_of(method: Method) -> list[Tree]:
             break
         if known is None or _worth(one) > _worth(known):
             best[one["request"]] = one
-    prompts, spell = dict(_prompts(run)), _speller(str(run.settings.get("target.path", "")))
+    prompts, spell = dict(_prompts(run)), _speller(str(run.value("target.path")))
     return [
         Tree(
             method=method.name,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from specdec.compare.figures import Difference, Entry, Estimate
-from specdec.compare.grouping import Method, several
+from specdec.compare.grouping import Contender, several
 from specdec.compare.measure import LENGTH, SPEED, Keys, by_category, compared, worth
 from specdec.lab.statistics import FEWEST, holm
 
@@ -11,7 +11,7 @@ SURE = 0.05  # chance of a difference that is none
 
 
 def verdict(
-    methods: Sequence[Method],
+    methods: Sequence[Contender],
     keys: Keys,
     entries: Sequence[Entry],
     differences: Sequence[Difference],
@@ -105,7 +105,7 @@ def chance(p: float) -> str:
 # Where
 
 
-def _where(methods: Sequence[Method], keys: Keys) -> str:
+def _where(methods: Sequence[Contender], keys: Keys) -> str:
     """Whether categories have winners of their own, by accepted length: times need more texts."""
     categories = by_category(keys)
     if not categories or len(methods) < 2:
