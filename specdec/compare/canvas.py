@@ -39,7 +39,6 @@ PAGE: dict[Any, Any] = {  # one unit is a CSS pixel
     "ytick.color": LINE,
     "ytick.labelcolor": INK,
     "svg.fonttype": "none",
-    "svg.hashsalt": "specdec",
 }
 COORDINATES = ("d", "x", "y", "width", "height", "transform", "viewBox")
 HREF = "{http://www.w3.org/1999/xlink}href"

@@ -52,11 +52,15 @@ def test_conversations_stand_at_the_logarithm_of_their_ratio() -> None:
 def test_methods_stand_at_their_nodes_and_length() -> None:
     group = made.small()
     (styles,) = charts.styles_of([group])
-    drawn = markers(charts.pareto(group, styles, "x"))
+    text = charts.pareto(group, styles, "x")
+    drawn = markers(text)
     assert len(drawn) == 3
     by_name = {title.split(":")[0]: (x, y) for x, y, title in drawn}
     of = {entry.name: entry for entry in group.entries}
     assert linear([(of[name].nodes_per_step, x) for name, (x, _) in by_name.items()])
+    (dashed,) = re.findall(r'<path d="([^"]*)"[^>]*stroke-dasharray', text)
+    corners = {(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", dashed)}
+    assert {by_name[entry.name] for entry in charts.frontier(group.entries)} <= corners
     heights = sorted(by_name, key=lambda name: -by_name[name][1])
     assert heights == sorted(of, key=lambda name: of[name].accepted_length.value)
 
