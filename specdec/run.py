@@ -2,13 +2,16 @@
 
 Whatever is wrong with them ends in one line on stderr and exit code 2, before any model is loaded
 where that is possible. Other exit codes: 0 all is well, 3 the check of a run has failed, 130 it
-was interrupted, 1 anything else, with a traceback. A sweep ends with the worst of its jobs: 3,
-then 2; an interruption or a crash ends it at once.
+was interrupted, 1 anything else, with a traceback. A sweep does all its jobs whatever becomes of
+one, and ends with the worst code: 130, then 1, 3, 2.
 """
 
+import json
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,25 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from specdec import __version__
+from specdec.lab.attempt import attempt, gpu_name
 from specdec.lab.interrupts import interruptible
+from specdec.lab.jobs import (
+    JOB,
+    NEVER,
+    REFUSED,
+    Job,
+    Ledger,
+    exit_code,
+    objective,
+    summary_of,
+    worst,
+)
 from specdec.lab.options import CONFIGS, usage
 from specdec.lab.running import forget_models, run
 from specdec.lab.settings import (
     ERRORS,
     Refused,
+    Settings,
     SweepFolder,
     check_words,
     continuing,
@@ -35,73 +51,166 @@ from specdec.lab.settings import (
     resolved,
     split,
 )
-from specdec.lab.terminal import show_sweep
+from specdec.lab.sweep_table import show_sweep
+from specdec.protocols import DraftError
 
-# What the jobs of this process came to: one, or all of a sweep.
-_finished: list[tuple[list[str], dict[str, Any]]] = []
-_refused: list[tuple[list[str], str]] = []
+_codes: list[int] = []  # of the run of this process, or of the job it does for another
 
 
 def main() -> None:
     """Console entry point."""
-    transformers.utils.logging.set_verbosity_error()
-    _finished.clear()
-    _refused.clear()
+    _codes.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to the handler below
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # as `python -m` does, for drafters of the user's own
     try:
+        code = _command()
+        if SweepFolder.ledger is not None:
+            code = _end(SweepFolder.ledger, code, Console())
+    finally:
+        SweepFolder.forget()
+    sys.exit(code)
+
+
+def _command() -> int:
+    """Do what was typed; returns the exit code, that of a sweep without those of its jobs."""
+    try:
         words, flags = split(sys.argv[1:])
         if {"--version", "--help", "-h"} & set(flags):
             about = f"specdec {__version__}"
             print(about if "--version" in flags else usage(folders_of(flags)))
-            sys.exit(0)
+            return 0
         check_words(words)
         folders_of(flags)
         sys.argv[1:] = [*words, *flags]  # argparse wants all words on one side of the flags
         with interruptible():
             _hydra_main()
+        return worst(_codes)
     except (ValueError, Refused, *ERRORS) as error:
-        _refuse(message_of(error))
+        return _refuse(error)
     except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        SweepFolder.forget()
-        forget_models()
-    if len(_finished) + len(_refused) > 1:
-        show_sweep(_finished, _refused, Console())
-    failed = any(summary["lossless"]["verdict"] == "failed" for _, summary in _finished)
-    sys.exit(3 if failed else 2 if _refused else 0)
+        return 130
+    except Exception as error:
+        if SweepFolder.ledger is None:
+            raise
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"error: a job ended without a word, {said}", file=sys.stderr)
+        return _outlast(error)
 
 
 @hydra.main(config_path=str(CONFIGS), config_name="run", version_base="1.3")
 def _hydra_main(config: DictConfig) -> float | None:
-    """One run; returns what a sweeper maximises: the speedup, or tokens/s without a baseline."""
+    """One run, or a job of a sweep; returns what a sweeper maximises."""
+    transformers.utils.logging.set_verbosity_error()
     job = HydraConfig.get()
-    words, console = [str(word) for word in job.overrides.task], Console()
-    sweep = job.mode == RunMode.MULTIRUN
-    if sweep:
-        console.rule(f"{job.job.num}: {' '.join(words)}", align="left")
+    words, choices = [str(word) for word in job.overrides.task], job.runtime.choices
+    given = os.environ.pop(JOB, None)
     try:
-        settings = resolved(config, job.runtime.choices, words)
-        place = out_of(settings)
-        again = continuing(sys.argv[1:], place)
-        summary = run(
-            settings, place, console, words=words, again=again, sweep=sweep, others=bool(_finished)
-        )
-    except (ValueError, *ERRORS) as error:
-        where = f" ({' '.join(words)})" if sweep else ""
-        _refuse(message_of(error) + where, words)  # a sweep goes on with its other jobs
+        if given is not None:  # a job that another process has started this one for
+            return _job(config, choices, **json.loads(given))
+        if job.mode == RunMode.MULTIRUN:
+            return _job(config, choices, number=job.job.num, words=words)
+        settings = _settings(config, choices, words)
+        out = out_of(settings)
+        summary = run(settings, out, Console(), words=words, again=continuing(sys.argv[1:], out))
+    except (ValueError, *ERRORS) as error:  # Hydra would print more about it
+        _codes.append(_refuse(error))
         return None
-    _finished.append((words, summary))
-    return summary.get("speedup") or summary["tokens_per_second"]
+    _codes.append(exit_code([], [summary]))
+    return objective(summary)
 
 
-def _refuse(message: str, words: Sequence[str] = ()) -> None:
-    """Note and print what is wrong, in one line."""
-    _refused.append((list(words), message))
-    print(f"error: {message}", file=sys.stderr)
+def _refuse(error: BaseException) -> int:
+    """Print what is wrong, in one line; returns the exit code."""
+    print(f"error: {message_of(error)}", file=sys.stderr)
+    return 1 if isinstance(error.__cause__, DraftError) else 2
+
+
+def _settings(config: DictConfig, choices: Mapping[str, Any], words: list[str]) -> Settings:
+    try:
+        return resolved(config, choices, words)
+    except ERRORS as error:
+        raise ValueError(message_of(error)) from error
+
+
+def _job(
+    config: DictConfig,
+    choices: Mapping[str, Any],
+    *,
+    number: int,
+    words: list[str],
+    started: str | None = None,
+) -> float | None:
+    """A job of a sweep, in the process of the sweep or in another.
+
+    Args:
+        started: when its process was, which does this job alone.
+    """
+    folder, console = out_of(config), Console()
+    ledger = Ledger.of_environment(folder)
+    job = Job(words=words, number=number, sweep=ledger.token)
+    job.started = started or job.started
+    console.rule(f"{number}: {' '.join(words)}", align="left")
+
+    def work(began: Callable[[Path], None]) -> dict[str, Any]:
+        settings = _settings(config, choices, words)
+        job.gpu = gpu_name(str(settings["device"]))
+        out = folder / str(number)
+        return run(settings, out, console, words=words, sweep=True, began=began)
+
+    ours = SweepFolder.ledger is not None or started is not None
+    try:
+        with nullcontext() if ours else interruptible():
+            summary = attempt(ledger, job, work)
+    except KeyboardInterrupt:
+        if ours:
+            raise
+        return None  # of a launcher that would take it for a crash
+    if started is not None:
+        _codes.append(exit_code([job], [summary]))
+    return objective(summary)
+
+
+def _outlast(error: BaseException) -> int:
+    """Wait for jobs that still run: submitit's launcher raises what the first one ended with while
+    others go on. Its frame knows them. Returns the exit code."""
+    try:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            jobs = frame.f_locals.get("jobs", ())
+            for job in jobs if isinstance(jobs, list) else ():
+                if hasattr(job, "wait"):
+                    job.wait()
+    except KeyboardInterrupt:
+        return 130
+    return 1
+
+
+def _end(ledger: Ledger, code: int, console: Console) -> int:
+    """Print what became of the jobs of a sweep; returns its exit code.
+
+    Args:
+        code: of the sweep without that of its jobs.
+    """
+    jobs = ledger.jobs()
+    if not jobs:
+        return code
+    with suppress(ValueError):  # of a full disk
+        for job in jobs:
+            ledger.settle(job)
+    begun = {job.number for job in jobs}
+    ahead = [(n, words) for n, words in enumerate(SweepFolder.planned) if n not in begun]
+    missing = [Job(words=words, number=n, sweep="", state=NEVER) for n, words in ahead]
+    jobs = sorted([*jobs, *missing], key=lambda job: job.number)
+    summaries = [summary_of(ledger.folder, job) for job in jobs]
+    show_sweep(jobs, summaries, console)
+    code = worst([code, exit_code(jobs, summaries)])
+    if code == 130:
+        again = continuing(sys.argv[1:], ledger.folder)
+        console.print(f"this continues: {again}", soft_wrap=True, markup=False, highlight=False)
+    if {job.state for job in jobs} == {REFUSED}:
+        ledger.discard()
+    return code
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("drafters", "verifier", "kernels", "configs", "experiments")
-SOURCES = ("specdec", "drafters", "verifier", "kernels", "experiments", "tests")
+SOURCES = ("specdec", "hydra_plugins", "drafters", "verifier", "kernels", "experiments", "tests")
 RESULTS = "experiments/results/"  # measured with this repository; no part of the package
 
 pytestmark = pytest.mark.skipif(
@@ -139,7 +139,7 @@ def within(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-HYDRA = ("specdec.run", "specdec.lab.settings")
+HYDRA = ("specdec.run", "specdec.lab.settings", "hydra_plugins.specdec_launcher")
 
 
 def broken_rule(module: str, name: str) -> str | None:
@@ -152,7 +152,7 @@ def broken_rule(module: str, name: str) -> str | None:
     if root == "argparse":
         return "specdec.lab.command reads command lines"
     if root in ("hydra", "omegaconf") and module not in HYDRA:
-        return "only specdec/run.py and specdec/lab/settings.py know Hydra"
+        return "only specdec/run.py, specdec/lab/settings.py and the plugin know Hydra"
     if root in ("wandb", "trackio") and module != f"specdec.lab.{root}_tracker":
         return f"only specdec/lab/{root}_tracker.py knows {root}"
     if within(module, "specdec.experiments"):
@@ -270,7 +270,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package_files() -> set[str]:
     """Every file of the package as a wheel names it."""
     files = set()
-    for folder in ("specdec", *LINKS):
+    for folder in ("specdec", "hydra_plugins", *LINKS):
         for path in (ROOT / folder).rglob("*"):
             name = path.relative_to(ROOT).as_posix()
             hidden = any(part.startswith((".", "__pycache__")) for part in name.split("/"))
@@ -286,7 +286,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         assert "specdec = specdec.run:main" in archive.read(entry_points).decode()
     assert wheel.name.startswith("specdec_lab-")
     assert files == package_files()
-    assert {name.partition("/")[0] for name in files} == {"specdec"}
+    assert {name.partition("/")[0] for name in files} == {"specdec", "hydra_plugins"}
     for folder, suffix in [
         ("drafters", ".py"),
         ("verifier", ".py"),

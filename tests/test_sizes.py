@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("specdec", "drafters", "verifier", "kernels", "experiments")
+FOLDERS = ("specdec", "hydra_plugins", "drafters", "verifier", "kernels", "experiments")
 LONGEST_FILE, LONGEST_FUNCTION, SCREEN = 450, 90, 50
 REASON = "(Long "  # in the docstring of what is longer than a screen
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -77,7 +78,7 @@ class Lock:
             except BlockingIOError:
                 held = True
             except OSError:  # a file system without locks
-                held = _alive(_owner(file))
+                held = alive(_owner(file))
             if not held and not _same(file, self.path):
                 file.close()  # its owner has removed it in between
                 continue
@@ -135,8 +136,8 @@ def _same(file: TextIO, path: Path) -> bool:
     return False
 
 
-def _alive(owner: dict[str, Any]) -> bool:
-    """Whether a process of this host runs."""
+def alive(owner: Mapping[str, Any]) -> bool:
+    """Whether a process, by `host` and `pid`, is another one of this host and runs."""
     if owner.get("host") != socket.gethostname() or owner.get("pid") == os.getpid():
         return False
     try:

@@ -1,6 +1,6 @@
 """One run: from resolved settings to a finished folder."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -63,7 +63,7 @@ def run(
     words: Sequence[str] = (),
     again: str = "",
     sweep: bool = False,
-    others: bool = False,
+    began: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:
     """Decode as the settings say, print the table and return the summary; with `folder`, where it
     is, and `done_already`, if nothing was left to do.
@@ -72,15 +72,15 @@ def run(
         out: the folder of this run, or that of the sweep in which it has its own, named by what it
             is.
         words: what was typed, which is what trackers call the run; its drafter if there are none.
-        again: the command that continues it, for the one who interrupts it.
-        sweep: whether it is one of several, and
-        others: whether some of those are finished.
+        again: the command that continues it, to be told when it is interrupted; none in a sweep.
+        sweep: whether it is one of several.
+        began: is told the folder that is this run's from now on.
 
     Raises:
         ValueError: a setting that cannot be used; the message names it.
     """
     settings, out = continued(settings, words, out)
-    begun = partial(opened, words=words, again=again, sweep=sweep, others=others)
+    begun = partial(opened, words=words, again=again, sweep=sweep, began=began)
     with begun(settings, out, console) as job:
         folder = job.folder
         if job.experiment is None:
@@ -102,7 +102,7 @@ def opened(
     words: Sequence[str] = (),
     again: str = "",
     sweep: bool = False,
-    others: bool = False,
+    began: Callable[[Path], None] = lambda folder: None,
 ) -> Iterator[Job]:
     """A run whose settings are checked, whose folder is open and whose models are loaded, as far
     as there is anything to do. Arguments as of `run`.
@@ -129,6 +129,7 @@ def opened(
         job=sweep,
     )
     with folder:
+        began(folder.path)
         tracker = Careful(tracker_of(settings), partial(_tell, console))
         if folder.summary is not None:
             yield Job(folder=folder, experiment=None, tracker=tracker, shared=None)
@@ -150,9 +151,7 @@ def opened(
             yield Job(folder=folder, experiment=experiment, tracker=tracker, shared=shared)
         except KeyboardInterrupt:
             said = f"interrupted: {folder.finished} finished texts are in {folder.path}"
-            if folder.resumable or (sweep and others):
-                said += f"; this continues: {again}"
-            _tell(console, said)
+            _tell(console, said + f"; this continues: {again}" * bool(again and folder.resumable))
             raise
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from specdec.lab.jobs import SWEEP, Ledger
 from specdec.lab.lock import Lock, missing
 from specdec.lab.options import CONFIGS, nearest, no_option, no_setting, options
 
@@ -38,9 +41,11 @@ class Refused(BaseException):
 
 
 class SweepFolder(Callback):
-    """Looks at the folder of a sweep before Hydra writes to it."""
+    """Looks at the folder of a sweep before Hydra writes to it, and opens its ledger."""
 
     made: ClassVar[list[Path]] = []  # by the sweep of this process
+    ledger: ClassVar[Ledger | None] = None
+    planned: ClassVar[list[list[str]]] = []  # words of its jobs; none if they are not known ahead
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Refuse a folder that cannot be used, and remember what is going to be made."""
@@ -51,7 +56,14 @@ class SweepFolder(Callback):
                     f"resume=true: there is no sweep to continue in out={file.parent}"
                 )
             Lock(file.with_name("lock"), f"out={file.parent}").release()
+            planned = _jobs_ahead(config)
+            places = {word for words in planned for word in words if word.startswith("out=")}
+            if len(places) > 1:
+                raise ValueError(
+                    f"{', '.join(sorted(places))}: the jobs of a sweep share a folder; give one"
+                )
             SweepFolder.made = missing(file)
+            SweepFolder.ledger, SweepFolder.planned = Ledger.open(file.parent), planned
         except ValueError as error:
             raise Refused(str(error)) from error
 
@@ -64,7 +76,21 @@ class SweepFolder(Callback):
                     path.rmdir()
                 elif os.listdir(path.parent) == [path.name]:
                     path.unlink()
-        cls.made = []
+        cls.made, cls.ledger, cls.planned = [], None, []
+        os.environ.pop(SWEEP, None)
+
+
+def _jobs_ahead(config: DictConfig) -> list[list[str]]:
+    """Words of the jobs of a sweep; none of a sweeper that decides as it goes."""
+    sweeper = config.hydra.sweeper
+    if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
+        return []
+    words = [f"{name}={value}" for name, value in (sweeper.get("params") or {}).items()]
+    words += [str(word) for word in config.hydra.overrides.task]
+    with suppress(HydraException, AssertionError):  # which Hydra tells, or of a glob
+        overrides = OverridesParser.create().parse_overrides(words)
+        return BasicSweeper.split_arguments(overrides, None)[0]
+    return []
 
 
 def out_of(config: Mapping[Any, Any]) -> Path:

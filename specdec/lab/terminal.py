@@ -1,6 +1,6 @@
 """What a person sees: progress while decoding, and the table at the end."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -120,47 +120,6 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(_lossless_line(summary))
 
 
-def show_sweep(
-    runs: Sequence[tuple[list[str], Summary]],
-    refused: Sequence[tuple[list[str], str]],
-    console: Console,
-) -> None:
-    """Print the runs of a sweep beneath each other, named by the overrides that differ, then what
-    was refused and why."""
-    common = set.intersection(*(set(overrides) for overrides, _ in [*runs, *refused]))
-
-    def name(overrides: list[str]) -> str:
-        return " ".join(override for override in overrides if override not in common)
-
-    table = Table(title="sweep", title_justify="left", title_style="bold")
-    table.add_column("run")
-    columns = ("tok/s", "speedup", "accepted", "nodes", "lossless")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for overrides, summary in runs:
-        speedup = summary.get("speedup")
-        table.add_row(
-            name(overrides),
-            f"{summary['tokens_per_second']:.1f}",
-            f"{speedup:.2f}x" if speedup else "-",
-            f"{summary['mean_accepted_length']['pooled']:.2f}",
-            f"{summary['drafted_per_step']:.1f}",
-            _lossless_cell(summary),
-        )
-    console.print(table)
-    if not refused:
-        return
-    runs_of: dict[str, list[str]] = {}
-    for overrides, reason in refused:
-        runs_of.setdefault(reason, []).append(name(overrides))
-    table = Table(title="refused", title_justify="left", title_style="bold", show_lines=True)
-    table.add_column("reason", ratio=2)
-    table.add_column("runs", ratio=3)
-    for reason, names in runs_of.items():
-        table.add_row(reason, "\n".join(names))
-    console.print(table)
-
-
 def _speedup(summary: Summary) -> str:
     """With its interval."""
     ends = summary["speedup_interval"]
@@ -183,18 +142,6 @@ def _repetition_line(summary: Summary) -> str:
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "-"
-
-
-def _lossless_cell(summary: Summary) -> str:
-    lossless, mark = summary["lossless"], mark_of(summary)
-    figure = "" if mark else "-"
-    if lossless.get("p_value") is not None:
-        figure = f"p={lossless['p_value']:.2g}"
-    elif lossless.get("checked"):
-        figure = f"{lossless['identical']} of {lossless['checked']}"
-    if lossless["verdict"] == "failed":
-        mark = "[bold red]FAILED[/]"
-    return f"{mark} {figure}".strip()
 
 
 def _lossless_line(summary: Summary) -> str:

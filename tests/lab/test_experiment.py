@@ -235,7 +235,7 @@ def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, o
     code, printed, error = specdec(
         *arguments, "drafter._target_=failing_drafter.fail", "batch_size=1", "out=o"
     )
-    assert code == 2
+    assert code == 1
     assert error == (
         "error: drafter=user (failing_drafter.fail) failed on prompt a/2: IndexError: list index "
         f"out of range (failing_drafter.py:7); the traceback is in {own_folder}/o/error.txt, and "
@@ -251,7 +251,7 @@ def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, o
     code, printed, error = specdec(
         "-m", *arguments, "drafter._target_=failing_drafter.fail,failing_drafter.repeat", "out=s"
     )
-    assert code == 2
+    assert code == 1
     assert error.count("failed on prompt a/2: IndexError") == 1
     assert error.count("\n") == 1
     whole = jobs_by(own_folder / "s", "drafter._target_")["failing_drafter.repeat"]
@@ -260,7 +260,7 @@ def test_a_failing_drafter_is_named_with_its_prompt_and_loses_nothing(specdec, o
 
     own_folder.joinpath("failing_at_once.py").write_text(FAILING.format(limit=0))
     code, _, error = specdec(*arguments, "drafter._target_=failing_at_once.fail", "out=w")
-    assert code == 2
+    assert code == 1
     assert "failed on prompt a/1: " in error
     assert ", while warming up; " in error
 

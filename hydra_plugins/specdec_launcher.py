@@ -1,0 +1,45 @@
+"""`hydra/launcher=processes`. Hydra takes launchers from the package `hydra_plugins` alone and
+imports all that is there whenever it starts, so that the work is in `specdec/lab/launcher.py`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+class ProcessLauncher(Launcher):
+    """Each job in a Python process of its own; settings as in
+    `configs/hydra/launcher/processes.yaml`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = {
+            name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            for name, value in settings.items()
+        }
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """The task is that of `specdec.run`, which each process finds itself."""
+        self.loader, self.config = hydra_context.config_loader, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from specdec.lab.launcher import Task, launch
+
+        setup_globals()
+        tasks = []
+        for number, words in enumerate(job_overrides, initial_job_idx):
+            job = self.loader.load_sweep_config(self.config, list(words))
+            tasks.append(Task(number=number, words=list(words), device=str(job.device)))
+        folder = Path(self.config.hydra.sweep.dir).absolute()
+        values = launch(tasks, folder, self.config.hydra.overrides.hydra, self.settings)
+        return [
+            JobReturn(overrides=task.words, status=JobStatus.COMPLETED, _return_value=value)
+            for task, value in zip(tasks, values, strict=True)
+        ]
