@@ -30,7 +30,7 @@ GUIDE = ROOT / "docs" / "guide.md"
 DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "specdec/zoo/README.md"]
 PAGES = ["README", *(f"docs/{page}" for page in ("guide", "drafters", "trees_and_rules"))]
 PAGES += ["docs/acceptance", "docs/sweeps", "docs/compare"]
-SOURCES = ("specdec", "drafters", "verifier", "kernels", "experiments", "tests")
+SOURCES = ("specdec", "hydra_plugins", "drafters", "verifier", "kernels", "experiments", "tests")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -147,11 +147,11 @@ def test_named_source_files_exist(page: Path) -> None:
 
 
 def option_files() -> dict[str, dict[str, Path]]:
-    """The files of each group, by option."""
+    """The files of each group, by option, without Hydra's own."""
     groups: dict[str, dict[str, Path]] = {}
     for path in sorted(CONFIGS.glob("*/**/*.yaml")):
         group, _, option = path.relative_to(CONFIGS).with_suffix("").as_posix().partition("/")
-        if not option.startswith("_"):
+        if group != "hydra" and not option.startswith("_"):
             groups.setdefault(group, {})[option] = path
     return groups
 

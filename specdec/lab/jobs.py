@@ -170,7 +170,9 @@ def summary_of(folder: Path, job: Job) -> dict[str, Any] | None:
 
 def objective(summary: Mapping[str, Any] | None) -> float | None:
     """What a sweeper maximises: the speedup, or tokens/s without a baseline."""
-    return summary and (summary.get("speedup") or summary["tokens_per_second"])
+    if summary is None:
+        return None
+    return float(summary.get("speedup") or summary["tokens_per_second"])
 
 
 def ending(code: int) -> str:
