@@ -66,7 +66,7 @@ class Guess(NoDrafter):
         raise IndexError("nothing there")
 
 class Unreachable(NoTracker):
-    def start(self, **given):
+    def start(self, run):
         raise ConnectionError("no route to host")
 """
 
