@@ -70,6 +70,7 @@ def main() -> None:
             code = _end(SweepFolder.ledger, code, Console())
     finally:
         SweepFolder.forget()
+        forget_models()
     sys.exit(code)
 
 
@@ -156,8 +157,7 @@ def _job(
     def work(began: Callable[[Path], None]) -> dict[str, Any]:
         settings = _settings(config, choices, words)
         job.gpu = gpu_name(str(settings["device"]))
-        out = folder / str(number)
-        return run(settings, out, console, words=words, sweep=True, began=began)
+        return run(settings, folder, console, words=words, sweep=True, began=began)
 
     ours = SweepFolder.ledger is not None or started is not None
     try:

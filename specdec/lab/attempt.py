@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from specdec.lab.files import replace_file
 from specdec.lab.jobs import (
     DONE,
     FAILED,
@@ -22,7 +23,6 @@ from specdec.lab.jobs import (
     jobs_of,
     now,
 )
-from specdec.lab.files import replace_file
 from specdec.protocols import DraftError
 
 Summary = dict[str, Any]

@@ -96,7 +96,8 @@ def identity_of(
     contents = contents_of(settings)
     kept = dict(_flat({name: v for name, v in settings.items() if name not in NO_PART}))
     for name in (*GROWING, *contents):
-        kept.pop(name, None)
+        if not name.endswith("_target_"):  # a file may have several classes
+            kept.pop(name, None)
     kept |= {
         "device": placement.device.type,
         "dtype": str(placement.dtype).removeprefix("torch."),
