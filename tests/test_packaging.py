@@ -283,7 +283,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         (entry_points,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
-        assert "specdec = specdec.run:main" in archive.read(entry_points).decode()
+        assert "specdec = specdec.__main__:main" in archive.read(entry_points).decode()
     assert wheel.name.startswith("specdec_lab-")
     assert files == package_files()
     assert {name.partition("/")[0] for name in files} == {"specdec", "hydra_plugins"}
