@@ -1,14 +1,52 @@
 """The comparison of a sweep as a run of its own in the tracker of the sweep."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from specdec.compare.comparing import compare
 from specdec.compare.figures import Comparison, Entry, Estimate, Group
+from specdec.compare.files import write_all
 from specdec.lab.curves import Table
 from specdec.lab.setup import tracker_of
-from specdec.lab.tracked import tracked_comparison
-from specdec.lab.tracking import Careful
+from specdec.lab.tracked import SUMMARY, read_run, tracked_comparison
+from specdec.lab.tracking import Careful, NoTracker, Tracker
+
+
+def answer(folder: Path, console: Console) -> None:
+    """What the runs of a sweep that has ended say together: its files, its sentences, and a run of
+    its own in the tracker of the sweep. Without a tracker only the command that tells it.
+
+    What goes wrong is told in one line: the runs are there, whatever becomes of this.
+    """
+    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    again = shlex.join(["specdec", "compare", str(folder)])
+    try:
+        settings = tracked_settings(folder)
+        if settings is None or type(tracker_of(settings)) is NoTracker:
+            tell(f"{again} compares them")
+            return
+        comparison = compare([folder])
+        files = write_all(comparison, folder)
+        for group in comparison.groups:
+            for sentence in group.verdict:
+                tell(sentence)
+        tell(f"report in {files[0]}")
+        track_comparison(settings, folder, comparison, files, tell)
+    except ValueError as error:
+        tell(f"no comparison: {' '.join(str(error).split())}; {again} tries again")
+
+
+def tracked_settings(folder: Path) -> dict[str, Any] | None:
+    """Settings of the first run in the folder of a sweep; None if it has none."""
+    for path in sorted(folder.glob(f"*/{SUMMARY}")):
+        config, _ = read_run(path.parent)
+        return config
+    return None
 
 
 def track_comparison(
@@ -18,8 +56,7 @@ def track_comparison(
     files: Sequence[Path],
     tell: Callable[[str], None],
 ) -> None:
-    """Show it beside the runs, in their group: tables of methods and of differences, the report,
-    and all files as an artifact. What fails is told in one line.
+    """Show it beside the runs, in their group. What fails is told in one line.
 
     Args:
         settings: of any run of the sweep; its tracker counts.
@@ -30,9 +67,16 @@ def track_comparison(
     Raises:
         ValueError: the settings of the tracker cannot be used.
     """
-    tracker = Careful(tracker_of(settings), tell)
+    show_in(Careful(tracker_of(settings), tell), folder, comparison, files)
+
+
+def show_in(
+    tracker: Tracker, folder: Path, comparison: Comparison, files: Sequence[Path]
+) -> str | None:
+    """Tables of methods and of differences, the report, and all files as an artifact; returns
+    where."""
     tables = {"methods": methods(comparison), "differences": differences(comparison)}
-    tracker.compare(tracked_comparison(folder), tables, files)
+    return tracker.compare(tracked_comparison(folder), tables, files)
 
 
 def methods(comparison: Comparison) -> Table:

@@ -9,14 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from specdec.lab.curves import flat
 from specdec.lab.files import replace_file, to_json
 from specdec.lab.fingerprints import digest
+from specdec.lab.lock import Lock
 from specdec.lab.method import MARKS, mark_of
 from specdec.lab.records import TRACKING
+from specdec.lab.runs import CONFIG
 from specdec.lab.tracking import TrackedRun
 
 NOTED = ("id", "name")
+SUMMARY = "summary.json"
 NOT_SHOWN = ("schema", "choices", "contents", "tracker", "resume")
 NOT_NAMED = ("out=", "resume=", "tracker.", "tracker=")  # words that say nothing of the run
 LONGEST_NAME, LONGEST_TAG = 128, 64  # of wandb
@@ -107,3 +112,26 @@ def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: value for name, value in settings.items() if name not in NOT_SHOWN}
     options = {name: one for name, one in settings["choices"].items() if name != "tracker"}
     return {**options, **flat(shown)}
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and summary of a run that has ended.
+
+    Raises:
+        ValueError: there is none, or it is at work.
+    """
+    Lock(folder / "lock", str(folder)).release()
+    found: list[Any] = []
+    for name, read in ((CONFIG, yaml.safe_load), (SUMMARY, json.loads)):
+        try:
+            found.append(read((folder / name).read_bytes()))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            raise ValueError(
+                f"{folder / name}: cannot be read, {reason}; it must be the folder of a run that "
+                f"has ended, and resume=true ends one that has not"
+            ) from None
+    config, summary = found
+    if not isinstance(config.get("choices"), dict) or "mean_accepted_length" not in summary:
+        raise ValueError(f"{folder}: its files are of an older version; decode it again")
+    return config, summary

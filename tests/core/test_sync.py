@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from rich.console import Console
 
 from specdec.lab.running import run
 from specdec.lab.settings import settings_of
-from specdec.lab.sync import main, sync
 from specdec.lab.tracking import NoTracker, TrackedRun
+from specdec.sync import main, sync
 from tests.running import QUICK, lines
 
 SPY = ("tracker=none", f"tracker._target_={__name__}.Spy", "+tracker.project=ours")
@@ -36,6 +37,11 @@ class Spy(NoTracker):
         self.told += [summary, [vars_of(one) for one in generations]]
         (self.run.folder / "told.json").write_text(json.dumps(self.told, default=str))
         return f"see {self.run.folder.name}"
+
+    def compare(self, run: TrackedRun, tables: Any, files: Any) -> str | None:
+        columns, rows = tables["methods"]
+        place = list(columns).index("accepted_length")
+        return f"{run.name}: {[row[place] for row in rows]}, {[file.name for file in files]}"
 
 
 def vars_of(value: Any) -> Any:
@@ -89,9 +95,16 @@ def test_a_run_that_is_resumed_tells_of_all_its_steps(folder, specdec):
 
 def test_a_sweep_is_shown_run_by_run(folder, capsys):
     told(folder)
-    shutil.copytree(folder, folder.with_name("p"))
+    other = Path(shutil.copytree(folder, folder.with_name("p")))
+    change(
+        other / "identity.json",
+        lambda found: found["parts"]["settings"].update({"tree.budget": 5}),
+    )
     assert main([str(folder.parent)]) == 0
-    assert capsys.readouterr().out == "see o\nsee p\n"
+    length = json.loads((folder / "summary.json").read_text())["mean_accepted_length"]["pooled"]
+    files = ["report.html", "compare.csv", "compare.json"]
+    name = f"comparison of {'-'.join(folder.parent.parts[-2:])}"
+    assert capsys.readouterr().out == f"see o\nsee p\n{name}: {[length, length]}, {files}\n"
 
 
 class Broken(Spy):
@@ -102,6 +115,12 @@ class Broken(Spy):
 def test_a_tracker_that_fails_is_an_error_here(folder):
     with pytest.raises(ValueError, match=r"o: Broken failed, OSError: no network$"):
         sync(folder, Broken(project="p"))
+
+
+def change(path: Path, how: Callable[[Any], Any]) -> None:
+    found = json.loads(path.read_text())
+    how(found)
+    path.write_text(json.dumps(found))
 
 
 def spoil(folder: Path, name: str, text: str | None) -> None:

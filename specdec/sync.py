@@ -1,14 +1,14 @@
 """Show a finished run in a tracker, from its folder alone: after an upload that failed, on a
 machine without a network, or of a run with tracker=none. A run that is there already is made
-whole, not shown twice. Of a sweep, each of its runs.
+whole, not shown twice. Of a sweep, each of its runs and their comparison.
 
     specdec sync outputs/2026-11-27/12-30-00
     specdec sync runs/sweep tracker=trackio tracker.project=drafters
 """
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,15 @@ from typing import Any
 
 import yaml
 
+from specdec.compare.comparing import compare
+from specdec.compare.files import write_all
+from specdec.compare.track import show_in
 from specdec.lab.command import option, run_main
-from specdec.lab.lock import Lock
 from specdec.lab.runs import CONFIG, Side
 from specdec.lab.settings import settings_of
 from specdec.lab.setup import tracker_of
-from specdec.lab.tracked import tracked_run
+from specdec.lab.tracked import SUMMARY, read_run, tracked_run
 from specdec.lab.tracking import NoTracker, Tracker, replay
-
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,37 +49,30 @@ def sync(folder: Path, tracker: Tracker) -> str | None:
     config, summary = read_run(folder)
     side = Side(folder)
     side.read()
-    try:
+    with told(folder, tracker):
         tracker.start(tracked_run(folder, config, summary))
         replay(side.steps.records, tracker)
         return tracker.finish(summary, side.generations.records)
+
+
+def sync_comparison(folder: Path, tracker: Tracker) -> str | None:
+    """Show what the runs of a sweep say together, with the files of it made anew. Returns and
+    raises as `sync`."""
+    comparison = compare([folder])
+    files = write_all(comparison, folder)
+    with told(folder, tracker):
+        return show_in(tracker, folder, comparison, files)
+
+
+@contextmanager
+def told(folder: Path, tracker: Tracker) -> Iterator[None]:
+    """Say in one line what a tracker says."""
+    try:
+        yield
     except Exception as error:
         tracker.abandon()
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{folder}: {type(tracker).__name__} failed, {reason}") from error
-
-
-def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and summary of a run that has ended.
-
-    Raises:
-        ValueError: there is none, or it is at work.
-    """
-    Lock(folder / "lock", str(folder)).release()
-    found: list[Any] = []
-    for name, read in ((CONFIG, yaml.safe_load), (SUMMARY, json.loads)):
-        try:
-            found.append(read((folder / name).read_bytes()))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-            raise ValueError(
-                f"{folder / name}: cannot be read, {reason}; it must be the folder of a run that "
-                f"has ended, and resume=true ends one that has not"
-            ) from None
-    config, summary = found
-    if not isinstance(config.get("choices"), dict) or "mean_accepted_length" not in summary:
-        raise ValueError(f"{folder}: its files are of an older version; decode it again")
-    return config, summary
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -117,10 +110,15 @@ def work(options: Options) -> None:
     named = [Path(word) for word in options.folders if word not in words]
     if not named:
         raise ValueError("folders: must be given; those of runs, or of sweeps")
-    for folder in [run for path in named for run in runs_of(path)]:
-        config, _ = read_run(folder)
-        where = sync(folder, tracker_for(config, options.tracker, words))
-        print(where or f"{folder}: done")
+    for folder in named:
+        runs = runs_of(folder)
+        for run in runs:
+            config, _ = read_run(run)
+            where = sync(run, tracker_for(config, options.tracker, words))
+            print(where or f"{run}: done")
+        if len(runs) > 1:
+            tracker = tracker_for(config, options.tracker, words)
+            print(sync_comparison(folder, tracker) or f"{folder}: done")
 
 
 main = partial(run_main, Options, work, doc=__doc__)
