@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from specdec import run as runner
 from specdec.lab.build import method_of
 from specdec.lab.command import parse
+from specdec.lab.energy import EnergyLine, energy_of
 from specdec.lab.lossless import compare
 from specdec.lab.settings import settings_of
 from specdec.lab.witness import Witness
@@ -303,6 +305,13 @@ def test_fields_of_the_summary_are_those_listed(runs: list[Path]) -> None:
         if summary["git"] is None:  # not from a checkout
             summary["git"] = {"commit": None, "dirty": None}
     agrees("summary.json", [set(fields(summary)) | divergence(runs[0]) for summary in summaries])
+
+
+def test_fields_of_energy_are_those_listed() -> None:
+    line = asdict(EnergyLine(joules=9e3, seconds=30.0, tokens=90, idle_watts=100.0))
+    assert set(line) == set(listed("energy.jsonl"))
+    measured, nothing = (set(fields(energy_of(lines))) for lines in ([line], []))
+    assert measured | nothing == set(listed("Energy"))
 
 
 def divergence(run: Path) -> set[str]:

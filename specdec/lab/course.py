@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from specdec.lab.baselines import Anchor, SharedBaseline
 from specdec.lab.conversations import prompt_of
+from specdec.lab.energy import energy_of, obstacle
 from specdec.lab.lane import Lane
 from specdec.lab.method import mark_of
+from specdec.lab.progress import Live
 from specdec.lab.records import Record
-from specdec.lab.runs import RunFolder, of_requests
-from specdec.lab.terminal import Live
+from specdec.lab.runs import RunFolder, Side, of_requests
 from specdec.lab.tracking import Tracker, replay
 from specdec.protocols import DraftError, LogitsError
 
@@ -76,6 +77,8 @@ class Course:
             )
         for note in self.folder.notes:
             self._tell(f"resumed: {note}")
+        if self.experiment.record.energy and (why := obstacle(self.experiment.target.device)):
+            self._tell(f"record.energy=true: energy is not measured, {why}")
         replay(self.folder.main.steps.records, self._tracker)
 
     @contextmanager
@@ -108,6 +111,7 @@ class Course:
         summary = mine.summarise(folder.main, plain)
         summary |= {"resumed": self._resumed, "interrupted": interrupted}
         summary |= self.main.notes | self._facts
+        self._add_energy(summary)
         folder.write_summary(summary)  # whatever becomes of the check, which takes passes
         summary["lossless"] = mine.check(folder.main, plain, interrupted=interrupted)
         if not interrupted:
@@ -116,14 +120,28 @@ class Course:
         self._tracker.finish(summary, folder.main.generations.records)
         return summary
 
-    def _plain_records(self) -> tuple[list[Record], list[Record]] | None:
-        """Generations and steps of plain decoding, of the same prompts."""
+    def _add_energy(self, summary: Record) -> None:
+        if not self.experiment.record.energy:
+            return
+        summary |= energy_of(self.folder.main.energy.records, self.main.unmeasured)
+        if (plain := self._plain_side()) is not None and self._own is not None:
+            why = self._own.unmeasured or self.main.unmeasured
+            summary["baseline"] |= energy_of(plain.energy.records, why)
+
+    def _plain_side(self) -> Side | None:
+        """Where plain decoding is recorded."""
         if self._own is None:
             return None
-        side = self._own.side
-        if "baseline_from" not in self._facts or self._shared is None:
+        shared = self._shared if "baseline_from" in self._facts else None
+        return self._own.side if shared is None else shared.side
+
+    def _plain_records(self) -> tuple[list[Record], list[Record]] | None:
+        """Generations and steps of plain decoding, of the same prompts."""
+        side = self._plain_side()
+        if side is None or self._own is None:
+            return None
+        if side is self._own.side:
             return side.generations.records, side.steps.records
-        side = self._shared.side
         known = {record["prompt"] for record in self.folder.main.generations.records}
         known |= {prompt.index for prompt in self.experiment.prompts}
         kept = [one for one in side.generations.records if one["prompt"] in known]
@@ -144,12 +162,13 @@ class Course:
         return f"drafter={error.drafter} failed on {prompts} {which}: {reason}"
 
     def _decode(self, lane: Lane, title: str) -> None:
-        prompts = self.experiment.prompts
+        prompts, most = self.experiment.prompts, self.experiment.max_new_tokens
+        longest = max(prompt.max_new_tokens or most for prompt in prompts)
         turns = lane.left(prompts).turns
         if turns:
             try:
                 lane.ready()
-                with self._live.side(title, turns):
+                with self._live.side(title, turns, longest):
                     lane.decode(prompts)
             finally:
                 lane.close()

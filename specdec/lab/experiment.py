@@ -18,11 +18,11 @@ from specdec.lab.fit import check_fit, check_memory
 from specdec.lab.lossless import verdict
 from specdec.lab.method import MARKS, Method
 from specdec.lab.metrics import speedup_interval, summarise
+from specdec.lab.progress import Live
 from specdec.lab.prompts import Prompt, encode
 from specdec.lab.records import Record, RecordSettings
 from specdec.lab.runs import SCHEMA, RunFolder, Side
 from specdec.lab.session import OurSession
-from specdec.lab.terminal import Live
 from specdec.lab.tracking import Tracker
 from specdec.lab.witness import Witness
 from specdec.models.generation import own_settings, stop_strings_of

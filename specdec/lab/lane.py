@@ -1,17 +1,19 @@
 """Lane: the way of one method through the prompts of a run."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from specdec.flight import Step
 from specdec.lab.conversations import Conversations, number_of
+from specdec.lab.energy import Meter
 from specdec.lab.method import Method
+from specdec.lab.progress import Live
 from specdec.lab.prompts import Prompt, encode
 from specdec.lab.records import Record, step_record
 from specdec.lab.runs import Side
 from specdec.lab.session import OurSession
-from specdec.lab.terminal import Live
 from specdec.protocols import DraftError, LogitsError
 
 if TYPE_CHECKING:
@@ -42,8 +44,11 @@ class Lane:
     ) -> None:
         self.method, self.side, self.live = method, side, live
         self.notes: Record = {}  # of the session that is closed
+        self.unmeasured: str | None = None  # why its energy was not measured
         self._experiment, self._on_step = experiment, on_step
         self._session: OurSession | None = None
+        self._meter: Meter | None = None
+        self._before = 0  # steps of the side when the session was made
 
     def left(self, prompts: Sequence[Prompt]) -> Conversations:
         """What is still to be decoded of these prompts."""
@@ -79,16 +84,23 @@ class Lane:
 
         for generation in queue.begin(decoder):
             side.generations.append(generation)
-        for sequence in decoder.run(on_step=record):
-            side.flush()
-            for generation in queue.finish(decoder, sequence):
-                side.generations.append(generation)
-            self.live.finished()
+        with self._meter.running() if self._meter else nullcontext():
+            for sequence in decoder.run(on_step=record):
+                side.flush()
+                for generation in queue.finish(decoder, sequence):
+                    side.generations.append(generation)
+                self.live.finished(len(sequence.output_ids))
 
     def close(self) -> None:
-        """Give up the session."""
+        """Give up the session, and note what it has used."""
         if self._session is not None:
             self.notes, self._session = self._session.notes(), None
+        if self._meter is not None:
+            decoded = self.side.steps.records[self._before :]
+            used = self._meter.close(tokens=sum(sum(step["tokens"]) for step in decoded))
+            self.unmeasured, self._meter = self._meter.reason, None
+            if used is not None:
+                self.side.energy.append(asdict(used))
 
     def ready(self) -> OurSession:
         """The session, which has decoded a few tokens that are not recorded, so that the first
@@ -107,5 +119,8 @@ class Lane:
             error.requests = [number_of(first.index, 0, 0)]
             error.reason += ", while warming up"
             raise
-        self._session = session
+        if of.record.energy:
+            self._meter = Meter(of.target.device)
+            self._meter.rest()
+        self._session, self._before = session, len(self.side.steps.records)
         return session

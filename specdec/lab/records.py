@@ -21,12 +21,14 @@ class RecordSettings:
 
     Args:
         trees: of the first so many steps of each text, the tree.
+        energy: what the GPU uses.
 
     Raises:
         ValueError: a setting out of range.
     """
 
     trees: int = 0
+    energy: bool = False
 
     def __post_init__(self) -> None:
         if self.trees < 0:

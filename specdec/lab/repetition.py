@@ -11,8 +11,9 @@ from typing import Any, TypedDict
 import numpy as np
 
 LONGEST_PERIOD = 32  # tokens
-# Of stretches of 48 and 128 tokens of human prose, answers and code, 2 in 9,226 are degenerate by
-# these; of greedy texts of the zoo's target 31 % and 52 %, of sampled ones fewer than 1 %.
+# Of stretches of 48 and 128 tokens of people's texts 2 in 8,867 are degenerate by these; of greedy
+# texts of the zoo's target 31 % and 52 %, of sampled ones fewer than 1 %
+# (experiments/results/repetition.json).
 LEAST_LOOP, LEAST_SHARE = 16, 0.25  # tokens, and of a text
 
 

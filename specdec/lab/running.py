@@ -21,11 +21,12 @@ from specdec.lab.identity import identity_of
 from specdec.lab.lengths import TOO_LONG, fitted
 from specdec.lab.method import Method
 from specdec.lab.options import nearest
+from specdec.lab.progress import Live
 from specdec.lab.prompts import CHAT_MODES, load_prompts, unused_fields
 from specdec.lab.runs import RunFolder, read_config
 from specdec.lab.settings import Settings
 from specdec.lab.setup import General, general_of, record_of, target_of, tracker_of
-from specdec.lab.terminal import Live, show_summary
+from specdec.lab.terminal import show_summary
 from specdec.lab.tracked import tracked_run
 from specdec.lab.tracking import Careful, Tracker
 from specdec.lab.unused import without_effect

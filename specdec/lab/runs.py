@@ -4,6 +4,7 @@ continue.
 generations.jsonl   one line for each decoded prompt (for each turn of a conversation)
 steps.jsonl         one line for each step
 trees.jsonl         one line for each tree that is recorded
+energy.jsonl        one line for each process that measured what the GPU uses
 baseline/           the same two files for plain decoding
 config.yaml         every setting, resolved
 identity.json       by what the run is known
@@ -26,6 +27,7 @@ from typing import Any, Self
 
 import yaml
 
+from specdec.lab.energy import ENERGY
 from specdec.lab.files import replace_file, to_json, writing
 from specdec.lab.identity import IDENTITY, Identity
 from specdec.lab.lock import Lock
@@ -34,14 +36,14 @@ from specdec.lab.records import GENERATIONS, STEPS, TRACKING, TREES, Record, Rec
 SCHEMA = 2  # of these files, as docs/outputs.md has them
 CONFIG, ERROR = "config.yaml", "error.txt"
 OWN = (
-    *(CONFIG, IDENTITY, "generations.jsonl", "steps.jsonl", "trees.jsonl"),
+    *(CONFIG, IDENTITY, "generations.jsonl", "steps.jsonl", "trees.jsonl", "energy.jsonl"),
     *("baseline", "summary.json", "wandb", TRACKING),
 )
 
 
 class Side:
-    """The records of one decoder: `generations`, `steps`, and `trees`, of which there is a file if
-    some are recorded."""
+    """The records of one decoder: `generations`, `steps`, and `trees` and `energy`, of which there
+    are files if some are recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -50,6 +52,9 @@ class Side:
         self.trees = RecordFile(
             folder / "trees.jsonl", TREES, lost="its tree is missing then", kept=False
         )
+        self.energy = RecordFile(
+            folder / "energy.jsonl", ENERGY, lost="what it measured is missing then"
+        )
         self.files = self.generations, self.steps
 
     def read(self) -> list[str]:
@@ -57,7 +62,7 @@ class Side:
 
         A text counts once, if all its steps are there, and all turns before it.
         """
-        for file in (*self.files, self.trees):
+        for file in (*self.files, self.trees, self.energy):
             file.read()
         lengths: dict[int, list[int]] = defaultdict(list)
         for step in self.steps.records:
@@ -95,6 +100,8 @@ class Side:
         self.steps.rewrite(kept)
         if self.trees.path.exists():
             self.trees.rewrite([tree for tree in self.trees.records if tree["request"] in done])
+        if self.energy.path.exists():
+            self.energy.rewrite(self.energy.records)
 
     def flush(self) -> None:
         """What was added without waiting for the disk is there."""
@@ -103,7 +110,7 @@ class Side:
 
     def close(self) -> None:
         with ExitStack() as last:  # all of it, whatever a full disk says of one file
-            for file in (*self.files, self.trees):
+            for file in (*self.files, self.trees, self.energy):
                 last.callback(file.close)
 
 

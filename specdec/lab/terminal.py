@@ -1,70 +1,15 @@
-"""What a person sees: progress while decoding, and the table at the end."""
+"""What a person sees at the end: tables of runs and sweeps."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 
-from specdec.flight import Step
 from specdec.lab.method import mark_of
 from specdec.lab.metrics import VERBS
 
 Summary = dict[str, Any]
 FEEDS = 0.05  # of an accepted length: what degenerate texts may make of it without a word
-
-
-class Live:
-    """A progress bar with tokens per second and accepted length so far."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._tokens = self._sequence_steps = 0
-        self._seconds = 0.0
-
-    @contextmanager
-    def side(self, title: str, total: int) -> Iterator[None]:
-        """Show progress of one side of a comparison, `total` texts to decode."""
-        columns = (
-            TextColumn("{task.description:<11}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:6.1f} tok/s  accepted {task.fields[length]:.2f}"),
-            TimeElapsedColumn(),
-        )
-        self._tokens = self._sequence_steps = 0
-        self._seconds = 0.0
-        with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
-            self._progress = progress
-            self._task = progress.add_task(title, total=total, rate=0.0, length=1.0)
-            yield
-        self._progress = None
-
-    def step(self, step: Step) -> None:
-        self._tokens += sum(step.tokens)
-        self._sequence_steps += len(step.tokens)
-        self._seconds += sum(step.seconds.values())
-
-    def finished(self) -> None:
-        """One text more is done."""
-        if self._progress is not None:
-            self._progress.update(
-                self._task,
-                advance=1,
-                rate=self._tokens / self._seconds if self._seconds else 0.0,
-                length=self._tokens / self._sequence_steps if self._sequence_steps else 0.0,
-            )
 
 
 def show_summary(summary: Summary, console: Console) -> None:
@@ -108,7 +53,12 @@ def show_summary(summary: Summary, console: Console) -> None:
         row(f"accepted nodes of {name}", values[: len(sides)])
     for verb in VERBS:
         row(f"time: {verb}", [_share(s["time"][verb], s["seconds"]) for s in sides])
+    if summary.get("energy"):
+        row("joules per token", [_joules(s) for s in sides])
+        row("joules per token above idle", [_joules(s, above=True) for s in sides])
     console.print(table)
+    if "energy_reason" in summary:
+        console.print(f"energy: not measured, {summary['energy_reason']}", markup=False)
     depths = summary["acceptance_by_depth"]
     if depths:
         console.print(
@@ -125,6 +75,15 @@ def _speedup(summary: Summary) -> str:
     ends = summary["speedup_interval"]
     about = f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else ""
     return f"[bold]{summary['speedup']:.2f}x[/bold]{about}"
+
+
+def _joules(side: Summary, *, above: bool = False) -> str:
+    """Of a token; `above` what the card uses when it is idle."""
+    used = side.get("energy")
+    if not used:
+        return "-"
+    idle = used["idle_watts"] * used["seconds"] if above else 0.0
+    return f"{(used['joules'] - idle) / used['tokens']:.3g}"
 
 
 def _repetition_line(summary: Summary) -> str:

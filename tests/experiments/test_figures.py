@@ -25,7 +25,9 @@ def test_every_link_of_a_page_leads_to_a_file() -> None:
 
 
 def test_every_result_is_on_a_page() -> None:
-    shown = "".join(DOCUMENTS.values()) + (pages.ROOT / "docs/acceptance.md").read_text()
+    shown = "".join(DOCUMENTS.values())
+    for page in ("acceptance", "outputs"):
+        shown += (pages.ROOT / f"docs/{page}.md").read_text()
     for path in pages.RESULTS.glob("*.*"):
         if path.stem != "acceptance_bounds" or path.suffix == ".png":
             assert f"experiments/results/{path.name}" in shown, path.name

@@ -19,9 +19,10 @@ from specdec.flight import Step
 from specdec.lab.experiment import Experiment
 from specdec.lab.identity import Identity
 from specdec.lab.method import Method
+from specdec.lab.progress import Live
 from specdec.lab.prompts import Prompt
+from specdec.lab.records import RecordSettings
 from specdec.lab.runs import RunFolder
-from specdec.lab.terminal import Live
 from specdec.lab.tracking import NoTracker
 from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
@@ -30,6 +31,7 @@ from specdec.verifier.greedy import Greedy
 
 SETTINGS = {"seed": 3, "baseline": True}
 TREES = 2  # of each text
+NOTHING_MORE = RecordSettings()
 RESOLVED = {"dtype": "float32"}
 IDENTITY = Identity(settings=SETTINGS, contents={"prompts": "0123"})
 TEXTS = [("one",), ("two", "and more"), ("three é",), ("four",), ("five", "6", "seven")]
@@ -117,7 +119,7 @@ class Scripted(Experiment):
         return {}
 
 
-def experiment() -> Experiment:
+def experiment(record: RecordSettings = NOTHING_MORE) -> Experiment:
     target: Any = SimpleNamespace(
         tokenizer=Tokenizer(),
         model=SimpleNamespace(generation_config=GenerationConfig()),
@@ -149,10 +151,17 @@ def experiment() -> Experiment:
         prompts=prompts,
         max_new_tokens=7,
         batch_size=2,
+        record=record,
     )
 
 
-def decode(out: Path, *, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def decode(
+    out: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    record: RecordSettings = NOTHING_MORE,
+) -> dict[str, Any]:
     """A run in a folder; its summary."""
     texts = {i: len(turns) for i, turns in enumerate(TEXTS)}
     with RunFolder(out, config=SETTINGS, resume=resume, identity=IDENTITY, texts=texts) as folder:
@@ -160,5 +169,5 @@ def decode(out: Path, *, resume: bool = False, console: Console | None = None) -
             return folder.summary
         folder.identify(RESOLVED)
         live = Live(console or Console(quiet=True))
-        summary: dict[str, Any] = experiment().run(folder, NoTracker(), live)
+        summary: dict[str, Any] = experiment(record).run(folder, NoTracker(), live)
     return summary
