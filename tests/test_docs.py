@@ -219,7 +219,7 @@ VARIABLE |= {"lossless.tests": "TEST"}
 OWN = "tests.golden.repeat.repeat"
 LOSSY = "acceptance=typical acceptance.allow_lossy=true"
 RUNS = {
-    "composed": "drafter=compose tree=dynamic record.trees=2",
+    "composed": "drafter=compose tree=dynamic record.trees=2 record.energy=true",
     "sampled": "sampling=sample tree=cost_aware",
     "synthetic": "drafter=synthetic tree=static ignore_eos=true",
     "lossy": f"drafter=user drafter._target_={OWN} {LOSSY} sampling=sample",
