@@ -25,8 +25,6 @@ class Course:
 
     Args:
         shared: plain decoding of the sweep it belongs to; None: it has its own.
-        in_turns: whether others decode between its prompts, plain decoding among them, which is
-            then `shared`.
     """
 
     def __init__(
@@ -36,8 +34,6 @@ class Course:
         tracker: Tracker,
         live: Live,
         shared: SharedBaseline | None = None,
-        *,
-        in_turns: bool = False,
     ) -> None:
         self.experiment, self.folder = experiment, folder
         self.main = Lane(experiment, experiment.method, folder.main, live, tracker.step)
@@ -46,8 +42,8 @@ class Course:
         if experiment.baseline is not None and folder.baseline is not None:
             self._own = Lane(experiment, experiment.baseline, folder.baseline, live)
         self._shared = shared if self._own is not None else None
-        self._in_turns = in_turns
         self._anchor: tuple[Anchor, float] | None = None  # and its pace at the beginning
+        self._decoded = False  # whether the shared one was decoded on its way, all of it
         self._facts: Record = {}  # of the baseline, for the summary
         self._resumed = False
 
@@ -59,6 +55,22 @@ class Course:
             self._decode(self.main, f"{mark_of(self.main.method.marks)} speculative".strip())
             self._settle()
         return self.finish()
+
+    def in_turns(self, *, shared: bool) -> list[Lane]:
+        """Its lanes, if others decode between its prompts.
+
+        Args:
+            shared: whether plain decoding that it shares with them is one of these.
+        """
+        self._facts["in_turns"] = True
+        if self._own is None:
+            return [self.main]
+        if shared and self._shared is not None:
+            self._facts["baseline_from"] = self._shared.seen_from(self.folder.path)
+            return [self.main]
+        if not self._own.side.generations.records:
+            self._own.side.begin()
+        return [self._own, self.main]
 
     def begin(self) -> None:
         """Write the settings, and say what is to be known of what goes on."""
@@ -209,8 +221,10 @@ class Course:
                 shared.side.begin()
                 self._decode(lane, "baseline")
                 shared.measured(before, anchor, pace)
+                self._decoded = before is None  # as a run without a sweep does
             reference = shared.reference
-        if reference is None or not reference.fits(anchor, pace):
+        fits = reference is not None and reference.fits(anchor, pace)
+        if not (fits or self._decoded):
             return self._other("was decoded at another pace, or on another machine")
         self._anchor = anchor, pace
         self._facts["baseline_from"] = shared.seen_from(self.folder.path)
@@ -228,7 +242,7 @@ class Course:
         anchor, before = self._anchor
         after, reference = anchor.measure(), self._shared.reference
         assert reference is not None
-        kept = reference.fits(anchor, before, after)
+        kept = self._decoded or reference.fits(anchor, before, after)
         self._facts["anchor"] = {
             "used": kept,
             "seconds": [before, after],

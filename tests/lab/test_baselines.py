@@ -1,0 +1,206 @@
+"""Sweeps: what is decoded once, what is not decoded again, and what is in turns."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specdec.decode import Decoder
+from specdec.lab import baselines
+from specdec.timing import Laps
+from tests.running import jobs, jobs_by, lines, outputs, summary_of
+
+pytestmark = pytest.mark.usefixtures("load_once")
+
+SHORT = ("tracker=none", "prompts.limit=2", "max_new_tokens=4", "dtype=float32")
+
+
+class Clock:
+    """Every lap takes as long, times `pace`."""
+
+    pace = 1.0
+
+    def read(self, laps: Any) -> dict[str, float]:
+        return {name: 0.001 * self.pace for name, _ in laps._marks[1:]}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    """A steady one, and anchors of few tokens."""
+    made = Clock()
+    monkeypatch.setattr(Laps, "read", lambda laps: made.read(laps))
+    monkeypatch.setattr(baselines, "TOKENS", 2)
+    yield made
+
+
+def own(folder: Path) -> list[str]:
+    """Jobs that have plain decoding of their own."""
+    return [job.name for job in jobs(folder) if (job / "baseline").exists()]
+
+
+@pytest.mark.parametrize("budgets", [pytest.param("1,2,3,4,6,8", marks=pytest.mark.slow), "1,3"])
+def test_jobs_share_plain_decoding_and_are_not_done_twice(
+    specdec, tmp_path, clock, monkeypatch, budgets
+):
+    """Drafters at two temperatures and several budgets: two baselines. Once more: nothing is
+    decoded. One value more: its jobs alone are."""
+    words = ("-m", *SHORT, "drafter=ngram,pld", "sampling=greedy,sample", f"out={tmp_path}/s")
+    assert specdec(*words, f"tree.budget={budgets}")[0] == 0
+    count = 4 * len(budgets.split(","))
+    found = jobs(tmp_path / "s")
+    assert len(found) == count
+    shared = sorted((tmp_path / "s/baselines").iterdir())
+    assert len(shared) == 2
+    assert own(tmp_path / "s") == []
+    for job in found:
+        summary = summary_of(job)
+        assert (job / summary["baseline_from"]).resolve() in shared
+        assert summary["anchor"]["used"]
+        assert summary["speedup"] > 0
+        assert summary["lossless"]["verdict"] == "passed"
+    before = {job: (job / "summary.json").read_bytes() for job in found}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "_step", None)
+        code, printed, _ = specdec(*words, f"tree.budget={budgets}")
+    assert (code, printed.count("done already: ")) == (0, count)
+
+    code, printed, _ = specdec(*words, f"tree.budget={budgets.replace('3', '3,5')}")
+    assert (code, printed.count("done already: ")) == (0, count)
+    assert len(jobs(tmp_path / "s")) == count + 4
+    assert own(tmp_path / "s") == []
+    assert before == {job: (job / "summary.json").read_bytes() for job in found}
+
+
+def test_shared_texts_are_those_of_a_run_alone(specdec, tmp_path, clock):
+    words = (*SHORT, "sampling=sample", "drafter=ngram")
+    assert specdec("-m", *words, "tree.budget=2,3", f"out={tmp_path}/s")[0] == 0
+    assert specdec(*words, "tree.budget=3", f"out={tmp_path}/o")[0] == 0
+    (shared,) = (tmp_path / "s/baselines").iterdir()
+    assert outputs(shared) == outputs(tmp_path / "o/baseline")
+    job = jobs_by(tmp_path / "s", "tree.budget")[3]
+    assert outputs(job) == outputs(tmp_path / "o")
+    for name in ("speedup", "baseline", "mean_accepted_length", "acceptance_by_depth"):
+        assert summary_of(job)[name] == summary_of(tmp_path / "o")[name]
+
+
+@pytest.mark.parametrize("when", ["between", "within"])
+def test_another_pace_needs_plain_decoding_of_its_own(specdec, tmp_path, clock, monkeypatch, when):
+    """The machine is slower from the second of three jobs on, or from the middle of it."""
+    words = ("-m", *SHORT, "drafter=ngram", "tree.budget=2,3,4", f"out={tmp_path}/s")
+    measure, count = baselines.Anchor.measure, 0
+
+    def measured(anchor: baselines.Anchor) -> float:
+        nonlocal count
+        count += 1  # two or three in the first job, which decodes it
+        clock.pace = 1.05 if count > (3 if when == "between" else 4) else 1.0
+        return measure(anchor)
+
+    monkeypatch.setattr(baselines.Anchor, "measure", measured)
+    code, printed, _ = specdec(*words)
+    assert code == 0
+    found = jobs_by(tmp_path / "s", "tree.budget")
+    assert own(tmp_path / "s") == sorted(found[budget].name for budget in (3, 4))
+    assert printed.count("this run decodes its own") == 2
+    for budget in (3, 4):
+        summary = summary_of(found[budget])
+        assert not summary["anchor"]["used"]
+        assert "baseline_from" not in summary
+        if when == "between":
+            assert summary["baseline"]["seconds"] == pytest.approx(
+                1.05 * summary_of(found[2])["baseline"]["seconds"]
+            )
+
+
+def test_a_finished_run_is_extended_by_prompts_and_nothing_else(specdec, tmp_path):
+    words = (*SHORT, "drafter=ngram", f"out={tmp_path}/o")
+    assert specdec(*words)[0] == 0
+    first = outputs(tmp_path / "o")
+    code, printed, _ = specdec(*words, "prompts.limit=1")
+    assert (code, printed.count(f"done already: {tmp_path}/o")) == (0, 1)
+    code, printed, _ = specdec(f"resume={tmp_path}/o", "prompts.limit=3", "tracker=none")
+    assert (code, "done already" in printed) == (0, False)
+    assert outputs(tmp_path / "o").keys() == {(0, 0), (1, 0), (2, 0)}
+    assert outputs(tmp_path / "o").items() >= first.items()
+    assert summary_of(tmp_path / "o")["prompts"] == 3
+    identity = json.loads((tmp_path / "o/identity.json").read_text())
+    assert sorted(identity["prompts"]) == ["0", "1", "2"]
+    for words_of, said in (
+        ((*words, "seed=1"), f"out={tmp_path}/o: seed differ from the run there"),
+        ((*words, "prompts.shuffle=1"), "prompts.shuffle"),
+        ((f"resume={tmp_path}/o", "seed=1"), "seed=1: cannot stand beside resume="),
+        ((f"resume={tmp_path}/x",), "/x: must be true, false, auto or the folder of a run"),
+    ):
+        code, _, error = specdec(*words_of)
+        assert (code, error.count("\n")) == (2, 1)
+        assert said in error
+
+
+TURNS = ("-m", "hydra/launcher=turns")
+
+
+def test_methods_in_turns_are_what_they_are_alone(specdec, tmp_path, monkeypatch):
+    """Three drafters, one of which is refused, at two temperatures; prompt by prompt."""
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    run = Decoder.run
+
+    def ran(self: Decoder, *given: Any, on_step: Any = None, **more: Any) -> Any:
+        if on_step is not None and on_step.__qualname__.startswith("Lane."):
+            asked = tuple(sorted(request.id for request in self.waiting))
+            seen.append((type(self.drafter).__name__, asked))
+        return run(self, *given, on_step=on_step, **more)
+
+    monkeypatch.setattr(Decoder, "run", ran)
+    words = (*SHORT, "drafter=ngram,nowhere,pld", "sampling=greedy,sample", "tree.budget=3")
+    code, printed, error = specdec(*TURNS, *words, f"out={tmp_path}/s")
+    assert code == 2
+    assert error.count("drafter=nowhere: no such option") == 2
+    assert "in turns" in printed
+    assert len(seen) == 2 * 3 * 2  # temperatures, plain and two drafters, prompts
+    assert [asked for _, asked in seen[:6]] == [(0,)] * 3 + [(1000,)] * 3
+    assert seen[0][0] != seen[3][0]  # another one begins
+    for (drafter, cold), job in (
+        ((one["choices"]["drafter"], one["sampling"]["temperature"] == 0), job)
+        for job, one in configs(tmp_path / "s")
+    ):
+        out = tmp_path / f"{drafter}{cold}"
+        sampling = "greedy" if cold else "sample"
+        alone = (f"drafter={drafter}", f"sampling={sampling}", "tree.budget=3", f"out={out}")
+        assert specdec(*SHORT, *alone)[0] == 0
+        assert outputs(job) == outputs(out)
+        summary = summary_of(job)
+        assert (summary["in_turns"], summary["lossless"]["verdict"]) == (True, "passed")
+        assert outputs(job / summary["baseline_from"]) == outputs(out / "baseline")
+    assert own(tmp_path / "s") == []
+    code, printed, _ = specdec(*TURNS, *words[:-2], "drafter=ngram,pld", f"out={tmp_path}/t")
+    assert code == 0
+
+
+def configs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for job in jobs(folder):
+        yield job, yaml.safe_load((job / "config.yaml").read_text())
+
+
+def test_one_of_several_in_turns_may_fail(specdec, tmp_path, monkeypatch):
+    """Its finished texts stay, and the others go on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "failing_in_turns.py").write_text(
+        "calls = []\n\n\ndef guess(tokens):\n    calls.append(1)\n"
+        "    return [tokens[-2:]] if len(calls) < 12 else [tokens[len(tokens)]]\n"
+    )
+    (tmp_path / "steady_in_turns.py").write_text("def guess(tokens):\n    return [tokens[-2:]]\n")
+    words = (*SHORT, "drafter=user", "prompts.limit=4")
+    both = "drafter._target_=failing_in_turns.guess,steady_in_turns.guess"
+    code, _, error = specdec(*TURNS, *words, both, f"out={tmp_path}/s")
+    assert code == 1
+    assert error.count("IndexError") == 1
+    found = jobs_by(tmp_path / "s", "drafter._target_")
+    failed, steady = found["failing_in_turns.guess"], found["steady_in_turns.guess"]
+    assert summary_of(failed)["interrupted"]
+    assert 0 < len(lines(failed / "generations.jsonl")) < 4
+    assert len(lines(steady / "generations.jsonl")) == 4
+    assert summary_of(steady)["lossless"]["verdict"] == "passed"
