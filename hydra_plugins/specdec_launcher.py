@@ -43,3 +43,30 @@ class ProcessLauncher(Launcher):
             JobReturn(overrides=task.words, status=JobStatus.COMPLETED, _return_value=value)
             for task, value in zip(tasks, values, strict=True)
         ]
+
+
+class TurnsLauncher(Launcher):
+    """All jobs in this process, prompt by prompt (`specdec/lab/turns.py`)."""
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """The task is that of `specdec.run`, done step by step."""
+        self.loader, self.config = hydra_context.config_loader, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        from specdec.lab.turns import launch
+
+        setup_globals()
+
+        def composed(words: list[str]) -> DictConfig:
+            return self.loader.load_sweep_config(self.config, words)
+
+        jobs = dict(enumerate(map(list, job_overrides), initial_job_idx))
+        values = launch(jobs, composed, Path(self.config.hydra.sweep.dir).absolute())
+        return [
+            JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=values[number])
+            for number, words in jobs.items()
+        ]

@@ -1,25 +1,26 @@
 """Methods in turns: jobs of a sweep in one process, prompt by prompt, so that whatever the machine
 does meanwhile it does to all of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from specdec.lab.attempt import attempt
+from specdec.lab.attempt import attempt, gpu_name
 from specdec.lab.baselines import SharedBaseline
 from specdec.lab.course import Course
 from specdec.lab.fingerprints import digest
 from specdec.lab.identity import METHOD, NO_PART
-from specdec.lab.jobs import Job, Ledger
+from specdec.lab.jobs import Job, Ledger, objective, summary_of
 from specdec.lab.lane import Lane
 from specdec.lab.prompts import Prompt
 from specdec.lab.running import opened
-from specdec.lab.settings import Settings
+from specdec.lab.settings import ERRORS, Settings, message_of, resolved
 from specdec.lab.terminal import Live
 
 
@@ -37,25 +38,51 @@ class Turn:
     words: list[str]
     settings: Callable[[], Settings]
 
+    @property
+    def work(self) -> str:
+        """Equal for jobs of the same plain decoding; empty of one that will be refused."""
+        try:
+            settings = self.settings()
+        except ValueError:
+            return ""
+        without = (*NO_PART, *METHOD)
+        return digest({name: v for name, v in settings.items() if name not in without})
 
-def take_turns(jobs: Sequence[Turn], ledger: Ledger, console: Console) -> None:
-    """Do all jobs; those with the same plain decoding take turns, and share it. What becomes of
-    each is in the ledger.
+
+def launch(
+    jobs: Mapping[int, list[str]], composed: Callable[[list[str]], DictConfig], folder: Path
+) -> dict[int, float | None]:
+    """Do all jobs of a sweep; those of the same plain decoding take turns, and share it. What
+    becomes of each is in the ledger.
+
+    Args:
+        jobs: words by number.
+        composed: the config of words, with that of Hydra.
+        folder: of the sweep.
+
+    Returns:
+        What a sweeper maximises, of each job; None of one without results.
 
     Raises:
         KeyboardInterrupt: they were interrupted; what is finished has its summaries.
     """
-    rounds: dict[str, Round] = {}
-    for job in jobs:
-        try:
-            settings = job.settings()
-            without = (*NO_PART, *METHOD)
-            key = digest({name: v for name, v in settings.items() if name not in without})
-        except ValueError:  # the round says so
-            key = ""
-        rounds.setdefault(key, Round(ledger, console)).jobs.append(job)
+    ledger, console, rounds = Ledger.of_environment(folder), Console(), dict[str, Round]()
+    for number, words in jobs.items():
+        turn = Turn(number=number, words=words, settings=partial(_settings, composed, words))
+        rounds.setdefault(turn.work, Round(ledger, console)).jobs.append(turn)
     for one in rounds.values():
         one.begin(0)
+    done = {job.number: objective(summary_of(folder, job)) for job in ledger.jobs()}
+    return {number: done.get(number) for number in jobs}
+
+
+def _settings(composed: Callable[[list[str]], DictConfig], words: list[str]) -> Settings:
+    try:
+        config = composed(words)
+        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        return resolved(own, config.hydra.runtime.choices, words)
+    except ERRORS as error:
+        raise ValueError(message_of(error)) from error
 
 
 class Round:
@@ -80,21 +107,23 @@ class Round:
             return
         self._reached, turn = place, self.jobs[place]
         job = Job(words=turn.words, number=turn.number, sweep=self._ledger.token)
-        attempt(self._ledger, job, partial(self._work, place))
+        attempt(self._ledger, job, partial(self._work, place, job))
         if self._reached == place:  # there was nothing to do, or it was refused
             self.begin(place + 1)
 
-    def _work(self, place: int, began: Callable[[Path], None]) -> dict[str, Any]:
+    def _work(self, place: int, job: Job, began: Callable[[Path], None]) -> dict[str, Any]:
         turn, folder = self.jobs[place], self._ledger.folder
+        settings = turn.settings()
+        job.gpu = gpu_name(str(settings["device"]))
         opening = partial(opened, words=turn.words, sweep=True, began=began)
-        with opening(turn.settings(), folder, self._console) as job:
-            if job.experiment is None:
-                return {**(job.folder.summary or {}), "done_already": True}
-            course = Course(job.experiment, job.folder, job.tracker, self._live, job.shared)
+        with opening(settings, folder, self._console) as run:
+            if run.experiment is None:
+                return {**(run.folder.summary or {}), "done_already": True}
+            course = Course(run.experiment, run.folder, run.tracker, self._live, run.shared)
             course.begin()
             with course.guarded():
                 self._courses.append(course)
-                self._shared = job.shared
+                self._shared = run.shared
                 self.begin(place + 1)
                 if course in self._faults:
                     raise self._faults[course]

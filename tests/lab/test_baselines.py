@@ -154,10 +154,10 @@ def test_methods_in_turns_are_what_they_are_alone(specdec, tmp_path, monkeypatch
         return run(self, *given, on_step=on_step, **more)
 
     monkeypatch.setattr(Decoder, "run", ran)
-    words = (*SHORT, "drafter=ngram,nowhere,pld", "sampling=greedy,sample", "tree.budget=3")
+    words = (*SHORT, "drafter=ngram,rest,pld", "sampling=greedy,sample", "tree.budget=3")
     code, printed, error = specdec(*TURNS, *words, f"out={tmp_path}/s")
     assert code == 2
-    assert error.count("drafter=nowhere: no such option") == 2
+    assert error.count("drafter.datastore: must be given") == 2
     assert "in turns" in printed
     assert len(seen) == 2 * 3 * 2  # temperatures, plain and two drafters, prompts
     assert [asked for _, asked in seen[:6]] == [(0,)] * 3 + [(1000,)] * 3
