@@ -102,10 +102,11 @@ class Round:
 
     def begin(self, place: int) -> None:
         """Open the jobs from this one on, decode, and finish them."""
+        self._reached = place
         if place == len(self.jobs):
             self._decode()
             return
-        self._reached, turn = place, self.jobs[place]
+        turn = self.jobs[place]
         job = Job(words=turn.words, number=turn.number, sweep=self._ledger.token)
         attempt(self._ledger, job, partial(self._work, place, job))
         if self._reached == place:  # there was nothing to do, or it was refused
@@ -170,7 +171,7 @@ class Round:
 
     @contextmanager
     def _plain(self) -> Iterator[Lane | None]:
-        """Plain decoding that all share, if none of it is decoded yet; else each has its own, since
+        """Plain decoding that all share, if none of it is decoded yet; else each has its own:
         times of another hour are no times in turns."""
         experiment, shared = self._courses[0].experiment, self._shared
         if shared is None or experiment.baseline is None:

@@ -28,12 +28,12 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A steady one, and anchors of few tokens."""
     made = Clock()
     monkeypatch.setattr(Laps, "read", lambda laps: made.read(laps))
     monkeypatch.setattr(baselines, "TOKENS", 2)
-    yield made
+    return made
 
 
 def own(folder: Path) -> list[str]:
@@ -190,7 +190,7 @@ def test_one_of_several_in_turns_may_fail(specdec, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "failing_in_turns.py").write_text(
         "calls = []\n\n\ndef guess(tokens):\n    calls.append(1)\n"
-        "    return [tokens[-2:]] if len(calls) < 12 else [tokens[len(tokens)]]\n"
+        "    return [tokens[-2:]] if len(calls) < 18 else [tokens[len(tokens)]]\n"
     )
     (tmp_path / "steady_in_turns.py").write_text("def guess(tokens):\n    return [tokens[-2:]]\n")
     words = (*SHORT, "drafter=user", "prompts.limit=4")
