@@ -18,10 +18,10 @@ from specdec.lab.fingerprints import digest
 from specdec.lab.identity import METHOD, NO_PART
 from specdec.lab.jobs import Job, Ledger, objective, summary_of
 from specdec.lab.lane import Lane
+from specdec.lab.progress import Live
 from specdec.lab.prompts import Prompt
 from specdec.lab.running import opened
 from specdec.lab.settings import ERRORS, Settings, message_of, resolved
-from specdec.lab.terminal import Live
 
 
 @dataclass(frozen=True, kw_only=True)
