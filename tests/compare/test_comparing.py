@@ -1,5 +1,6 @@
 """What a comparison says of runs whose figures are known."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from specdec.compare.comparing import compare
 from specdec.compare.figures import Comparison, Entry, Group
+from specdec.lab.metrics import acceptance_by_depth
 from specdec.lab.statistics import holm, product, ratio
 from tests.compare.folders import MACHINE, Record, job, run, texts
 
@@ -64,6 +66,30 @@ def test_figures_are_ratios_over_conversations(tmp_path: Path) -> None:
     assert group.times == "one process each, plain decoding within 0.0%"
 
 
+def test_acceptance_by_depth_is_that_of_the_steps(tmp_path: Path) -> None:
+    generations, steps = texts(LENGTHS)
+    for place, one in enumerate(steps):
+        one["depths"] = [max(one["accepted"][0], place % 5)]
+    run(tmp_path / "a", (generations, steps))
+    (found,) = only(compare([tmp_path / "a"])).entries
+    assert found.acceptance_by_depth == pytest.approx(acceptance_by_depth(steps))
+    assert len(found.acceptance_by_depth) == 4
+
+
+def test_what_summaries_alone_know_is_told(tmp_path: Path) -> None:
+    for seed, joules in ((0, 10.0), (1, 40.0)):
+        energy = {"joules": joules, "joules_per_token": joules / 100, "idle_watts": 60.0}
+        promised = {"shape": "5 nodes; 1.75 times plain decoding expected"}
+        both = {"energy": energy, "chosen_by": promised}
+        run(tmp_path / str(seed), texts(LENGTHS), seed=seed, **both)
+    (found,) = only(compare([tmp_path])).entries
+    assert (found.energy, found.idle_watts) == (50.0 / 200, 60.0)
+    assert found.predicted_speedup == 1.75
+    run(tmp_path / "1", texts(LENGTHS), seed=1, energy={"reason": "no GPU"})
+    (found,) = only(compare([tmp_path])).entries
+    assert (found.energy, found.predicted_speedup) == (None, 1.75)
+
+
 def test_methods_are_compared_pair_by_pair(tmp_path: Path) -> None:
     third = [1.2, 1.5, 2.0, 1.5, 1.5, 2.0, 2.4, 1.5]
     folder = sweep(tmp_path)
@@ -113,6 +139,21 @@ def test_other_work_is_another_group_or_refused(tmp_path: Path, setting: str, va
     assert [len(group.entries) for group in compare([tmp_path]).groups] == [1, 1]
     with pytest.raises(ValueError, match=rf"differ in {setting} \("):
         compare([tmp_path / "a", tmp_path / "b"])
+
+
+def test_other_contents_under_a_setting_are_other_work(tmp_path: Path) -> None:
+    for name, mark in (("a", "f00d"), ("b", "beef")):
+        folder = run(tmp_path / name, texts(LENGTHS), drafter=name)
+        (folder / "config.yaml").write_text("target: {path: models/mine}")
+        identity = json.loads((folder / "identity.json").read_text())
+        identity["parts"]["contents"]["target.path"] = mark
+        del identity["parts"]["settings"]["target.path"]
+        (folder / "identity.json").write_text(json.dumps(identity))
+    said = r"contents of target\.path \(models/mine #f00d and models/mine #beef\)"
+    with pytest.raises(ValueError, match=said):
+        compare([tmp_path / "a", tmp_path / "b"])
+    targets = {group.workload["target"] for group in compare([tmp_path]).groups}
+    assert targets == {"models/mine"}
 
 
 def test_other_prompts_are_another_group_or_refused(tmp_path: Path) -> None:
@@ -305,7 +346,39 @@ def test_how_times_were_measured_is_said(
     assert only(compare([tmp_path])).times == said
 
 
+def test_runs_without_an_anchor_are_judged_by_their_own_plain_decoding(tmp_path: Path) -> None:
+    plain, off = texts([1.0] * 8, millis=9.0), texts([1.0] * 8, millis=9.18)
+    good = {"anchor": {"used": True, "seconds": [1.0], "reference": [1.0]}}
+    run(tmp_path / "a", texts(LENGTHS), plain=plain, **good)
+    run(tmp_path / "b", texts(SLOWER), plain=off, drafter="pld")
+    group = only(compare([tmp_path]))
+    assert group.times == "one process each, plain decoding within 2.0%"
+    run(tmp_path / "b", texts(SLOWER), plain=off, drafter="pld", **good)
+    assert only(compare([tmp_path])).times == "one process each, plain decoding within 2.0%"
+
+
 # Verdicts
+
+
+def test_a_single_method_has_a_verdict_too(tmp_path: Path) -> None:
+    run(tmp_path / "a", texts(LENGTHS), plain=texts([1.0] * 8))
+    group = only(compare([tmp_path / "a"]))
+    verdict, (found,) = group.verdict, group.entries
+    assert found.speedup is not None
+    assert verdict[0].startswith(
+        f"ngram chain alone was measured: accepted length {found.accepted_length.value:.2f} ("
+    )
+    assert f"{found.speedup.value:.2f} (" in verdict[0]
+    assert verdict[1] == "There is one category, so nothing to say of where methods differ."
+    assert verdict[2] == "1 of 1 runs passed the check of losslessness."
+
+
+def test_the_range_of_few_conversations_is_spoken(tmp_path: Path) -> None:
+    run(tmp_path / "a", texts([2.0, 3.0]))
+    verdict = only(compare([tmp_path / "a"])).verdict
+    assert "accepted length 2.40 (single ones 2.00 to 3.00)" in verdict[0]
+    run(tmp_path / "b", texts([2.0, 2.0]))
+    assert "accepted length 2.00." in only(compare([tmp_path / "b"])).verdict[0]
 
 
 def categories(lengths: dict[str, list[float]]) -> tuple[list[Record], list[Record]]:
