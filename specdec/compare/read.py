@@ -1,7 +1,7 @@
 """Folders of runs and of sweeps as they lie on disk. Needs neither torch nor Hydra."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from specdec.compare.sums import Conversation, Sums, read_side
+from specdec.lab.jobs import DONE, FINISHED, Job, differing, jobs_of
 
 METHOD = ("drafter", "tree", "acceptance")  # groups of settings that make a method
 # Settings that change neither what is decoded nor how. Prompts count one by one, by their tokens.
@@ -19,7 +20,6 @@ NO_PART = (
 )
 NO_WORK = (*METHOD, "seed", "device", "prompts")  # of the rest, those that may differ
 SAMPLES = ("prompts.samples", "prompts.turns")  # of prompts, what a conversation consists of
-ENDED_WELL = ("finished", "done already")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -152,8 +152,8 @@ def find(folders: Sequence[Path]) -> Found:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; name those of runs or of a sweep")
         if is_run(folder):
-            beside = {job.get("folder"): job for job in _ledger(folder.absolute().parent)}
-            _add(found, folder, str(folder), beside.get(folder.name, {}))
+            beside = {job.folder: job for job in _ledger(folder.absolute().parent)}
+            _add(found, folder, str(folder), beside.get(folder.name))
             continue
         jobs = _ledger(folder)
         inner = sorted(one for one in folder.iterdir() if one.is_dir() and is_run(one))
@@ -161,10 +161,10 @@ def find(folders: Sequence[Path]) -> Found:
             raise ValueError(f"{folder}: holds no run; name folders of runs or of a sweep")
         found.sweeps.append(folder)
         several = len(folders) > 1
-        by_folder = {job["folder"]: job for job in jobs if job.get("folder")}
+        by_folder = {job.folder: job for job in jobs}
         for one in inner:
             name = str(folder / one.name) if several else one.name
-            _add(found, one, name, by_folder.get(one.name, {}))
+            _add(found, one, name, by_folder.get(one.name))
         found.left_out |= _unfinished(jobs)
     if not found.runs:
         raise ValueError(
@@ -179,7 +179,7 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("summary.json", "generations.jsonl"))
 
 
-def _add(found: Found, folder: Path, name: str, job: Mapping[str, Any]) -> None:
+def _add(found: Found, folder: Path, name: str, job: Job | None) -> None:
     """Read a run, if there is anything in it."""
     if any(run.folder.resolve() == folder.resolve() for run in found.runs):
         return
@@ -193,7 +193,7 @@ def _add(found: Found, folder: Path, name: str, job: Mapping[str, Any]) -> None:
 def read(
     folder: Path,
     name: str,
-    job: Mapping[str, Any],
+    job: Job | None,
     known: dict[Path, Mapping[Conversation, Sums]],
 ) -> Run:
     """A run.
@@ -224,8 +224,8 @@ def read(
         texts=read_side(folder),
         plain=None if plain is None else known[plain],
         plain_name=str(plain or ""),
-        shared=bool(job.get("shared")),
-        words=job.get("words"),
+        shared=job is not None and job.shared,
+        words=job.words if job else None,
     )
 
 
@@ -284,28 +284,20 @@ def _config(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _ledger(folder: Path) -> list[dict[str, Any]]:
-    """What the files of a sweep's jobs say, of equal words the last."""
-    last: dict[tuple[str, ...], dict[str, Any]] = {}
-    for job in _jobs(folder):
-        last.pop(tuple(job["words"]), None)
-        last[tuple(job["words"])] = job
+def _ledger(folder: Path) -> list[Job]:
+    """The jobs of a sweep, of equal words the last."""
+    last: dict[tuple[str, ...], Job] = {}
+    for job in jobs_of(folder):
+        last.pop(tuple(job.words), None)
+        last[tuple(job.words)] = job
     return list(last.values())
 
 
-def _jobs(folder: Path) -> Iterator[dict[str, Any]]:
-    found = (_json(path) for path in (folder / "jobs").glob("*.json"))
-    whole = [one for one in found if isinstance(one.get("words"), list)]
-    yield from sorted(whole, key=lambda one: (str(one.get("started")), one.get("number", 0)))
-
-
-def _unfinished(jobs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _unfinished(jobs: Sequence[Job]) -> dict[str, str]:
     """Jobs that were refused or failed, by the words that others have not, and why."""
-    common = set.intersection(*(set(job["words"]) for job in jobs)) if len(jobs) > 1 else set()
-    found = {}
-    for job in jobs:
-        if job.get("state") not in ENDED_WELL:
-            name = " ".join(word for word in job["words"] if word not in common)
-            reason = f": {job['reason']}" if job.get("reason") else ""
-            found[name or "the job"] = f"{job.get('state')}{reason}"
-    return found
+    names = differing(job.words for job in jobs)
+    return {
+        name or "the job": job.state + (f": {job.reason}" if job.reason else "")
+        for name, job in zip(names, jobs, strict=True)
+        if job.state not in (FINISHED, DONE)
+    }

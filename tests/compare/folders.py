@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from specdec.lab.jobs import Job, Ledger
+
 Record = dict[str, Any]
 MACHINE = {"hardware": {"device": "cpu", "cpu": "a CPU", "threads": 2}, "versions": {"torch": "2"}}
 
@@ -123,8 +125,8 @@ def run(
 
 
 def job(sweep: Path, number: int, words: str, state: str, **more: Any) -> None:
-    """A line of a sweep's ledger."""
-    (sweep / "jobs").mkdir(parents=True, exist_ok=True)
-    record = {"schema": 1, "words": words.split(), "number": number, "state": state}
-    record |= {"reason": None, "folder": None, "shared": False, "started": f"{number:03}"}
-    (sweep / "jobs" / f"{number}.json").write_text(json.dumps(record | more))
+    """What a sweep's ledger has of a job."""
+    times = {"started": f"2026-01-01T00:{number:02}:00", "ended": f"2026-01-01T00:{number:02}:30"}
+    Ledger(sweep, "t").write(
+        Job(words=words.split(), number=number, state=state, sweep="t", **times | more)
+    )
