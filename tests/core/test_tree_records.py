@@ -36,11 +36,13 @@ from tests.decoding import decoder_of, requests_of
 TEXTS = ("def fibonacci(n):\n    ", "It was a dark night", "<|user|>\nName three colours.\n")
 NEW, TREES, CANDIDATES = 7, 2, 8
 Law = Callable[[tuple[int, ...]], Tensor]
+# On a GPU through Triton, CUDA graphs and steps in flight, which there are not in float64.
+DTYPE, ERROR = (torch.float32, 2e-3) if DEVICE.type == "cuda" else (torch.float64, 2e-5)
 
 
 @pytest.fixture(scope="module")
 def target() -> PagedLM:
-    return load_model("zoo:target", Placement(device=DEVICE, dtype=torch.float64))
+    return load_model("zoo:target", Placement(device=DEVICE, dtype=DTYPE))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,8 @@ def decoded(
     steps: list[Step] = []
     requests = requests_of([*prompts, prompts[0]], NEW)
     done = sorted(decoder.run(requests, on_step=steps.append), key=lambda s: s.request.id)
+    if DEVICE.type == "cuda":
+        assert decoder.graphs.counts["verify"]["replayed"] > 0
     return done, [tree for step in steps for tree in step.trees]
 
 
@@ -87,7 +91,7 @@ def contexts(tree: TreeRecord, sequence: Decoding) -> list[tuple[int, ...]]:
 
 
 def close(found: Sequence[float | None], expected: Sequence[float]) -> None:
-    assert found == pytest.approx(expected, rel=2e-5, abs=1e-12)
+    assert found == pytest.approx(expected, rel=ERROR, abs=ERROR * 1e-6)
 
 
 @pytest.mark.some(2)
