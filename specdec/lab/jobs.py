@@ -147,7 +147,10 @@ def _read(folder: Path, name: str) -> Job | None:
 
 
 def _meet(one: Job, other: Job) -> bool:
-    """Whether two jobs of a sweep ran on the same device at the same time."""
+    """Whether two jobs of a sweep ran on the same device at the same time, and not in turns, in
+    one process."""
+    if (one.host, one.pid) == (other.host, other.pid):
+        return False
     same = (one.sweep, one.host, one.gpu) == (other.sweep, other.host, other.gpu)
     return same and _before_end(one, other) and _before_end(other, one)
 

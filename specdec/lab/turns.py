@@ -120,11 +120,11 @@ class Round:
         with opening(settings, folder, self._console) as run:
             if run.experiment is None:
                 return {**(run.folder.summary or {}), "done_already": True}
-            course = Course(run.experiment, run.folder, run.tracker, self._live, run.shared)
+            self._shared = self._shared or run.shared  # one, whose records all of them read
+            course = Course(run.experiment, run.folder, run.tracker, self._live, self._shared)
             course.begin()
             with course.guarded():
                 self._courses.append(course)
-                self._shared = run.shared
                 self.begin(place + 1)
                 if course in self._faults:
                     raise self._faults[course]
