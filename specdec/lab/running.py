@@ -17,7 +17,7 @@ from specdec.lab.build import (
     placement_of,
 )
 from specdec.lab.experiment import Experiment, stop_tokens
-from specdec.lab.identity import identity_of
+from specdec.lab.identity import Identity, identity_of
 from specdec.lab.lengths import TOO_LONG, fitted
 from specdec.lab.method import Method
 from specdec.lab.options import nearest
@@ -111,49 +111,77 @@ def opened(
     Raises:
         ValueError: a setting that cannot be used, before a model is loaded where that is possible.
     """
-    general, placement = general_of(settings), placement_of(settings)
-    method, path = method_of(settings), target_of(settings)
-    record_of(settings)
-    asked = _asked(settings, method.sampling, console)
-    find_model(path, setting="target.path")
-    method.drafter.find()
-    identity = identity_of(settings, asked["prompts"], placement)
-    place = out
-    if sweep:
-        place = out / f"{method.drafter_name}-{method.tree_name}-{identity.method[:8]}"
-    folder = RunFolder(
-        place,
-        config=settings,
-        resume=general.resume,
-        identity=identity,
-        texts={one.index: len(one.turns) * asked["samples"] for one in asked["prompts"]},
-        job=sweep,
-    )
+    checked = _checked(settings, console)
+    method, sharing = checked.method, sweep and checked.general.baseline
+    folder = checked.folder(out, sweep=sweep)
     with folder:
         began(folder.path)
         tracker = Careful(tracker_of(settings), partial(_tell, console))
         if folder.summary is not None:
             yield Job(folder=folder, experiment=None, tracker=tracker, shared=None)
             return
-        for line in without_effect(settings, method, placement.kernels.impl, words):
+        for line in without_effect(settings, method, checked.placement.kernels.impl, words):
             _tell(console, line)
         try:
-            experiment = _experiment(settings, general, placement, method, path, asked, console)
+            experiment = _experiment(checked, console)
             folder.identify(experiment.resolved)
-            tracker.start(
-                tracked_run(
-                    folder.path,
-                    {**settings, "resolved": experiment.resolved},
-                    method.marks,
-                    words,
-                )
-            )
-            shared = SharedBaseline(out, identity) if sweep and general.baseline else None
+            shown = {**settings, "resolved": experiment.resolved}
+            tracker.start(tracked_run(folder.path, shown, method.marks, words))
+            shared = SharedBaseline(out, checked.identity) if sharing else None
             yield Job(folder=folder, experiment=experiment, tracker=tracker, shared=shared)
         except KeyboardInterrupt:
             said = f"interrupted: {folder.finished} finished texts are in {folder.path}"
             _tell(console, said + f"; this continues: {again}" * bool(again and folder.resumable))
             raise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What settings describe, as far as that needs no model.
+
+    Args:
+        path: of the target.
+        asked: prompts, how often and in which form.
+    """
+
+    settings: Settings
+    general: General
+    placement: Placement
+    method: Method
+    path: str
+    asked: dict[str, Any]
+    identity: Identity
+
+    def folder(self, out: Path, *, sweep: bool) -> RunFolder:
+        """That of the run; in that of a sweep it is named by what it is."""
+        method, prompts = self.method, self.asked["prompts"]
+        name = f"{method.drafter_name}-{method.tree_name}-{self.identity.method[:8]}"
+        return RunFolder(
+            out / name if sweep else out,
+            config=self.settings,
+            resume=self.general.resume,
+            identity=self.identity,
+            texts={one.index: len(one.turns) * self.asked["samples"] for one in prompts},
+            job=sweep,
+        )
+
+
+def _checked(settings: Settings, console: Console) -> Checked:
+    general, placement = general_of(settings), placement_of(settings)
+    method, path = method_of(settings), target_of(settings)
+    record_of(settings)
+    asked = _asked(settings, method.sampling, console)
+    find_model(path, setting="target.path")
+    method.drafter.find()
+    return Checked(
+        settings=settings,
+        general=general,
+        placement=placement,
+        method=method,
+        path=path,
+        asked=asked,
+        identity=identity_of(settings, asked["prompts"], placement),
+    )
 
 
 def continued(settings: Settings, words: Sequence[str], out: Path) -> tuple[Settings, Path]:
@@ -189,17 +217,11 @@ def continued(settings: Settings, words: Sequence[str], out: Path) -> tuple[Sett
     return {**stored, "resume": True, "out": str(folder)}, folder.absolute()
 
 
-def _experiment(
-    settings: Settings,
-    general: General,
-    placement: Placement,
-    method: Method,
-    path: str,
-    asked: dict[str, Any],
-    console: Console,
-) -> Experiment:
+def _experiment(checked: Checked, console: Console) -> Experiment:
     """With the models loaded."""
-    models = _models(path, placement)
+    settings, general, path = checked.settings, checked.general, checked.path
+    method, asked = checked.method, dict(checked.asked)
+    models = _models(path, checked.placement)
     target = models.load(path, setting="target.path")
     fit = fitted(
         asked.pop("prompts"),

@@ -57,6 +57,11 @@ def show_summary(summary: Summary, console: Console) -> None:
         row("joules per token", [_joules(s) for s in sides])
         row("joules per token above idle", [_joules(s, above=True) for s in sides])
     console.print(table)
+    _show_lines(summary, console)
+
+
+def _show_lines(summary: Summary, console: Console) -> None:
+    """What is said below the table."""
     if "energy_reason" in summary:
         console.print(f"energy: not measured, {summary['energy_reason']}", markup=False)
     depths = summary["acceptance_by_depth"]

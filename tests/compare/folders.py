@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from specdec.compare.figures import Comparison, Entry, Group
 from specdec.lab.jobs import Job, Ledger
 
+LENGTHS = [2.0, 2.4, 3.0, 1.5, 2.0, 4.0, 3.0, 2.0]
+SLOWER = [1.5, 2.0, 2.0, 1.2, 1.5, 2.4, 2.0, 1.5]
 Record = dict[str, Any]
 MACHINE = {"hardware": {"device": "cpu", "cpu": "a CPU", "threads": 2}, "versions": {"torch": "2"}}
 
@@ -130,3 +133,22 @@ def job(sweep: Path, number: int, words: str, state: str, **more: Any) -> None:
     Ledger(sweep, "t").write(
         Job(words=words.split(), number=number, state=state, sweep="t", **times | more)
     )
+
+
+def only(comparison: Comparison) -> Group:
+    (group,) = comparison.groups
+    return group
+
+
+def entries(group: Group) -> dict[str, Entry]:
+    return {one.name: one for one in group.entries}
+
+
+def columns(side: tuple[list[Record], list[Record]]) -> tuple[list[int], list[int], list[float]]:
+    """Tokens, steps and seconds by prompt, counted from the records."""
+    generations, steps = side
+    names = [one["request"] for one in generations]
+    seconds = [
+        sum(sum(s["seconds"].values()) for s in steps if s["requests"] == [name]) for name in names
+    ]
+    return [g["tokens"] for g in generations], [g["steps"] for g in generations], seconds
