@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from specdec import __version__
+from specdec.compare.track import answer
 from specdec.lab.attempt import attempt, gpu_name
 from specdec.lab.interrupts import interruptible
 from specdec.lab.jobs import (
@@ -204,6 +205,8 @@ def _end(ledger: Ledger, code: int, console: Console) -> int:
     jobs = sorted([*jobs, *missing], key=lambda job: job.number)
     summaries = [summary_of(ledger.folder, job) for job in jobs]
     show_sweep(jobs, summaries, console)
+    if sum(summary is not None for summary in summaries) > 1:
+        answer(ledger.folder, console)
     code = worst([code, exit_code(jobs, summaries)])
     if code == 130:
         again = continuing(sys.argv[1:], ledger.folder)

@@ -18,23 +18,23 @@ from specdec.lab.tracking import Careful, NoTracker, Tracker
 
 
 def answer(folder: Path, console: Console) -> None:
-    """What the runs of a sweep that has ended say together: its files, its sentences, and a run of
-    its own in the tracker of the sweep. Without a tracker only the command that tells it.
+    """What the runs of a sweep that has ended say together: three sentences for each workload;
+    with a tracker also the files of the comparison, and a run of its own there.
 
     What goes wrong is told in one line: the runs are there, whatever becomes of this.
     """
     tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     again = shlex.join(["specdec", "compare", str(folder)])
     try:
-        settings = tracked_settings(folder)
-        if settings is None or type(tracker_of(settings)) is NoTracker:
-            tell(f"{again} compares them")
-            return
-        comparison = compare([folder])
-        files = write_all(comparison, folder)
+        comparison, settings = compare([folder]), tracked_settings(folder)
         for group in comparison.groups:
-            for sentence in group.verdict:
-                tell(sentence)
+            tell(
+                " ".join([f"{group.name}:" * (len(comparison.groups) > 1), *group.verdict]).strip()
+            )
+        if settings is None or type(tracker_of(settings)) is NoTracker:
+            tell(f"{again} writes their report")
+            return
+        files = write_all(comparison, folder)
         tell(f"report in {files[0]}")
         track_comparison(settings, folder, comparison, files, tell)
     except ValueError as error:

@@ -221,7 +221,7 @@ def test_a_dead_process_has_failed_where_that_can_be_known(tmp_path, host):
 
 
 def test_jobs_share_a_device_if_they_run_there_at_the_same_time(tmp_path):
-    """Of all pairs of four intervals on two devices, by their definition."""
+    """Of all pairs of four intervals on two devices, by their definition; two processes."""
     times = [(0, 2), (1, 3), (2, 4), (5, None)]
 
     def moment(second: int | None) -> str | None:
@@ -232,7 +232,7 @@ def test_jobs_share_a_device_if_they_run_there_at_the_same_time(tmp_path):
         for place, ((begun, end), gpu) in enumerate((mine, theirs)):
             state = "running" if end is None else "finished"
             pair = {"started": moment(begun), "ended": moment(end), "gpu": gpu}
-            Ledger(folder, "t").write(job(place, state=state, pid=os.getppid(), **pair))
+            Ledger(folder, "t").write(job(place, state=state, pid=(os.getppid(), 1)[place], **pair))
         spans = [set(range(b, 10 if e is None else e)) for (b, e), _ in (mine, theirs)]
         expected = mine[1] == theirs[1] and bool(spans[0] & spans[1])
         assert [one.shared for one in jobs_of(folder)] == [expected] * 2
