@@ -13,6 +13,7 @@ from pathlib import Path
 
 import specdec
 from specdec.experiments.figures import kernels
+from specdec.experiments.figures.comparison import comparison, verdicts
 from specdec.experiments.figures.decoding import calibrate, cpu_speed
 from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, lookup_speed
 from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
@@ -74,6 +75,12 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("tree_speed_batch8", tree_speed, {"Acceptance by rank": "acceptance_rates"}),
             ("rule_steps", kernels.rules, {}),
         ],
+    ),
+    "by_category": (
+        "Which drafter wins where",
+        "Six drafters on the built-in pair of models: two budgets, two temperatures, the first "
+        "turns of six conversations of each of Spec-Bench's categories.",
+        [("by_category", comparison, {})],
     ),
     "kernels": (
         "Kernels",
@@ -150,14 +157,16 @@ def _on_a_gpu(result: Result) -> Iterator[list[str]]:
 
 
 def documents() -> dict[Path, str]:
-    """Every generated page, and the README with its block, by path."""
+    """Every generated page, and the README with its blocks, by path."""
     found = {
         ROOT / "docs" / "results" / f"{name}.md": written(*page) for name, page in PAGES.items()
     }
     readme = ROOT / "README.md"
-    block = rf"\g<1>\n{summary()}\n\g<2>"
-    pattern = r"(<!-- results -->).*?(<!-- /results -->)"
-    return found | {readme: re.sub(pattern, block, readme.read_text(), flags=re.DOTALL)}
+    text = readme.read_text()
+    for name, lines in {"results": summary(), "verdicts": verdicts(read("by_category"))}.items():
+        pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
+        text = re.sub(pattern, rf"\g<1>\n{lines}\n\g<2>", text, flags=re.DOTALL)
+    return found | {readme: text}
 
 
 @dataclass(frozen=True)
