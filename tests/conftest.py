@@ -65,8 +65,12 @@ def load_once() -> Iterator[None]:
 def specdec(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process: (exit code, stdout, stderr)."""
+    """Run the command in this process: (exit code, stdout, stderr). It warms up with few tokens:
+    there is nothing here that is compiled."""
     from specdec import run as command
+    from specdec.lab import experiment
+
+    monkeypatch.setattr(experiment, "WARM_UP_TOKENS", 2)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["specdec", *arguments])

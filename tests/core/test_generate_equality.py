@@ -64,7 +64,7 @@ def quantised(request: pytest.FixtureRequest, zoo: Pair) -> tuple[torch.dtype, l
     return request.param, run.outputs
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("tree", ["chain", "dynamic"])
 @pytest.mark.parametrize("drafter", ["small_llama", "ngram"])

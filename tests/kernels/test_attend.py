@@ -308,7 +308,7 @@ def calls(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     return shape, options
 
 
-@settings(max_examples=60 if ON_GPU else 6, deadline=None, derandomize=True)
+@settings(max_examples=60 if ON_GPU else 4, deadline=None, derandomize=True)
 @given(call=calls())
 def test_random_calls(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
     shape, options = call

@@ -77,6 +77,7 @@ def test_parents_may_be_wide_integers(kernels: ModuleType, nodes: int) -> None:
     assert_describes(kernels.tree_structure(parents), batch)
 
 
+@pytest.mark.some(4)
 @both
 @pytest.mark.parametrize("nodes", [2, 33, 256])
 def test_the_longest_chain_and_the_widest_star(kernels: ModuleType, nodes: int) -> None:
