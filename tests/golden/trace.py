@@ -45,7 +45,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec.verifier
-from specdec.lab import experiment, running
+from specdec.lab import lane, running
 from specdec.lab.settings import settings_of
 
 HERE = Path(__file__).parent
@@ -185,7 +185,7 @@ def run(settings: str, observer: Observer, models: Models) -> str | None:
     with tempfile.TemporaryDirectory() as out, observed(observer), models.loaded():
         words = f"{settings.replace('HERE', str(HERE))} out={out}/run"
         # One token warms up as well as several for what is observed here.
-        with mock.patch.object(experiment, "WARM_UP_TOKENS", 1):
+        with mock.patch.object(lane, "WARM_UP_TOKENS", 1):
             try:
                 running.run(settings_of(words), Path(out, "run"), Console(file=io.StringIO()))
             except EnoughError:

@@ -165,7 +165,7 @@ def test_many_siblings_are_rejected_one_after_the_other(rule: str, repeats: bool
     assert 1 < lengths.count(1) < 15
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("sizes", "vocab", "support", "bushy"),
