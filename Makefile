@@ -59,7 +59,7 @@ run: setup
 	$(BIN)/python -m specdec.run $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 # A second environment that sees the first, and has newer hydra and transformers. What fails here is reported alone.
 newest: setup

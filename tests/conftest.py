@@ -65,8 +65,16 @@ def load_once() -> Iterator[None]:
 def specdec(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process: (exit code, stdout, stderr)."""
+    """Run the command in this process: (exit code, stdout, stderr). It warms up with one token:
+    there is nothing here that is compiled."""
+    from hydra._internal.hydra import Hydra
+
     from specdec import run as command
+    from specdec.lab import lane
+
+    monkeypatch.setattr(lane, "WARM_UP_TOKENS", 1)
+    # Hydra composes all settings once more beforehand, for a `hydra.mode` that nobody sets.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *given, **named: None)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["specdec", *arguments])

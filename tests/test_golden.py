@@ -1,41 +1,57 @@
 """Today's behaviour, pinned: what every drafter drafts and what is kept of it, through settings
 alone; see golden/trace.py and golden/lengths.py."""
 
+from itertools import product
+
 import pytest
 
 from tests.golden import lengths, trace
 
 REMAKE = 'if this is meant: python -m tests.golden.{} --write "why it had to change"'
+MODELS = trace.Models()
 
 
-@pytest.mark.parametrize("sampling", trace.SAMPLINGS)
+def quick() -> list[tuple[str, int, int]]:
+    """Of each drafter a case for each sampling, its batch and how many prompts: trees and batches
+    take turns, so that of all pairs some drafters have each."""
+    found = []
+    for (i, drafter), (j, sampling) in product(
+        enumerate(trace.DRAFTERS), enumerate(trace.SAMPLINGS)
+    ):
+        tree = trace.TREES[0 if drafter == "none" else (i + j) % 2]
+        batch = (1, 3)[(i // 2 + j) % 2]
+        found.append((f"drafter={drafter} tree={tree} sampling={sampling}", batch, batch))
+    return found
+
+
+def test_the_trace_has_every_case() -> None:
+    assert trace.recorded().keys() == set(trace.CASES), REMAKE.format("trace")
+    every = {case for group in lengths.GROUPS.values() for case in group}
+    assert lengths.recorded().keys() == every, REMAKE.format("lengths")
+    pairs = {(tree in case, batch) for case, batch, _ in quick() for tree in trace.TREES[:1]}
+    assert len(pairs) == 4
+
+
 @pytest.mark.parametrize(
-    ("batch", "every"),
-    [(1, False), (3, False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (1, 3))],
+    ("case", "batch", "prompts"),
+    [
+        *quick(),
+        *(
+            pytest.param(case, batch, trace.COUNT, marks=pytest.mark.slow)
+            for case, batch in product(trace.CASES, (1, 3))
+        ),
+    ],
 )
-def test_trace(sampling: str, batch: int, every: bool) -> None:
-    """All cases at both batches take long, so each is replayed at one of them, chains and trees
-    in turn, and not for all prompts."""
-    trees = trace.TREES if sampling == "greedy" else trace.TREES[::-1]
-    tree = trees[batch != 1]
-    cases = [c for c in trace.CASES if f"sampling={sampling}" in c and (every or tree in c)]
-    prompts = trace.COUNT if every else 1 if batch == 1 else 3
-    expected = trace.recorded(prompts)
-    assert expected.keys() == set(trace.CASES), REMAKE.format("trace")
-    for case, _, lines in trace.replay(cases, batch, prompts):
-        wrong = trace.difference(f"{case} batch_size={batch}", expected[case], lines)
-        assert wrong is None, f"{wrong}\n{REMAKE.format('trace')}"
+def test_trace(case: str, batch: int, prompts: int) -> None:
+    ((_, _, lines),) = trace.replay([case], batch, prompts, models=MODELS)
+    wrong = trace.difference(f"{case} batch_size={batch}", trace.recorded(prompts)[case], lines)
+    assert wrong is None, f"{wrong}\n{REMAKE.format('trace')}"
 
 
-@pytest.mark.some(1)
-@pytest.mark.parametrize("group", lengths.GROUPS)
-def test_lengths(group: str) -> None:
-    expected = lengths.recorded()
-    assert expected.keys() == {c for g in lengths.GROUPS.values() for c in g}
-    found = dict(lengths.measured(lengths.GROUPS[group]))
-    wrong = [
-        f"{case}: {expected[case]} became {length}"
-        for case, length in found.items()
-        if abs(length / expected[case] - 1) > lengths.TOLERANCE
-    ]
-    assert not wrong, "\n".join([*wrong, REMAKE.format("lengths")])
+@pytest.mark.some(5)
+@pytest.mark.parametrize("case", [case for group in lengths.GROUPS.values() for case in group])
+def test_lengths(case: str) -> None:
+    expected = lengths.recorded()[case]
+    ((_, length),) = lengths.measured([case], MODELS)
+    change = f"{case}: {expected} became {length}\n{REMAKE.format('lengths')}"
+    assert abs(length / expected - 1) <= lengths.TOLERANCE, change

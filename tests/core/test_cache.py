@@ -176,7 +176,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=30, deadline=None, derandomize=True
+    max_examples=50, stateful_step_count=30, deadline=None, derandomize=True
 )
 TestRandomLives = CacheMachine.TestCase
 
@@ -186,7 +186,7 @@ class QuantisedMachine(CacheMachine):
 
 
 QuantisedMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
+    max_examples=20, stateful_step_count=30, deadline=None, derandomize=True
 )
 TestRandomLivesOfQuantisedRows = QuantisedMachine.TestCase
 

@@ -235,7 +235,7 @@ def short_context(tmp_path_factory: pytest.TempPathFactory) -> tuple[PagedLM, Pa
     return load_model(str(folder), Placement(device=DEVICE)), folder, reference
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_a_sequence_ends_with_the_context(

@@ -82,7 +82,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(target, draft, prompts, outputs, stop, stopped, request.param, itself)
 
 
-@pytest.mark.some(20)
+@pytest.mark.some(9)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_family_equals_generate(family: Family, drafter: str, tree: str, batch_size: int) -> None:
@@ -102,6 +102,7 @@ def test_family_equals_generate(family: Family, drafter: str, tree: str, batch_s
         assert run.outputs == family.stopped
 
 
+@pytest.mark.some(5)
 def test_disturbed_draft_is_accepted_in_part(family: Family) -> None:
     """Else the cases above would exercise one branch of the loop only."""
     drafter, shape = drafter_of("small_llama", family.draft), TREES["chain"]("top_k")
@@ -110,7 +111,7 @@ def test_disturbed_draft_is_accepted_in_part(family: Family) -> None:
     assert len(accepted) > 1
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(5)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_model_that_drafts_for_itself_is_always_right(family: Family, batch_size: int) -> None:
     drafter, shape = drafter_of("small_llama", family.itself), TREES["chain"]("top_k")

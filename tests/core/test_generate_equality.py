@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("load_once")
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_zoo_equals_generate(zoo: Pair, drafter: str, tree: str, batch_size: int) -> None:
@@ -43,7 +43,7 @@ def test_zoo_equals_generate(zoo: Pair, drafter: str, tree: str, batch_size: int
     assert tokens == len(zoo.prompts) * ZOO_NEW
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_zoo_stops_where_generate_stops(zoo: Pair, drafter: str, tree: str) -> None:
     assert zoo.stopped != zoo.outputs
@@ -64,7 +64,7 @@ def quantised(request: pytest.FixtureRequest, zoo: Pair) -> tuple[torch.dtype, l
     return request.param, run.outputs
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("tree", ["chain", "dynamic"])
 @pytest.mark.parametrize("drafter", ["small_llama", "ngram"])
@@ -93,7 +93,7 @@ STORY = (
 )
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_published_story(

@@ -161,7 +161,7 @@ class PagesMachine(RuleBasedStateMachine):
 
 
 PagesMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=30, deadline=None, derandomize=True
+    max_examples=75, stateful_step_count=30, deadline=None, derandomize=True
 )
 TestRandomLives = PagesMachine.TestCase
 

@@ -102,7 +102,7 @@ def obeyed(settings: dict[str, Any], sampling: SamplingParams = GREEDY) -> Proce
     return processors_of(GenerationConfig(**settings), sampling, ends=[END], vocab=VOCABULARY)
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_outputs_are_those_of_generate(
     models: tuple[Any, Path], target: PagedLM, name: str
@@ -222,6 +222,7 @@ def test_outputs_of_the_loop_follow_the_processed_law(tmp_path: Path) -> None:
     assert chi_square(counts, law) > ALPHA
 
 
+@pytest.mark.some(9)
 @pytest.mark.parametrize(
     "rule", [*RULES, Greedy(), Typical(), Relaxed(), Synthetic()], ids=lambda rule: rule.name
 )

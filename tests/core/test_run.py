@@ -51,7 +51,7 @@ PAIRS = [(name, tree) for name, tree in zip(LOSSLESS, itertools.cycle(options("t
 PAIRS += [("small_llama", tree) for tree in options("tree")]
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("batch_size", [4])
 @pytest.mark.parametrize(("drafter", "tree"), dict.fromkeys(PAIRS))
 def test_drafters_and_trees_equal_the_baseline(
@@ -310,7 +310,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.some(30)
+@pytest.mark.some(12)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_ends_in_one_line_that_names_it(specdec, tmp_path, mistake):
     typed = mistake.split()

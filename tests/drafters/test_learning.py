@@ -23,7 +23,7 @@ TREES: dict[str, Callable[[int], TreePolicy]] = {
 }
 
 
-@pytest.mark.some(10)
+@pytest.mark.some(6)
 @pytest.mark.parametrize("budget", [0, 1, 2, 9, 40])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", KINDS)
@@ -117,7 +117,7 @@ def test_settings_out_of_range(name: str, settings: dict[str, Any], message: str
         prepared(KINDS[name](**own), tree, SMALL)
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", KINDS)

@@ -62,7 +62,7 @@ def drafter_of(kind: str, path: str) -> Drafter:
     return (SmallLlama if kind == "small_llama" else Translated)(path=path)
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(4)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", ["small_llama", "translated", "compose"])
 @pytest.mark.parametrize("tree", TREES, ids=["chain", "static", "dynamic"])

@@ -250,11 +250,17 @@ def test_from_the_command_line(
     assert "parts=none: there are draft, ngram, transformers" in capsys.readouterr().err
 
 
-def test_they_import_no_trackers() -> None:
+def test_they_import_no_trackers_and_benchmarks_no_tools_of_the_runner() -> None:
+    """In one process, for each imports torch anew."""
+    code = "import sys; from specdec.experiments.bench import attention, elementwise, rules, run"
+    code += "; from specdec.experiments.bench import steps; print(*sys.modules)"
     names = "studies.end_to_end, tools.calibrate, bench.run, figures.draw, figures.pages"
     modules = ", ".join(f"specdec.experiments.{name}" for name in names.split(", "))
-    code = f"import sys; import {modules}; print(*sys.modules)"
+    code += f"; import {modules}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert {"wandb", "datasets"}.isdisjoint(done.stdout.split())
+    benchmarks, every = map(str.split, done.stdout.splitlines())
+    tools = {"hydra", "omegaconf", "wandb", "datasets", "transformers"}
+    assert tools.isdisjoint(benchmarks)
+    assert {"wandb", "datasets"}.isdisjoint(every)

@@ -16,7 +16,7 @@ prompts at a time, with every weight of both models changed by about one part in
 covers what the rule does not see, such as the order of drafted tokens and which of them became
 nodes. What remains are exact ties between counts of drafters that look up texts.
 
-A case is refused where the run ends with exit code 2 before its first step. The datastore is
+A case is refused where the run ends with a `ValueError` before its first step. The datastore is
 that of `python -m specdec.experiments.tools.build_datastore tokenizer=zoo:target
 out=tests/golden/store tests/golden/store.txt`. suffix_decoding forgets after each prompt here,
 because what it learns from earlier ones depends on which of them run side by side.
@@ -40,11 +40,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specdec.verifier
-from specdec.run import main as command
+from specdec.lab import lane, running
+from specdec.lab.settings import settings_of
 
 HERE = Path(__file__).parent
 TRACE, PROMPTS = HERE / "trace.txt", HERE / "prompts.jsonl"
@@ -178,20 +180,19 @@ def changed(model: torch.nn.Module, noise: float) -> None:
         weight *= 1 + noise * torch.randn(weight.shape, generator=random, dtype=weight.dtype)
 
 
-def run(settings: str, observer: Observer, models: Models) -> int:
-    """The exit code of `python -m specdec.run SETTINGS`, 0 if the observer had enough."""
+def run(settings: str, observer: Observer, models: Models) -> str | None:
+    """Why `python -m specdec.run SETTINGS` would be refused, None if it was not."""
     with tempfile.TemporaryDirectory() as out, observed(observer), models.loaded():
-        typed = [*settings.replace("HERE", str(HERE)).split(), f"out={out}/run"]
-        silent = contextlib.redirect_stdout(io.StringIO())
-        errors = contextlib.redirect_stderr(io.StringIO())
-        with mock.patch.object(sys, "argv", ["specdec", *typed]), silent, errors:
+        words = f"{settings.replace('HERE', str(HERE))} out={out}/run"
+        # One token warms up as well as several for what is observed here.
+        with mock.patch.object(lane, "WARM_UP_TOKENS", 1):
             try:
-                command()
-            except SystemExit as end:
-                return int(end.code or 0)
+                running.run(settings_of(words), Path(out, "run"), Console(file=io.StringIO()))
             except EnoughError:
-                return 0
-    raise AssertionError("the command always exits")
+                return None
+            except ValueError as error:
+                return str(error)
+    return None
 
 
 class Recorder:
@@ -260,19 +261,17 @@ def replay(
     prompts: int = COUNT,
     *,
     margins: bool = False,
-    noise: float = 0.0,
+    models: Models | None = None,
 ) -> Iterator[tuple[str, float, list[str]]]:
     """Each case with its margin (0.0 unless asked for) and its lines of the first prompts."""
-    models = Models(noise)
+    models = models or Models()
     for case in cases:
         recorder = Recorder(prompts, margins=margins)
         shared = f"batch_size={batch} prompts.limit={prompts} {FIXED}{NEW}"
-        code = run(f"{case} {shared}", recorder, models)
+        reason = run(f"{case} {shared}", recorder, models)
         lines = recorder.text()
-        if code == 2 and not lines:
-            lines = ["refused"]
-        elif code:
-            lines.append(f"exit code {code}")
+        if reason is not None:
+            lines = [*lines, f"failed: {reason}"] if lines else ["refused"]
         yield case, recorder.margin, lines
 
 
@@ -301,7 +300,7 @@ def write(reason: str) -> None:
     """
     blocks = [f"last made: {reason}\nall cases: {FIXED}{NEW}"]
     faults = []
-    made = replay(CASES, 1, margins=True), replay(CASES, 3, noise=WEIGHTS)
+    made = replay(CASES, 1, margins=True), replay(CASES, 3, models=Models(WEIGHTS))
     for (case, margin, lines), (_, _, others) in zip(*made, strict=True):
         print(f"{margin:.1g} {case}", flush=True)
         blocks.append("\n".join([case, f"margin {margin:.1g}", *lines]))

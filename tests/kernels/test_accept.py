@@ -154,7 +154,7 @@ def test_the_kernel_keeps_what_the_papers_keep(rule: str, repeats: bool) -> None
 def test_many_siblings_are_rejected_one_after_the_other(rule: str, repeats: bool) -> None:
     case = random_case(
         7,
-        sizes=[6, 6, 3, 3] * 8,
+        sizes=[6, 6, 3, 3] * 4,
         vocab=12,
         support=7,
         repeats=repeats,
@@ -162,10 +162,10 @@ def test_many_siblings_are_rejected_one_after_the_other(rule: str, repeats: bool
         star=True,
     )
     lengths = check(case, rule, 1.0, support=9)
-    assert 3 < lengths.count(1) < 29
+    assert 1 < lengths.count(1) < 15
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("sizes", "vocab", "support", "bushy"),
@@ -218,6 +218,7 @@ def run(rule: str, trees: DraftedTrees, logits: Tensor, step: int = 0) -> list[T
     return list(accept.RULES[rule](trees, logits, temperature=1.0, keys=keys, streams=STREAMS))
 
 
+@pytest.mark.some(2)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("rule", RULES)
 def test_padding_and_idle_rows_are_not_looked_at(rule: str) -> None:
@@ -238,6 +239,7 @@ def test_padding_and_idle_rows_are_not_looked_at(rule: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.some(2)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("rule", RULES)
 def test_strided_inputs(rule: str) -> None:
@@ -315,7 +317,7 @@ def test_children_need_draft_probabilities() -> None:
 @pytest.mark.parametrize("rule", ["target_only", "recursive_rejection"])
 def test_first_tokens_follow_the_target(rule: str) -> None:
     """Two children of the root, drawn anew for every row; chi-square of the first token."""
-    vocab, rows = 5, 20_000 if DEVICE.type == "cuda" else 80
+    vocab, rows = 5, 20_000 if DEVICE.type == "cuda" else 40
     generator = np.random.default_rng(1)
     target = np.array([0.05, 0.45, 0.1, 0.1, 0.3])
     draft = np.array([0.45, 0.05, 0.3, 0.2, 0.0])

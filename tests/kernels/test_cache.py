@@ -155,6 +155,7 @@ def commit_by_hand(
 # Commit
 
 
+@pytest.mark.some(5)
 @both
 @pytest.mark.parametrize("identity", [False, True], ids=["path", "identity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *QUANTISED], ids=str)
@@ -273,7 +274,7 @@ def accepted_paths(draw: st.DrawFn) -> tuple[Rows, list[list[int]], int]:
 # Scratch
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(3)
 @both
 @pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.parametrize("stored", [None, *QUANTISED], ids=str)

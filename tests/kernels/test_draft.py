@@ -69,7 +69,7 @@ def assert_most_probable(found: tuple[Tensor, Tensor], logits: Tensor, temperatu
         )
 
 
-@pytest.mark.some(12)
+@pytest.mark.some(5)
 @both
 @pytest.mark.parametrize(
     ("vocab", "count"),

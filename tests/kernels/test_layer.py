@@ -81,7 +81,7 @@ def check_product(
     assert_close(products(kernels)[name](x, weight, **how), expected, x.dtype)
 
 
-@pytest.mark.some(36)
+@pytest.mark.some(15)
 @both
 @types
 @pytest.mark.parametrize("name", ["linear", "project", "gated_linear"])
@@ -251,7 +251,7 @@ def trees(batch: int, heads: int, rows: int, dim: int, dtype: torch.dtype) -> li
     return list(memory[..., :dim].transpose(2, 3))
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(3)
 @both
 @types
 @one_part
@@ -298,7 +298,7 @@ def test_rotate_and_write(
         assert tree[untouched].isnan().all()
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(3)
 @both
 @types
 @pytest.mark.parametrize("stored", [None, *QUANTISED], ids=str)

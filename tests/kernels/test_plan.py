@@ -38,6 +38,7 @@ def test_any_number_of_pieces_gives_the_same(
     assert_right(case, fixed_splits=splits, window=90, sinks=sinks)
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("splits", [16, 17, 40])
 @each_dtype
 def test_many_pieces(dtype: torch.dtype, splits: int) -> None:
@@ -140,7 +141,7 @@ SHARING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("splits", [None, 2])
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("group", [1, 8] if ON_GPU else [1])
@@ -162,6 +163,7 @@ if ON_GPU:
     KINDS += [(48, None), (64, None), (128, torch.float8_e4m3fn)]
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("page_size", "stored"), KINDS, ids=str)
 @each_dtype
 def test_shared_pages_of_any_kind(

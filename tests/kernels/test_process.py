@@ -107,6 +107,7 @@ def on_host(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernel_and_reference_round_alike(dtype: torch.dtype) -> None:
     given = case(dtype, **OPTIONS["all"])

@@ -33,7 +33,7 @@ from tests.kernels.cases import DEVICE, Case, context_for, keys_at, random_case
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     "params",
@@ -158,7 +158,7 @@ def rows_that_differ(found: Acceptance, expected: Acceptance, tree: TokenTree) -
     return int((differ & (tree.size > 0)).sum())
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(3)
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     "params",

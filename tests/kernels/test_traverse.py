@@ -120,7 +120,7 @@ TREES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("repeats", [False, True], ids=["sample", "with_replacement"])
 @pytest.mark.parametrize("shape", TREES)
 def test_traversal(shape: str, repeats: bool) -> None:

@@ -59,7 +59,7 @@ def assert_describes(found: TreeStructure, batch: list[list[int]]) -> None:
             assert lists["depths"][row][node] == len(line) - 1
 
 
-@pytest.mark.some(8)
+@pytest.mark.some(5)
 @both
 @pytest.mark.parametrize("nodes", SIZES)
 def test_structure_equals_a_walk_to_the_root(kernels: ModuleType, nodes: int) -> None:
@@ -77,6 +77,7 @@ def test_parents_may_be_wide_integers(kernels: ModuleType, nodes: int) -> None:
     assert_describes(kernels.tree_structure(parents), batch)
 
 
+@pytest.mark.some(3)
 @both
 @pytest.mark.parametrize("nodes", [2, 33, 256])
 def test_the_longest_chain_and_the_widest_star(kernels: ModuleType, nodes: int) -> None:

@@ -304,6 +304,7 @@ def test_draws_from_the_target_follow_it_and_sharper_ones_do_not(target, monkeyp
     assert read(texts, witness, narrow)["impossible"] > 0
 
 
+@pytest.mark.some(2)
 @pytest.mark.parametrize(("temperature", "wrong"), [(0.0, True), (1.0, True), (1.0, False)])
 def test_a_wrong_bit_of_the_mask_of_trees_is_found(monkeypatch, temperature, wrong):
     """Nodes that do not see the first drafted one."""

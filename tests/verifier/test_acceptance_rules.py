@@ -98,7 +98,7 @@ def sizes(vocabs: Mapping[str, tuple[int, ...]]) -> list[tuple[str, int, Childre
     ]
 
 
-@pytest.mark.some(120)
+@pytest.mark.some(80)
 @pytest.mark.parametrize("world", worlds(2))
 @pytest.mark.parametrize(("shape", "vocab", "children"), sizes(SIZES))
 def test_lossless_rules_are_lossless(

@@ -105,6 +105,7 @@ def test_recursive_rejection_is_lossless(world: str, shape: str, children: str) 
     assert_lossless(RecursiveRejection(), trees, tree, target)
 
 
+@pytest.mark.some(50)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(
     ("shape", "children"),
@@ -152,6 +153,7 @@ def test_five_tokens_with_an_uncut_and_a_cut_draft(seed: int) -> None:
             assert_lossless(RecursiveRejection(), trees, tree, target)
 
 
+@pytest.mark.some(24)
 @pytest.mark.parametrize(
     "params",
     [
@@ -181,7 +183,7 @@ def test_lossless_under_sampling_parameters(rule: CoinRule, params: SamplingPara
         assert distance(law, extend_law({(): 1.0}, expected, 2)) < 1e-9
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(4)
 @pytest.mark.parametrize("children", ["top_k", "sample"])
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_temperature_zero_gives_the_argmax_path(rule: CoinRule, children: str) -> None:

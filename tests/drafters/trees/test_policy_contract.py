@@ -10,7 +10,7 @@ from specdec.experiments.tools import contract
 from specdec.lab.settings import CONFIGS
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", sorted(p.stem for p in Path(CONFIGS, "tree").glob("*.yaml")))
 def test_it_keeps_its_contract(name: str) -> None:
     contract.check_policy(partial(contract.tree_for, [f"tree={name}"]))
