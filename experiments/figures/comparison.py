@@ -65,7 +65,13 @@ def _by_category(entries: list[Mapping[str, Any]]) -> str:
             best[drafter] = entry
     names = list(next(iter(best.values()))["by_category"])
     rows = [
-        [name, *(number(one["by_category"][name]["accepted_length"]["value"]) for one in best.values())]
+        [
+            name,
+            *(
+                number(one["by_category"][name]["accepted_length"]["value"])
+                for one in best.values()
+            ),
+        ]
         for name in names
     ]
     return "\n".join(table(["category", *(f"`{name}`" for name in best)], rows))

@@ -232,7 +232,9 @@ def test_jobs_share_a_device_if_they_run_there_at_the_same_time(tmp_path):
         for place, ((begun, end), gpu) in enumerate((mine, theirs)):
             state = "running" if end is None else "finished"
             pair = {"started": moment(begun), "ended": moment(end), "gpu": gpu}
-            Ledger(folder, "t").write(job(place, state=state, pid=(os.getppid(), 1)[place], **pair))
+            Ledger(folder, "t").write(
+                job(place, state=state, pid=(os.getppid(), 1)[place], **pair)
+            )
         spans = [set(range(b, 10 if e is None else e)) for (b, e), _ in (mine, theirs)]
         expected = mine[1] == theirs[1] and bool(spans[0] & spans[1])
         assert [one.shared for one in jobs_of(folder)] == [expected] * 2
