@@ -10,9 +10,8 @@ HEADS = ["method", "accepted length", "speedup", "nodes per step", "texts that l
 
 def comparison(result: Result) -> str:
     """All groups of a compare.json."""
-    commands = "\n".join(result["commands"])
     report = "Charts, differences by conversation and trees are in the [report](by_category.html)."
-    pieces = [f"{_machine(result)} {report}", f"```sh\n{commands}\n```"]
+    pieces = [f"{_machine(result)} {report}"]
     for group in result["groups"]:
         pieces.append(f"## {group['name']}")
         pieces.append(" ".join(group["verdict"]))
@@ -22,11 +21,10 @@ def comparison(result: Result) -> str:
     return "\n\n".join(pieces)
 
 
-def verdicts(result: Result) -> str:
-    """What the README says of it: three sentences of each group."""
-    return "\n".join(
-        f"- **{group['name']}**: {' '.join(group['verdict'])}" for group in result["groups"]
-    )
+def verdict(result: Result) -> str:
+    """What the README says of it: three sentences of the first group."""
+    group = result["groups"][0]
+    return f"**{group['name']}**: {' '.join(group['verdict'])}"
 
 
 def _machine(result: Result) -> str:
@@ -39,7 +37,7 @@ def _machine(result: Result) -> str:
 
 
 def _row(entry: Mapping[str, Any]) -> list[str]:
-    verdicts = sorted({one["verdict"] for one in entry["lossless"]})
+    found = sorted({one["verdict"] for one in entry["lossless"]})
     speedup = entry["speedup"]
     return [
         f"`{entry['name']}`",
@@ -47,7 +45,7 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
         _estimate(speedup) if speedup else "",
         number(entry["nodes_per_step"], 1),
         f"{entry['repetitive']:.0%}",
-        ", ".join(verdicts),
+        ", ".join(found),
     ]
 
 

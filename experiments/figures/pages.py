@@ -13,7 +13,7 @@ from pathlib import Path
 
 import specdec
 from specdec.experiments.figures import kernels
-from specdec.experiments.figures.comparison import comparison, verdicts
+from specdec.experiments.figures.comparison import comparison, verdict
 from specdec.experiments.figures.decoding import calibrate, cpu_speed
 from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, lookup_speed
 from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
@@ -79,7 +79,10 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
     "by_category": (
         "Which drafter wins where",
         "Six drafters on the built-in pair of models: two budgets, two temperatures, the first "
-        "turns of six conversations of each of Spec-Bench's categories.",
+        "turns of six conversations of each of Spec-Bench's categories, by `python -m specdec.run "
+        "-m experiment=by_category prompts.path=question.jsonl` and `specdec compare`. Other work "
+        "ran on the machine meanwhile, so judge by lengths: speeds are in turns, but those of "
+        "temperature 1 are of a slower machine.",
         [("by_category", comparison, {})],
     ),
     "kernels": (
@@ -163,7 +166,7 @@ def documents() -> dict[Path, str]:
     }
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, lines in {"results": summary(), "verdicts": verdicts(read("by_category"))}.items():
+    for name, lines in {"results": summary(), "verdict": verdict(read("by_category"))}.items():
         pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
         text = re.sub(pattern, rf"\g<1>\n{lines}\n\g<2>", text, flags=re.DOTALL)
     return found | {readme: text}
