@@ -4,6 +4,7 @@ Tables and pictures are made here, `report.html.j2` puts them in their places. E
 give equal bytes.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
@@ -132,7 +133,7 @@ def _parts(groups: Sequence[Group], place: int, styles: Mapping[str, int]) -> li
             about="Whether each run's own texts passed its check of them.",
             table=tables.lossless(group, styles),
         ),
-        _trees(group, styles),
+        _trees(group),
     ]
     return [part for part in parts if part is not None]
 
@@ -236,7 +237,7 @@ def _pareto(group: Group, styles: Mapping[str, int], name: str) -> Part | None:
 
 def _anatomy(group: Group, name: str) -> Part:
     drawn, verbs = charts.anatomy(group, f"{name}a")
-    part = Part(id="anatomy", title="Anatomy of a step", empty=f"No times: {group.times}.")
+    part = Part(id="anatomy", title="Anatomy of a step", empty=f"Not shown: {group.times}.")
     if not drawn:
         return part
     return replace(
@@ -252,10 +253,12 @@ def _differences(group: Group, styles: Mapping[str, int], name: str) -> Part | N
     if not group.differences:
         return None
     found: list[tuple[str, Markup]] = []
-    for quantity in dict.fromkeys(one.quantity for one in group.differences):
-        drawn = [d for d in group.differences if d.quantity == quantity and d.second in styles]
+    sides = dict.fromkeys((one.quantity, one.first) for one in group.differences)
+    for side in sides:  # methods of each mark have a best one
+        drawn = [d for d in group.differences if (d.quantity, d.first) == side]
+        drawn = [one for one in drawn if one.second in styles]
         if drawn:
-            title = f"{quantity.replace('_', ' ')}: {drawn[0].first} over the others"
+            title = f"{side[0].replace('_', ' ')}: {side[1]} over the others"
             chart = charts.differences(drawn, styles, f"{name}r{len(found)}")
             found.append((title, Markup(chart)))
     about = "A dot is a conversation, hovering names it; the diamond is all of them, the bar its "
@@ -285,22 +288,23 @@ def _predicted(group: Group, styles: Mapping[str, int], name: str) -> Part | Non
     )
 
 
-def _trees(group: Group, styles: Mapping[str, int]) -> Part:
+def _trees(group: Group) -> Part:
     part = Part(id="trees", title="Token trees")
     if not group.trees:
         return replace(part, empty="No trees were kept; record.trees=8 keeps the first of a run.")
-    of_method: dict[str, int] = {}
-    turns: list[tuple[int, int, int]] = []  # a tree of each method before the second of any
-    for tree in group.trees:
-        turn = of_method[tree.method] = of_method.get(tree.method, -1) + 1
-        turns.append((turn, styles.get(tree.method, len(styles)), len(turns)))
-    shown = sorted(turns)[:TREES]
-    order = sorted(place for _, _, place in shown)
+    order = {entry.name: place for place, entry in enumerate(group.entries)}
+    trees = sorted(group.trees, key=lambda tree: order.get(tree.method, len(order)))
+    count: Counter[str] = Counter()
+    turns: list[tuple[int, int]] = []  # a tree of each method before the second of any
+    for place, tree in sorted(enumerate(trees), key=lambda one: len(one[1].tokens) == 1):
+        turns.append((count[tree.method], place))  # of each, trees that are more than a root
+        count[tree.method] += 1
+    shown = sorted(place for _, place in sorted(turns)[:TREES])
     about = (
         "The accepted path is the first row, and ends with the token that the target adds. Under "
         "a token are its probabilities after its parent: by the draft, left and above; by the "
         "target, right and below."
     )
-    if len(shown) < len(group.trees):
-        about += f" {len(shown)} of {len(group.trees)} trees."
-    return replace(part, about=about, pictures=[picture(group.trees[i]) for i in order])
+    if len(shown) < len(trees):
+        about += f" {len(shown)} of {len(trees)} trees."
+    return replace(part, about=about, pictures=[picture(trees[place]) for place in shown])

@@ -73,10 +73,10 @@ Column = tuple[str, str, Callable[[Entry], Cell]]
 
 COLUMNS: tuple[Column, ...] = (
     ("speedup", "over plain", lambda e: estimated(e.speedup, "×")),
-    ("speed", "tokens/s", lambda e: number(e.tokens_per_second, 1)),
-    ("accepted length", "tokens/step", lambda e: estimated(e.accepted_length)),
-    ("per request", "tokens/step", lambda e: estimated(e.per_request)),
-    ("not repetitive", "tokens/step", lambda e: estimated(e.unrepetitive)),
+    ("tok/s", "", lambda e: _speed(e)),
+    ("accepted", "tokens/step", lambda e: estimated(e.accepted_length)),
+    ("request", "tokens/step", lambda e: estimated(e.per_request)),
+    ("unlooped", "tokens/step", lambda e: estimated(e.unrepetitive)),
     (
         "repetitive",
         "of texts",
@@ -89,6 +89,12 @@ COLUMNS: tuple[Column, ...] = (
     ("conv.", "", lambda e: number(e.conversations, 0, note=f"{e.tokens:,} tokens")),
     ("seeds", "", lambda e: Cell(text=", ".join(map(str, e.seeds)), key=float(len(e.seeds)))),
 )
+
+
+def _speed(entry: Entry) -> Cell:
+    """With how far runs of equal seed are apart."""
+    apart = "" if entry.repeats is None else f"±{entry.repeats / 2:.1%}"
+    return number(entry.tokens_per_second, 1, note=apart, title=apart and "between repeats")
 
 
 def _energy(entry: Entry) -> Cell:

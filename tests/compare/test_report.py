@@ -115,7 +115,7 @@ def test_what_is_missing_is_left_out_or_named() -> None:
     expected = ["verdict", "methods", "anatomy", "lossless", "trees"]
     assert [id for id in page.ids if id.startswith("g0-")] == [f"g0-{name}" for name in expected]
     said = page.texts["p"]
-    assert "No times: runs on different GPUs." in said
+    assert "Not shown: runs on different GPUs." in said
     assert any("record.trees" in one for one in said)
     assert "left-out" not in page.ids
     assert "speedup" not in page.texts["span"]  # the column
@@ -152,10 +152,26 @@ def test_batches_are_shown_once_for_groups_that_differ_in_nothing_else() -> None
 def test_few_trees_of_many_are_shown_those_of_each_method_first() -> None:
     lean = bare(made.small())
     methods = [f"method {i}" for i in range(4)]
-    trees = [made.tree(name, step) for name in methods for step in range(5)]
+    trees = [made.tree(name, step, 14 if step else 1) for name in methods for step in range(5)]
     page = Page(html(made.comparison([replace(lean, trees=trees)])))
     assert [page.texts["b"].count(name) for name in methods] == [3, 3, 3, 3]
+    assert not any("nothing drafted" in one for one in page.texts["figcaption"])
     assert any("12 of 20 trees" in one for one in page.texts["p"])
+
+
+def test_what_to_know_is_said_and_pairs_of_each_mark_have_a_chart() -> None:
+    group = made.small(notes=["unstable clock: <b>"])
+    best, *others = [one for one in group.differences if one.quantity == "accepted_length"]
+    found = [best, replace(others[0], first="a lossy one")]
+    page = Page(
+        html(made.comparison([replace(bare(group), differences=found, entries=group.entries)]))
+    )
+    assert page.texts["li"] == ["unstable clock: <b>"]
+    titles = [title for title in page.texts["figcaption"] if title.endswith("over the others")]
+    assert [title.split(": ")[1].split(" over")[0] for title in titles] == [
+        best.first,
+        "a lossy one",
+    ]
 
 
 @pytest.mark.slow
@@ -185,7 +201,7 @@ const found = {};
 const table = document.querySelector("#g0-methods table");
 const first = () => table.tBodies[0].rows[0].cells[0].textContent.trim();
 const titles = [...table.tHead.rows[0].cells].map((head) => head.textContent);
-const column = titles.findIndex((title) => title.startsWith("accepted length"));
+const column = titles.findIndex((title) => title.startsWith("accepted"));
 const head = table.tHead.rows[0].cells[column];
 found.order = [first()];
 for (let i = 0; i < 2; i++) {
