@@ -2,6 +2,7 @@
 imports all that is there whenever it starts, so that the work is in `specdec/lab/launcher.py`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class TurnsLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
+        from specdec.lab.settings import settings_in
         from specdec.lab.turns import launch
 
         setup_globals()
@@ -65,7 +67,8 @@ class TurnsLauncher(Launcher):
             return self.loader.load_sweep_config(self.config, words)
 
         jobs = dict(enumerate(map(list, job_overrides), initial_job_idx))
-        values = launch(jobs, composed, Path(self.config.hydra.sweep.dir).absolute())
+        folder = Path(self.config.hydra.sweep.dir).absolute()
+        values = launch(jobs, partial(settings_in, composed), folder)
         return [
             JobReturn(overrides=words, status=JobStatus.COMPLETED, _return_value=values[number])
             for number, words in jobs.items()

@@ -4,7 +4,7 @@ them from the files in `configs/`. Beside `run.py` the only file that knows Hydr
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -146,6 +146,23 @@ def settings_of(words: str | Sequence[str]) -> Settings:
         choices = config.hydra.runtime.choices
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         return resolved(own, choices, given)
+    except ERRORS as error:
+        raise ValueError(message_of(error)) from error
+
+
+def settings_in(composed: Callable[[list[str]], DictConfig], words: list[str]) -> Settings:
+    """What a job of a sweep would run.
+
+    Args:
+        composed: the config of words, with Hydra's own.
+
+    Raises:
+        ValueError: no such setting or option; one line.
+    """
+    try:
+        config = composed(words)
+        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        return resolved(own, config.hydra.runtime.choices, words)
     except ERRORS as error:
         raise ValueError(message_of(error)) from error
 

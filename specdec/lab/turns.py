@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from specdec.lab.attempt import attempt, gpu_name
@@ -21,7 +20,7 @@ from specdec.lab.lane import Lane
 from specdec.lab.progress import Live
 from specdec.lab.prompts import Prompt
 from specdec.lab.running import opened
-from specdec.lab.settings import ERRORS, Settings, message_of, resolved
+from specdec.lab.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +49,14 @@ class Turn:
 
 
 def launch(
-    jobs: Mapping[int, list[str]], composed: Callable[[list[str]], DictConfig], folder: Path
+    jobs: Mapping[int, list[str]], settings: Callable[[list[str]], Settings], folder: Path
 ) -> dict[int, float | None]:
     """Do all jobs of a sweep; those of the same plain decoding take turns, and share it. What
     becomes of each is in the ledger.
 
     Args:
         jobs: words by number.
-        composed: the config of words, with that of Hydra.
+        settings: of words; a ValueError says what is wrong with them.
         folder: of the sweep.
 
     Returns:
@@ -68,21 +67,12 @@ def launch(
     """
     ledger, console, rounds = Ledger.of_environment(folder), Console(), dict[str, Round]()
     for number, words in jobs.items():
-        turn = Turn(number=number, words=words, settings=partial(_settings, composed, words))
+        turn = Turn(number=number, words=words, settings=partial(settings, words))
         rounds.setdefault(turn.work, Round(ledger, console)).jobs.append(turn)
     for one in rounds.values():
         one.begin(0)
     done = {job.number: objective(summary_of(folder, job)) for job in ledger.jobs()}
     return {number: done.get(number) for number in jobs}
-
-
-def _settings(composed: Callable[[list[str]], DictConfig], words: list[str]) -> Settings:
-    try:
-        config = composed(words)
-        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        return resolved(own, config.hydra.runtime.choices, words)
-    except ERRORS as error:
-        raise ValueError(message_of(error)) from error
 
 
 class Round:
