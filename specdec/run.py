@@ -188,7 +188,8 @@ def _outlast(error: BaseException) -> int:
 
 
 def _end(ledger: Ledger, code: int, console: Console) -> int:
-    """Print what became of the jobs of a sweep; returns its exit code.
+    """Print what became of the jobs of a sweep, and what they say together; returns its exit
+    code.
 
     Args:
         code: of the sweep without that of its jobs.
@@ -205,12 +206,15 @@ def _end(ledger: Ledger, code: int, console: Console) -> int:
     jobs = sorted([*jobs, *missing], key=lambda job: job.number)
     summaries = [summary_of(ledger.folder, job) for job in jobs]
     show_sweep(jobs, summaries, console)
-    if sum(summary is not None for summary in summaries) > 1:
-        answer(ledger.folder, console)
     code = worst([code, exit_code(jobs, summaries)])
     if code == 130:
         again = continuing(sys.argv[1:], ledger.folder)
         console.print(f"this continues: {again}", soft_wrap=True, markup=False, highlight=False)
+    elif sum(summary is not None for summary in summaries) > 1:
+        try:
+            answer(ledger.folder, console)
+        except KeyboardInterrupt:
+            return 130
     if {job.state for job in jobs} == {REFUSED}:
         ledger.discard()
     return code

@@ -1,5 +1,6 @@
 """What wandb is given: offline runs read back from their files, and settings against variables."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ def test_a_sweep_leaves_offline_runs_that_can_be_compared(specdec, alone, tmp_pa
         tables = {path.name.split("_")[0] for path in place.glob("files/media/table/*.json")}
         assert tables == {"generations"}
         assert list(place.glob("files/media/table/acceptance/by_depth*.json"))
+    comparison = left_in(tmp_path / "sweep")
+    assert comparison.run.job_type == "comparison"
+    assert comparison.run.run_group == found[0].run.run_group
+    (table,) = tmp_path.glob("sweep/wandb/offline-run-*/files/media/table/compare/methods*.json")
+    assert len(json.loads(table.read_text())["data"]) == 2
 
 
 def test_curves_have_their_axes_and_their_summaries(alone, tmp_path):
