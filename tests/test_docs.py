@@ -55,8 +55,9 @@ def test_first_pages_stay_short(page: str, lines: int) -> None:
     assert len((ROOT / f"{page}.md").read_text().splitlines()) <= lines
 
 
-def test_one_block_of_the_readme_is_generated() -> None:
-    assert re.findall(r"<!-- (.*?) -->", README.read_text()) == ["results", "/results"]
+def test_two_blocks_of_the_readme_are_generated() -> None:
+    marks = re.findall(r"<!-- (.*?) -->", README.read_text())
+    assert marks == ["results", "/results", "verdict", "/verdict"]
 
 
 # --- commands and programs

@@ -10,7 +10,10 @@ HEADS = ["method", "accepted length", "speedup", "nodes per step", "texts that l
 
 def comparison(result: Result) -> str:
     """All groups of a compare.json."""
-    report = "Charts, differences by conversation and trees are in the [report](by_category.html)."
+    report = (
+        "Charts, differences by conversation and trees are in the [report](by_category.html), "
+        "every number in [JSON](../../experiments/results/by_category.json)."
+    )
     pieces = [f"{_machine(result)} {report}"]
     for group in result["groups"]:
         pieces.append(f"## {group['name']}")

@@ -102,9 +102,11 @@ def test_a_sweep_ends_with_its_sentences_and_a_run_in_its_tracker(tmp_path):
     assert [file.exists() for file in files] == [True] * 3
 
 
-def test_without_a_tracker_a_sweep_ends_with_the_command(tmp_path):
+def test_without_a_tracker_a_sweep_ends_with_sentences_and_the_command(tmp_path):
     none = "specdec.lab.tracking.NoTracker"
-    assert answered(sweep(tmp_path, none)) == [f"specdec compare {tmp_path} compares them"]
+    said, command = answered(sweep(tmp_path, none))
+    assert said.startswith("Of 2 methods ngram is the fastest: ")
+    assert command == f"specdec compare {tmp_path} writes their report"
     assert not (tmp_path / "report.html").exists()
 
 

@@ -38,6 +38,7 @@ def generations(run: list[Step]) -> list[dict]:
             "steps": len(run),
             "drafted": sum(step.nodes[prompt] for step in run),
             "finish_reason": "length",
+            "output_ids": list(range(sum(step.tokens[prompt] for step in run))),
         }
         for prompt in range(2)
     ]
