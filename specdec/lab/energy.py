@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from specdec.lab.session import wait
 
 LEAST_SECONDS = 10.0  # of decoding: the counter of a card moves in steps of up to 0.1 s
-IDLE_SECONDS = 1.0
+IDLE_SECONDS, SETTLING = 1.0, 0.5  # after work a card takes a while to use less
 SAMPLE_SECONDS = 0.05
 
 
@@ -114,10 +114,11 @@ class Meter:
             self._gpu = Gpu(device)
 
     def rest(self) -> None:
-        """Measure what the card uses when it has nothing to do; takes a second."""
+        """Measure what the card uses when it has nothing to do; takes a second and a half."""
         with self._careful():
             if self._gpu is not None and not self.reason:
                 wait(self._device)
+                time.sleep(SETTLING)
                 before, begun = self._gpu.joules(), time.perf_counter()
                 time.sleep(IDLE_SECONDS)
                 self._idle = (self._gpu.joules() - before) / (time.perf_counter() - begun)
