@@ -204,15 +204,17 @@ def test_a_run_on_a_card_has_its_energy(
     monkeypatch.setattr(experiments, "OurSession", scripted.Session)
     monkeypatch.setattr(Meter, "__init__", partialmethod(with_card, Meter.__init__))
     decoded = scripted.Decoder.step
-    stop_at = 9
+    stop_at, counted = 21, 0  # the first sequence of the eleventh step
 
     def step(self: scripted.Decoder, sequence: Decoding) -> int:
-        nonlocal stop_at
+        nonlocal stop_at, counted
         stop_at -= 1
         if not stop_at:
             raise KeyboardInterrupt
         work(card, 5.0)
-        return decoded(self, sequence)
+        new = decoded(self, sequence)
+        counted += new
+        return new
 
     monkeypatch.setattr(scripted.Decoder, "step", step)
     record = RecordSettings(energy=True)
@@ -229,6 +231,7 @@ def test_a_run_on_a_card_has_its_energy(
         assert found["tokens"] >= side["tokens"]  # what was cut off was decoded twice
         assert found["joules_per_token"] == found["joules"] / found["tokens"]
     assert found["tokens"] == summary["tokens"]
+    assert counted == summary["energy"]["tokens"] + summary["baseline"]["energy"]["tokens"]
     printed = io.StringIO()
     own = {"drafter": "none", "tree": "chain", "acceptance": "greedy"}
     show_summary({**summary, **own, "lossless": NOTHING}, Console(file=printed, width=200))
