@@ -17,7 +17,7 @@ PINNED ?= 1
 
 # Where releases of hydra and transformers show: settings, the command, loading, refusals, tokens.
 SHORT ?= tests/lab/test_settings.py tests/lab/test_build.py tests/core/test_run.py tests/models/test_load.py \
-	tests/models/test_probe.py
+	tests/models/test_probe.py tests/lab/test_launcher.py
 
 BIN := $(VENV)/bin
 NEWEST := $(VENV)/newest

@@ -1,6 +1,7 @@
 """The documentation says what is so: its commands can be typed, its programs run, its links lead
 somewhere, and its tables of settings and of fields are complete."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -20,6 +21,7 @@ from specdec import run as runner
 from specdec.lab.build import method_of
 from specdec.lab.command import parse
 from specdec.lab.energy import EnergyLine, energy_of
+from specdec.lab.jobs import Job
 from specdec.lab.lossless import compare
 from specdec.lab.settings import settings_of
 from specdec.lab.witness import Witness
@@ -306,6 +308,18 @@ def test_fields_of_the_summary_are_those_listed(runs: list[Path]) -> None:
         if summary["git"] is None:  # not from a checkout
             summary["git"] = {"commit": None, "dirty": None}
     agrees("summary.json", [set(fields(summary)) | divergence(runs[0]) for summary in summaries])
+
+
+def test_fields_of_jobs_are_those_listed() -> None:
+    assert listed("jobs") == dict.fromkeys((one.name for one in dataclasses.fields(Job)), "")
+
+
+def test_settings_of_the_launcher_are_listed_with_their_defaults() -> None:
+    file = CONFIGS / "hydra" / "launcher" / "processes.yaml"
+    own = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k != "_target_"}
+    page = section(ROOT / "docs" / "sweeps.md", "Where jobs run")
+    rows = re.findall(r"^\| `hydra\.launcher\.(\w+)` \| `(.*?)` \|", page, re.MULTILINE)
+    assert {name: yaml.safe_load(default) for name, default in rows} == own
 
 
 def test_fields_of_energy_are_those_listed() -> None:

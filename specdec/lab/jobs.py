@@ -55,9 +55,9 @@ class Job:
     folder: str | None = None
     sweep: str
     host: str = field(default_factory=socket.gethostname)
-    pid: int | None = field(default_factory=os.getpid)
+    pid: int = field(default_factory=os.getpid)
     gpu: str | None = None
-    started: str | None = field(default_factory=now)
+    started: str = field(default_factory=now)
     ended: str | None = None
     shared: bool = False
 
@@ -157,8 +157,8 @@ def _meet(one: Job, other: Job) -> bool:
 
 def _before_end(one: Job, other: Job) -> bool:
     """Whether one had begun when the other ended."""
-    if one.started is None or other.ended is None:
-        return one.started is not None
+    if other.ended is None:
+        return True
     return datetime.fromisoformat(one.started) < datetime.fromisoformat(other.ended)
 
 

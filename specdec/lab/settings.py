@@ -32,6 +32,13 @@ FLAGS: dict[str, Sequence[str] | None] = {
     **dict.fromkeys(("--package", "-p", "--config-path", "-cp", "--config-name", "-cn"), None),
     **dict.fromkeys((*FOLDERS, "--experimental-rerun"), None),
 }
+# Options of Hydra's that come with other packages.
+EXTRAS = {
+    **dict.fromkeys(
+        ("submitit_slurm", "submitit_local"), "; pip install 'specdec-lab[slurm]' brings it"
+    ),
+    "optuna": "; pip install hydra-optuna-sweeper brings it",
+}
 Settings = dict[str, Any]
 """Every setting, resolved; `choices` has the option that was taken of each group, by name."""
 
@@ -270,11 +277,12 @@ def message_of(error: BaseException) -> str:
         return f"{error.full_key}: must be given; its file in configs/ shows how"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: must be group=option, or setting=value with the value in YAML"
-    option = re.search(r"Could not find '(\w+)/([^']*)'", text)
-    if option and option[1] != "hydra":
+    option = re.search(r"Could not find '(hydra/\w+|\w+)/([^']*)'", text)
+    if option:
         listed = re.search(r"Available options in '.*?':\n((?:\t.*\n?)*)", text)
         known = listed[1].split() if listed else []
-        return no_option(option[1], option[2], {*options(option[1]), *known})
+        extra = EXTRAS.get(option[2], "")
+        return no_option(option[1], option[2], {*options(option[1]), *known}) + extra
     unknown = re.match(r"Could not (?:override|delete from config\.) '?(.*?)'", text)
     if unknown and "@" in unknown[1]:
         return f"{unknown[1]}: nothing there to be replaced; --cfg job shows what there is"

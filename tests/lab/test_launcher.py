@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.errors import MissingConfigException
 
 from specdec.lab import launcher
 from specdec.lab.interrupts import SIGNALS, interruptible
 from specdec.lab.jobs import SWEEP, Job, Ledger, jobs_of
 from specdec.lab.launcher import Processes, Task, gpus_of
+from specdec.lab.settings import message_of
 
 WORKER = """
 import json, os, pathlib, signal, sys, time
@@ -202,6 +204,24 @@ def test_a_wrong_setting_is_refused_before_anything_runs(specdec, tmp_path):
     assert (code, error.count("\n")) == (2, 1)
     assert error.startswith("error: hydra.launcher.devices=[99]: 99 is none of the GPUs")
     assert not (tmp_path / "s").exists()
+
+
+MISSING = {
+    "proceses": "hydra/launcher=proceses: no such option; the nearest is processes; there are",
+    "submitit_slurm": "; pip install 'specdec-lab[slurm]' brings it",
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_launchers_that_are_not_there_are_named(name):
+    """As Hydra 1.3 says it."""
+    listed = "basic\n\tprocesses\n\tturns"
+    said = f"In 'hydra/config': Could not find 'hydra/launcher/{name}'\n\n"
+    said += f"Available options in 'hydra/launcher':\n\t{listed}\nConfig search path:\n\tx"
+    message = message_of(MissingConfigException(said, name))
+    assert MISSING[name] in message
+    assert "basic, processes, turns" in message
+    assert "\n" not in message
 
 
 def test_devices_are_some_of_the_visible_ones(monkeypatch):
