@@ -94,7 +94,7 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
     """What may stand instead of a node. (Long for it is a table, a case for each kind.)"""
     nothing = ast.Return(value=ast.Constant(value=None))
     match node:
-        case ast.FunctionDef():
+        case ast.FunctionDef() if not _is_empty(node):
             yield _with(node, body=[nothing, *node.body])
         case ast.Return(value=ast.expr() as value) if not _is_none(value):
             yield nothing
@@ -254,6 +254,13 @@ def _with(node: ast.AST, **fields: object) -> ast.AST:
     for name, value in fields.items():
         setattr(changed, name, value)
     return changed
+
+
+def _is_empty(function: ast.FunctionDef) -> bool:
+    """Whether it does nothing, as what others are to define."""
+    return all(
+        isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant) for one in function.body
+    )
 
 
 def _is_none(node: ast.AST) -> bool:

@@ -87,7 +87,11 @@ class Plan:
     def _work(self, session: Any) -> None:
         if session.testsfailed:
             raise ValueError(f"tests={_words(self.options.tests)}: cannot be collected; see above")
-        self.living = Living({mutant.module for mutant in self.mutants})
+        modules = {mutant.module: mutant.file for mutant in self.mutants}
+        # Not before the tests are collected: what they set up for imports counts here as well.
+        for module, file in modules.items():
+            _import(module, file)
+        self.living = Living(modules)
         tests = self._watch(session)
         items = {item.nodeid: item for item in session.items if item.nodeid in tests}
         running: dict[int, tuple[Mutant, float, Path]] = {}
@@ -256,18 +260,20 @@ def _run(options: Options, mutants: Sequence[Mutant], report: Any) -> None:
 
 
 def _mutants_in(file: Path) -> Iterator[Mutant]:
-    """Those of a file, whose module is imported."""
+    """Those of a file."""
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"files={file}: is no file of Python; name one below the current folder")
     parts = file.with_suffix("").parts
     if Path("specdec", file).exists():  # by the link it is imported through
         parts = ("specdec", *parts)
-    module = ".".join(parts)
+    yield from mutants_of(file, ".".join(parts))
+
+
+def _import(module: str, file: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
         raise ValueError(f"files={file}: cannot be imported ({error})") from None
-    yield from mutants_of(file, module)
 
 
 def _excepted(path: Path) -> dict[str, str]:

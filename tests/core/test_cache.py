@@ -278,6 +278,31 @@ def test_committing_nothing_changes_nothing() -> None:
     life.verify()
 
 
+def test_nothing_can_be_committed_before_there_is_a_scratch() -> None:
+    cache = new_cache()
+    cache.open(0, tokens=4)
+    before = snapshot(cache)
+    for rows in ([], [0]):
+        cache.commit(rows, None, torch.zeros(len(rows), dtype=torch.int64))
+    assert snapshot(cache) == before
+    with pytest.raises(RuntimeError, match="1 tokens to commit, but paths of 0"):
+        cache.commit([0], None, torch.ones(1, dtype=torch.int64))
+
+
+def test_a_scratch_apart_leaves_the_other_as_it_was() -> None:
+    cache = new_cache()
+    cache.scratch(2, 3)
+    kept = cache.tree_keys.normal_(), cache.tree_values.normal_()
+    copies = [part.clone() for part in kept]
+    with cache.scratch_apart(1, 7):
+        assert cache.tree_keys.shape == (SHAPE.layers, 1, SHAPE.kv_heads, 7, SHAPE.key_dim)
+        assert cache.tree_values.shape == (SHAPE.layers, 1, SHAPE.kv_heads, 7, SHAPE.value_dim)
+        cache.tree_keys += 1
+    assert cache.tree_keys is kept[0]
+    assert cache.tree_values is kept[1]
+    assert all(torch.equal(*both) for both in zip(kept, copies, strict=True))
+
+
 def test_order_of_rows_is_the_order_of_the_scratch() -> None:
     life = Life()
     for row in range(3):

@@ -5,12 +5,14 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from specdec import timing
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
@@ -25,6 +27,7 @@ from specdec.observation import Observation
 from specdec.protocols import AcceptanceRule, StepContext, TreePolicy
 from specdec.request import Capacity, Decoding, Request
 from specdec.tree import Acceptance, Children, TokenTree
+from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
 from tests.core.generated import (
@@ -40,8 +43,8 @@ from tests.core.generated import (
     family_prompts,
     generate,
 )
-from tests.decoding import decoder_of, requests_of
-from tests.drafters.learning import Scripted
+from tests.decoding import decoder_of, outputs_of, requests_of
+from tests.drafters.learning import Scripted, following
 from tests.models.tiny import save, tiny
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -156,6 +159,49 @@ def test_nodes_are_counted_without_the_root_and_depth_is_that_of_the_longest_pat
     assert done.drafted == 3 * len(steps)
     assert [step.tokens[0] for step in steps] == done.accepted_lengths
     assert sum(done.accepted_lengths) == len(done.output_ids) == 8
+
+
+class Slow(Scripted):
+    """Reads prompts in 5 s, verifies in 2 s and commits in 3 s of a clock of its own."""
+
+    clock = 0.0
+
+    def start(self, *given: Any) -> list[Decoding]:
+        self.clock += 5
+        return super().start(*given)
+
+    def verify(self, context: StepContext, tree: TokenTree) -> Any:
+        self.clock += 2
+        return super().verify(context, tree)
+
+    def commit(self, context: StepContext, acceptance: Acceptance) -> None:
+        self.clock += 3
+
+
+def test_the_time_of_a_step_is_divided_among_its_verbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SlowDrafter(Forked):
+        def draft(self, context: StepContext) -> TokenTree:
+            slow.clock += 1
+            return super().draft(context)
+
+    class SlowRule(Greedy):
+        def accept(self, *given: Any) -> Acceptance:
+            slow.clock += 4
+            return super().accept(*given)
+
+    slow = Slow()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: slow.clock))
+    decoder = decoder_of(slow, SlowDrafter(), Static(widths=[2, 1]), SlowRule())
+    steps: list[Step] = []
+    for _ in decoder.run(requests_of([[5, 6]], 8), on_step=steps.append):
+        slow.clock += 100  # is the caller's
+    verbs = {"other": 0.0, "draft": 1.0, "verify": 2.0, "accept": 4.0, "commit": 3.0}
+    assert [step.seconds for step in steps] == [{"prefill": 5.0, **verbs}] + [verbs] * (
+        len(steps) - 1
+    )
+    assert len(steps) > 1
+    counts = {"called": len(steps), "captured": 0, "replayed": 0}
+    assert decoder.graphs.counts == dict.fromkeys(("verify", "accept", "commit"), counts)
 
 
 # --- temperature 1
@@ -316,3 +362,11 @@ def test_a_drafter_on_the_host_is_told_what_was_kept(zoo: Any) -> None:
     for i, output in enumerate(outputs):
         told = drafter.kept[i][len(zoo.prompts[i]) :]
         assert told[: len(output)] == output
+
+
+def test_a_drafter_on_the_host_is_given_the_last_tokens_of_another_device() -> None:
+    """The tensors of the batch, which are not read, are on one without memory."""
+    decoder = decoder_of(Scripted(), Told(), Static(widths=[2, 1]), rows=2)
+    decoder.device = torch.device("meta")
+    prompts = [[5, 6], [3, 9, 4]]
+    assert outputs_of(decoder, prompts, 12) == [following(ids[-1], 12) for ids in prompts]

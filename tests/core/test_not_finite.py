@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.host import HostDrafter
+from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
 from specdec.lab.files import to_json
@@ -74,6 +75,15 @@ def test_a_run_stops_at_the_step_whose_path_has_them(
         next(run)
     assert stop.value.requests == [1]
     assert stop.value.reason == "step 3"
+
+
+def test_any_row_of_a_batch_may_be_the_one() -> None:
+    for prompts in ([[7], [1]], [[1], [7]]):
+        decoder = decoder_of(Counting(7, math.nan), NoDrafter(), rows=2)
+        with pytest.raises(LogitsError) as stop:
+            outputs_of(decoder, prompts, 4)
+        assert stop.value.requests == [prompts.index([7])]
+        assert stop.value.reason == "step 1"
 
 
 def test_a_branch_that_is_not_taken_may_have_them() -> None:

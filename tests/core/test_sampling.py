@@ -220,3 +220,30 @@ def test_logits_that_make_a_distribution() -> None:
     }
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         assert sound(torch.tensor(list(rows), dtype=dtype)).tolist() == list(rows.values())
+
+
+def philox(key: list[int], counter: list[int]) -> list[int]:
+    """Philox4x64-10 as in Salmon et al. 2011: four numbers of 64 bits."""
+    mask = 2**64 - 1
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        high, low = divmod(0xD2E7470EE14C6C93 * c0, 2**64)
+        upper, under = divmod(0xCA5A826395121157 * c2, 2**64)
+        c0, c1, c2, c3 = upper ^ c1 ^ k0, under, high ^ c3 ^ k1, low
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
+    return [c0, c1, c2, c3]
+
+
+def test_uniforms_are_those_of_the_paper() -> None:
+    """So that kernels can make them as well. Blocks count from 1."""
+    seed, sequence, step, stream = 2**64 - 5, 2**33, 7, 3
+    blocks = [philox([seed, sequence], [block, 0, stream, step]) for block in (1, 2)]
+    expected = [(bits >> 11) / 2**53 for block in blocks for bits in block]
+    assert uniforms(seed, [sequence], [step], stream, 8)[0].tolist() == expected
+
+
+def test_any_filter_is_one() -> None:
+    one: list[dict] = [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}]
+    assert not SamplingParams(temperature=0.7).filters
+    assert all(SamplingParams(**setting).filters for setting in one)
+    assert SamplingParams(top_k=3, top_p=0.5, min_p=0.1).filters

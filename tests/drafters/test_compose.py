@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from specdec.request import Decoding, Request
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from tests.decoding import decoder_of, requests_of
-from tests.drafters.learning import run, spied
+from tests.drafters.learning import following, run, spied
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -305,6 +306,33 @@ def test_all_levels_that_were_found_are_drafted(mode: str, budget: int) -> None:
     assert paths[0][1:] == [1, 2, 3, 4, 5, 6, 7]
     if mode == "cascade":
         assert all(path[1:] == [1, 2, 3, 4, 5, 6, 7] for path in paths)
+
+
+@pytest.mark.parametrize("budget", [7, 40])
+def test_trees_have_few_nodes_where_little_was_found(budget: int) -> None:
+    """Eight with the root, which is also the largest tree of seven and a known size."""
+    drafter = Compose(parts={"seven": Seven(), "ngram": NGram()}, mode="cascade")
+    sizes, draft = [], drafter.draft
+
+    def noted(context: StepContext) -> TokenTree:
+        tree = draft(context)
+        sizes.append(tree.nodes)
+        return tree
+
+    drafter.draft = noted  # type: ignore[method-assign]
+    run(drafter, [[11, 12]], Dynamic(budget=budget, depth=8), new=12)
+    assert set(sizes) == {8}
+
+
+def test_a_bandit_of_parts_that_have_found_nothing_drafts_nothing() -> None:
+    drafter = Compose(parts={n: Scripted(matches=[0]) for n in ("a", "b")}, mode="bandit")
+    assert run(drafter, [[11, 12]], Chain(budget=2), new=6) == [following(12, 6)]
+
+
+def test_a_part_whose_model_is_missing_is_named(tmp_path: Path) -> None:
+    parts = {"text": NGram(), "model": SmallLlama(path=str(tmp_path / "none"))}
+    with pytest.raises(ValueError, match=r"drafter\.parts\.model\.path="):
+        Compose(parts=parts).find()
 
 
 class Choosy(HostDrafter):

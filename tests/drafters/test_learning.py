@@ -90,6 +90,22 @@ def test_forgetting_leaves_nothing(name: str, reset: str) -> None:
     assert (found[1] == found[2]) == (reset == "prompt")
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_warming_up_teaches_nothing(name: str) -> None:
+    drafter = spied(KINDS[name], reset="never")
+    loop = decoder(drafter, Dynamic(budget=20, width=4, depth=4))
+    found = []
+    for warm in (False, True):
+        if warm:
+            loop.warm_up(PROMPTS[0], 20)
+        else:
+            drafter.forget()
+        before = len(drafter.noted)
+        list(loop.run(requests_of(PROMPTS[:1], 20)))
+        found.append(drafter.noted[before:])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [

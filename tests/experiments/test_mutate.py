@@ -12,7 +12,10 @@ from specdec.experiments.tools.mutate import main
 CODE = '''
 """Numbers."""
 
+import os
 from functools import cached_property, wraps
+
+LEAST = int(os.environ["SHELF"])
 
 
 def twice(call):
@@ -33,7 +36,10 @@ class Shelf:
 
     @twice
     def room(self, used):
-        return max(self.most - used, 0)
+        return max(self.most - used, LEAST)
+
+    def close(self):
+        """Nothing is to be done."""
 
 
 def untested(a):
@@ -76,7 +82,9 @@ def test_survivors_are_named(
 ) -> None:
     (tmp_path / "shelf.py").write_text(CODE)
     (tmp_path / "test_shelf.py").write_text(TESTS)
+    (tmp_path / "conftest.py").write_text('import os\nos.environ["SHELF"] = "0"\n')
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
+    monkeypatch.setenv("SHELF", "7")  # until the tests' own conftest says otherwise
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     words = ("shelf.py", "tests=test_shelf.py", "equivalent=same.json", "workers=2")

@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 
+from specdec.lab import experiment
 from specdec.lab.interrupts import SIGNALS, interruptible
 from specdec.lab.tracking import NoTracker
 from specdec.models import load
@@ -221,6 +222,29 @@ def test_a_tracker_that_fails_costs_one_line(specdec, tmp_path):
     said += f"specdec sync {tmp_path}/o makes up for it\n"
     assert printed.count(said) == 1
     assert summary_of(tmp_path / "o")["tokens"] == 4
+
+
+class Told(NoTracker):
+    """Keeps what it is told at the end."""
+
+    told: ClassVar[list[Any]] = []
+
+    def finish(self, summary: Any, generations: Any) -> None:
+        self.told.append((summary, generations))
+
+
+def test_a_check_for_which_no_memory_is_left_costs_the_check_alone(specdec, tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(experiment, "verdict", full)
+    tracker = f"tracker._target_={__name__}.Told"
+    assert specdec(*SHORT, tracker, f"out={tmp_path}/o", "prompts.limit=1")[0] == 0
+    reason = "no memory is left for passes over the texts"
+    assert summary_of(tmp_path / "o")["lossless"] == {"verdict": "not checked", "reason": reason}
+    ((summary, generations),) = Told.told
+    assert summary["lossless"]["reason"] == reason
+    assert [g["output_ids"] for g in generations] == list(outputs(tmp_path / "o").values())
 
 
 def test_signals_are_as_before_once_a_run_has_ended():

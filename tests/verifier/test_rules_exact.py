@@ -304,6 +304,26 @@ def test_one_child_is_accepted_with_the_overlap_of_the_distributions(seed: int) 
     assert accepted == pytest.approx(np.minimum(target(()), draft(())).sum(), abs=1e-12)
 
 
+def test_a_tree_of_a_root_and_one_child_has_a_child() -> None:
+    """The target is sure of it, and the draft was not."""
+    target = torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])
+    proposal = Proposal(
+        ids=torch.arange(3).expand(1, 2, 3),
+        probs=torch.tensor([[[0.5, 0.25, 0.25], [0.0, 0.0, 0.0]]]),
+        children="sample",
+    )
+    tree = TokenTree(
+        tokens=torch.tensor([[ROOT_TOKEN, 1]]),
+        parents=torch.tensor([[-1, 0]], dtype=torch.int32),
+        size=torch.tensor([2]),
+        depth=1,
+        proposal=proposal,
+    )
+    path, length, rest = RecursiveRejection().judge(tree, target, torch.full((1, 2), 0.9))
+    assert (path.tolist(), length.tolist()) == ([[0, 1]], [2])
+    assert rest.tolist() == [[1.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_top_k_children_are_accepted_with_their_mass(count: int) -> None:
     target, draft = dirichlet_table(71, 5), dirichlet_table(72, 5)
