@@ -3,8 +3,9 @@
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ class WandbTracker:
         self._run: Any = None
 
     def start(self, run: TrackedRun) -> None:
+        with _hooks_kept():
+            self._start(run)
+
+    def _start(self, run: TrackedRun) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -171,6 +176,17 @@ class WandbTracker:
         with suppress(Exception):  # there is no public way
             wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
         wandb.teardown(1)
+
+
+@contextmanager
+def _hooks_kept() -> Iterator[None]:
+    """wandb puts functions of its own in the place of these, to learn how the process ends; how a
+    run ends it is told."""
+    before = sys.exit, sys.excepthook
+    try:
+        yield
+    finally:
+        sys.exit, sys.excepthook = before
 
 
 def _table(table: Table) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,15 @@ def test_a_sweep_leaves_offline_runs_that_can_be_compared(specdec, alone, tmp_pa
     assert comparison.run.run_group == found[0].run.run_group
     (table,) = tmp_path.glob("sweep/wandb/offline-run-*/files/media/table/compare/methods*.json")
     assert len(json.loads(table.read_text())["data"]) == 2
+
+
+def test_the_ways_a_process_ends_stay_as_they_are(alone, tmp_path):
+    wandb.teardown(0)  # its process is started anew
+    before = sys.exit, sys.excepthook
+    tracker = WandbTracker()
+    tracker.start(TrackedRun(folder=tmp_path, **RUN))
+    assert (sys.exit, sys.excepthook) == before
+    tracker.finish(SUMMARY, [])
 
 
 def test_curves_have_their_axes_and_their_summaries(alone, tmp_path):
