@@ -263,7 +263,7 @@ def test_a_sweep_ends_with_the_worst_of_its_jobs(verdict):
         assert exit_code([job(state=state) for state in pair], [passed, failed]) == expected
     assert exit_code([job()], [None]) == 1  # it runs, whoever knows where
     assert worst([]) == 0
-    assert worst([0, 2, 3]) == 3
+    assert [worst([3, 2, 0]), worst([3, 1, 2]), worst([1, 130, 3])] == [3, 1, 130]
 
 
 def test_words_that_differ_name_a_job():
