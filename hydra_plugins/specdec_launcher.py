@@ -12,7 +12,15 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 
-class ProcessLauncher(Launcher):
+class _OurLauncher(Launcher):
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """The task is that of `specdec.run`, which jobs find themselves."""
+        self.loader, self.config = hydra_context.config_loader, config
+
+
+class ProcessLauncher(_OurLauncher):
     """Each job in a Python process of its own; settings as in
     `configs/hydra/launcher/processes.yaml`."""
 
@@ -21,12 +29,6 @@ class ProcessLauncher(Launcher):
             name: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             for name, value in settings.items()
         }
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """The task is that of `specdec.run`, which each process finds itself."""
-        self.loader, self.config = hydra_context.config_loader, config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -46,14 +48,8 @@ class ProcessLauncher(Launcher):
         ]
 
 
-class TurnsLauncher(Launcher):
+class TurnsLauncher(_OurLauncher):
     """All jobs in this process, prompt by prompt (`specdec/lab/turns.py`)."""
-
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        """The task is that of `specdec.run`, done step by step."""
-        self.loader, self.config = hydra_context.config_loader, config
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int

@@ -37,16 +37,17 @@ from specdec.lab.jobs import (
     summary_of,
     worst,
 )
+from specdec.lab.lines import tell
 from specdec.lab.options import CONFIGS, usage
 from specdec.lab.running import forget_models, run
 from specdec.lab.settings import (
     ERRORS,
     Refused,
-    Settings,
     SweepFolder,
     check_words,
     continuing,
     folders_of,
+    in_one_line,
     message_of,
     out_of,
     resolved,
@@ -113,7 +114,7 @@ def _hydra_main(config: DictConfig) -> float | None:
             return _job(config, choices, **json.loads(given))
         if job.mode == RunMode.MULTIRUN:
             return _job(config, choices, number=job.job.num, words=words)
-        settings = _settings(config, choices, words)
+        settings = resolved(config, choices, words)
         out = out_of(settings)
         summary = run(settings, out, Console(), words=words, again=continuing(sys.argv[1:], out))
     except (ValueError, *ERRORS) as error:  # Hydra would print more about it
@@ -127,13 +128,6 @@ def _refuse(error: BaseException) -> int:
     """Print what is wrong, in one line; returns the exit code."""
     print(f"error: {message_of(error)}", file=sys.stderr)
     return 1 if isinstance(error.__cause__, DraftError) else 2
-
-
-def _settings(config: DictConfig, choices: Mapping[str, Any], words: list[str]) -> Settings:
-    try:
-        return resolved(config, choices, words)
-    except ERRORS as error:
-        raise ValueError(message_of(error)) from error
 
 
 def _job(
@@ -156,7 +150,8 @@ def _job(
     console.rule(f"{number}: {' '.join(words)}", align="left")
 
     def work(began: Callable[[Path], None]) -> dict[str, Any]:
-        settings = _settings(config, choices, words)
+        with in_one_line():
+            settings = resolved(config, choices, words)
         job.gpu = gpu_name(str(settings["device"]))
         return run(settings, folder, console, words=words, sweep=True, began=began)
 
@@ -209,7 +204,7 @@ def _end(ledger: Ledger, code: int, console: Console) -> int:
     code = worst([code, exit_code(jobs, summaries)])
     if code == 130:
         again = continuing(sys.argv[1:], ledger.folder)
-        console.print(f"this continues: {again}", soft_wrap=True, markup=False, highlight=False)
+        tell(console, f"this continues: {again}")
     elif sum(summary is not None for summary in summaries) > 1:
         try:
             answer(ledger.folder, console)

@@ -19,6 +19,7 @@ from specdec.compare.files import write_all
 from specdec.compare.read import is_run
 from specdec.compare.shown import show
 from specdec.lab.command import option, run_main
+from specdec.lab.lines import tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ def finish(comparison: Comparison, out: Path, console: Console) -> list[Path]:
     """Show a comparison and write its files into a folder; returns them."""
     show(comparison, console)
     paths = write_all(comparison, out)
-    console.print(f"report in {paths[0]}", soft_wrap=True, markup=False, highlight=False)
+    tell(console, f"report in {paths[0]}")
     return paths
 
 

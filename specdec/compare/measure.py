@@ -9,7 +9,7 @@ from specdec.compare.figures import Difference, Entry, Estimate, Share
 from specdec.compare.grouping import MARKS, Contender, labels_of
 from specdec.compare.read import Run
 from specdec.compare.sums import Conversation, Sums, total
-from specdec.lab.metrics import VERBS
+from specdec.lab.metrics import VERBS, by_depth
 from specdec.lab.statistics import Ratio, holm, product, ratio
 
 Keys = Sequence[Conversation]
@@ -44,7 +44,7 @@ def entry(method: Contender, keys: Keys, *, times: bool) -> Entry:
         speedup=speedup(method, keys) if times else None,
         tokens_per_pass=_over(whole.tokens, whole.passes),
         nodes_per_step=_over(whole.drafted, whole.steps),
-        acceptance_by_depth=_by_depth(whole),
+        acceptance_by_depth=by_depth(whole.depths),
         anatomy=_anatomy(whole) if timed else None,
         energy=energy and energy[0],
         idle_watts=energy and energy[1],
@@ -107,17 +107,6 @@ def _share(method: Contender, keys: Keys, *, times: bool) -> Share:
         accepted_length=estimate(_length([method.texts[key] for key in keys])),
         speedup=speedup(method, keys) if times else None,
     )
-
-
-def _by_depth(whole: Sums) -> list[float]:
-    """Of the trees that reached depth d + 1, the share whose accepted path did too."""
-    deepest = max((max(pair) for pair in whole.depths), default=0)
-    reached, accepted = [0] * deepest, [0] * deepest
-    for (depth, length), count in whole.depths.items():
-        for d in range(depth):
-            reached[d] += count
-            accepted[d] += count * (d < length)
-    return [a / r for a, r in zip(accepted, reached, strict=True) if r]
 
 
 def _anatomy(whole: Sums) -> dict[str, float]:

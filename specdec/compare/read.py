@@ -11,6 +11,7 @@ import yaml
 
 from specdec.compare.sums import Conversation, Sums, read_side
 from specdec.lab.jobs import DONE, FINISHED, Job, differing, jobs_of
+from specdec.lab.values import flat
 
 METHOD = ("drafter", "tree", "acceptance")  # groups of settings that make a method
 # Settings that change neither what is decoded nor how. Prompts count one by one, by their tokens.
@@ -209,7 +210,7 @@ def read(
     parts = identity.get("parts") or {}
     needed = not parts or (folder / "config.yaml").exists()
     config = _config(folder / "config.yaml") if needed else {}
-    settings = parts.get("settings") or flat(config) | config.get("resolved", {})
+    settings = parts.get("settings") or flat(config, empty=True) | config.get("resolved", {})
     plain = _plain_folder(folder, summary)
     if plain is not None and plain not in known:
         known[plain] = read_side(plain, plain=True)
@@ -240,15 +241,6 @@ def _plain_folder(folder: Path, summary: Mapping[str, Any]) -> Path | None:
 
 def group_of(name: str) -> str:
     return name.partition(".")[0]
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by full name."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
-    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

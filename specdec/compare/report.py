@@ -20,6 +20,7 @@ from specdec.compare.figures import Comparison, Group
 from specdec.compare.tables import Table
 from specdec.compare.tree_picture import Picture, picture, printable
 from specdec.lab.metrics import VERBS
+from specdec.lab.values import flat
 
 TREES = 12  # pictures of a group
 
@@ -76,7 +77,7 @@ def html(comparison: Comparison) -> str:
             for i, group in enumerate(comparison.groups)
         ]
     settings = tables.matrix(comparison.differing, "run") if comparison.differing else None
-    environment = {name: tables.flat(one) for name, one in comparison.environment.items()}
+    environment = {name: flat(one) for name, one in comparison.environment.items()}
     page: str = _template().render(
         comparison=comparison,
         groups=groups,

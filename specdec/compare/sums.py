@@ -1,7 +1,5 @@
 """What a run has spent on each conversation: all turns and samples of one prompt together."""
 
-import hashlib
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
+from specdec.lab.prompts import prompt_hash
 from specdec.lab.repetition import degenerate
 
 Record = Mapping[str, Any]
@@ -127,10 +126,7 @@ def _of_text(text: Record) -> Sums:
 
 
 def _conversation(text: Record) -> Conversation:
-    mark = text.get("prompt_hash")  # older runs have none
-    if mark is None:
-        ids = json.dumps(text["prompt_ids"], separators=(",", ":"))
-        mark = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    mark = text.get("prompt_hash") or prompt_hash(text["prompt_ids"])  # older runs have none
     return Conversation(text["category"] or "", text["id"], mark)
 
 

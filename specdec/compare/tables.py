@@ -209,15 +209,6 @@ def matrix(found: Mapping[str, Mapping[str, Any]], corner: str) -> Table:
     return _table((corner, ""), [words(row, "code") for row in found], columns)
 
 
-def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, Mapping)
-        found |= flat(value, f"{before}{name}.") if inner else {f"{before}{name}": value}
-    return found
-
-
 def _table(
     head: tuple[str, str], names: list[Cell], columns: list[tuple[str, str, list[Cell]]]
 ) -> Table:

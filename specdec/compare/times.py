@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from specdec.compare.grouping import Workload, several
 from specdec.compare.read import Run
 from specdec.compare.sums import total
-
-TOLERANCE = 0.03  # by which plain decoding may differ between runs, as in specdec.lab.baselines
+from specdec.lab.statistics import PACE
 
 
 def clock_of(work: Workload) -> tuple[bool, str]:
@@ -46,7 +45,7 @@ def pace_of(work: Workload) -> tuple[bool, str]:
             ["one process each, without plain decoding to tell the pace", *said]
         )
     off = max(paces) / min(paces) - 1.0
-    if off > TOLERANCE:
+    if off > PACE:
         why = f"speeds are not compared: plain decoding of these runs differs by {off:.0%}"
         return False, "; ".join([why, *said])
     return True, "; ".join([f"one process each, plain decoding within {off:.1%}", *said])

@@ -12,6 +12,7 @@ from specdec.compare.comparing import compare
 from specdec.compare.figures import Comparison, Entry, Estimate, Group
 from specdec.compare.files import write_all
 from specdec.lab.curves import Table
+from specdec.lab.lines import tell
 from specdec.lab.setup import tracker_of
 from specdec.lab.tracked import SUMMARY, read_run, tracked_comparison
 from specdec.lab.tracking import Careful, NoTracker, Tracker
@@ -23,22 +24,24 @@ def answer(folder: Path, console: Console) -> None:
 
     What goes wrong is told in one line: the runs are there, whatever becomes of this.
     """
-    tell = partial(console.print, soft_wrap=True, markup=False, highlight=False)
     again = shlex.join(["specdec", "compare", str(folder)])
     try:
         comparison, settings = compare([folder]), tracked_settings(folder)
         for group in comparison.groups:
             tell(
-                " ".join([f"{group.name}:" * (len(comparison.groups) > 1), *group.verdict]).strip()
+                console,
+                " ".join(
+                    [f"{group.name}:" * (len(comparison.groups) > 1), *group.verdict]
+                ).strip(),
             )
         if settings is None or type(tracker_of(settings)) is NoTracker:
-            tell(f"{again} writes their report")
+            tell(console, f"{again} writes their report")
             return
         files = write_all(comparison, folder)
-        tell(f"report in {files[0]}")
-        track_comparison(settings, folder, comparison, files, tell)
+        tell(console, f"report in {files[0]}")
+        track_comparison(settings, folder, comparison, files, partial(tell, console))
     except ValueError as error:
-        tell(f"no comparison: {' '.join(str(error).split())}; {again} tries again")
+        tell(console, f"no comparison: {' '.join(str(error).split())}; {again} tries again")
 
 
 def tracked_settings(folder: Path) -> dict[str, Any] | None:

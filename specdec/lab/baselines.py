@@ -1,7 +1,6 @@
 """Plain decoding that the jobs of a sweep share: its texts always, its times as long as the
 machine keeps its pace."""
 
-import json
 import os
 import statistics
 import time
@@ -12,19 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.lab.environment import describe_environment
-from specdec.lab.files import replace_file, to_json
+from specdec.lab.files import read_object, replace_file, to_json
 from specdec.lab.fingerprints import digest
 from specdec.lab.identity import Identity
 from specdec.lab.lock import Lock, TakenError
 from specdec.lab.prompts import Asked, encode
 from specdec.lab.runs import Side
+from specdec.lab.statistics import PACE
 
 if TYPE_CHECKING:
     from specdec.lab.experiment import Experiment
 
 FOLDER = "baselines"  # in that of the sweep
 PROMPTS, PROMPT_TOKENS, TOKENS = 3, 512, 32  # of an anchor; of each prompt the first so many
-TOLERANCE = 0.03  # by which its pace may differ
 PAUSE = 0.5  # seconds between two looks whether another job is done
 
 
@@ -64,7 +63,7 @@ class Anchor:
 
 def steady(*seconds: float) -> bool:
     """Whether all of these are the same pace."""
-    return max(seconds) <= min(seconds) * (1 + TOLERANCE)
+    return max(seconds) <= min(seconds) * (1 + PACE)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,11 +126,13 @@ class SharedBaseline:
     @property
     def reference(self) -> Reference | None:
         """None: nothing was measured, as in turns, or it cannot be read."""
-        try:
-            found = json.loads((self.folder / "anchor.json").read_bytes())
-            return Reference(seconds=list(map(float, found["seconds"])), state=found["state"])
-        except (OSError, ValueError, KeyError, TypeError):
+        found = read_object(self.folder / "anchor.json") or {}
+        seconds, state = found.get("seconds"), found.get("state")
+        if not isinstance(seconds, list) or not isinstance(state, dict):
             return None
+        if not all(isinstance(one, int | float) for one in seconds):
+            return None
+        return Reference(seconds=seconds, state=state)
 
     def measured(self, before: Reference | None, anchor: Anchor, pace: float) -> None:
         """Note the pace at which it was decoded: that of the anchor until then, and now."""

@@ -9,6 +9,7 @@ from specdec.lab.baselines import Anchor, SharedBaseline
 from specdec.lab.conversations import prompt_of
 from specdec.lab.energy import energy_of, obstacle
 from specdec.lab.lane import Lane
+from specdec.lab.lines import tell
 from specdec.lab.method import mark_of
 from specdec.lab.progress import Live
 from specdec.lab.records import Record
@@ -160,7 +161,7 @@ class Course:
         return kept, of_requests(side.steps.records, {one["request"] for one in kept})
 
     def _tell(self, text: str) -> None:
-        self._live.console.print(text, soft_wrap=True, markup=False)
+        tell(self._live.console, text)
 
     def _blame(self, error: DraftError | LogitsError) -> str:
         """What failed on which prompts, and why, in one line."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specdec.flight import Step
+from specdec.lab.values import flat
 
 Record = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[Any]]]  # columns and rows
@@ -17,9 +18,14 @@ class Curves:
 
     Args:
         every: steps of a point.
+
+    Raises:
+        ValueError: none.
     """
 
     def __init__(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"tracker.every={every}: must be at least 1")
         self.every = every
         self.known = 0  # steps whose points are where they belong, as of a run that is resumed
         self._pending: list[Step] = []
@@ -79,7 +85,8 @@ class Curves:
         `acceptance/rate` (accepted of the drafted nodes) and `acceptance/depth_1`, ... (of the
         trees that reached that depth, the share whose accepted path did)."""
         by_depth = summary.get("acceptance_by_depth", ())
-        found = flat({k: v for k, v in summary.items() if k != "acceptance_by_depth"})
+        others = {k: v for k, v in summary.items() if k != "acceptance_by_depth"}
+        found = flat(others, joint="/")
         found["acceptance/length"] = summary["mean_accepted_length"]["pooled"]
         if self._total["drafted"]:
             found["acceptance/rate"] = self._total["accepted"] / self._total["drafted"]
@@ -89,14 +96,3 @@ class Curves:
 def texts(generations: Sequence[Record]) -> Table:
     """A row for each text."""
     return COLUMNS, [[generation[column] for column in COLUMNS] for generation in generations]
-
-
-def flat(record: Record, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings with their keys joined by slashes, as charts want them."""
-    found: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}/")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

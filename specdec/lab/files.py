@@ -54,3 +54,12 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written, {error.strerror or error}; what was written before is "
             f"kept, and resume=true continues once it can be"
         ) from error
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """What a file of JSON holds; nothing of one that is not there, or not whole."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -2,7 +2,7 @@
 identity is not decoded twice, and what differs in it is named."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from specdec.lab.fingerprints import contents_of, digest, fingerprint_of_code
 from specdec.lab.prompts import Prompt
+from specdec.lab.values import flat
 from specdec.models.placement import Placement
 
 IDENTITY = "identity.json"
@@ -21,8 +22,9 @@ NO_PART = (
     "baseline",
     "record",
 )  # of what is decoded, or how
-# Settings of prompts that only say how many, and where they lie: prompts count one by one.
-GROWING = ("prompts.path", "prompts.limit", "prompts.per_category")
+# Settings of prompts that only say how many; and where they lie. Prompts count one by one.
+GROWING = ("prompts.limit", "prompts.per_category")
+UNCOUNTED = ("prompts.path", *GROWING)
 METHOD = ("drafter", "tree", "acceptance")  # groups that plain decoding does without
 
 
@@ -94,8 +96,9 @@ def identity_of(
         ValueError: a file that settings name cannot be read.
     """
     contents = contents_of(settings)
-    kept = dict(_flat({name: v for name, v in settings.items() if name not in NO_PART}))
-    for name in (*GROWING, *contents):
+    parts = {name: v for name, v in settings.items() if name not in NO_PART}
+    kept = flat(parts, empty=True)
+    for name in (*UNCOUNTED, *contents):
         if not name.endswith("_target_"):  # a file may have several classes
             kept.pop(name, None)
     kept |= {
@@ -110,14 +113,6 @@ def identity_of(
         code=code(),
         prompts=marks,
     )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 @cache

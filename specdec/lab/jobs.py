@@ -5,7 +5,6 @@ Parents and jobs know each other by two variables of the environment: SPECDEC_SW
 a sweep, and SPECDEC_JOB, which makes a plain run one of its jobs.
 """
 
-import json
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from specdec.lab.files import replace_file, to_json, writing
+from specdec.lab.files import read_object, replace_file, to_json, writing
 from specdec.lab.lock import alive
 
 SWEEP, JOB = "SPECDEC_SWEEP", "SPECDEC_JOB"
@@ -139,11 +138,9 @@ def jobs_of(folder: Path) -> list[Job]:
 
 def _read(folder: Path, name: str) -> Job | None:
     """None of a file that is no job's."""
-    try:
-        found = json.loads((folder / f"{name}.json").read_bytes())
-        return Job(**{one.name: found[one.name] for one in fields(Job)})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    found = read_object(folder / f"{name}.json") or {}
+    known = [one.name for one in fields(Job)]
+    return Job(**{key: found[key] for key in known}) if found.keys() >= set(known) else None
 
 
 def _meet(one: Job, other: Job) -> bool:
@@ -164,11 +161,7 @@ def _before_end(one: Job, other: Job) -> bool:
 
 def summary_of(folder: Path, job: Job) -> dict[str, Any] | None:
     """The figures that a job has left in the folder of its sweep."""
-    try:
-        found = json.loads((folder / (job.folder or "") / "summary.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and job.folder else None
+    return read_object(folder / job.folder / "summary.json") if job.folder else None
 
 
 def objective(summary: Mapping[str, Any] | None) -> float | None:

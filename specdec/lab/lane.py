@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from specdec.flight import Step
 from specdec.lab.conversations import Conversations, number_of
 from specdec.lab.energy import Meter
+from specdec.lab.lines import tell
 from specdec.lab.method import Method
 from specdec.lab.progress import Live
 from specdec.lab.prompts import Prompt, encode
@@ -110,7 +111,7 @@ class Lane:
         of = self._experiment
         session = of.session(self.method)
         for name, note in self.method.tree.notes.items():
-            self.live.console.print(f"tree.{name}: {note}", soft_wrap=True, markup=False)
+            tell(self.live.console, f"tree.{name}: {note}")
         first = of.prompts[0]
         ids = encode(of.target.tokenizer, first, chat=of.chat)
         try:

@@ -34,6 +34,7 @@ from specdec.lab.jobs import (
     objective,
     summary_of,
 )
+from specdec.lab.lines import tell
 from specdec.lab.settings import split, word_of
 from specdec.lab.values import typed
 
@@ -273,7 +274,7 @@ class Processes:
         self._print(f"{task.number}: {name}: {what}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+        tell(self._console, line)
 
 
 def gpus_of(devices: Any) -> list[str]:

@@ -48,16 +48,19 @@ def repetitive(generations: Sequence[Record]) -> dict[str, Any]:
 
 def acceptance_by_depth(steps: Iterable[Record]) -> list[float]:
     """Of the trees that reached depth d + 1, the share whose accepted path did too."""
-    reached: list[int] = []
-    accepted: list[int] = []
-    for step in steps:
-        for depth, length in zip(step["depths"], step["accepted"], strict=True):
-            missing = max(depth, length) - len(reached)
-            reached += [0] * missing
-            accepted += [0] * missing
-            for d in range(depth):
-                reached[d] += 1
-                accepted[d] += d < length
+    pairs = (zip(step["depths"], step["accepted"], strict=True) for step in steps)
+    return by_depth(Counter(pair for row in pairs for pair in row))
+
+
+def by_depth(counts: Mapping[tuple[int, int], int]) -> list[float]:
+    """As `acceptance_by_depth`, of how often a tree of that depth had a path of that length
+    accepted."""
+    deepest = max((depth for depth, _ in counts), default=0)
+    reached, accepted = [0] * deepest, [0] * deepest
+    for (depth, length), count in counts.items():
+        for d in range(depth):
+            reached[d] += count
+            accepted[d] += count * (d < length)
     return [a / r for a, r in zip(accepted, reached, strict=True)]
 
 

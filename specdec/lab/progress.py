@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from specdec.flight import Step
+from specdec.lab.lines import tell
 
 EVERY = 60.0  # seconds between two lines of a log
 REFRESH = 4  # of the bar, per second
@@ -117,7 +118,7 @@ class Live:
     def _line(self, when: str) -> None:
         pace = self._pace
         line = f"{pace.title}: {pace.done} of {pace.texts} texts, {pace.figures.strip()}, {when}"
-        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        tell(self.console, line)
 
 
 class Bar(Progress):

@@ -17,12 +17,14 @@ from specdec.lab.build import (
     placement_of,
 )
 from specdec.lab.experiment import Experiment, stop_tokens
-from specdec.lab.identity import Identity, identity_of
+from specdec.lab.identity import GROWING, Identity, identity_of
 from specdec.lab.lengths import TOO_LONG, fitted
+from specdec.lab.lines import tell
 from specdec.lab.method import Method
 from specdec.lab.options import nearest
 from specdec.lab.progress import Live
 from specdec.lab.prompts import CHAT_MODES, load_prompts, unused_fields
+from specdec.lab.records import RecordSettings
 from specdec.lab.runs import RunFolder, read_config
 from specdec.lab.settings import Settings
 from specdec.lab.setup import General, general_of, record_of, target_of, tracker_of
@@ -36,12 +38,11 @@ from specdec.models.placement import Placement
 from specdec.sampling import SamplingParams
 
 MOST_TEXTS = 1_000_000  # of a run
-GROWING = ("prompts.limit", "prompts.per_category")  # what a folder may have more of
 _kept: list[tuple[str, Models]] = []  # target of the last run of this process, and its models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Opened:
     """A run that can begin.
 
     Args:
@@ -86,11 +87,11 @@ def run(
         folder = job.folder
         if job.experiment is None:
             summary = dict(folder.summary or {}, done_already=True)
-            _tell(console, f"done already: {folder.path}")
+            tell(console, f"done already: {folder.path}")
         else:
             summary = job.experiment.run(folder, job.tracker, Live(console), job.shared)
     show_summary(summary, console)
-    _tell(console, f"results in {folder.path}")
+    tell(console, f"results in {folder.path}")
     return {**summary, "folder": str(folder.path)}
 
 
@@ -104,7 +105,7 @@ def opened(
     again: str = "",
     sweep: bool = False,
     began: Callable[[Path], None] = lambda folder: None,
-) -> Iterator[Job]:
+) -> Iterator[Opened]:
     """A run whose settings are checked, whose folder is open and whose models are loaded, as far
     as there is anything to do. Arguments as of `run`.
 
@@ -116,22 +117,22 @@ def opened(
     folder = checked.folder(out, sweep=sweep)
     with folder:
         began(folder.path)
-        tracker = Careful(tracker_of(settings), partial(_tell, console))
+        tracker = Careful(tracker_of(settings), partial(tell, console))
         if folder.summary is not None:
-            yield Job(folder=folder, experiment=None, tracker=tracker, shared=None)
+            yield Opened(folder=folder, experiment=None, tracker=tracker, shared=None)
             return
         for line in without_effect(settings, method, checked.placement.kernels.impl, words):
-            _tell(console, line)
+            tell(console, line)
         try:
             experiment = _experiment(checked, console)
             folder.identify(experiment.resolved)
             shown = {**settings, "resolved": experiment.resolved}
             tracker.start(tracked_run(folder.path, shown, method.marks, words))
             shared = SharedBaseline(out, checked.identity) if sharing else None
-            yield Job(folder=folder, experiment=experiment, tracker=tracker, shared=shared)
+            yield Opened(folder=folder, experiment=experiment, tracker=tracker, shared=shared)
         except KeyboardInterrupt:
             said = f"interrupted: {folder.finished} finished texts are in {folder.path}"
-            _tell(console, said + f"; this continues: {again}" * bool(again and folder.resumable))
+            tell(console, said + f"; this continues: {again}" * bool(again and folder.resumable))
             raise
 
 
@@ -149,6 +150,7 @@ class Checked:
     placement: Placement
     method: Method
     path: str
+    record: RecordSettings
     asked: dict[str, Any]
     identity: Identity
 
@@ -169,7 +171,6 @@ class Checked:
 def _checked(settings: Settings, console: Console) -> Checked:
     general, placement = general_of(settings), placement_of(settings)
     method, path = method_of(settings), target_of(settings)
-    record_of(settings)
     asked = _asked(settings, method.sampling, console)
     find_model(path, setting="target.path")
     method.drafter.find()
@@ -179,6 +180,7 @@ def _checked(settings: Settings, console: Console) -> Checked:
         placement=placement,
         method=method,
         path=path,
+        record=record_of(settings),
         asked=asked,
         identity=identity_of(settings, asked["prompts"], placement),
     )
@@ -232,7 +234,7 @@ def _experiment(checked: Checked, console: Console) -> Experiment:
         too_long=asked.pop("too_long"),
     )
     if fit.told:
-        _tell(console, fit.told)
+        tell(console, fit.told)
     method.load(target, models)
     return Experiment(
         target=target,
@@ -244,7 +246,7 @@ def _experiment(checked: Checked, console: Console) -> Experiment:
         stop_tokens=stop_tokens(target, ignore_eos=general.ignore_eos),
         stop_strings=general.stop_strings,
         label=path,
-        record=record_of(settings),
+        record=checked.record,
         prompts=fit.prompts,
         too_long={"skipped": fit.skipped, "truncated": fit.truncated},
         **asked,
@@ -263,10 +265,6 @@ def _models(target: str, placement: Placement) -> Models:
         _kept.clear()  # before others take their memory
         _kept.append((target, Models(placement)))
     return _kept[0][1]
-
-
-def _tell(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> dict[str, Any]:
@@ -300,5 +298,5 @@ def _asked(settings: Settings, sampling: SamplingParams, console: Console) -> di
     unused = unused_fields(prompts)
     if unused:
         said = f"fields of the prompts that are not used: {', '.join(unused)}"
-        console.print(said, soft_wrap=True, markup=False)
+        tell(console, said)
     return {"prompts": prompts, "samples": samples, "chat": chat, "too_long": too_long}

@@ -14,7 +14,6 @@ tracking.json       by what trackers know the run
 lock                who works there, as long as it does
 """
 
-import json
 import os
 import shutil
 import traceback
@@ -28,7 +27,7 @@ from typing import Any, Self
 import yaml
 
 from specdec.lab.energy import ENERGY
-from specdec.lab.files import replace_file, to_json, writing
+from specdec.lab.files import read_object, replace_file, to_json, writing
 from specdec.lab.identity import IDENTITY, Identity
 from specdec.lab.lock import Lock
 from specdec.lab.records import GENERATIONS, STEPS, TRACKING, TREES, Record, RecordFile
@@ -202,7 +201,7 @@ class RunFolder:
         Args:
             wanted: whether that was asked for; if not, only a finished run goes on.
         """
-        summary = _read_object(self.path / "summary.json")
+        summary = read_object(self.path / "summary.json")
         if not wanted and not (summary or {}).get("finished"):
             if not any(_size(side.generations.path) for side in self.sides):
                 return  # it ended before anything was finished
@@ -350,19 +349,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_identity(path: Path) -> dict[str, Any]:
-    found = _read_object(path)
+    found = read_object(path)
     if found is None or not all(isinstance(found.get(n), dict) for n in ("parts", "prompts")):
         raise ValueError(
             f"{path}: cannot be read, it is cut off; put it back, or choose another folder with "
             f"out="
         )
     return found
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """What a file of JSON holds; nothing of one that is not there, or not whole."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

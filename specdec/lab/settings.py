@@ -4,8 +4,8 @@ them from the files in `configs/`. Beside `run.py` the only file that knows Hydr
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -147,12 +147,19 @@ def settings_of(words: str | Sequence[str]) -> Settings:
     check_words(given)
     found = [Path(folder).absolute().as_uri() for folder in folders_of(flags)]
     overrides = [*given, f"hydra.searchpath=[{','.join(found)}]"] if found else given
-    try:
+
+    def composed(words: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("run", overrides, return_hydra_config=True)
-        choices = config.hydra.runtime.choices
-        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        return resolved(own, choices, given)
+            return compose("run", overrides, return_hydra_config=True)
+
+    return settings_in(composed, given)
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """What Hydra refuses is a ValueError that says so in one line."""
+    try:
+        yield
     except ERRORS as error:
         raise ValueError(message_of(error)) from error
 
@@ -166,12 +173,10 @@ def settings_in(composed: Callable[[list[str]], DictConfig], words: list[str]) -
     Raises:
         ValueError: no such setting or option; one line.
     """
-    try:
+    with in_one_line():
         config = composed(words)
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         return resolved(own, config.hydra.runtime.choices, words)
-    except ERRORS as error:
-        raise ValueError(message_of(error)) from error
 
 
 def split(words: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from scipy.special import stdtr, stdtrit
 FEWEST = 6  # conversations of an interval
 LEVEL = 0.95  # of intervals
 MARGIN = 1.02  # ratios that are as good as 1
+PACE = 0.03  # by which times may differ of a machine that keeps its pace
 ROUNDING = 1e-12  # of a logarithm: conversations that agree, as floats add up
 
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import yaml
 
-from specdec.lab.curves import flat
-from specdec.lab.files import replace_file, to_json
+from specdec.lab.files import read_object, replace_file, to_json
 from specdec.lab.fingerprints import digest
 from specdec.lab.lock import Lock
 from specdec.lab.method import MARKS, mark_of
 from specdec.lab.records import TRACKING
 from specdec.lab.runs import CONFIG
 from specdec.lab.tracking import TrackedRun
+from specdec.lab.values import flat
 
 NOTED = ("id", "name")
 SUMMARY = "summary.json"
@@ -70,10 +70,9 @@ def _known(folder: Path, name: str) -> dict[str, str]:
     """Name and id, as they were when it began. The id has the host and the time in it: another
     machine may have a folder of the same path, and this one may have had it for another run."""
     path = folder / TRACKING
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_bytes())
-        if isinstance(found, dict) and all(isinstance(found.get(key), str) for key in NOTED):
-            return dict(found)
+    found = read_object(path) or {}
+    if all(isinstance(found.get(key), str) for key in NOTED):
+        return found
     place = str(folder.absolute())
     known = {"id": digest([place, socket.gethostname(), time.time_ns()]), "name": name}
     known["name"] = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
@@ -111,7 +110,7 @@ def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """By flat name, with the option of each group under the name of the group."""
     shown = {name: value for name, value in settings.items() if name not in NOT_SHOWN}
     options = {name: one for name, one in settings["choices"].items() if name != "tracker"}
-    return {**options, **flat(shown)}
+    return {**options, **flat(shown, joint="/")}
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

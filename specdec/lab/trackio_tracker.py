@@ -44,8 +44,6 @@ class TrackioTracker:
                 "tracker=trackio: is not installed; pip install 'specdec-lab[trackio]', or use "
                 "tracker=none"
             )
-        if every < 1:
-            raise ValueError(f"tracker.every={every}: must be at least 1")
         self.project, self.group, self.name, self.tags = project, group, name, list(tags)
         self._curves = Curves(every)
         self._run: Any = None

@@ -4,7 +4,7 @@ does meanwhile it does to all of them."""
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from specdec.lab.fingerprints import digest
 from specdec.lab.identity import METHOD, NO_PART
 from specdec.lab.jobs import Job, Ledger, objective, summary_of
 from specdec.lab.lane import Lane
+from specdec.lab.lines import tell
 from specdec.lab.progress import Live
 from specdec.lab.prompts import Prompt
 from specdec.lab.running import opened
@@ -30,18 +31,23 @@ class Turn:
     Args:
         number: its place in the sweep.
         words: as they were typed.
-        settings: makes them settings.
+        made: makes them settings.
     """
 
     number: int
     words: list[str]
-    settings: Callable[[], Settings]
+    made: Callable[[], Settings]
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Composed once, which takes Hydra a while."""
+        return self.made()
 
     @property
     def work(self) -> str:
         """Equal for jobs of the same plain decoding; empty of one that will be refused."""
         try:
-            settings = self.settings()
+            settings = self.settings
         except ValueError:
             return ""
         without = (*NO_PART, *METHOD)
@@ -67,7 +73,7 @@ def launch(
     """
     ledger, console, rounds = Ledger.of_environment(folder), Console(), dict[str, Round]()
     for number, words in jobs.items():
-        turn = Turn(number=number, words=words, settings=partial(settings, words))
+        turn = Turn(number=number, words=words, made=partial(settings, words))
         rounds.setdefault(turn.work, Round(ledger, console)).jobs.append(turn)
     for one in rounds.values():
         one.begin(0)
@@ -104,7 +110,7 @@ class Round:
 
     def _work(self, place: int, job: Job, began: Callable[[Path], None]) -> dict[str, Any]:
         turn, folder = self.jobs[place], self._ledger.folder
-        settings = turn.settings()
+        settings = turn.settings
         job.gpu = gpu_name(str(settings["device"]))
         opening = partial(opened, words=turn.words, sweep=True, began=began)
         with opening(settings, folder, self._console) as run:
@@ -167,7 +173,7 @@ class Round:
         if shared is None or experiment.baseline is None:
             yield None
             return
-        with shared.held(self._console.print) as alone:
+        with shared.held(partial(tell, self._console)) as alone:
             if not alone or shared.side.generations.records:
                 yield None
                 return

@@ -1,6 +1,7 @@
 """Values as they are typed, and whether they are of the type that is wanted."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -26,3 +27,21 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return str(value)
+
+
+def flat(
+    values: Mapping[str, Any], *, joint: str = ".", empty: bool = False, prefix: str = ""
+) -> dict[str, Any]:
+    """Nested values by full name, as `tree.budget`.
+
+    Args:
+        joint: between the parts of a name.
+        empty: whether mappings without anything in them are values.
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and (value or not empty):
+            found |= flat(value, joint=joint, empty=empty, prefix=f"{prefix}{name}{joint}")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

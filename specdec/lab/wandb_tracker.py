@@ -63,8 +63,6 @@ class WandbTracker:
                 raise ValueError(f"tracker.tags={tag}: each must be 1 to 64 characters")
         if mode not in self.MODES:
             raise ValueError(f"tracker.mode={mode}: must be one of {', '.join(self.MODES)}")
-        if every < 1:
-            raise ValueError(f"tracker.every={every}: must be at least 1")
         self.project, self.entity, self.mode = project, entity, mode
         self.group, self.name, self.tags = group, name, list(tags)
         self._curves = Curves(every)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from specdec.compare import tables
 from specdec.compare.figures import Estimate
+from specdec.lab.values import flat
 from tests.compare import made
 
 
@@ -77,7 +78,7 @@ def test_pairs_say_whether_they_differ() -> None:
 
 
 def test_nested_values_have_dotted_names() -> None:
-    assert tables.flat({"a": {"b": {"c": 1}, "d": None}, "e": 2}) == {
+    assert flat({"a": {"b": {"c": 1}, "d": None}, "e": 2}) == {
         "a.b.c": 1,
         "a.d": None,
         "e": 2,

@@ -121,4 +121,5 @@ def test_plain_decoding_has_no_rate():
 
 
 def test_names_are_joined_by_slashes():
-    assert flat({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a/b/c": 1, "a/d": [2], "e": None}
+    nested = {"a": {"b": {"c": 1}, "d": [2]}, "e": None}
+    assert flat(nested, joint="/") == {"a/b/c": 1, "a/d": [2], "e": None}
