@@ -23,6 +23,7 @@ from specdec.lab.prompts import Prompt, encode
 from specdec.lab.records import Record, RecordSettings
 from specdec.lab.runs import SCHEMA, RunFolder, Side
 from specdec.lab.session import OurSession
+from specdec.lab.templates import template_hash
 from specdec.lab.tracking import Tracker
 from specdec.lab.witness import Witness
 from specdec.models.generation import own_settings, stop_strings_of
@@ -131,6 +132,7 @@ class Experiment:
             "acceptance": self.method.rule.name,
             "tree.children": self.method.tree.children,
             "cache.page_size": self.capacity.page_size,
+            "chat_template": template_hash(target.tokenizer),
         }
 
     def run(

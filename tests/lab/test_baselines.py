@@ -11,6 +11,7 @@ import yaml
 from specdec.decode import Decoder
 from specdec.lab import baselines
 from specdec.lab.jobs import jobs_of
+from specdec.models import load
 from specdec.timing import Laps
 from tests.running import jobs, jobs_by, lines, outputs, summary_of
 
@@ -114,6 +115,22 @@ def test_another_pace_needs_plain_decoding_of_its_own(specdec, tmp_path, clock, 
             assert summary["baseline"]["seconds"] == pytest.approx(
                 1.05 * summary_of(found[2])["baseline"]["seconds"]
             )
+
+
+def test_the_jobs_of_a_sweep_load_their_target_once(specdec, tmp_path, monkeypatch):
+    loaded: list[str] = []
+    load_model = load.load_model
+
+    def counted(path: str, *given: Any, **more: Any) -> Any:
+        loaded.append(path)
+        return load_model(path, *given, **more)
+
+    monkeypatch.setattr(load, "load_model", counted)
+    words = (*SHORT, "drafter=ngram,pld", "max_new_tokens=1", "baseline=false")
+    assert specdec("-m", *words, f"out={tmp_path}/s")[0] == 0
+    assert loaded == ["zoo:target"]
+    assert specdec(*words[:1], "drafter=ngram", *words[2:3], f"out={tmp_path}/o")[0] == 0
+    assert loaded == ["zoo:target"] * 2  # nothing outlives a command
 
 
 def test_a_finished_run_is_extended_by_prompts_and_nothing_else(specdec, tmp_path):

@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from specdec.lab import experiment
 from specdec.lab.interrupts import SIGNALS, interruptible
 from specdec.lab.tracking import NoTracker
 from specdec.models import load
+from specdec.models.load import zoo_path
 from tests.running import QUICK, ROOT, jobs_by, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
@@ -144,6 +147,8 @@ def test_a_run_goes_on_with_the_same_files_alone(specdec, own_folder, monkeypatc
     assert (config["dtype"], config["acceptance"]["_target_"]) == ("auto", None)
     resolved = config["resolved"]
     assert (resolved["dtype"], resolved["acceptance"]) == ("float32", "greedy")
+    template = AutoTokenizer.from_pretrained(zoo_path("target")).chat_template
+    assert resolved["chat_template"] == sha256(template.encode()).hexdigest()[:16]
     identity = json.loads((own_folder / "o/identity.json").read_text())
     contents = identity["parts"]["contents"]
     assert set(contents) == {"prompts", "target.path", "drafter._target_"}
