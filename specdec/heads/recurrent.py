@@ -1,0 +1,317 @@
+"""Recurrent heads: small networks that read the target's hidden states, and then their own.
+
+A head reads pairs (state of a token, the next token) and has keys and values of its own for them.
+Slot t holds the pair of the state at token t with token t + 1, turned to position t, and predicts
+token t + 2. Where the target has no state yet, below the root of a tree, a head goes on with what
+it made of the parent.
+
+`Eagle3Head`: EAGLE-3 (Li et al. 2025), EAGLE-3.1 and what `speculators`, SpecForge and DeepSpec
+make of it. `EagleHead`: EAGLE and EAGLE-2 (Li et al. 2024), HASS (Zhang et al. 2025). Names of
+tensors are those of `speculators`; `formats.py` reads all others.
+
+Legend: M pairs in any arrangement, H width of the target's states, D width of the head, V and VD
+tokens of target and head, E layers of the head.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from specdec.kernels import reference
+from specdec.observation import Tap
+
+LAYERS = {"llama": LlamaDecoderLayer, "qwen3": Qwen3DecoderLayer}
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, query [B, HQ, T, d], key and value [B, HKV, T, d]) to [B, HQ, T, d]; rotated already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """What every recurrent head has.
+
+    Args:
+        layer: configuration of its decoder layers in transformers, of a type in `LAYERS`:
+            hidden_size D, num_hidden_layers E, heads, rotary angles.
+        taps: which states of the target it reads, in the order it joins them.
+        state_size: H.
+        target_vocab: V, rows of its embedding.
+        vocab_size: VD, tokens it can name.
+        output_bias: with `layer.attention_bias`, whether o_proj has one beside q, k and v.
+    """
+
+    layer: Any
+    taps: tuple[Tap, ...]
+    state_size: int
+    target_vocab: int
+    vocab_size: int
+    output_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Config(HeadConfig):
+    """The flags of EAGLE-3.
+
+    Args:
+        norm_before_residual: the residual stream begins with the normed feature.
+        norm_before_fc: one norm over the joined states.
+        fc_norm: a norm for each state (EAGLE-3.1).
+        norm_output: what is fed back is normed (EAGLE-3.1).
+        fc: whether states are joined by a product; without it there is one, of D numbers.
+        fc_bias: of that product.
+        pairs: so many of the first layers read embedding and feature, the others the feature
+            alone. 1, and E in DeepSpec.
+    """
+
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    fc: bool = True
+    fc_bias: bool = False
+    pairs: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagleConfig(HeadConfig):
+    """The variants of EAGLE-1.
+
+    Args:
+        bias: of fc.
+        norms: embedding and state are normed before fc (HASS's `add_para_norm`).
+        input_norm: the first layer norms its input, as the others do.
+        output_norm: a norm before the output head.
+    """
+
+    bias: bool = True
+    norms: bool = False
+    input_norm: bool = False
+    output_norm: bool = False
+
+
+class RecurrentHead(nn.Module):
+    """What both kinds have in common. Parameters are made, not filled.
+
+    Attributes:
+        names: [VD] int64, the target's id of each token it can name, ascending; None: the same.
+        drafts: tokens it may draft, the first so many of its output head's; fewer than VD where
+            the rest is padding.
+        kernels: the module that computes norms.
+    """
+
+    names: Tensor | None
+    layers: Any  # nn.ModuleList of transformers' decoder layers
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config, layer = config, config.layer
+        self.kernels: ModuleType = reference
+        self.width: int = layer.hidden_size
+        self.drafts = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.target_vocab, self.width)
+        self.layers = nn.ModuleList(self._layer(index) for index in range(layer.num_hidden_layers))
+        self.lm_head = nn.Linear(self.width, config.vocab_size, bias=False)
+        self.rotary = LlamaRotaryEmbedding(layer)
+        self.register_buffer("names", None)
+
+    def _layer(self, index: int) -> Any:
+        made = LAYERS[self.config.layer.model_type](self.config.layer, index)
+        if not self.config.output_bias:
+            made.self_attn.o_proj.bias = None
+        return made
+
+    def _norm(self, size: int) -> Any:
+        return LlamaRMSNorm(size, eps=self.config.layer.rms_norm_eps)
+
+    def normed(self, norm: Any, x: Tensor) -> Tensor:
+        """What a norm makes of [..., size]."""
+        rows = x.reshape(-1, x.shape[-1])
+        _, out = self.kernels.add_norm(rows, None, norm.weight, norm.variance_epsilon)
+        same: Tensor = out.view_as(x)
+        return same
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """The feature [..., D] that the target's states [..., taps * H], joined, are to it."""
+        raise NotImplementedError
+
+    def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes into a layer.
+
+        Args:
+            embedded: [M, D], of the pairs' tokens.
+            hidden: [M, D] what comes out of the layer before; of the first, the pairs' features.
+
+        Returns:
+            (residual stream [M, D]; what its attention reads.)
+        """
+        raise NotImplementedError
+
+    def leave(
+        self, hidden: Tensor, parts: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the last layer's output means: the next feature [M, D], and what the output head
+        reads. `parts` and `bias` as of `reference.add_norm`."""
+        raise NotImplementedError
+
+    def forward(
+        self, embedded: Tensor, feature: Tensor, angles: tuple[Tensor, Tensor], attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """Pairs [B, T, D] through all layers, differentiable, as `leave` has them; drafting goes
+        through `PagedHead`.
+
+        Args:
+            angles: cosine and sine of each pair's position [B, T, d].
+        """
+        hidden = feature
+        for index, layer in enumerate(self.layers):
+            hidden, inputs = self.enter(index, embedded, hidden)
+            hidden = _through(layer, index, hidden, inputs, angles, attend)
+        return self.leave(hidden)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self.embed_tokens(tokens)
+        return embedded
+
+
+class Eagle3Head(RecurrentHead):
+    """EAGLE-3: tapped states are joined by fc; the first layer reads the normed embedding beside
+    the normed feature.
+
+    Raises:
+        ValueError: without fc, another number or width of states than one of D.
+    """
+
+    config: Eagle3Config
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__(config)
+        count, states = len(config.taps), len(config.taps) * config.state_size
+        if not config.fc and states != self.width:
+            raise ValueError(f"{count} states of {config.state_size}, and no fc to join them")
+        self.fc = nn.Linear(states, self.width, bias=config.fc_bias) if config.fc else None
+        norms = count if config.fc_norm else 0
+        self.fc_norm = nn.ModuleList(self._norm(config.state_size) for _ in range(norms))
+        self.input_norm = self._norm(states) if config.norm_before_fc else None
+        self.norm = self._norm(self.width)
+
+    def _layer(self, index: int) -> Any:
+        layer = super()._layer(index)
+        if index < self.config.pairs:
+            layer.hidden_norm = self._norm(self.width)
+            attention: Any = layer.self_attn
+            for name in ("q_proj", "k_proj", "v_proj"):
+                of = getattr(attention, name)
+                wide = nn.Linear(2 * self.width, of.out_features, bias=of.bias is not None)
+                setattr(attention, name, wide)
+        return layer
+
+    def fuse(self, states: Tensor) -> Tensor:
+        if self.config.fc_norm:
+            pieces = states.split(self.config.state_size, dim=-1)
+            normed = [
+                self.normed(norm, piece) for norm, piece in zip(self.fc_norm, pieces, strict=True)
+            ]
+            states = torch.cat(normed, dim=-1)
+        if self.input_norm is not None:
+            states = self.normed(self.input_norm, states)
+        return states if self.fc is None else self.fc(states)
+
+    def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        layer = self.layers[index]
+        if index >= self.config.pairs:
+            return hidden, self.normed(layer.input_layernorm, hidden)
+        feature = self.normed(layer.hidden_norm, hidden)
+        both = torch.cat([self.normed(layer.input_layernorm, embedded), feature], dim=-1)
+        residual = feature if self.config.norm_before_residual and not index else hidden
+        return residual, both
+
+    def leave(
+        self, hidden: Tensor, parts: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        norm: Any = self.norm
+        hidden, normal = self.kernels.add_norm(
+            hidden, parts, norm.weight, norm.variance_epsilon, bias
+        )
+        return (normal if self.config.norm_output else hidden), normal
+
+
+class EagleHead(RecurrentHead):
+    """EAGLE-1: fc joins the embedding with the state, of whomever it is."""
+
+    config: EagleConfig
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__(config)
+        self.fc = nn.Linear(2 * self.width, self.width, bias=config.bias)
+        self.embedding_layernorm = self._norm(self.width) if config.norms else None
+        self.hidden_states_layernorm = self._norm(self.width) if config.norms else None
+        self.norm = self._norm(self.width) if config.output_norm else None
+        self.register_buffer("one", torch.ones(self.width), persistent=False)
+
+    def _layer(self, index: int) -> Any:
+        layer = super()._layer(index)
+        if not index and not self.config.input_norm:
+            layer.input_layernorm = nn.Identity()
+        return layer
+
+    def fuse(self, states: Tensor) -> Tensor:
+        return states
+
+    def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        layer = self.layers[index]
+        if not index:
+            if self.config.norms:
+                embedded = self.normed(self.embedding_layernorm, embedded)
+                hidden = self.normed(self.hidden_states_layernorm, hidden)
+            hidden = self.fc(torch.cat([embedded, hidden], dim=-1))
+            if not self.config.input_norm:
+                return hidden, hidden
+        return hidden, self.normed(layer.input_layernorm, hidden)
+
+    def leave(
+        self, hidden: Tensor, parts: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        norm: Any = self.norm
+        weight, eps = (self.one, 1.0) if norm is None else (norm.weight, norm.variance_epsilon)
+        hidden, normal = self.kernels.add_norm(hidden, parts, weight, eps, bias)
+        return hidden, hidden if norm is None else normal
+
+
+def _through(
+    layer: Any,
+    index: int,
+    hidden: Tensor,
+    inputs: Tensor,
+    angles: tuple[Tensor, Tensor],
+    attend: Attend,
+) -> Tensor:
+    """One decoder layer on [B, T, D]."""
+    attention = layer.self_attn
+    shape = (*inputs.shape[:-1], -1, attention.head_dim)
+    query, key, value = (
+        project(inputs).view(shape)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key = apply_rotary_pos_emb(query, key, *angles)
+    seen = attend(index, query, key, value).transpose(1, 2).flatten(2)
+    hidden = hidden + attention.o_proj(seen)
+    after: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return after
+
+
+def joined(states: Sequence[Tensor]) -> Tensor:
+    """The target's states [..., H], side by side, as `fuse` reads them."""
+    return torch.cat(list(states), dim=-1)
