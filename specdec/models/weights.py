@@ -63,9 +63,9 @@ def check_files(folder: Path, name: str, *, complete: bool) -> None:
     """
     for file in [*(folder / text for text in TEXTS), *sorted(folder.glob("*.model"))]:
         if file.exists():
-            _check_kind(file, name)
+            check_kind(file, name)
             if file.suffix == ".json":
-                found = _read_object(file, name)
+                found = read_object(file, name)
                 if file.name == INDEX and not {"metadata", "weight_map"} <= found.keys():
                     raise BrokenFilesError(
                         f"{name}: {INDEX} has no metadata or weight_map; {AGAIN}"
@@ -78,8 +78,8 @@ def check_files(folder: Path, name: str, *, complete: bool) -> None:
         )
     for file in files:
         if file.exists():
-            _check_kind(file, name)
-            _tensors_in(file, name)
+            check_kind(file, name)
+            tensors_in(file, name)
         elif complete:
             raise BrokenFilesError(
                 f"{name}: {file.name} is missing, which {INDEX} names; download it as well"
@@ -115,17 +115,17 @@ def check_report(report: Mapping[str, Any], folder: Path | None, name: str) -> N
         key, there, wanted = shapes[0]
         raise BrokenFilesError(
             f"{name}: {_file_of(key, folder)} holds {key} with shape {list(there)}, and "
-            f"config.json asks for {list(wanted)}{_more(shapes)}; {mend}"
+            f"config.json asks for {list(wanted)}{more(shapes)}; {mend}"
         )
     if missing:
-        instead = f", but {unknown[0]}{_more(unknown)} instead" if unknown else ""
+        instead = f", but {unknown[0]}{more(unknown)} instead" if unknown else ""
         raise BrokenFilesError(
-            f"{name}: {_file_of(missing[0], folder)} has no {missing[0]}{_more(missing)}, which "
+            f"{name}: {_file_of(missing[0], folder)} has no {missing[0]}{more(missing)}, which "
             f"config.json asks for{instead}; {mend}"
         )
     if unknown:
         raise BrokenFilesError(
-            f"{name}: {_file_of(unknown[0], folder)} holds {unknown[0]}{_more(unknown)}, for "
+            f"{name}: {_file_of(unknown[0], folder)} holds {unknown[0]}{more(unknown)}, for "
             f"which config.json has no place; {mend}"
         )
     if errors:
@@ -139,27 +139,35 @@ def check_finite(model: Any, folder: Path | None, name: str) -> None:
     Raises:
         ValueError: one line that names a file and a tensor.
     """
-    tensors = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        # Quantised weights are tensors of classes of their own, or of types without infinities.
-        if type(tensor) is Tensor and tensor.is_floating_point() and tensor.itemsize > 1
-    }
-    ends = [torch.stack(one.aminmax()).double() for one in tensors.values() if one.numel()]
-    if not ends:
-        return
-    wrong = ~torch.stack(ends).isfinite().all(1).cpu()
-    if bool(wrong.any()):
-        keys = [key for key, tensor in tensors.items() if tensor.numel()]
-        bad = [key for key, no in zip(keys, wrong.tolist(), strict=True) if no]
+    tensors = model.state_dict()
+    bad = not_finite(tensors)
+    if bad:
         raise BrokenFilesError(
-            f"{name}: {_file_of(bad[0], folder)} gives {bad[0]}{_more(bad)} values that are NaN "
+            f"{name}: {_file_of(bad[0], folder)} gives {bad[0]}{more(bad)} values that are NaN "
             f"or infinite in {str(tensors[bad[0]].dtype).removeprefix('torch.')}; take other "
             f"weights, or another dtype if they are finite there"
         )
 
 
-def _check_kind(file: Path, name: str) -> None:
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of those that hold NaN or infinity; one wait for the device."""
+    # Quantised weights are tensors of classes of their own, or of types without infinities.
+    plain = {
+        key: torch.stack(tensor.detach().aminmax()).double()
+        for key, tensor in tensors.items()
+        if isinstance(tensor, Tensor)
+        and type(tensor.data) is Tensor
+        and tensor.is_floating_point()
+        and tensor.itemsize > 1
+        and tensor.numel()
+    }
+    if not plain:
+        return []
+    fine = torch.stack(list(plain.values())).isfinite().all(1).tolist()
+    return [key for key, good in zip(plain, fine, strict=True) if not good]
+
+
+def check_kind(file: Path, name: str) -> None:
     """Raise ValueError for what often lies where a model's file should."""
     try:
         with file.open("rb") as opened:
@@ -173,7 +181,12 @@ def _check_kind(file: Path, name: str) -> None:
             raise BrokenFilesError(f"{name}: {file.name} {reason}")
 
 
-def _read_object(file: Path, name: str) -> dict[str, Any]:
+def read_object(file: Path, name: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is something else.
+    """
     try:
         found = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -184,7 +197,7 @@ def _read_object(file: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _tensors_in(file: Path, name: str) -> list[str]:
+def tensors_in(file: Path, name: str) -> list[str]:
     """Names of the tensors of a safetensors file; opening it compares its header with its size."""
     try:
         with safe_open(file, "pt") as opened:
@@ -200,10 +213,11 @@ def _file_of(key: str, folder: Path | None) -> str:
     """The file that holds a tensor; of one that none holds the only file, or the index of all."""
     files = [] if folder is None else [file for file in weight_files(folder) if file.exists()]
     for file in files:
-        if key in _tensors_in(file, file.name):
+        if key in tensors_in(file, file.name):
             return file.name
     return files[0].name if len(files) == 1 else INDEX if files else "the file"
 
 
-def _more(found: list[Any]) -> str:
+def more(found: list[Any]) -> str:
+    """How many there are besides the first."""
     return f" (and {len(found) - 1} more)" if len(found) > 1 else ""

@@ -1,0 +1,198 @@
+"""Files of heads: where they lie, which tensors they hold and what config.json says.
+
+Nothing of a file is run: safetensors, or pickles of which only tensors are read.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from specdec.models.load import find_model
+from specdec.models.weights import (
+    AGAIN,
+    INDEX,
+    WEIGHTS,
+    BrokenFilesError,
+    check_kind,
+    read_object,
+    tensors_in,
+)
+from specdec.reasons import first_line
+
+CONFIG = "config.json"
+WHERE = (  # what heads are published in, the first that is there
+    WEIGHTS,
+    INDEX,
+    "medusa_lm_head.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "medusa_lm_head.pt",
+    "hydra_lm_head.pt",
+)
+
+
+def find_head(path: str, setting: str = "drafter.path") -> str:
+    """The folder or hub id that a path names, before anything is loaded.
+
+    Raises:
+        ValueError: no such built-in head or folder, or a stand-in, which is none.
+    """
+    if path.startswith("standin:"):
+        raise ValueError(
+            f"{setting}={path}: a stand-in is a whole model; give the folder or hub id of a head, "
+            f"or zoo:NAME"
+        )
+    return find_model(path, setting=setting)
+
+
+class HeadFiles:
+    """What a head's files hold, by the names of its tensors. Weights stay on disk until read.
+
+    Args:
+        path: folder, hub id or zoo:NAME.
+        setting: the option that gave it, for messages.
+
+    Attributes:
+        name: setting and value, for messages.
+        config: config.json.
+        shapes: of every tensor.
+
+    Raises:
+        ValueError: no files there, or broken ones, in one line that names setting and file.
+    """
+
+    def __init__(self, path: str, setting: str = "drafter.path") -> None:
+        self.name = f"{setting}={path}"
+        where = find_head(path, setting)
+        self._folder = Path(where) if Path(where).is_dir() else None
+        self._hub = where
+        config = self._get(CONFIG)
+        if config is None:
+            raise BrokenFilesError(f"{self.name}: has no {CONFIG}; put the head's own beside it")
+        self.config = read_object(config, self.name)
+        self._places = self._tensors()
+        self.shapes = {key: tuple(self._look(key)) for key in self._places}
+
+    def file_of(self, key: str) -> str:
+        """The name of the file that holds a tensor; of one that none holds, of the first."""
+        return self._places.get(key, next(iter(self._places.values()))).name
+
+    def read(self, key: str, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor as it is in the file."""
+        file = self._places[key]
+        if file in self._pickled:
+            return self._pickled[file][key].to(device)
+        with safe_open(file, "pt", device=str(device)) as opened:
+            found: Tensor = opened.get_tensor(key)
+        return found
+
+    def _get(self, file: str) -> Path | None:
+        """A file of the folder, or of the hub; None if there is none."""
+        if self._folder is not None:
+            there = self._folder / file
+        else:
+            try:
+                there = Path(hf_hub_download(self._hub, file))
+            except EntryNotFoundError:
+                return None
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                reason = first_line(error)
+                raise ValueError(
+                    f"{self.name}: cannot be downloaded ({reason}); give a folder, an id of the "
+                    f"Hugging Face hub or zoo:NAME"
+                ) from None
+        if not there.exists():
+            return None
+        check_kind(there, self.name)
+        return there
+
+    def _tensors(self) -> dict[str, Path]:
+        """The file of every tensor."""
+        self._pickled: dict[Path, dict[str, Tensor]] = {}
+        for candidate in WHERE:
+            found = self._get(candidate)
+            if found is not None:
+                files = self._shards(found) if found.suffix == ".json" else [found]
+                return {key: file for file in files for key in self._keys(file)}
+        raise BrokenFilesError(
+            f"{self.name}: has no weights; those of a head are in one of "
+            f"{', '.join(name for name in WHERE if not name.endswith('.json'))}"
+        )
+
+    def _shards(self, index: Path) -> list[Path]:
+        places = read_object(index, self.name).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise BrokenFilesError(f"{self.name}: {index.name} has no weight_map; {AGAIN}")
+        files = []
+        for file in sorted(set(map(str, places.values()))):
+            found = self._get(file)
+            if found is None:
+                raise BrokenFilesError(
+                    f"{self.name}: {file} is missing, which {index.name} names; download it as "
+                    f"well"
+                )
+            files.append(found)
+        return files
+
+    def _keys(self, file: Path) -> list[str]:
+        if file.suffix == ".safetensors":
+            return tensors_in(file, self.name)
+        self._pickled[file] = found = self._unpickled(file)
+        return list(found)
+
+    def _unpickled(self, file: Path) -> dict[str, Tensor]:
+        """A file of torch.save, of which only tensors are read."""
+        try:
+            try:
+                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # files of torch before 1.6 are no archives
+                found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of any class: it can hold anything
+            raise BrokenFilesError(
+                f"{self.name}: {file.name} is cut, or holds more than tensors "
+                f"({first_line(error)}); {AGAIN}, or save its tensors as {WEIGHTS}"
+            ) from None
+        if not isinstance(found, Mapping):
+            kind = type(found).__name__
+            raise BrokenFilesError(
+                f"{self.name}: {file.name} holds a {kind}, no tensors with names; save its "
+                f"state_dict() as {WEIGHTS}"
+            )
+        wrong = [key for key, value in found.items() if not isinstance(value, Tensor)]
+        if wrong:
+            raise BrokenFilesError(
+                f"{self.name}: {file.name} holds {wrong[0]}, which is no tensor; save its tensors "
+                f"alone, as {WEIGHTS}"
+            )
+        return {str(key): value for key, value in found.items()}
+
+    def _look(self, key: str) -> list[int]:
+        file = self._places[key]
+        if file in self._pickled:
+            return list(self._pickled[file][key].shape)
+        with safe_open(file, "pt") as opened:
+            shape: list[int] = opened.get_slice(key).get_shape()
+        return shape
+
+
+def object_in(config: Mapping[str, Any], field: str, name: str) -> dict[str, Any]:
+    """A field of config.json that is an object itself; empty if it is not there.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = config.get(field)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise BrokenFilesError(
+            f"{name}: {CONFIG} has {field}={json.dumps(found)}, which must be an object; {AGAIN}"
+        )
+    return found

@@ -1,0 +1,142 @@
+"""Heads restated: what they draft after a path, in float64, from scratch and from the tensors of
+their files, without a cache, trees or batches. Nothing here is shared with what loads or runs
+heads.
+
+Legend: T tokens that are there, of which the last has no state yet, D width of the head.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a test knows of a head that it wrote.
+
+    Args:
+        tensors: of the files, by published names, float64.
+        layers: beginnings of their names, in order.
+        embedding: the target's, or the head's own; output likewise.
+        heads: query heads, key-value heads.
+        taps: which states, numbered as in ARCHITECTURE.
+        rope: theta, and type and values of a scaling.
+        ids: the target's id of each token of the head.
+    """
+
+    tensors: Mapping[str, Tensor]
+    layers: tuple[str, ...]
+    embedding: Tensor
+    output: Tensor
+    heads: tuple[int, int]
+    eps: float
+    taps: tuple[Any, ...]
+    ids: Tensor
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"theta": 10_000.0})
+    flags: frozenset[str] = frozenset()
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def frequencies(rope: Mapping[str, Any], size: int, length: int) -> tuple[Tensor, float]:
+    """[size / 2] radians per position, and what cosine and sine are multiplied by."""
+    theta, kind, factor = rope["theta"], rope.get("kind", "default"), rope.get("factor", 1.0)
+    places = torch.arange(0, size, 2).double() / size
+    plain, gain = theta**-places, 1.0
+    trained = rope.get("trained", 0)
+    if kind == "linear":
+        plain = plain / factor
+    elif kind == "dynamic" and length > trained:
+        grown = factor * length / trained - (factor - 1)
+        plain = (theta * grown ** (size / (size - 2))) ** -places
+    elif kind == "llama3":
+        waves = 2 * math.pi / plain
+        share = ((trained / waves - rope["low"]) / (rope["high"] - rope["low"])).clamp(0, 1)
+        plain = share * plain + (1 - share) * plain / factor
+    elif kind == "yarn":
+
+        def dimension(turns: float) -> float:
+            return size * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = math.floor(dimension(32)), math.ceil(dimension(1))
+        low, high = max(low, 0), min(high, size - 1)
+        ramp = ((torch.arange(size // 2).double() - low) / (high - low)).clamp(0, 1)
+        plain, gain = plain / factor * ramp + plain * (1 - ramp), 0.1 * math.log(factor) + 1
+    return plain, gain
+
+
+def turned(x: Tensor, rope: Mapping[str, Any]) -> Tensor:
+    """[heads, T, size], each at its place in the sequence."""
+    half = x.shape[-1] // 2
+    per_place, gain = frequencies(rope, x.shape[-1], x.shape[1])
+    angles = torch.arange(x.shape[1]).double()[:, None] * per_place
+    cos, sin = angles.cos() * gain, angles.sin() * gain
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attention(facts: Facts, layer: str, x: Tensor) -> Tensor:
+    """What self-attention makes of [T, any], before o_proj's sum with the residual."""
+    w, (queries, keys) = facts.tensors, facts.heads
+
+    def project(name: str, count: int) -> Tensor:
+        made = x @ w[f"{layer}.self_attn.{name}_proj.weight"].T
+        made = made + w.get(f"{layer}.self_attn.{name}_proj.bias", 0.0)
+        split = made.view(len(x), count, -1).transpose(0, 1)
+        norm = w.get(f"{layer}.self_attn.{name}_norm.weight")
+        return split if norm is None else rms(split, norm, facts.eps)
+
+    q = turned(project("q", queries), facts.rope)
+    k = turned(project("k", keys), facts.rope).repeat_interleave(queries // keys, 0)
+    v = project("v", keys).repeat_interleave(queries // keys, 0)
+    scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    unseen = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    seen = scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v
+    out = seen.transpose(0, 1).reshape(len(x), -1) @ w[f"{layer}.self_attn.o_proj.weight"].T
+    return out + w.get(f"{layer}.self_attn.o_proj.bias", 0.0)
+
+
+def mlp(facts: Facts, layer: str, x: Tensor) -> Tensor:
+    w = facts.tensors
+    x = rms(x, w[f"{layer}.post_attention_layernorm.weight"], facts.eps)
+    gate, up = (x @ w[f"{layer}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    return (gate * gate.sigmoid() * up) @ w[f"{layer}.mlp.down_proj.weight"].T
+
+
+def eagle3(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
+    """[VD] logits after the path, of EAGLE-3.
+
+    Args:
+        states: [T - 1 or more, H], one for each tap.
+    """
+    w, eps, flags = facts.tensors, facts.eps, facts.flags
+    pieces = [state[: len(tokens) - 1].double() for state in states]
+    if "fc_norm" in flags:
+        pieces = [rms(x, w[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(pieces)]
+    joined = torch.cat(pieces, dim=-1)
+    if "norm_before_fc" in flags:
+        joined = rms(joined, w["input_norm.weight"], eps)
+    features = joined if "no_fc" in flags else joined @ w["fc.weight"].T + w.get("fc.bias", 0.0)
+    for drafted in range(len(path) + 1):
+        embedded = facts.embedding[torch.tensor(tokens[1:] + path[:drafted])]
+        y = features
+        for index, layer in enumerate(facts.layers):
+            if index and "pairs" not in flags:
+                name = "hidden_norm" if "sglang" in flags else "input_layernorm"
+                y = y + attention(facts, layer, rms(y, w[f"{layer}.{name}.weight"], eps))
+            else:
+                e = rms(embedded, w[f"{layer}.input_layernorm.weight"], eps)
+                f = rms(y, w[f"{layer}.hidden_norm.weight"], eps)
+                stream = f if "norm_before_residual" in flags and not index else y
+                y = stream + attention(facts, layer, torch.cat([e, f], dim=-1))
+            y = y + mlp(facts, layer, y)
+        normal = rms(y, w["norm.weight"], eps)
+        fed = normal if "norm_output" in flags else y
+        features = torch.cat([features, fed[-1:]])
+    return normal[-1] @ facts.output.T
