@@ -16,7 +16,7 @@ from specdec.drafters.state import Reset, check_reset
 from specdec.drafters.tries import TrieTable
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
-from specdec.observation import Observation
+from specdec.observation import Observation, Observes
 from specdec.protocols import Drafter, StepContext, TreePolicy, part_of
 from specdec.request import Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
@@ -91,8 +91,7 @@ class Compose(ShapedDrafter):
         self.sources = tuple(names if len(set(names)) == count else parts)
         self.names = list(parts)
         self.parts = [p for p in parts.values() if isinstance(p, HostDrafter | GrowingDrafter)]
-        for part in self.parts:
-            self.observes |= part.observes
+        self.reads_states = any(part.reads_states for part in self.parts)
         learning = [*(part.reset for part in self.parts), self.chooser.reset]
         self.reset = next((kept for kept in LONGEST_FIRST if kept in learning), None)
         self.device: torch.device
@@ -121,6 +120,30 @@ class Compose(ShapedDrafter):
         for name, part in zip(self.names, self.parts, strict=True):
             with part_of(f"drafter.parts.{name}"):
                 part.load(target, models)
+        self._join_parts()
+
+    def _join_parts(self) -> None:
+        """What the parts ask for and say once they are loaded.
+
+        Raises:
+            ValueError: one reads states that the target does not compute, because another has.
+        """
+        self.observes, begun = Observes(), 0
+        for name, part in zip(self.names, self.parts, strict=True):
+            self.observes |= part.observes
+            notes = {
+                f"drafter.parts.{name}.{of.partition('.')[2]}": note
+                for of, note in part.notes.items()
+            }
+            self.notes = {**self.notes, **notes}
+            if isinstance(part, GrowingDrafter) and part.fills_scratch:
+                begun = part.layers
+        below = [tap for tap in self.observes.taps if tap != "normal" and tap < begun]
+        if below:
+            raise ValueError(
+                f"drafter.parts={self.names}: one drafts with the first {begun} layers, which are "
+                f"not run again, and another reads the state after layer {below[0]}; leave one out"
+            )
 
     def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
         super().prepare(capacity, tree)

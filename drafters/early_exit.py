@@ -46,7 +46,6 @@ class EarlyExit(GrowingDrafter):
         super().__init__(depth=depth, candidates=candidates)
         self.exit_layer = exit_layer
         self.lm: PagedLM
-        self.layers: int
         self._nodes: _Nodes  # of the step
 
     def load(self, target: PagedLM, models: Models) -> None:

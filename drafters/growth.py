@@ -110,7 +110,8 @@ class GrowingDrafter(ShapedDrafter):
     """
 
     on_device = True
-    fills_scratch = False  # True if its draft lies in the scratch of the target's cache
+    fills_scratch = False  # True if its draft lies in the scratch of the target's cache,
+    layers = 0  # of so many of its first layers, which verification skips
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -5,8 +5,11 @@ giving rows back.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from specdec.cache import CacheFullError, PagedKVCache
+import torch
+
+from specdec.cache import CacheFullError, KVShape, PagedKVCache
 from specdec.models.paged import PagedLM, See
 from specdec.models.placement import free_memory
 from specdec.request import Capacity, Decoding
@@ -29,6 +32,7 @@ class CachedModel:
         self.lm = lm
         self.prefill_chunk = prefill_chunk
         self.cache: PagedKVCache
+        self._share = True
 
     def prepare(self, capacity: Capacity) -> None:
         """Start over with an empty cache; what was before can no longer be decoded.
@@ -38,33 +42,21 @@ class CachedModel:
         """
         if hasattr(self, "cache"):
             del self.cache  # its memory is free for the new one
-        pages = capacity.pool_pages
-        if capacity.pages is None and self.lm.device.type == "cuda":
-            pages = min(pages, self._affordable(capacity))
+        self._share = capacity.share
         self.cache = self.lm.new_cache(
             rows=capacity.rows,
-            pages=pages,
+            pages=pages_of(capacity, self.lm.kv_shape, self.lm.dtype, self.lm.device),
             page_size=capacity.page_size,
             max_tokens=capacity.max_tokens,
             kv_dtype=capacity.kv_dtype,
         )
 
-    def _affordable(self, capacity: Capacity) -> int:
-        """Pages that fit into the free memory of the GPU; further requests wait for them."""
-        free = free_memory(self.lm.device)
-        shape = self.lm.kv_shape
-        page = capacity.page_size * shape.bytes_per_token(capacity.kv_dtype or self.lm.dtype)
-        pages, needed = int(free * MEMORY_SHARE) // page, capacity.pages_of_a_row
-        if pages < needed:
-            raise ValueError(
-                f"cache.pages=null: the keys and values of {capacity.max_tokens} tokens take "
-                f"{needed * page / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
-                f"lower max_new_tokens, or use cache.dtype=fp8_e4m3"
-            )
-        return pages
-
     def start(
-        self, sequences: Sequence[Decoding], join: Join | None = None, see: See | None = None
+        self,
+        sequences: Sequence[Decoding],
+        join: Join | None = None,
+        see: See | None = None,
+        **seen: Any,
     ) -> list[Decoding]:
         """Open rows and prefill all but the last token of each sequence, in order, until the pool
         is full.
@@ -74,7 +66,7 @@ class CachedModel:
 
         Args:
             join: as in `Verifier.start`.
-            see: as in `PagedLM.prefill`.
+            see, seen: as in `PagedLM.prefill`, whose `logits` and `taps` are among the latter.
 
         Returns:
             The sequences that found room.
@@ -94,7 +86,7 @@ class CachedModel:
                     self.finish(sequence)
             kept = [(s.row, part) for s, part in zip(wave, rest, strict=True) if s in taken]
             rows, parts = [row for row, _ in kept], [part for _, part in kept]
-            self.lm.prefill(self.cache, rows, parts, chunk=self.prefill_chunk, see=see)
+            self.lm.prefill(self.cache, rows, parts, chunk=self.prefill_chunk, see=see, **seen)
             started += taken
         return started
 
@@ -110,12 +102,13 @@ class CachedModel:
         for sequence in pending:
             prefix = sequence.tokens[:-1]
             common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
-            if common // page * page > self.cache.shareable(prefix):
+            if self._share and common // page * page > self.cache.shareable(prefix):
                 later.append(sequence)
                 continue
             tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
+            shared = prefix if self._share else ()
             try:
-                done = self.cache.open(sequence.row, tokens=tokens, prefix=prefix)
+                done = self.cache.open(sequence.row, tokens=tokens, prefix=shared)
             except CacheFullError:
                 return wave, rest, []
             wave.append(sequence)
@@ -124,6 +117,27 @@ class CachedModel:
 
     def finish(self, sequence: Decoding) -> None:
         self.cache.close(sequence.row)
+
+
+def pages_of(capacity: Capacity, shape: KVShape, dtype: torch.dtype, device: torch.device) -> int:
+    """Pages of a cache for a run; on a GPU no more than fit into its free memory, and further
+    requests wait for them.
+
+    Raises:
+        ValueError: they would not hold one sequence.
+    """
+    if capacity.pages is not None or device.type != "cuda":
+        return capacity.pool_pages
+    free = free_memory(device)
+    page = capacity.page_size * shape.bytes_per_token(capacity.kv_dtype or dtype)
+    pages, needed = int(free * MEMORY_SHARE) // page, capacity.pages_of_a_row
+    if pages < needed:
+        raise ValueError(
+            f"cache.pages=null: the keys and values of {capacity.max_tokens} tokens take "
+            f"{needed * page / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free; "
+            f"lower max_new_tokens, or use cache.dtype=fp8_e4m3"
+        )
+    return min(pages, capacity.pool_pages)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -53,10 +53,16 @@ class Observation:
     states: Mapping[Tap, Tensor] = field(default_factory=dict)
 
 
-def observe(observes: Observes, logits: Tensor, kernels: ModuleType) -> Observation:
-    """What is asked for, of the target's logits [B, N, V]."""
-    count = min(observes.tokens, logits.shape[2])
-    if not count:
-        return Observation()
-    best, _ = kernels.top_tokens(logits.flatten(0, 1), count)
-    return Observation(tokens=best.view(*logits.shape[:2], count))
+def observe(
+    observes: Observes,
+    logits: Tensor | None,
+    states: Mapping[Tap, Tensor],
+    kernels: ModuleType,
+) -> Observation:
+    """What is asked for, of the target's logits [B, N, V], which are there if tokens are, and of
+    its states."""
+    best = None
+    if observes.tokens and logits is not None:
+        best, _ = kernels.top_tokens(logits.flatten(0, 1), min(observes.tokens, logits.shape[2]))
+        best = best.view(*logits.shape[:2], -1)
+    return Observation(tokens=best, states=dict(states))

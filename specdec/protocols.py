@@ -132,6 +132,9 @@ class Drafter:
         reset: after what it forgets what it learns online ("prompt", "category" or "never", as in
             `drafters/state.py`); None if it learns nothing. The summary of a run repeats it.
         own_model: the model it drafts with, if that is none but its own; known when it is loaded.
+        reads_states: whether it observes hidden states of prompts; known before it is loaded.
+        notes: what it has found out when it was loaded, in words, by setting. A run says it before
+            decoding and in its summary.
     """
 
     name = ""
@@ -145,6 +148,8 @@ class Drafter:
     observes = Observes()
     reset: str | None = None
     own_model: "PagedLM | None" = None
+    reads_states = False
+    notes: Mapping[str, str] = {}  # replaced, never written to
 
     def check(self, tree: "TreePolicy") -> None:
         """Raise ValueError, naming the setting, for trees that it cannot draft: here those that

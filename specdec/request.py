@@ -58,6 +58,8 @@ class Capacity:
         pages: pages of each cache; None is enough for `rows` sequences of `max_tokens`, or what
             the memory of the GPU holds.
         kv_dtype: what the pages hold keys and values as; None for the type of each model.
+        share: whether sequences share the pages of equal beginnings. Not where a drafter reads
+            hidden states of prompts: tokens found in pages have none.
 
     Raises:
         ValueError: so few pages that not even one such sequence fits.
@@ -68,6 +70,7 @@ class Capacity:
     page_size: int = 16
     pages: int | None = None
     kv_dtype: torch.dtype | None = None
+    share: bool = True
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -99,6 +102,8 @@ class CacheSettings:
         prefill_chunk: prompt tokens of a sequence that go through a model at a time.
         dtype: what the pages hold keys and values as: auto (the type of each model), fp8_e4m3 or
             int8.
+        share: whether sequences share the pages of equal beginnings; None: unless the drafter
+            reads hidden states of prompts, which tokens found in pages do not have.
 
     Raises:
         ValueError: a setting out of range.
@@ -108,6 +113,7 @@ class CacheSettings:
     pages: int | None = None
     prefill_chunk: int = 512
     dtype: str = "auto"
+    share: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("page_size", "pages", "prefill_chunk"):
@@ -117,8 +123,23 @@ class CacheSettings:
         if self.dtype not in KV_DTYPES:
             raise ValueError(f"cache.dtype={self.dtype}: must be {', '.join(KV_DTYPES)}")
 
-    def capacity(self, *, rows: int, max_tokens: int, device: torch.device) -> Capacity:
-        """For so many sequences of so many tokens at most.
+    def shares(self, *, states: bool) -> bool:
+        """Whether sequences share pages beside a drafter that reads hidden `states`, or not.
+
+        Raises:
+            ValueError: they cannot, and were to.
+        """
+        if self.share and states:
+            raise ValueError(
+                "cache.share=true: the drafter reads hidden states of whole prompts, and tokens "
+                "found in shared pages have none; use cache.share=null"
+            )
+        return not states if self.share is None else self.share
+
+    def capacity(
+        self, *, rows: int, max_tokens: int, device: torch.device, states: bool = False
+    ) -> Capacity:
+        """For so many sequences of so many tokens at most; `states` as in `shares`.
 
         Raises:
             ValueError: as of `Capacity`.
@@ -129,4 +150,5 @@ class CacheSettings:
             page_size=self.page_size or (128 if device.type == "cuda" else 16),
             pages=self.pages,
             kv_dtype=KV_DTYPES[self.dtype],
+            share=self.shares(states=states),
         )

@@ -139,7 +139,7 @@ class FakeVerifier:
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         logits = self.logits(context, tree)
-        return logits, observe(self._observes, logits, context.kernels)
+        return logits, observe(self._observes, logits, {}, context.kernels)
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
         pass

@@ -1,6 +1,7 @@
 """The verifier: one forward pass of the target over all nodes of all trees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from specdec.cache import PagedKVCache
 from specdec.cached_model import CachedModel, Join
 from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
-from specdec.observation import Observation, Observes, observe
+from specdec.models.states import States
+from specdec.observation import Observation, Observes, Tap, observe
 from specdec.protocols import StepContext
 from specdec.request import Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
@@ -46,27 +48,35 @@ class TreeVerifier:
     ) -> list[Decoding]:
         kernels = self.kernels.on(self.device)
 
-        def see(rows: Tensor, tokens: Tensor, length: Tensor, logits: Tensor) -> None:
-            read(rows, tokens, length, observe(self._observes, logits, kernels))
+        asked = self._observes
 
-        return self.target.start(sequences, join, see if self._observes.prompts else None)
+        def see(
+            rows: Tensor,
+            tokens: Tensor,
+            length: Tensor,
+            logits: Tensor | None,
+            states: Mapping[Tap, Tensor],
+        ) -> None:
+            read(rows, tokens, length, observe(asked, logits, states, kernels))
+
+        if not asked.prompts:
+            return self.target.start(sequences, join)
+        return self.target.start(sequences, join, see, logits=asked.tokens > 0, taps=asked.taps)
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         """Logits by tree attention (SpecInfer, Miao et al. 2024, section 4)."""
         structure = context.kernels.tree_structure(tree.parents)
         lm, begun = self.target.lm, tree.begun
         where = (self.cache, context.rows)
+        states = States(self._observes.taps)
+        how: dict[str, Any] = {"ancestors": structure.ancestors, "states": states}
         if begun is None:
-            logits = lm.forward(
-                *where, tree.tokens, structure.depths, ancestors=structure.ancestors
-            )
+            logits = lm.forward(*where, tree.tokens, structure.depths, **how)
         else:
             rest = range(begun.layers, lm.layers)
-            logits, _ = lm.forward_layers(
-                *where, begun.hidden, structure.depths, rest, ancestors=structure.ancestors
-            )
+            logits, _ = lm.forward_layers(*where, begun.hidden, structure.depths, rest, **how)
         assert logits is not None
-        return logits, observe(self._observes, logits, context.kernels)
+        return logits, observe(self._observes, logits, states.found, context.kernels)
 
     def commit(self, context: StepContext, acceptance: Acceptance) -> None:
         self.target.cache.append(context.rows, acceptance.path, acceptance.length)

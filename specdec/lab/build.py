@@ -280,6 +280,21 @@ def imported(setting: str, target: Any) -> Any:
 def _prefers_sampling(setting: str, settings: Any) -> bool:
     """Whether children are best drawn from its probabilities: from those of all parts of a
     composition."""
+    return all(kind.sampled_children for kind in _kinds(setting, settings))
+
+
+def shares_pages(settings: Settings) -> bool:
+    """Whether sequences of a run share pages.
+
+    Raises:
+        ValueError: they are to, and the drafter reads hidden states.
+    """
+    kinds = _kinds("drafter", group_of(settings, "drafter"))
+    return cache_of(settings).shares(states=any(kind.reads_states for kind in kinds))
+
+
+def _kinds(setting: str, settings: Any) -> list[type[Drafter]]:
+    """The class of a drafter; of a composition those of its parts."""
     kind, _ = _class_of(setting, settings)
     hints = get_type_hints(kind.__init__)
     parts = {
@@ -288,9 +303,8 @@ def _prefers_sampling(setting: str, settings: Any) -> bool:
         if hints.get(name) == PARTS
         for part, value in _parts(f"{setting}.{name}", settings[name]).items()
     }
-    if parts:
-        return all(_prefers_sampling(*part) for part in parts.items())
-    return kind.sampled_children
+    found = [one for part in parts.items() for one in _kinds(*part)]
+    return found if parts else [kind]
 
 
 def _parts(setting: str, parts: Any) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ Built by `run.py` from settings, or by hand from Python.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,7 +91,10 @@ class Experiment:
             strings = stop_strings_of(config, sampling)
         self._ends = StopStrings(strings, self.target.tokenizer) if strings else None
         self.capacity = self.cache.capacity(
-            rows=self.batch_size, max_tokens=self._longest(), device=self.target.device
+            rows=self.batch_size,
+            max_tokens=self._longest(),
+            device=self.target.device,
+            states=self.method.drafter.reads_states,
         )
         check_memory(self.target, self.method.tree, self.capacity)
 
@@ -132,6 +135,7 @@ class Experiment:
             "acceptance": self.method.rule.name,
             "tree.children": self.method.tree.children,
             "cache.page_size": self.capacity.page_size,
+            "cache.share": self.capacity.share,
             "chat_template": template_hash(target.tokenizer),
         }
 
@@ -170,9 +174,7 @@ class Experiment:
         """
         capacity = self.capacity
         if longest is not None:
-            capacity = self.cache.capacity(
-                rows=self.batch_size, max_tokens=longest, device=self.target.device
-            )
+            capacity = replace(capacity, max_tokens=longest)
         ends = (self.stop_tokens, self._ends) if stops else ((), None)
         trees = self.record.trees if method is self.method else 0  # plain ones are roots alone
         return OurSession(method, self.target, capacity, *ends, trees)

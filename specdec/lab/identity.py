@@ -25,6 +25,7 @@ NO_PART = (
 # Settings of prompts that only say how many; and where they lie. Prompts count one by one.
 GROWING = ("prompts.limit", "prompts.per_category")
 UNCOUNTED = ("prompts.path", *GROWING)
+SHARE = "cache.share"  # what it has come to: a drafter may decide it
 METHOD = ("drafter", "tree", "acceptance")  # groups that plain decoding does without
 
 
@@ -59,11 +60,11 @@ class Identity:
     @property
     def workload(self) -> str:
         """Equal for runs that can be compared."""
-        return digest(self._parts((*METHOD, "seed")))
+        return digest(self._parts((*METHOD, "seed", SHARE)))
 
     def _parts(self, without: Sequence[str]) -> list[dict[str, Any]]:
         return [
-            {name: v for name, v in part.items() if name.split(".")[0] not in without}
+            {n: v for n, v in part.items() if not {n, n.split(".")[0]} & set(without)}
             for part in (self.settings, self.contents)
         ]
 
@@ -88,9 +89,13 @@ class Identity:
 
 
 def identity_of(
-    settings: Mapping[str, Any], prompts: Sequence[Prompt], placement: Placement
+    settings: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    placement: Placement,
+    *,
+    share: bool = True,
 ) -> Identity:
-    """Of a run that is not loaded yet.
+    """Of a run that is not loaded yet, whose sequences share pages or do not.
 
     Raises:
         ValueError: a file that settings name cannot be read.
@@ -105,6 +110,7 @@ def identity_of(
         "device": placement.device.type,
         "dtype": str(placement.dtype).removeprefix("torch."),
         "kernels.impl": placement.kernels.impl,
+        SHARE: share,
     }
     marks = {str(prompt.index): digest(asdict(prompt)) for prompt in prompts}
     return Identity(

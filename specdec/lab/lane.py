@@ -110,8 +110,8 @@ class Lane:
             return self._session
         of = self._experiment
         session = of.session(self.method)
-        for name, note in self.method.tree.notes.items():
-            tell(self.live.console, f"tree.{name}: {note}")
+        for name, note in self.method.notes.items():
+            tell(self.live.console, f"{name}: {note}")
         first = of.prompts[0]
         ids = encode(of.target.tokenizer, first, chat=of.chat)
         try:

@@ -63,6 +63,13 @@ class Method:
         lossy = self.rule.lossy(self.tree.children, self.sampling)
         return {"lossy": True} if lossy else {}
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What drafter and tree policy have to say of themselves, by setting; of the latter once
+        it is fitted."""
+        tree = {f"tree.{name}": note for name, note in self.tree.notes.items()}
+        return {**self.drafter.notes, **tree}
+
     def load(self, target: "PagedLM", models: "Models") -> None:
         """Load what the drafter needs; once, before `decoder`."""
         self.drafter.load(target, models)

@@ -15,6 +15,7 @@ from specdec.lab.build import (
     cache_of,
     method_of,
     placement_of,
+    shares_pages,
 )
 from specdec.lab.experiment import Experiment, stop_tokens
 from specdec.lab.identity import GROWING, Identity, identity_of
@@ -182,7 +183,7 @@ def _checked(settings: Settings, console: Console) -> Checked:
         path=path,
         record=record_of(settings),
         asked=asked,
-        identity=identity_of(settings, asked["prompts"], placement),
+        identity=identity_of(settings, asked["prompts"], placement, share=shares_pages(settings)),
     )
 
 
@@ -236,6 +237,12 @@ def _experiment(checked: Checked, console: Console) -> Experiment:
     if fit.told:
         tell(console, fit.told)
     method.load(target, models)
+    if method.drafter.reads_states and cache_of(settings).share is None:
+        tell(
+            console,
+            f"cache.share: {method.drafter_name} reads hidden states of whole prompts, so prompts "
+            f"share no pages, neither here nor in plain decoding",
+        )
     return Experiment(
         target=target,
         method=method,

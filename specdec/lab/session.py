@@ -98,7 +98,7 @@ class OurSession:
         )
 
     def notes(self) -> dict[str, Any]:
-        graphs, chosen = self.decoder.graphs, dict(self.method.tree.notes)
+        graphs, chosen = self.decoder.graphs, dict(self.method.notes)
         return {
             "graphs": {"counts": graphs.counts, "obstacle": graphs.obstacle},
             **({"chosen_by": chosen} if chosen else {}),

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from specdec.lab.attempt import attempt, gpu_name
 from specdec.lab.baselines import SharedBaseline
+from specdec.lab.build import shares_pages
 from specdec.lab.course import Course
 from specdec.lab.fingerprints import digest
 from specdec.lab.identity import METHOD, NO_PART
@@ -48,10 +49,12 @@ class Turn:
         """Equal for jobs of the same plain decoding; empty of one that will be refused."""
         try:
             settings = self.settings
+            shared = shares_pages(settings)
         except ValueError:
             return ""
         without = (*NO_PART, *METHOD)
-        return digest({name: v for name, v in settings.items() if name not in without})
+        kept = {name: v for name, v in settings.items() if name not in without}
+        return digest([kept, shared])
 
 
 def launch(

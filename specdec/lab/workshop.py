@@ -112,7 +112,10 @@ class Workshop:
         """
         made = self.method(method) if isinstance(method, str) else method
         capacity = cache_of(self._settings).capacity(
-            rows=rows, max_tokens=longest, device=self.target.device
+            rows=rows,
+            max_tokens=longest,
+            device=self.target.device,
+            states=made.drafter.reads_states,
         )
         return OurSession(made, self.target, capacity)
 

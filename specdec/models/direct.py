@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from specdec.models.forward import ForwardPass
+from specdec.models.states import States
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 POSITIONS_AT_ONCE = 4096  # of the tables of angles, which grow by as many
 Logits = Literal["all", "none"]
+Turns = tuple[Tensor, Tensor]
+"""Cosine and sine [B, N, D] of the rotary angles of nodes."""
 
 
 def can_run_directly(model: Any) -> bool:
@@ -48,7 +51,7 @@ class DirectModel:
     Args:
         model: the transformers model.
         windows: sliding window of each layer, None for full attention.
-        positions: how many the model has; `reach` says how many of them are used.
+        positions: how many the model has.
         kernels: the module that computes, `specdec.kernels.reference` or `gpu`.
     """
 
@@ -62,29 +65,18 @@ class DirectModel:
         self.norm: Tensor = base.norm.weight
         self.eps: float = base.norm.variance_epsilon
         self.layers = [
-            _Layer(layer, window, kernels)
+            Layer(layer, window, kernels)
             for layer, window in zip(base.layers, windows, strict=True)
         ]
-        self._rotary, self._positions = base.rotary_emb, positions
-        self.cos = self.sin = self.embedding.new_empty(0, 0)  # [positions so far, D]
-        self._outgrown: list[Tensor] = []
-
-    def reach(self, positions: int) -> None:
-        """Make the tables of angles long enough for so many positions, or all the model has: a
-        configuration may state millions, and a run needs those of its longest sequence.
-
-        Tables that were too short are kept on a GPU: graphs captured over them go on using them.
-        """
-        have, wanted = len(self.cos), min(positions, self._positions)
-        if have >= wanted:
-            return
-        if have and self.cos.is_cuda:
-            self._outgrown += [self.cos, self.sin]
-        end = min(-(-wanted // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, self._positions)
-        self.cos, self.sin = _angles(self._rotary, self.embedding, end)
+        self.angles = Angles(base.rotary_emb, positions, self.embedding)
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, paged: ForwardPass, logits: Logits | Tensor
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        paged: ForwardPass,
+        logits: Logits | Tensor,
+        states: States | None = None,
     ) -> Tensor | None:
         """What `model(...)` computes.
 
@@ -92,35 +84,47 @@ class DirectModel:
             tokens, positions: [B, N] int64.
             paged: keys, values and attention.
             logits: of all nodes, of none, or of the nodes [B] int64.
+            states: what is to be kept on the way.
 
         Returns:
             [B, N, V], None or [B, V].
         """
-        _, normal = self.through(tokens, positions, paged, range(len(self.layers)))
+        _, normal = self.through(tokens, positions, paged, range(len(self.layers)), states)
         return self.logits(normal, logits)
 
     def through(
-        self, nodes: Tensor, positions: Tensor, paged: ForwardPass, layers: range
+        self,
+        nodes: Tensor,
+        positions: Tensor,
+        paged: ForwardPass,
+        layers: range,
+        states: States | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Some layers, one after the other.
 
         Args:
             nodes: [B, N] int64 tokens, or [B, N, H] hidden states after the layers before.
             positions: [B, N] int64.
+            states: as in `__call__`.
 
         Returns:
             [B, N, H] hidden states, and what the final norm makes of them.
         """
-        cos, sin = self.cos[positions], self.sin[positions]  # [B, N, D]
+        angles = self.angles.at(positions)
         if not nodes.is_floating_point():
             nodes = nn.functional.embedding(nodes, self.embedding)
         hidden = nodes.flatten(0, 1)  # [B * N, H]
+        states = states or States()
         parts, bias = None, None
         for index in layers:
             layer = self.layers[index]
-            hidden, parts = layer(index, hidden, parts, bias, cos, sin, paged)
+            hidden, normal = layer.enter(hidden, parts, bias)
+            states.keep(index, hidden, nodes)
+            hidden, parts = layer(index, hidden, normal, angles, paged)
             bias = layer.down_bias
         hidden, normal = self.kernels.add_norm(hidden, parts, self.norm, self.eps, bias)
+        states.keep(layers.stop, hidden, nodes)
+        states.keep("normal", normal, nodes)
         return hidden.view_as(nodes), normal.view_as(nodes)
 
     def logits(self, normal: Tensor, which: Logits | Tensor) -> Tensor | None:
@@ -137,47 +141,60 @@ class DirectModel:
         return every.view(batch, nodes, -1)
 
 
-class _Layer:
+class Layer:
+    """A decoder layer of transformers' Llama kind, whose projections of one input are joined.
+
+    Args:
+        layer: with or without a norm of its input.
+        window: of its attention, None for all.
+        kernels: the module that computes.
+    """
+
     def __init__(self, layer: Any, window: int | None, kernels: ModuleType) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.kernels, self.window = kernels, window
         self.scale: float = attention.scaling
         self.query_heads = attention.q_proj.out_features // attention.head_dim
         self.qkv, self.qkv_bias = _join(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.query_norm, self.key_norm = (
-            getattr(getattr(attention, name, None), "weight", None)
-            for name in ("q_norm", "k_norm")
-        )
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.query_norm, self.key_norm = (getattr(norm, "weight", None) for norm in norms)
+        self.head_eps: float = getattr(norms[0], "variance_epsilon", 0.0)
         self.output: Tensor = attention.o_proj.weight
         self.output_bias: Tensor | None = attention.o_proj.bias
         self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
         self.down: Tensor = mlp.down_proj.weight
         self.down_bias: Tensor | None = mlp.down_proj.bias
-        self.norms: tuple[Tensor, Tensor] = (
-            layer.input_layernorm.weight,
-            layer.post_attention_layernorm.weight,
+        self.input_norm, self.inner_norm = layer.input_layernorm, layer.post_attention_layernorm
+
+    def enter(
+        self, hidden: Tensor, parts: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the layer before has left, as in `reference.add_norm`: the residual stream
+        [B * N, H], and what attention reads."""
+        norm = self.input_norm
+        entered: tuple[Tensor, Tensor] = self.kernels.add_norm(
+            hidden, parts, norm.weight, norm.variance_epsilon, bias
         )
-        self.eps: float = layer.input_layernorm.variance_epsilon
+        return entered
 
     def __call__(
-        self,
-        index: int,
-        hidden: Tensor,
-        parts: Tensor | None,
-        bias: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        paged: ForwardPass,
+        self, index: int, hidden: Tensor, inputs: Tensor, angles: Turns, paged: ForwardPass
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream [B * N, H] and what is still to be added to it, parts [S, B * N, H]
-        and bias [H]; to the same after this layer."""
-        do, eps = self.kernels, self.eps
+        """Attention and MLP.
+
+        Args:
+            hidden: [B * N, H], the residual stream.
+            inputs: [B * N, I], what attention reads.
+
+        Returns:
+            (residual stream; what is still to be added to it, parts [S, B * N, H], with
+            `down_bias` [H].)
+        """
+        do, norm = self.kernels, self.inner_norm
         keys, values, first = paged.scratch(index)
-        hidden, normal = do.add_norm(hidden, parts, self.norms[0], eps, bias)
         query = do.rotate_and_write(
-            do.linear(normal, self.qkv),
-            cos,
-            sin,
+            do.linear(inputs, self.qkv),
+            *angles,
             keys,
             values,
             first,
@@ -185,26 +202,55 @@ class _Layer:
             bias=self.qkv_bias,
             query_norm=self.query_norm,
             key_norm=self.key_norm,
-            eps=eps,
+            eps=self.head_eps,
             stored=paged.stored,
         )
         seen = paged.attend(
             index, query, scale=self.scale, window=self.window, softcap=None, sinks=None
         )
         parts = do.linear(seen.flatten(0, 1).flatten(1), self.output)
-        hidden, normal = do.add_norm(hidden, parts, self.norms[1], eps, self.output_bias)
+        hidden, normal = do.add_norm(
+            hidden, parts, norm.weight, norm.variance_epsilon, self.output_bias
+        )
         return hidden, do.linear(do.gated_linear(normal, self.gate_up), self.down)
 
 
-def _angles(rotary: Any, like: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles [positions, D] in the type of the model, by its own
-    module."""
-    tables = []
-    for start in range(0, positions, POSITIONS_AT_ONCE):
-        chosen = torch.arange(start, min(start + POSITIONS_AT_ONCE, positions), device=like.device)
-        tables.append(rotary(like, position_ids=chosen[None]))
-    cos, sin = (torch.cat(parts, dim=1)[0] for parts in zip(*tables, strict=True))
-    return cos, sin
+class Angles:
+    """Cosine and sine of rotary angles, by position.
+
+    Args:
+        rotary: the model's own module that computes them.
+        positions: how many the model has; `reach` says how many of them are used.
+        like: of the type and on the device that they are needed in.
+    """
+
+    def __init__(self, rotary: Any, positions: int, like: Tensor) -> None:
+        self._rotary, self._positions, self._like = rotary, positions, like
+        self.cos = self.sin = like.new_empty(0, 0)  # [positions so far, D]
+        self._outgrown: list[Tensor] = []
+
+    def reach(self, positions: int) -> None:
+        """Make the tables long enough for so many positions, or all the model has: a configuration
+        may state millions, and a run needs those of its longest sequence.
+
+        Tables that were too short are kept on a GPU: graphs captured over them go on using them.
+        """
+        have, wanted = len(self.cos), min(positions, self._positions)
+        if have >= wanted:
+            return
+        if have and self.cos.is_cuda:
+            self._outgrown += [self.cos, self.sin]
+        end = min(-(-wanted // POSITIONS_AT_ONCE) * POSITIONS_AT_ONCE, self._positions)
+        tables = []
+        for start in range(0, end, POSITIONS_AT_ONCE):
+            stop = min(start + POSITIONS_AT_ONCE, end)
+            chosen = torch.arange(start, stop, device=self._like.device)
+            tables.append(self._rotary(self._like, position_ids=chosen[None]))
+        self.cos, self.sin = (torch.cat(part, dim=1)[0] for part in zip(*tables, strict=True))
+
+    def at(self, positions: Tensor) -> Turns:
+        """[B, N, D] each."""
+        return self.cos[positions], self.sin[positions]
 
 
 @torch.inference_mode(False)

@@ -76,6 +76,42 @@ def passes(
     )
 
 
+def layout_of(
+    cache: PagedKVCache,
+    rows: Tensor,
+    offsets: Tensor,
+    ancestors: Tensor | None,
+    first: int,
+    key_offsets: Tensor | None,
+    *,
+    positions: int,
+    looks: bool,
+) -> TreeLayout:
+    """Who sees whom, for new nodes at these offsets; there is room for them in the scratch.
+
+    Args:
+        rows, offsets, ancestors, first, key_offsets: as in `PagedLM.forward`.
+        positions: how many the model has.
+        looks: whether the host may look at results for free.
+    """
+    lengths = cache.lengths.index_select(0, rows)
+    # A bound of what is read; the reference gathers that much, and is better off with less.
+    longest = int(lengths.max()) if looks else cache.max_tokens
+    # Draft nodes past the end of the context are never kept; they must not reach positions the
+    # model does not have.
+    places = (lengths[:, None] + offsets).clamp(max=positions - 1)
+    cache.scratch(len(rows), first + offsets.shape[1])
+    return TreeLayout(
+        page_table=cache.page_table.index_select(0, rows),
+        context_lens=lengths,
+        max_context=longest,
+        positions=places,
+        key_positions=places if key_offsets is None else lengths[:, None] + key_offsets,
+        first=first,
+        ancestors=ancestors,
+    )
+
+
 class GatheredPass:
     """Attention of the reference over keys and values that lie together: context, then tree."""
 

@@ -1,7 +1,7 @@
 """PagedLM: a transformers causal LM over a paged cache."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from specdec.cache import PagedKVCache
 from specdec.kernels.choose import AUTO, Kernels
 from specdec.kernels.layout import TreeLayout
 from specdec.models.direct import FAMILIES, Logits
-from specdec.models.forward import passes
+from specdec.models.forward import layout_of, passes
 from specdec.models.hook import NotFiniteError, UnsupportedError
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config, max_context, probe
+from specdec.models.states import States, layers_of
+from specdec.observation import Tap
 
-See = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+See = Callable[[Tensor, Tensor, Tensor, Tensor | None, Mapping[Tap, Tensor]], None]
 PREFILL_STEP = 16  # a prompt is padded to a multiple of this on a GPU
 
 
@@ -96,6 +98,20 @@ class PagedLM:
                 f"a target of {', '.join(FAMILIES)} with plain linear layers, or another drafter"
             )
 
+    def check_taps(self, taps: Collection[Tap], setting: str) -> None:
+        """Raise ValueError, naming the setting, unless it has these states to show."""
+        beyond = [tap for tap in taps if tap != "normal" and not 0 <= tap <= self.layers]
+        if beyond:
+            raise ValueError(
+                f"{setting}: reads the state after layer {beyond[0]}, and {self.name} has "
+                f"{self.layers}; give layers from 0 (the embedding) to {self.layers}, or normal"
+            )
+        if self._direct is None and taps:
+            try:
+                layers_of(self.model)
+            except ValueError as error:
+                raise ValueError(f"{setting}: its hidden states cannot be read: {error}") from None
+
     # Running
 
     def new_cache(
@@ -132,6 +148,7 @@ class PagedLM:
         first: int = 0,
         key_offsets: Tensor | None = None,
         logits: Logits | Tensor = "all",
+        states: States | None = None,
     ) -> Tensor | None:
         """One pass over draft nodes; their keys and values go to scratch rows first .. first + N -
         1.
@@ -148,6 +165,7 @@ class PagedLM:
             first: scratch row of node 0; rows before it were filled by earlier passes.
             key_offsets: [B, first + N], offsets of all scratch rows; None if `first` is 0.
             logits: of all nodes, of none, or of node [B] int64 of each sequence.
+            states: what is to be kept on the way.
 
         Returns:
             [B, N, V], None or [B, V].
@@ -157,16 +175,16 @@ class PagedLM:
         paged = self._begin(cache, layout, range(self.layers))
         out: Tensor | None = None
         if self._direct is not None:
-            out = self._direct(tokens, layout.positions, paged, logits)
+            out = self._direct(tokens, layout.positions, paged, logits, states)
         else:
             inputs = {"input_ids": tokens, "position_ids": layout.positions, "use_cache": False}
-            if isinstance(logits, str) and logits == "none":
-                self.model.base_model(**inputs, paged=paged)
-            else:
-                every: Tensor = self.model(**inputs, paged=paged).logits
-                out = every
-                if isinstance(logits, Tensor):
-                    out = every[torch.arange(len(rows), device=self.device), logits]
+            with (states or States()).of(self.model):
+                if isinstance(logits, str) and logits == "none":
+                    self.model.base_model(**inputs, paged=paged)
+                else:
+                    out = self.model(**inputs, paged=paged).logits
+            if out is not None and isinstance(logits, Tensor):
+                out = out[torch.arange(len(rows), device=self.device), logits]
         paged.store()
         return out
 
@@ -183,6 +201,7 @@ class PagedLM:
         first: int = 0,
         key_offsets: Tensor | None = None,
         logits: Logits = "all",
+        states: States | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """As `forward`, through some layers alone, whose keys and values go to the scratch.
 
@@ -199,7 +218,7 @@ class PagedLM:
         assert self._direct is not None
         layout = self._layout(cache, rows, offsets, ancestors, first, key_offsets)
         paged = self._begin(cache, layout, layers)
-        hidden, normal = self._direct.through(nodes, layout.positions, paged, layers)
+        hidden, normal = self._direct.through(nodes, layout.positions, paged, layers, states)
         paged.store()
         return self._direct.logits(normal, logits), hidden
 
@@ -212,25 +231,19 @@ class PagedLM:
         first: int,
         key_offsets: Tensor | None,
     ) -> TreeLayout:
-        """Who sees whom, for new nodes at these offsets; there is room for them in the scratch."""
-        lengths = cache.lengths.index_select(0, rows)
-        # A bound of what is read; the reference gathers that much, and is better off with less.
-        longest = int(lengths.max()) if self._kernels.LOOKS else cache.max_tokens
-        # Draft nodes past the end of the context are never kept; they must not reach positions the
-        # model does not have.
-        positions = (lengths[:, None] + offsets).clamp(max=self.max_context - 1)
-        nodes = first + offsets.shape[1]
-        cache.scratch(len(rows), nodes)
+        """As `layout_of`, for this model."""
         if self._direct is not None:
-            self._direct.reach(cache.pages_for(cache.max_tokens) * cache.page_size + nodes)
-        return TreeLayout(
-            page_table=cache.page_table.index_select(0, rows),
-            context_lens=lengths,
-            max_context=longest,
-            positions=positions,
-            key_positions=positions if key_offsets is None else lengths[:, None] + key_offsets,
-            first=first,
-            ancestors=ancestors,
+            nodes = first + offsets.shape[1]
+            self._direct.angles.reach(cache.pages_for(cache.max_tokens) * cache.page_size + nodes)
+        return layout_of(
+            cache,
+            rows,
+            offsets,
+            ancestors,
+            first,
+            key_offsets,
+            positions=self.max_context,
+            looks=self.looks,
         )
 
     def append(self, cache: PagedKVCache, rows: Tensor, tokens: Tensor, length: Tensor) -> Tensor:
@@ -253,7 +266,7 @@ class PagedLM:
     ) -> Tensor:
         """Append tokens to each row and commit them: [B, V] logits after the last token of
         each."""
-        logits = self._extend(cache, rows, tokens, last=True)
+        *_, logits = self._extend(cache, rows, tokens, logits="last")
         assert logits is not None
         return logits
 
@@ -265,19 +278,37 @@ class PagedLM:
         *,
         chunk: int = 512,
         see: See | None = None,
+        logits: bool = True,
+        taps: Collection[Tap] = (),
     ) -> None:
         """Append any number of tokens to each row, `chunk` at a time; a row may have none.
 
         Args:
             see: called after each chunk, with its rows [B], tokens [B, N], how many of them count
-                [B], and the logits [B, N, V] after them.
+                [B], if it wants `logits` those [B, N, V] after them, and the states [B, N, H] of
+                `taps`.
         """
         for start in range(0, max(map(len, tokens), default=0), chunk):
             parts = {
                 row: part[start : start + chunk] for row, part in zip(rows, tokens, strict=True)
             }
             parts = {row: part for row, part in parts.items() if part}
-            self._extend(cache, list(parts), list(parts.values()), see=see)
+            states = States(taps if see is not None else ())
+            padded, length, out = self._extend(
+                cache,
+                list(parts),
+                list(parts.values()),
+                logits="all" if see is not None and logits else "none",
+                states=states,
+            )
+            if see is not None:
+                see(
+                    torch.tensor(list(parts), device=self.device),
+                    padded,
+                    length,
+                    out,
+                    states.found,
+                )
 
     def _extend(
         self,
@@ -285,9 +316,11 @@ class PagedLM:
         rows: Sequence[int],
         tokens: Sequence[Sequence[int]],
         *,
-        last: bool = False,
-        see: See | None = None,
-    ) -> Tensor | None:
+        logits: Logits | Literal["last"],
+        states: States | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append and commit: the tokens, padded to [B, N], how many of them count [B], and the
+        logits of all, of none, or [B, V] of the last of each."""
         sizes = [len(part) for part in tokens]
         width = max(sizes)
         if not self._kernels.LOOKS:  # few sizes, so that few kernels are compiled
@@ -297,10 +330,8 @@ class PagedLM:
         )
         chain = torch.arange(width, device=self.device).expand(len(rows), -1)
         length = torch.tensor(sizes, device=self.device)
+        which = length - 1 if logits == "last" else logits
         with cache.scratch_apart(len(rows), width):
-            which: Logits | Tensor = length - 1 if last else "none" if see is None else "all"
-            out = self.forward(cache, rows, padded, chain, logits=which)
+            out = self.forward(cache, rows, padded, chain, logits=which, states=states)
             cache.commit(rows, None, length)
-        if see is not None and out is not None:
-            see(torch.tensor(rows, device=self.device), padded, length, out)
-        return out
+        return padded, length, out

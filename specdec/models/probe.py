@@ -125,7 +125,7 @@ def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, Dir
         return shape, None
     windows = [_narrow(found.windows[layer], positions) for layer in range(shape.layers)]
     direct = DirectModel(model, windows, positions, kernels)
-    direct.reach(PROBE_TOKENS)
+    direct.angles.reach(PROBE_TOKENS)
     there = Probe(shape).provide(direct.embedding)
     out = direct(tokens, places, there, "all")
     agrees = out is not None and _distance(out.float(), ours) <= bound

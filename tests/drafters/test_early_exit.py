@@ -15,7 +15,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
-from specdec.models.direct import _Layer
+from specdec.models.direct import Layer
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
@@ -56,9 +56,9 @@ def test_a_verified_node_costs_each_layer_once(
     """Rows through every layer, counted where the layers are called."""
     rows = [0] * target.layers
     nodes = dropped = 0
-    call, end = _Layer.__call__, EarlyExit.end
+    call, end = Layer.__call__, EarlyExit.end
 
-    def counted(self: _Layer, index: int, hidden: torch.Tensor, *rest: Any) -> Any:
+    def counted(self: Layer, index: int, hidden: torch.Tensor, *rest: Any) -> Any:
         rows[index] += len(hidden)
         return call(self, index, hidden, *rest)
 
@@ -71,7 +71,7 @@ def test_a_verified_node_costs_each_layer_once(
 
     decoder = decoder_of(target, EarlyExit(exit_layer=exit_layer), tree)
     plain = outputs(decoder_of(target, NoDrafter()), target)
-    monkeypatch.setattr(_Layer, "__call__", counted)
+    monkeypatch.setattr(Layer, "__call__", counted)
     prompts = sum(len(target.tokenizer(text).input_ids) - 1 for text in TEXTS)
     monkeypatch.setattr(EarlyExit, "end", ended)
     assert outputs(decoder, target) == plain

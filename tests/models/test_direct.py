@@ -35,26 +35,26 @@ def test_tables_of_angles_are_as_long_as_the_run_not_as_the_configuration() -> N
     assert lm.max_context == 4_194_304
     for ours, expected in paged_and_own(lm, own):
         assert error(ours, expected) < FLOAT32_ROUNDING
-    assert len(lm._direct.cos) == len(lm._direct.sin) == POSITIONS_AT_ONCE
-    before = lm._direct.cos.clone()
+    assert len(lm._direct.angles.cos) == len(lm._direct.angles.sin) == POSITIONS_AT_ONCE
+    before = lm._direct.angles.cos.clone()
     chain = torch.arange(3)[None]
     for tokens, rows in ((4090, 1), (4094, 2), (100, 2)):  # 4090 + 3 + what fills the last page
         cache = lm.new_cache(rows=1, pages=1100, page_size=4, max_tokens=tokens)
         cache.open(0, tokens=8)
         lm.forward(cache, [0], chain, chain)
-        assert len(lm._direct.cos) == rows * POSITIONS_AT_ONCE
+        assert len(lm._direct.angles.cos) == rows * POSITIONS_AT_ONCE
     places = torch.arange(2 * POSITIONS_AT_ONCE)[None]
     cos, sin = own.base_model.rotary_emb(own.lm_head.weight, position_ids=places)
-    assert torch.equal(lm._direct.cos, cos[0])
-    assert torch.equal(lm._direct.sin, sin[0])
-    assert torch.equal(lm._direct.cos[:POSITIONS_AT_ONCE], before)
+    assert torch.equal(lm._direct.angles.cos, cos[0])
+    assert torch.equal(lm._direct.angles.sin, sin[0])
+    assert torch.equal(lm._direct.angles.cos[:POSITIONS_AT_ONCE], before)
 
 
 def test_tables_of_angles_end_where_the_model_does() -> None:
     lm = PagedLM(tiny("llama", max_position_embeddings=100))
     assert lm._direct is not None
-    lm._direct.reach(10**9)
-    assert len(lm._direct.cos) == 100
+    lm._direct.angles.reach(10**9)
+    assert len(lm._direct.angles.cos) == 100
 
 
 @pytest.mark.slow
