@@ -101,7 +101,7 @@ def load_head(
     _fill(head, files, layout, host)
     if names is not None:
         head.names = names.to(host.device)
-    head.description = _describe(head, layout, host)  # type: ignore[assignment]
+    head.description = _describe(head, layout, host)
     return head.eval().requires_grad_(False)
 
 

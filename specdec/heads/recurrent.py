@@ -107,9 +107,11 @@ class RecurrentHead(nn.Module):
         drafts: tokens it may draft, the first so many of its output head's; fewer than VD where
             the rest is padding.
         kernels: the module that computes norms.
+        description: a line for the start of a run; of a head that was loaded.
     """
 
     names: Tensor | None
+    description: str = ""
     layers: Any  # nn.ModuleList of transformers' decoder layers
 
     def __init__(self, config: HeadConfig) -> None:
