@@ -106,10 +106,12 @@ class RecurrentHead(nn.Module):
         names: [VD] int64, the target's id of each token it can name, ascending; None: the same.
         drafts: tokens it may draft, the first so many of its output head's; fewer than VD where
             the rest is padding.
+        blind: a dimension of the target's states that it takes for zero; None: it sees all.
         kernels: the module that computes norms.
         description: a line for the start of a run; of a head that was loaded.
     """
 
+    blind: int | None = None
     names: Tensor | None
     description: str = ""
     layers: Any  # nn.ModuleList of transformers' decoder layers
@@ -145,6 +147,14 @@ class RecurrentHead(nn.Module):
     def fuse(self, states: Tensor) -> Tensor:
         """The feature [..., D] that the target's states [..., taps * H], joined, are to it."""
         raise NotImplementedError
+
+    def seen(self, states: Tensor) -> Tensor:
+        """States [..., taps * H], joined, without what it is blind to."""
+        if self.blind is None:
+            return states
+        states = states.clone()
+        states.unflatten(-1, (-1, self.config.state_size))[..., self.blind].zero_()
+        return states
 
     def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """What goes into a layer.
@@ -218,6 +228,7 @@ class Eagle3Head(RecurrentHead):
         return layer
 
     def fuse(self, states: Tensor) -> Tensor:
+        states = self.seen(states)
         if self.config.fc_norm:
             pieces = states.split(self.config.state_size, dim=-1)
             normed = [
@@ -267,7 +278,7 @@ class EagleHead(RecurrentHead):
         return layer
 
     def fuse(self, states: Tensor) -> Tensor:
-        return states
+        return self.seen(states)
 
     def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layers[index]

@@ -10,7 +10,7 @@ from specdec.models.hook import UnsupportedError
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config
-from specdec.models.standin import named_shape, standin
+from specdec.models.standin import Widening, named_shape, standin
 from specdec.models.weights import (
     BrokenFilesError,
     check_files,
@@ -55,7 +55,8 @@ def load_model(path: str, placement: Placement = CPU, *, setting: str = "path") 
         check_files(source, name, complete=True)
         large = standin(source, shape, device=device, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        return PagedLM(large, tokenizer, name=name, kernels=kernels)
+        widening = Widening(small=AutoConfig.from_pretrained(source), shape=shape)
+        return PagedLM(large, tokenizer, name=name, kernels=kernels, standin=widening)
     where = find_model(path, setting=setting)
     model, tokenizer = _load_files(where, placement, name)
     return PagedLM(model, tokenizer, name=name, kernels=kernels)

@@ -14,6 +14,7 @@ from specdec.models.forward import layout_of, passes
 from specdec.models.hook import NotFiniteError, UnsupportedError
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config, max_context, probe
+from specdec.models.standin import Widening
 from specdec.models.states import States, layers_of
 from specdec.observation import Tap
 
@@ -29,6 +30,7 @@ class PagedLM:
         tokenizer: its tokenizer, None if token ids are all that is needed.
         name: what error messages and records call it.
         kernels: which implementation computes its attention and moves its keys and values.
+        standin: of a stand-in, how it was made.
 
     Raises:
         ValueError: the model cannot run over a paged cache, the message names its architecture and
@@ -42,10 +44,10 @@ class PagedLM:
         *,
         name: str = "model",
         kernels: Kernels = AUTO,
+        standin: Widening | None = None,
     ) -> None:
         self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.name = name
+        self.tokenizer, self.name, self.standin = tokenizer, name, standin
         self.placement = Placement(device=model.device, dtype=model.dtype, kernels=kernels)
         self.device, self.dtype = self.placement.device, self.placement.dtype
         self.kernels = self.placement.kernels

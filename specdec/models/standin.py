@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec.models.placement import free_memory
+from specdec.observation import Tap
 
 MAX_POSITIONS = 131_072  # rotary angles are the small model's; it was trained on shorter contexts
 RANDOM_STD = 0.02
@@ -97,6 +98,30 @@ SHAPES = {
     ),
 }
 ZOO_BY_HEAD_DIM = {128: "target", 64: "draft"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widening:
+    """How a stand-in was made, for what was trained on its small model.
+
+    Args:
+        small: configuration of the small model.
+        shape: sizes of the large one.
+    """
+
+    small: Any
+    shape: Shape
+
+    @property
+    def constant(self) -> float:
+        """What hidden states hold in their dimension number `small.hidden_size`."""
+        return _constant(self.small)
+
+    def tap(self, tap: Tap) -> Tap:
+        """Where the large model has a state of the small one."""
+        if isinstance(tap, str):
+            return tap
+        return tap * self.shape.num_hidden_layers // int(self.small.num_hidden_layers)
 
 
 def named_shape(name: str, setting: str = "path") -> tuple[Shape, str]:
@@ -236,7 +261,7 @@ def standin(
     small = AutoModelForCausalLM.from_pretrained(source, dtype=exact).to(device)
     with torch.device("meta"):
         large = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _check_memory(sum(parameter.nbytes for parameter in large.parameters()), torch.device(device))
+    check_memory(large, "a stand-in", torch.device(device))
     large.to_empty(device=device)
     # Its frequencies are no parameters: they would have stayed empty.
     large.model.rotary_emb = small.model.rotary_emb
@@ -275,12 +300,12 @@ def _constant(source: Any) -> float:
     return float(torch.tensor(half, dtype=torch.bfloat16))
 
 
-def _check_memory(needed: int, device: torch.device) -> None:
+def check_memory(model: nn.Module, what: str, device: torch.device) -> None:
     """Raise ValueError if the weights have no room there: a CPU would find out too late."""
-    free = free_memory(device)
+    needed, free = sum(parameter.nbytes for parameter in model.parameters()), free_memory(device)
     if needed > free:
         raise ValueError(
-            f"a stand-in of {needed / 2**30:.1f} GiB does not fit the {free / 2**30:.1f} GiB of "
+            f"{what} of {needed / 2**30:.1f} GiB does not fit the {free / 2**30:.1f} GiB of "
             f"device={device}; choose a smaller one or a 16-bit dtype"
         )
 

@@ -1,0 +1,349 @@
+"""Heads of a small model, laid into its stand-in: they say what they said, at the size that
+published heads have there.
+
+A head reads the states of the target it was trained on. A stand-in (`specdec/models/standin.py`)
+has these in the first d of its D dimensions, beside a constant in dimension d and zeros in the
+rest, and after other layers. So a head can be laid into a larger one in the same way:
+
+- *What it reads.* Columns of the first d dimensions of each state are placed, and all others of
+  products that write to the head's own stream are zero; so is that of the constant, wherever no
+  norm stands between. What is left there is random, and meets zeros.
+- *Norms.* An RMS norm sees a mean square that is smaller by d / D, which its weight and its
+  epsilon make up for; where the constant is in its input, that is part of the epsilon. Hence each
+  norm has an epsilon of its own. In the state after the final norm the dimension of the constant
+  is none: a head that norms this state again is made blind to it.
+- *Heads and neurons* go where the stand-in's do; `o_proj` and `down_proj` drop the others.
+- *Vocabulary.* The output head has as many rows as published ones. Those added are random, and
+  never drafted: products are computed over all, candidates looked for in the first.
+
+Legend: d and D the width of the small target and the large one.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from specdec.heads.medusa import MedusaHeads
+from specdec.heads.recurrent import Eagle3Head, EagleHead, RecurrentHead
+from specdec.models.paged import PagedLM
+from specdec.models.standin import RANDOM_STD, Widening, check_memory, placed_heads
+
+DRAFT_VOCABULARY = 32_000  # tokens that EAGLE-3's published heads can name
+Head = TypeVar("Head", bound=nn.Module)
+Places = tuple[Tensor, Tensor]
+"""Where numbers go in a large tensor, and where they stand in the small one."""
+
+
+@torch.no_grad()
+def widen(head: Head, target: PagedLM, *, setting: str = "drafter.path", seed: int = 0) -> Head:
+    """A head of the same class for a stand-in, of one for its small model. Its parameters are made
+    in place, on the target's device and in its type; an embedding or output matrix that is the
+    small model's becomes the target's own.
+
+    Args:
+        setting: what gave the head, for error messages.
+        seed: of the random weights, whose results are dropped.
+
+    Raises:
+        ValueError: a target that is none of its small model's stand-ins, a head that does not fit
+            into the shape, or no room for it.
+    """
+    standin = target.standin
+    states = int(head.config.state_size)  # type: ignore[arg-type, union-attr]
+    if standin is None or states != standin.small.hidden_size:
+        raise ValueError(
+            f"{setting}: the head reads states of {states}, and {target.name} is no stand-in of a "
+            f"model that has such; choose the head's own target"
+        )
+    random = torch.Generator(target.device).manual_seed(seed)
+    try:
+        if isinstance(head, RecurrentHead):
+            _check_sizes(head, standin)
+            wide: Any = _recurrent(head, target, standin, random)
+        else:
+            assert isinstance(head, MedusaHeads)
+            wide = _medusa(head, target, standin, random)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
+    wide.kernels, wide.drafts, wide.names = head.kernels, head.drafts, head.names
+    made: Head = wide.eval().requires_grad_(False)
+    return made
+
+
+# Recurrent heads
+
+
+def _recurrent(
+    head: RecurrentHead, target: PagedLM, standin: Widening, random: torch.Generator
+) -> RecurrentHead:
+    embedding, output = _weights(target)
+    own = _is_small(head.embed_tokens.weight, embedding)
+    tied = isinstance(head, EagleHead) and _is_small(head.lm_head.weight, output)
+    rows = target.vocab_size if tied else _vocabulary(head.config.vocab_size, target)
+    with torch.device("meta"):
+        wide: Any = type(head)(_wide_config(head, target, standin, rows)).to(target.dtype)
+    if own:
+        del wide.embed_tokens
+    if tied:
+        del wide.lm_head
+    check_memory(wide, "a head", target.device)
+    wide.to_empty(device=target.device)
+    wide.rotary = head.rotary  # of so many numbers per head, and no parameter
+    if own:
+        wide.embed_tokens = nn.Embedding.from_pretrained(embedding)
+    else:
+        _place(wide.embed_tokens.weight, head.embed_tokens.weight)
+    if tied:
+        wide.lm_head = _linear(output)
+    else:
+        _fill(wide.lm_head, head.lm_head, random=random)
+    carried = standin.constant**2 if own else 0.0  # by embeddings, in sum of squares
+    for large, small in zip(wide.layers, head.layers, strict=True):
+        _fill_layer(large, small, standin, random)
+    if isinstance(head, Eagle3Head):
+        _fill_eagle3(wide, head, standin, carried)
+    elif isinstance(head, EagleHead):
+        _fill_eagle(wide, head, standin, carried)
+    made: RecurrentHead = wide
+    return made
+
+
+def _check_sizes(head: RecurrentHead, standin: Widening) -> None:
+    """Raise ValueError unless it fits into the shape."""
+    layer, shape = head.config.layer, standin.shape
+    size = head.layers[0].self_attn.head_dim
+    for name, mine, most in (
+        ("hidden_size", layer.hidden_size, shape.hidden_size),
+        ("intermediate_size", layer.intermediate_size, shape.intermediate_size),
+    ):
+        if mine > most:
+            raise ValueError(f"{name}={mine} of the head: must be at most the target's {most}")
+    if size != shape.head_dim:
+        raise ValueError(f"head_dim={size} of the head: must be the target's {shape.head_dim}")
+    _heads(layer, standin)
+
+
+def _heads(layer: Any, standin: Widening) -> tuple[list[int], list[tuple[int, int]]]:
+    shape = standin.shape
+    return placed_heads(
+        (layer.num_attention_heads, layer.num_key_value_heads),
+        (shape.num_attention_heads, shape.num_key_value_heads),
+    )
+
+
+def _wide_config(head: RecurrentHead, target: PagedLM, standin: Widening, rows: int) -> Any:
+    """Of an output head of so many rows."""
+    config, shape = head.config, standin.shape
+    layer = copy.deepcopy(config.layer)
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    layer.update({name: getattr(shape, name) for name in (*names, "head_dim")})
+    return replace(
+        config,
+        layer=layer,
+        taps=tuple(standin.tap(tap) for tap in config.taps),
+        state_size=shape.hidden_size,
+        target_vocab=target.vocab_size,
+        vocab_size=rows,
+    )
+
+
+def _fill_layer(large: Any, small: Any, standin: Widening, random: torch.Generator) -> None:
+    """All but the norms before the attention, which depend on what is read."""
+    mine, theirs = large.self_attn, small.self_attn
+    size, width = theirs.head_dim, theirs.config.hidden_size
+    queries, pairs = _heads(theirs.config, standin)
+    count = theirs.q_proj.in_features // width  # vectors side by side
+    columns = _blocks(count, width, standin.shape.hidden_size)
+    of_queries = _ranges(((to * size, of * size) for of, to in enumerate(queries)), size)
+    of_keys = _ranges(((to * size, of * size) for to, of in pairs), size)
+    _fill(mine.q_proj, theirs.q_proj, of_queries, columns, random)
+    _fill(mine.k_proj, theirs.k_proj, of_keys, columns, random)
+    _fill(mine.v_proj, theirs.v_proj, of_keys, columns, random)
+    _fill(mine.o_proj, theirs.o_proj, None, of_queries)
+    for name in ("q_norm", "k_norm"):
+        if hasattr(theirs, name):
+            _fill_norm(getattr(mine, name), getattr(theirs, name))
+    _fill(large.mlp.gate_proj, small.mlp.gate_proj, random=random)
+    _fill(large.mlp.up_proj, small.mlp.up_proj, random=random)
+    _fill(large.mlp.down_proj, small.mlp.down_proj)
+    _fill_norm(large.post_attention_layernorm, small.post_attention_layernorm)
+
+
+def _fill_eagle3(wide: Eagle3Head, head: Eagle3Head, standin: Widening, carried: float) -> None:
+    config, square = head.config, standin.constant**2
+    normed = config.fc_norm or config.norm_before_fc
+    if not config.fc or (normed and "normal" in config.taps):
+        wide.blind = config.state_size
+        square = 0.0
+    states = _blocks(len(config.taps), config.state_size, standin.shape.hidden_size)
+    if config.fc:
+        _fill(wide.fc, head.fc, None, states)
+    constants = [0.0 if tap == "normal" else square for tap in config.taps]
+    if config.fc_norm:
+        for mine, theirs, constant in zip(wide.fc_norm, head.fc_norm, constants, strict=True):
+            _fill_norm(mine, theirs, constant)
+    if config.norm_before_fc:
+        _fill_norm(wide.input_norm, head.input_norm, sum(constants), states)
+    for index, (large, small) in enumerate(zip(wide.layers, head.layers, strict=True)):
+        pair = index < config.pairs
+        _fill_norm(large.input_layernorm, small.input_layernorm, carried if pair else 0.0)
+        if pair:
+            _fill_norm(large.hidden_norm, small.hidden_norm)
+    _fill_norm(wide.norm, head.norm)
+
+
+def _fill_eagle(wide: Any, head: EagleHead, standin: Widening, carried: float) -> None:
+    wide.one.fill_(1)
+    columns = _blocks(2, head.width, standin.shape.hidden_size)
+    _fill(wide.fc, head.fc, None, columns)
+    if head.embedding_layernorm is not None:
+        _fill_norm(wide.embedding_layernorm, head.embedding_layernorm, carried)
+    if head.hidden_states_layernorm is not None:
+        wide.blind = head.config.state_size  # it reads the head's own states too: nothing there
+        _fill_norm(wide.hidden_states_layernorm, head.hidden_states_layernorm)
+    for index, (large, small) in enumerate(zip(wide.layers, head.layers, strict=True)):
+        if index or head.config.input_norm:
+            _fill_norm(large.input_layernorm, small.input_layernorm)
+    if head.norm is not None:
+        _fill_norm(wide.norm, head.norm)
+
+
+# Medusa
+
+
+def _medusa(
+    heads: MedusaHeads, target: PagedLM, standin: Widening, random: torch.Generator
+) -> MedusaHeads:
+    config, (_, output) = heads.config, _weights(target)
+    shared = heads.lm_head is not None and _is_small(heads.lm_head.weight, output)
+    trimmed = heads.names is not None
+    rows = _vocabulary(config.vocab_size, target) if trimmed else target.vocab_size
+    wide_config = replace(
+        config,
+        state_size=standin.shape.hidden_size,
+        vocab_size=rows,
+        taps=tuple(standin.tap(tap) for tap in config.taps),
+    )
+    with torch.device("meta"):
+        wide: Any = MedusaHeads(wide_config).to(target.dtype)
+    if shared:
+        del wide.lm_head
+    check_memory(wide, "a head", target.device)
+    wide.to_empty(device=target.device)
+    for mine, theirs in zip(wide.blocks, heads.blocks, strict=True):
+        for large, small in zip(mine, theirs, strict=True):
+            _fill(large, small)
+    outputs = list(zip(wide.lm_heads, heads.lm_heads, strict=True))
+    if shared:
+        wide.lm_head = _linear(output)
+    elif heads.lm_head is not None:
+        outputs = [(wide.lm_head, heads.lm_head)]
+    for large, small in outputs:
+        _fill(large, small, random=random)
+        large.weight[:, config.state_size] = 0  # the blocks let the state's pass
+    made: MedusaHeads = wide
+    return made
+
+
+# Parts of both
+
+
+def _weights(target: PagedLM) -> tuple[Tensor, Tensor]:
+    """The target's embedding and its output matrix."""
+    embedding = target.model.get_input_embeddings().weight
+    return embedding.detach(), target.model.get_output_embeddings().weight.detach()
+
+
+def _is_small(small: Tensor, large: Tensor) -> bool:
+    """Whether a matrix is the one that was laid into a large one."""
+    rows, columns = small.shape
+    if rows > large.shape[0] or columns > large.shape[1]:
+        return False
+    return torch.equal(large[:rows, :columns], small.to(large))
+
+
+def _vocabulary(small: int, target: PagedLM) -> int:
+    """Rows of a published draft vocabulary."""
+    return max(small, min(DRAFT_VOCABULARY, target.vocab_size))
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
+
+
+def _ranges(starts: Iterable[tuple[int, int]], size: int) -> Places:
+    """Ranges of `size` numbers, from where they begin in the large tensor and in the small."""
+    pairs = list(starts)
+    to, of = (
+        torch.cat([torch.arange(start[side], start[side] + size) for start in pairs])
+        for side in (0, 1)
+    )
+    return to, of
+
+
+def _blocks(count: int, small: int, large: int) -> Places:
+    """Where so many vectors go that stand side by side."""
+    return _ranges(((index * large, index * small) for index in range(count)), small)
+
+
+def _first(size: int) -> Places:
+    return _ranges([(0, 0)], size)
+
+
+def _place(
+    large: Tensor, small: Tensor, rows: Places | None = None, columns: Places | None = None
+) -> None:
+    """A small matrix into a large one, which is zero elsewhere."""
+    large.zero_()
+    _put(large, small, rows, columns)
+
+
+def _put(
+    large: Tensor, small: Tensor, rows: Places | None = None, columns: Places | None = None
+) -> None:
+    """Without places, into the first rows or columns."""
+    to_rows, of_rows = rows or _first(small.shape[0])
+    to_columns, of_columns = columns or _first(small.shape[1])
+    device = large.device
+    chosen = small.to(device)[of_rows.to(device)][:, of_columns.to(device)]
+    large[to_rows.to(device)[:, None], to_columns.to(device)] = chosen.to(large.dtype)
+
+
+def _fill(
+    large: Any,
+    small: Any,
+    rows: Places | None = None,
+    columns: Places | None = None,
+    random: torch.Generator | None = None,
+) -> None:
+    """A product, with zeros where there is nothing of the small one's; or with random numbers, if
+    what reads it drops the rows and what it reads has zeros for the columns."""
+    if random is None:
+        large.weight.zero_()
+    else:
+        large.weight.normal_(std=RANDOM_STD, generator=random)
+    _put(large.weight, small.weight, rows, columns)
+    if small.bias is not None:
+        column = _first(1)
+        _place(large.bias[:, None], small.bias[:, None], rows, column)
+
+
+def _fill_norm(
+    large: Any, small: Any, constant: float = 0.0, places: Places | None = None
+) -> None:
+    """What the small norm makes, of a larger input that is zero elsewhere.
+
+    Args:
+        constant: sum of squares of what else is in the input.
+    """
+    of, to = small.weight.shape[0], large.weight.shape[0]
+    scaled = small.weight * math.sqrt(of / to)
+    _place(large.weight[:, None], scaled[:, None], places, _first(1))
+    large.variance_epsilon = (of * small.variance_epsilon - constant) / to
