@@ -85,6 +85,11 @@ class Decoder:
                 processors, rows=capacity.rows, device=self.device, kernels=self._kernels
             )
         drafter.check(tree)
+        if drafter.reads_states and capacity.share:
+            raise ValueError(
+                "capacity.share=True: the drafter reads hidden states of whole prompts, and tokens "
+                "found in shared pages have none; make it False"
+            )
         verifier.prepare(capacity, drafter.observes)
         drafter.prepare(capacity, tree)
         drafter.forget()

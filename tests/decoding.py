@@ -74,6 +74,7 @@ def decoder_of(
         verifier = TreeVerifier(target)
     sampling = sampling or SamplingParams(temperature=temperature, seed=seed)
     most = min(max_tokens, verifier.max_context)
+    capacity = {"share": not drafter.reads_states, **capacity}
     return Decoder(
         verifier=verifier,
         drafter=drafter,

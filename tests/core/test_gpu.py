@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from specdec.decode import Decoder, Step
 from specdec.drafters.compose import Compose
+from specdec.drafters.eagle import Eagle3
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
@@ -61,6 +62,7 @@ GROWN = (  # on the device
     "small_llama",
     "early_exit",
     "token_recycling",
+    "eagle3",
     "compose union",
     "compose cascade",
 )
@@ -108,6 +110,8 @@ def build(kind: str) -> Drafter:
         return EarlyExit()
     if kind == "token_recycling":
         return TokenRecycling()
+    if kind == "eagle3":
+        return Eagle3(path="zoo:eagle3")
     small = SmallLlama(path="zoo:draft")
     if kind == "small_llama":
         return small

@@ -62,7 +62,7 @@ def plain(target: PagedLM, prompts: list[list[int]]) -> list[list[int]]:
 def test_outputs_are_those_of_plain_decoding(
     target: PagedLM, head: str, prompts: list[list[int]], plain: Any, tree: str, rows: int
 ) -> None:
-    decoder = decoder_of(target, Eagle3(path=head), TREES[tree], rows=rows, share=False)
+    decoder = decoder_of(target, Eagle3(path=head), TREES[tree], rows=rows)
     assert outputs_of(decoder, prompts, NEW) == plain
     decoder.drafter.model.cache.check()
     assert decoder.drafter.model.cache.free_pages == decoder.drafter.model.cache.pages
@@ -78,7 +78,6 @@ def trees_of(target: PagedLM, drafter: Drafter, prompts: Any, rows: int, **more:
         temperature=1.0,
         rows=rows,
         trees=NEW,
-        share=False,
     )
     decoder.verifier.target.prefill_chunk = more.pop("chunk", 512)
     trees: dict[int, list[Any]] = {}
@@ -118,7 +117,7 @@ def test_it_drafts_in_company(
 ) -> None:
     parts = {"ngram": NGram(), "head": Eagle3(path=head)}
     drafter = Compose(parts=parts, mode=mode, **({} if mode == "union" else {"min_match": 1}))
-    decoder = decoder_of(target, drafter, TREES["dynamic"], rows=2, share=False)
+    decoder = decoder_of(target, drafter, TREES["dynamic"], rows=2)
     assert outputs_of(decoder, prompts, NEW) == plain
     assert drafter.reads_states
     assert drafter.observes == parts["head"].observes
@@ -132,7 +131,7 @@ def test_layers_that_are_not_run_again_have_no_states(target: PagedLM, head: str
     with pytest.raises(ValueError, match="first 4 layers, which are not run again, and another"):
         loaded(drafter, target)
     exit_.exit_layer = 2  # the state after layer 2 is what it hands on
-    decoder = decoder_of(target, drafter, TREES["dynamic"], rows=2, share=False)
+    decoder = decoder_of(target, drafter, TREES["dynamic"], rows=2)
     prompt = texts()[0]
     alone = outputs_of(decoder_of(target, NoDrafter()), [prompt], NEW)
     assert outputs_of(decoder, [prompt], NEW) == alone
@@ -142,16 +141,14 @@ def test_layers_that_are_not_run_again_have_no_states(target: PagedLM, head: str
 def test_small_budgets(
     target: PagedLM, head: str, prompts: list[list[int]], plain: Any, tree: TreePolicy
 ) -> None:
-    decoder = decoder_of(target, Eagle3(path=head), tree, rows=2, share=False)
+    decoder = decoder_of(target, Eagle3(path=head), tree, rows=2)
     assert outputs_of(decoder, prompts, NEW) == plain
 
 
 def test_sampled_children_come_with_their_probabilities(target: PagedLM, head: str) -> None:
     drafter = Eagle3(path=head, candidates=5)
     assert isinstance(drafter, GrowingDrafter)
-    decoder = decoder_of(
-        target, drafter, TREES["sampled"], RecursiveRejection(), temperature=1.0, share=False
-    )
+    decoder = decoder_of(target, drafter, TREES["sampled"], RecursiveRejection(), temperature=1.0)
     proposals = []
     accept = decoder.rule.accept
 
@@ -174,9 +171,13 @@ def test_what_it_reads_is_said(target: PagedLM, head: str) -> None:
         Eagle3(path="/nowhere").find()
 
 
-def test_a_run_with_states_shares_no_pages() -> None:
+def test_a_run_with_states_shares_no_pages(target: PagedLM, head: str) -> None:
     device, settings = torch.device("cpu"), CacheSettings()
     assert settings.capacity(rows=1, max_tokens=8, device=device).share
     assert not settings.capacity(rows=1, max_tokens=8, device=device, states=True).share
     with pytest.raises(ValueError, match=r"^cache\.share=true: the drafter reads hidden states"):
         CacheSettings(share=True).shares(states=True)
+    with pytest.raises(
+        ValueError, match=r"^capacity\.share=True: the drafter reads hidden states"
+    ):
+        decoder_of(target, Eagle3(path=head), rows=2, share=True)
