@@ -87,8 +87,8 @@ class Decoder:
         drafter.check(tree)
         if drafter.reads_states and capacity.share:
             raise ValueError(
-                "capacity.share=True: the drafter reads hidden states of whole prompts, and tokens "
-                "found in shared pages have none; make it False"
+                "capacity.share=True: the drafter reads states of whole prompts, which tokens "
+                "found in shared pages do not have; make it False"
             )
         verifier.prepare(capacity, drafter.observes)
         drafter.prepare(capacity, tree)
