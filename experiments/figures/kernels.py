@@ -1,5 +1,6 @@
 """Tables and plots of what `specdec.experiments.bench` measures; needs no GPU."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,24 @@ def elementwise(result: Result) -> str:
         f"({source(result, 'kernel_elementwise')}):"
     )
     return piece(about, *_operations(result["rows"], "rows"))
+
+
+def taps(result: Result) -> str:
+    """What keeping hidden states costs a verification."""
+    settings = result["settings"]
+    about = (
+        f"Microseconds of a verification of `{settings['target']}` in {settings['dtype']}, "
+        f"{settings['context']} tokens of context, on one {device(result)}: medians, sides in "
+        f"turns ({source(result, 'taps')}):"
+    )
+    rows = []
+    for record in result["batches"]:
+        sides = (f"{statistics.median(us):.1f}" for us in record["us"].values())
+        kept = ", ".join(map(str, record["taps"]))
+        rows.append(
+            [str(record["batch"]), str(record["nodes"]), kept, *sides, f"{record['ratio']:.4f}"]
+        )
+    return piece(about, ["batch", "nodes", "states after", "without", "with", "ratio"], rows)
 
 
 def _operations(records: list[dict[str, Any]], key: str) -> tuple[list[str], list[list[str]]]:
@@ -296,6 +315,7 @@ TABLES: dict[str, Callable[[Result], str]] = {  # by part of the benchmark
     "rules": rules,
     "elementwise": elementwise,
     "anatomy": anatomy,
+    "taps": taps,
 }
 PLOTS: dict[str, Callable[[Result, Path], None]] = {
     "attention": plot_attention,

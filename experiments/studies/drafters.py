@@ -35,7 +35,7 @@ from specdec.lab.workshop import PLAIN, StudyOptions, name_of, tree, word
 from specdec.protocols import StepContext
 from specdec.tree import TokenTree
 
-MODELS = ("small_llama", "early_exit", "translated")  # their children may be sampled
+MODELS = ("small_llama", "early_exit", "eagle3", "translated")  # their children may be sampled
 SEARCHING = ("ngram", "pld", "rest", "retriever", "suffix_decoding")
 LONGEST_CHAIN = 16
 
@@ -62,6 +62,10 @@ FAST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "early_exit": (LAYERS, (tree("static", 6, 3), tree("static", 4, 2, 1))),
     "early_exit anew": (LAYERS, ()),
+    "eagle3": (
+        (WIDE, tree("dynamic", 48, 6, 7), tree("dynamic", 63, 6, 10)),
+        (tree("static", 4, 2, 2, 1), tree("static", 3, 2, 1), tree("static", 4, 2, 2, 1, 1)),
+    ),
     "translated": ((WIDE,), (tree("static", 4, 2, 2, 1),)),
     "token_recycling": (
         (tree("dynamic", 48, 6, 5), tree("dynamic", 63, 8, 6)),
@@ -87,6 +91,7 @@ class Options(StudyOptions):
     other_draft: str | None = option(None, "as draft, with another tokenizer; for translated")
     datastore: Path | None = option(None, "folder; for rest")
     exit_layer: int | None = option(None, "of early_exit")
+    head: str = option("zoo:eagle3", "folder or hub id, or zoo:NAME; for eagle3")
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
     drafters: tuple[str, ...] = option(tuple(FAST), "which", varies=True)
     out: Path = option(about="result file")
@@ -110,6 +115,8 @@ def drafter_words(name: str, options: Options) -> str:
         raise ValueError(f"drafters={name}: there are {', '.join(FAST)}")
     kind, _, mode = name.partition(" ")
     words = [f"drafter={kind}"]
+    if name == "eagle3":
+        words.append(word("drafter.path", options.head))
     if name == "small_llama":
         words.append(word("drafter.path", options.draft))
     needed = {"rest": "datastore", "translated": "other_draft"}.get(name)
