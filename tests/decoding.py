@@ -1,6 +1,7 @@
 """Decoders for tests: the one place that puts one together by hand."""
 
 from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from specdec.decode import Decoder
 from specdec.drafters.trees.chain import Chain
+from specdec.kernels import reference
 from specdec.kernels.choose import Kernels
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
@@ -24,6 +26,10 @@ from specdec.verifier.target_only import TargetOnly
 from specdec.verifier.verifier import TreeVerifier
 
 D = TypeVar("D", bound=Drafter)
+
+BLIND = ModuleType("blind")
+"""The kernels that define what is correct, with the host looking at nothing, as on a GPU."""
+vars(BLIND).update({**vars(reference), "LOOKS": False})
 
 
 def loaded(drafter: D, target: PagedLM) -> D:

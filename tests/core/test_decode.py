@@ -24,7 +24,7 @@ from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.observation import Observation
-from specdec.protocols import AcceptanceRule, StepContext, TreePolicy
+from specdec.protocols import AcceptanceRule, DraftError, StepContext, TreePolicy
 from specdec.request import Capacity, Decoding, Request
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.greedy import Greedy
@@ -370,3 +370,17 @@ def test_a_drafter_on_the_host_is_given_the_last_tokens_of_another_device() -> N
     decoder.device = torch.device("meta")
     prompts = [[5, 6], [3, 9, 4]]
     assert outputs_of(decoder, prompts, 12) == [following(ids[-1], 12) for ids in prompts]
+
+
+def test_a_drafter_that_fails_on_one_sequence_is_named_with_that_one() -> None:
+    class Failing(HostDrafter):
+        def propose(
+            self, sequence: Decoding, levels: int
+        ) -> Iterable[tuple[Sequence[int], float]]:
+            if sequence.request.id == 1:
+                raise IndexError("nothing there")
+            return []
+
+    decoder = decoder_of(Scripted(), Failing(), Chain(budget=2), rows=3)
+    with pytest.raises(DraftError, match="Failing failed on request 1: IndexError: nothing"):
+        list(decoder.run(requests_of([[5], [6], [7]], 3)))

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from specdec.drafters.host import HostDrafter
 from specdec.drafters.trees.static import Static
 from specdec.kernels import gpu, reference
 from specdec.kernels.choose import Kernels
+from specdec.kernels.layout import DraftedTrees
 from specdec.protocols import AcceptanceRule, StepContext
 from specdec.request import Decoding
-from specdec.sampling import SamplingParams
+from specdec.sampling import ACCEPT_STREAM, TOKEN_STREAM, SamplingParams
 from specdec.tree import Acceptance, Children, Proposal, TokenTree
 from specdec.verifier.block import Block
 from specdec.verifier.greedy import Greedy
@@ -190,6 +193,40 @@ def test_a_rule_keeps_the_same_with_and_without_kernels(
         assert ((found.next_token >= 0) & (found.next_token < 70)).all()
         kept = max(kept, int(plain.length.max()))
     assert kept > 1
+
+
+@pytest.mark.parametrize("children", ["sample", "sample_with_replacement", None])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_kernel_is_handed_the_trees_and_how_they_were_drawn(
+    children: Children | None, temperature: float
+) -> None:
+    case = random_case(2, sizes=[4, 2], vocab=9, support=3, repeats=False, dtype=torch.float32)
+    tree = tree_of(case, children or "top_k")
+    if children is None:
+        tree = replace(tree, proposal=None)
+    handed: list[tuple[DraftedTrees, Tensor, dict[str, Any]]] = []
+
+    def kernel(trees: DraftedTrees, logits: Tensor, **more: Any) -> tuple[Tensor, ...]:
+        handed.append((trees, logits, more))
+        return trees.tokens, trees.size, trees.parents
+
+    kernels = ModuleType("kernels")
+    vars(kernels).update(RULES={"greedy": kernel, "target_only": kernel})
+    context = context_for(SamplingParams(temperature=temperature), 2, 0, kernels)
+    kept = TargetOnly().accept(context, tree, case.logits)
+    ((trees, logits, more),) = handed
+    assert kept.path is trees.tokens is tree.tokens
+    assert kept.length is trees.size is tree.size
+    assert kept.next_token is trees.parents is tree.parents
+    assert trees.depth == tree.depth
+    assert trees.repeats == (children == "sample_with_replacement")
+    proposal = tree.proposal
+    assert trees.draft_ids is (None if proposal is None else proposal.ids)
+    assert trees.draft_probs is (None if proposal is None else proposal.probs)
+    assert torch.equal(logits, case.logits)
+    assert more["temperature"] == (temperature or 1.0)
+    assert more["keys"] is context.keys
+    assert more["streams"] == (ACCEPT_STREAM, TOKEN_STREAM)
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 5e-324])
