@@ -12,6 +12,7 @@ COMMANDS = {  # whose modules are imported when they are asked for
     "run": "specdec.run",
     "compare": "specdec.compare.command",
     "sync": "specdec.sync",
+    "train": "specdec.train",
 }
 
 

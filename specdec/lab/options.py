@@ -39,9 +39,9 @@ class Option:
     settings: dict[str, Setting]
 
 
-def groups(folders: Sequence[Path] = ()) -> dict[str, dict[str, Option]]:
-    """The options of every group, by name, those of further folders among them."""
-    order = yaml.safe_load((CONFIGS / "run.yaml").read_text())["defaults"]
+def groups(folders: Sequence[Path] = (), command: str = "run") -> dict[str, dict[str, Option]]:
+    """The options of every group of a command, by name, those of further folders among them."""
+    order = yaml.safe_load((CONFIGS / f"{command}.yaml").read_text())["defaults"]
     names = [name for one in order if isinstance(one, dict) for name in one]
     return {name: options(name, folders) for name in names if "/" not in name}
 
@@ -56,9 +56,9 @@ def options(group: str, folders: Sequence[Path] = ()) -> dict[str, Option]:
     return found
 
 
-def general() -> dict[str, Setting]:
+def general(command: str = "run") -> dict[str, Setting]:
     """The settings without a group."""
-    return read(CONFIGS / "run.yaml").settings
+    return read(CONFIGS / f"{command}.yaml").settings
 
 
 def read(path: Path) -> Option:
@@ -99,14 +99,19 @@ def _about(text: str) -> str:
     return next((line for line in lines if not line.startswith("@")), "")
 
 
-def usage(folders: Sequence[Path] = ()) -> str:
-    """What `--help` prints: every option of every group, and every setting."""
-    lines = [HELP, "", "Settings without a group:"]
-    lines += [_line(f"  {name}={one.default}", one.about) for name, one in general().items()]
+def usage(folders: Sequence[Path] = (), command: str = "run", head: str = HELP) -> str:
+    """What `--help` prints: every option of every group, and every setting.
+
+    Args:
+        head: what it begins with.
+    """
+    lines = [head, "", "Settings without a group:"]
+    for name, one in general(command).items():
+        lines.append(_line(f"  {name}={one.default}", one.about))
     chosen: dict[str, str] = {}
-    for one in yaml.safe_load((CONFIGS / "run.yaml").read_text())["defaults"]:
+    for one in yaml.safe_load((CONFIGS / f"{command}.yaml").read_text())["defaults"]:
         chosen |= one if isinstance(one, dict) else {}
-    for group, known in groups(folders).items():
+    for group, known in groups(folders, command).items():
         lines += ["", f"{group}={chosen[group] or '...'}"]
         lines += [_line(f"  {name}", option.about) for name, option in known.items()]
         having: dict[tuple[str, str], list[str]] = {}
@@ -139,10 +144,10 @@ def no_option(group: str, option: str, known: Iterable[str]) -> str:
     )
 
 
-def no_setting(name: str) -> str:
+def no_setting(name: str, command: str = "run") -> str:
     """What is wrong with a setting that the options taken do not have."""
     group, _, rest = name.partition(".")
-    known = groups()
+    known = groups(command=command)
     having = [one for one, option in known.get(group, {}).items() if rest in option.settings]
     if having:
         return f"{name}: no such setting here, but of {group}={', '.join(having)}"
@@ -156,5 +161,5 @@ def no_setting(name: str) -> str:
     if same:
         return f"{name}: no such setting; there is {' and '.join(same)}"
     own = [one for one in full if group not in known or one.startswith(f"{group}.")]
-    near = nearest(name, own if rest else [*general(), *known])
-    return f"{name}: no such setting{near or '; python -m specdec.run --help lists them'}"
+    near = nearest(name, own if rest else [*general(command), *known])
+    return f"{name}: no such setting{near or f'; python -m specdec.{command} --help lists them'}"

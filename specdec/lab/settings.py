@@ -136,9 +136,12 @@ def word_of(name: str, value: str) -> str:
     return f'{name}="{value}"'
 
 
-def settings_of(words: str | Sequence[str]) -> Settings:
+def settings_of(words: str | Sequence[str], command: str = "run") -> Settings:
     """What `python -m specdec.run WORDS` would run; `--config-dir FOLDER` adds options of one's
     own. Of words for the same setting the last one counts.
+
+    Args:
+        command: whose settings: run or train.
 
     Raises:
         ValueError: no such setting or option; one line.
@@ -150,30 +153,33 @@ def settings_of(words: str | Sequence[str]) -> Settings:
 
     def composed(words: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("run", overrides, return_hydra_config=True)
+            return compose(command, overrides, return_hydra_config=True)
 
-    return settings_in(composed, given)
+    return settings_in(composed, given, command)
 
 
 @contextmanager
-def in_one_line() -> Iterator[None]:
+def in_one_line(command: str = "run") -> Iterator[None]:
     """What Hydra refuses is a ValueError that says so in one line."""
     try:
         yield
     except ERRORS as error:
-        raise ValueError(message_of(error)) from error
+        raise ValueError(message_of(error, command)) from error
 
 
-def settings_in(composed: Callable[[list[str]], DictConfig], words: list[str]) -> Settings:
+def settings_in(
+    composed: Callable[[list[str]], DictConfig], words: list[str], command: str = "run"
+) -> Settings:
     """What a job of a sweep would run.
 
     Args:
         composed: the config of words, with Hydra's own.
+        command: whose settings they are.
 
     Raises:
         ValueError: no such setting or option; one line.
     """
-    with in_one_line():
+    with in_one_line(command):
         config = composed(words)
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         return resolved(own, config.hydra.runtime.choices, words)
@@ -275,7 +281,7 @@ def resolved(config: DictConfig, choices: Mapping[str, Any], words: Sequence[str
     }
 
 
-def message_of(error: BaseException) -> str:
+def message_of(error: BaseException, command: str = "run") -> str:
     """What is wrong, in one line that begins with the setting."""
     text = str(error)
     if isinstance(error, MissingMandatoryValue):
@@ -292,7 +298,7 @@ def message_of(error: BaseException) -> str:
     if unknown and "@" in unknown[1]:
         return f"{unknown[1]}: nothing there to be replaced; --cfg job shows what there is"
     if unknown:
-        return no_setting(unknown[1])
+        return no_setting(unknown[1], command)
     twice = re.match(r"Multiple values for (\S+)\.", text)
     if twice:
         return f"{twice[1]}: there is such an option already; leave the + out"

@@ -1,0 +1,93 @@
+"""Writing heads in published layouts: recurrent ones as `speculators` does."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specdec.heads.recurrent import Eagle3Head, EagleConfig, RecurrentHead
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+VERSION = "0.3.0"  # of speculators, whose layout it is
+FLAGS = {
+    "eagle3": ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"),
+    "eagle": (),
+}
+DRAFTED = 5  # tokens that other engines draft if they are not told
+
+
+def save_head(
+    head: RecurrentHead, folder: Path, *, target_name: str, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write a head: config.json and model.safetensors, without the embedding, which is the
+    target's.
+
+    Args:
+        folder: made if there is none; what it holds of a head is replaced.
+        target_name: path of the model that it drafts for.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary = folder / f"{WEIGHTS}.tmp"
+        save_file(_tensors(head, dtype), temporary, metadata={"format": "pt"})
+        temporary.replace(folder / WEIGHTS)
+        text = json.dumps(_config(head, target_name, dtype), indent=2)
+        temporary = folder / f"{CONFIG}.tmp"
+        temporary.write_text(text + "\n")
+        temporary.replace(folder / CONFIG)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written, {error.strerror or error}") from error
+
+
+def _tensors(head: RecurrentHead, dtype: torch.dtype) -> dict[str, Tensor]:
+    found = {
+        name: parameter.detach().to("cpu", dtype).contiguous()
+        for name, parameter in head.named_parameters()
+        if not name.startswith("embed_tokens.")
+    }
+    if head.names is not None:
+        names = head.names.cpu()
+        found["d2t"] = names - torch.arange(len(names))
+        found["t2d"] = torch.zeros(head.config.target_vocab, dtype=torch.bool)
+        found["t2d"][names] = True
+    return found
+
+
+def _config(head: RecurrentHead, target_name: str, dtype: torch.dtype) -> dict[str, Any]:
+    config = head.config
+    kind = "eagle3" if isinstance(head, Eagle3Head) else "eagle"
+    flags = {name: asdict(config)[name] for name in FLAGS[kind]}
+    layer = {
+        key: value
+        for key, value in config.layer.to_dict().items()
+        if key not in ("transformers_version", "architectures", "_name_or_path")
+    }
+    layer["vocab_size"] = config.target_vocab
+    proposal = {"proposal_type": "greedy", "speculative_tokens": DRAFTED}
+    return {
+        "architectures": ["Eagle3Speculator" if kind == "eagle3" else "EagleSpeculator"],
+        "speculators_model_type": kind,
+        "speculators_version": VERSION,
+        "speculators_config": {
+            "algorithm": kind,
+            "proposal_methods": [proposal],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": target_name, "architectures": []},
+        },
+        "transformer_layer_config": layer,
+        "draft_vocab_size": config.vocab_size,
+        "target_hidden_size": config.state_size,
+        "eagle_aux_hidden_state_layer_ids": list(config.taps),
+        "tie_word_embeddings": False,
+        "dtype": str(dtype).removeprefix("torch."),
+        **flags,
+        **({"fusion_bias": config.bias} if isinstance(config, EagleConfig) else {}),
+    }

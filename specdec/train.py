@@ -1,0 +1,63 @@
+"""The command line that trains a drafter: `python -m specdec.train data=FOLDER minutes=6.5`.
+
+Whatever is wrong with the settings ends in one line on stderr and exit code 2, before any model is
+loaded where that is possible. Other exit codes: 0 all is well, 130 it was interrupted, 1 anything
+else, with a traceback. One training, no sweep: `-m` is refused.
+"""
+
+import sys
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+
+from specdec import __version__
+from specdec.lab.interrupts import interruptible
+from specdec.lab.options import usage
+from specdec.lab.settings import FOLDERS, folders_of, out_of, settings_of, split
+from specdec.training.run import train
+
+HELP = """\
+python -m specdec.train [--config-dir FOLDER] WORDS
+
+Trains a drafter for a target on texts, and on text that the target writes. A word is group=option,
+or setting=value with the value in YAML, as in
+    python -m specdec.train method=eagle3 target=zoo data=[texts,python] minutes=6.5 out=heads/mine
+Of a group one option counts; its settings follow, with their defaults. ??? must be given.
+--config-dir FOLDER adds options of your own, --version the version."""
+
+
+def main() -> None:
+    """Console entry point."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # as `python -m` does, for methods of the user's own
+    sys.exit(_command(sys.argv[1:]))
+
+
+def _command(arguments: list[str]) -> int:
+    """Do what was typed; returns the exit code."""
+    try:
+        words, flags = split(arguments)
+        if {"--version", "--help", "-h"} & set(flags):
+            about = f"specdec {__version__}"
+            print(about if "--version" in flags else usage(folders_of(flags), "train", HELP))
+            return 0
+        for place, flag in enumerate(flags):
+            name = flag.partition("=")[0]
+            if flag.startswith("-") and name not in FOLDERS:
+                raise ValueError(f"{flags[place]}: training has no such option; --help lists them")
+        transformers.utils.logging.set_verbosity_error()
+        settings = settings_of([*words, *flags], "train")
+        with interruptible():
+            train(settings, out_of(settings), Console(), words=words)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    main()

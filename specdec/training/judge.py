@@ -1,0 +1,124 @@
+"""Judging what a drafter reads at its output head: losses and acceptance, of logits that are made
+for some sequences at a time and made again when gradients go back, so that memory stays bounded.
+
+Legend: B sequences, R of them at a time, T slots, J steps, D width, V tokens of the target.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from specdec.training.losses import compare, lk, sequence_means
+
+Project = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What came of each of J steps.
+
+    Args:
+        loss: [J], mean of each sequence, then over sequences; differentiable.
+        overlap, agrees: [J], means over all slots that count.
+    """
+
+    loss: Tensor
+    overlap: Tensor
+    agrees: Tensor
+
+
+class Judge:
+    """Compares drafted logits with the target's.
+
+    Args:
+        loss: one of `losses.LOSSES`.
+        names: [VD] int64, target ids of what the drafter can name; None if they are the same.
+        chunk: slots whose logits are held at a time.
+        compiled: whether torch compiles it.
+    """
+
+    def __init__(
+        self, *, loss: str, names: Tensor | None, chunk: int, compiled: bool = False
+    ) -> None:
+        self.loss, self.names, self.chunk = loss, names, chunk
+        self._rows: Callable[..., tuple[Tensor, ...]] = self._of_rows
+        self._slots: Callable[..., tuple[Tensor, ...]] = self._of_slots
+        if compiled:
+            self._rows = torch.compile(self._of_rows, dynamic=False)
+            self._slots = torch.compile(self._of_slots, dynamic=False)
+
+    def judged(
+        self,
+        head: nn.Module,
+        outputs: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        masks: Sequence[Tensor],
+    ) -> Judged:
+        """Of what an output head reads [B, T, D] at each step; the others as `losses.compare` has
+        them, with the slots [B, T] that count, one of each for every step."""
+        found = [
+            self._step(head, *step) for step in zip(outputs, wanted, labels, masks, strict=True)
+        ]
+        loss, overlap, agrees = (torch.stack(one) for one in zip(*found, strict=True))
+        return Judged(loss=loss, overlap=overlap, agrees=agrees)
+
+    def _step(
+        self, head: nn.Module, output: Tensor, wanted: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = []
+        for inputs in zip(*self._split(output, wanted, labels, mask), strict=True):
+            parts.append(
+                checkpoint(self._rows, head, *inputs, use_reentrant=False)
+                if torch.is_grad_enabled()
+                else self._rows(head, *inputs)
+            )
+        means, any_, overlap, agrees, count = (torch.cat(one) for one in zip(*parts, strict=True))
+        slots = count.sum().clamp(min=1)
+        loss = means.sum() / any_.sum().clamp(min=1)
+        return loss, overlap.sum() / slots, agrees.sum() / slots
+
+    def _split(self, *tensors: Tensor) -> list[Sequence[Tensor]]:
+        rows = max(1, self.chunk // tensors[0].shape[1])
+        return [tensor.split(rows) for tensor in tensors]
+
+    def _of_rows(
+        self, head: nn.Module, output: Tensor, wanted: Tensor, labels: Tensor, mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Of each sequence [R]: its mean loss, whether any slot counts, sums of overlap and
+        agreement, and slots that count."""
+        logits = head(output).flatten(0, 1)
+        loss = "kl" if self.loss == "lk" else self.loss
+        one = compare(logits, wanted.flatten(0, 1), labels.flatten(), self.names, loss)
+        value, overlap, agrees, counts = (x.view(mask.shape) for x in one)
+        counted = mask & counts
+        overlap = overlap * mask
+        if self.loss == "lk":
+            accepted, _ = sequence_means(overlap, mask)
+            value = lk(value, overlap, accepted[:, None])
+        means, any_ = sequence_means(value, counted)
+        found = (means, any_, overlap.detach().sum(1), (agrees & mask).sum(1), mask.sum(1))
+        return found
+
+    @torch.no_grad()
+    def chances(
+        self, head: nn.Module, output: Tensor, wanted: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Whether each slot's best token is the target's, and the overlap, [B, T] each."""
+        parts = [
+            self._slots(head, *inputs)
+            for inputs in zip(*self._split(output, wanted, labels), strict=True)
+        ]
+        agrees, overlap = (torch.cat(one) for one in zip(*parts, strict=True))
+        return agrees, overlap
+
+    def _of_slots(
+        self, head: nn.Module, output: Tensor, wanted: Tensor, labels: Tensor
+    ) -> tuple[Tensor, ...]:
+        shape = labels.shape
+        logits = head(output).flatten(0, 1)
+        one = compare(logits, wanted.flatten(0, 1), labels.flatten(), self.names, "tv")
+        return one.agrees.view(shape), one.overlap.view(shape)

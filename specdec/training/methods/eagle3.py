@@ -1,0 +1,131 @@
+"""method=eagle3: EAGLE-3 (Li et al. 2025) with the flags of EAGLE-3.1."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from specdec.heads.recurrent import Eagle3Config, Eagle3Head
+from specdec.observation import Tap
+from specdec.training.losses import LOSSES
+from specdec.training.methods.recurrent import RecurrentTrainee, frequent, layer_config
+from specdec.training.teacher import check_taps, default_taps
+from specdec.training.trainee import Rates, Surroundings
+
+
+class Eagle3:
+    """An EAGLE-3 head with the sizes of a layer of its target.
+
+    Args:
+        loss: kl, reverse_kl, tv, lk or ce.
+        steps: of the training-time test.
+        decay: weight of a step beside that of the one before.
+        taps: states that it reads; None is chosen by the number of layers.
+        layers: decoder layers.
+        fc_norm, norm_before_fc, norm_before_residual, norm_output: as of `Eagle3Config`.
+        rope_theta: of its rotary positions.
+        draft_vocab: tokens that it can name; None is all.
+        tied: whether the output head stays the target's.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    drafter = "eagle3"
+
+    def __init__(
+        self,
+        *,
+        loss: str = "kl",
+        steps: int = 5,
+        decay: float = 0.8,
+        taps: Sequence[Tap] | None = None,
+        layers: int = 1,
+        fc_norm: bool = True,
+        norm_before_fc: bool = False,
+        norm_before_residual: bool = False,
+        norm_output: bool = False,
+        rope_theta: float = 10_000.0,
+        draft_vocab: int | None = None,
+        tied: bool = False,
+        rate: float = 1e-3,
+        matrix_rate: float = 3e-3,
+        weight_decay: float = 0.05,
+        warm_up: int = 100,
+        steady: float = 0.6,
+        clip: float = 1.0,
+    ) -> None:
+        self.rates = Rates(
+            rate=rate,
+            matrix_rate=matrix_rate,
+            weight_decay=weight_decay,
+            warm_up=warm_up,
+            steady=steady,
+            clip=clip,
+        )
+        check_recurrent(loss=loss, steps=steps, decay=decay, rope_theta=rope_theta)
+        for name, value in (("layers", layers), ("draft_vocab", draft_vocab)):
+            if value is not None and value < 1:
+                raise ValueError(f"method.{name}={value}: must be at least 1")
+        self.loss, self.steps, self.decay, self.tied = loss, steps, decay, tied
+        self.taps, self.layers, self.rope_theta = taps, layers, rope_theta
+        self.draft_vocab = draft_vocab
+        self.flags = {
+            "fc_norm": fc_norm,
+            "norm_before_fc": norm_before_fc,
+            "norm_before_residual": norm_before_residual,
+            "norm_output": norm_output,
+        }
+
+    def _taps(self, config: Any) -> tuple[Tap, ...]:
+        layers = config.get_text_config().num_hidden_layers
+        taps = default_taps(layers) if self.taps is None else tuple(self.taps)
+        check_taps(taps, layers)
+        return taps
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError for what does not go with a target of this configuration."""
+        self._taps(config)
+        vocab = config.get_text_config().vocab_size
+        if self.draft_vocab is not None and self.draft_vocab > vocab:
+            raise ValueError(
+                f"method.draft_vocab={self.draft_vocab}: the target has {vocab} tokens; null is "
+                f"all of them"
+            )
+
+    def make(self, surroundings: Surroundings) -> RecurrentTrainee:
+        target = surroundings.target
+        vocab = target.vocab_size
+        size = self.draft_vocab or vocab
+        head = Eagle3Head(
+            Eagle3Config(
+                layer=layer_config(
+                    target.model.config, layers=self.layers, rope_theta=self.rope_theta
+                ),
+                taps=self._taps(target.model.config),
+                state_size=target.config.hidden_size,
+                target_vocab=target.model.get_input_embeddings().weight.shape[0],
+                vocab_size=size,
+                **self.flags,
+            )
+        )
+        if size < vocab:
+            head.names = frequent(surroundings.counts, size)
+        return RecurrentTrainee(
+            head,
+            surroundings,
+            loss=self.loss,
+            steps=self.steps,
+            decay=self.decay,
+            tied=self.tied,
+        )
+
+
+def check_recurrent(*, loss: str, steps: int, decay: float, rope_theta: float) -> None:
+    """Raise ValueError for a setting of recurrent heads that is out of range."""
+    if loss not in LOSSES:
+        raise ValueError(f"method.loss={loss}: must be one of {', '.join(LOSSES)}")
+    if steps < 1:
+        raise ValueError(f"method.steps={steps}: must be at least 1")
+    if not 0 < decay <= 1:
+        raise ValueError(f"method.decay={decay}: must be above 0 and at most 1")
+    if not rope_theta > 0:
+        raise ValueError(f"method.rope_theta={rope_theta}: must be above 0")

@@ -1,0 +1,149 @@
+"""What training of all recurrent heads has in common: the training-time test, the vocabulary, and
+where weights begin."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from specdec.heads.export import save_head
+from specdec.heads.recurrent import RecurrentHead
+from specdec.models.paged import PagedLM
+from specdec.training.batches import EXTRA, Seen
+from specdec.training.judge import Judge
+from specdec.training.teacher import norm_weight
+from specdec.training.test_time import unroll
+from specdec.training.trainee import Lesson, Surroundings, rooted
+
+STD = 0.02  # of fresh matrices
+
+
+def layer_config(config: Any, *, layers: int, rope_theta: float) -> LlamaConfig:
+    """Decoder layers of the sizes of a target's.
+
+    Args:
+        config: of the target.
+    """
+    text = config.get_text_config()
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    return LlamaConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=getattr(text, "intermediate_size", None) or 4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        max_position_embeddings=text.max_position_embeddings,
+        rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def frequent(counts: Tensor, size: int) -> Tensor:
+    """The ids of the most frequent tokens, ascending; of equally frequent ones the lowest."""
+    order = torch.argsort(counts, descending=True, stable=True)
+    return order[:size].sort().values
+
+
+@torch.no_grad()
+def begin(head: RecurrentHead, target: PagedLM, seed: int) -> None:
+    """Fresh weights: what leads back into the residual stream is small; output head and final norm
+    begin as the target's, and the embedding is the target's own, which is not trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in head.named_parameters():
+        if parameter.ndim < 2:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        last = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = STD / math.sqrt(2 * len(head.layers)) if last else STD
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    rows = target.model.get_output_embeddings().weight.float().cpu()
+    head.lm_head.weight.copy_(rows if head.names is None else rows[head.names])
+    norm: Any = getattr(head, "norm", None)
+    weight = norm_weight(target.model)
+    if norm is not None and weight is not None:
+        norm.weight.copy_(weight.cpu())
+
+
+class RecurrentTrainee:
+    """A recurrent head on its way.
+
+    Args:
+        head: with its names, not filled yet.
+        steps: of the training-time test.
+        decay: weight of a step beside that of the one before.
+        tied: whether the output head stays the target's.
+    """
+
+    def __init__(
+        self,
+        head: RecurrentHead,
+        surroundings: Surroundings,
+        *,
+        loss: str,
+        steps: int,
+        decay: float,
+        tied: bool,
+    ) -> None:
+        target = surroundings.target
+        begin(head, target, surroundings.seed)
+        embedding: Any = target.model.get_input_embeddings()
+        head.embed_tokens.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)
+        self.module = head.to(target.device)
+        head.lm_head.weight.requires_grad_(not tied)
+        self.head, self.taps, self.steps = head, head.config.taps, steps
+        self.weights = decay ** torch.arange(steps, device=target.device)
+        names = head.names
+        self.judge = Judge(
+            loss=loss, names=names, chunk=surroundings.chunk, compiled=surroundings.compiled
+        )
+        self._unroll: Callable[..., list[Tensor]] = unroll
+        if surroundings.compiled:
+            self._unroll = torch.compile(unroll, dynamic=False)
+
+    def matrices(self) -> list[nn.Parameter]:
+        inside = (self.head.layers, getattr(self.head, "fc", None))
+        return [
+            parameter
+            for part in inside
+            if part is not None
+            for parameter in part.parameters()
+            if parameter.ndim == 2 and parameter.requires_grad
+        ]
+
+    def _outputs(self, seen: Seen, steps: int) -> list[Tensor]:
+        return self._unroll(self.head, seen.states, seen.tokens[:, 1 : -(EXTRA - 1)], steps)
+
+    def lesson(self, seen: Seen) -> Lesson:
+        outputs = self._outputs(seen, self.steps)
+        slots = torch.arange(seen.mask.shape[1], device=seen.mask.device)
+        masks = [seen.mask & (slots >= step) for step in range(self.steps)]
+        wanted, labels = [seen.logits] * self.steps, [seen.labels] * self.steps
+        judged = self.judge.judged(self.head.lm_head, outputs, wanted, labels, masks)
+        figures = {
+            f"{name}/depth_{step + 1}": values[step].detach()
+            for name, values in vars(judged).items()
+            for step in range(self.steps)
+        }
+        loss = (judged.loss * self.weights).sum() / self.weights.sum()
+        return Lesson(loss=loss, figures=figures)
+
+    @torch.no_grad()
+    def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
+        outputs = self._outputs(seen, depth)
+        found = [
+            self.judge.chances(self.head.lm_head, one, seen.logits, seen.labels) for one in outputs
+        ]
+        agrees, overlap = zip(*found, strict=True)
+        return rooted(agrees), rooted(overlap)
+
+    def save(self, folder: Path, target_name: str) -> None:
+        save_head(self.head, folder, target_name=target_name)

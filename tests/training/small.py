@@ -1,0 +1,99 @@
+"""The smallest heads, targets and texts there are to train with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.heads.recurrent import (
+    Eagle3Config,
+    Eagle3Head,
+    EagleConfig,
+    EagleHead,
+    RecurrentHead,
+)
+from specdec.training.methods.recurrent import layer_config
+from tests.tiny import tiny_llama
+
+WIDTH, VOCAB = 16, 24
+
+
+def eagle3(taps: int = 3, layers: int = 1, **flags: Any) -> Eagle3Head:
+    """With weights far from 0, so that mistakes show."""
+    config = tiny_llama(0, 2, VOCAB).config
+    return filled(
+        Eagle3Head(
+            Eagle3Config(
+                layer=layer_config(config, layers=layers, rope_theta=100.0),
+                taps=tuple(range(taps)),
+                state_size=WIDTH,
+                target_vocab=VOCAB,
+                vocab_size=VOCAB,
+                **flags,
+            )
+        )
+    )
+
+
+def eagle(**flags: Any) -> EagleHead:
+    config = tiny_llama(0, 2, VOCAB).config
+    layer = layer_config(config, layers=1, rope_theta=100.0)
+    sizes = {"state_size": WIDTH, "target_vocab": VOCAB, "vocab_size": VOCAB}
+    return filled(EagleHead(EagleConfig(layer=layer, taps=("normal",), **sizes, **flags)))
+
+
+def filled(head: Any) -> Any:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.25 * noise if parameter.ndim > 1 else 1 + 0.3 * noise)
+    return head.eval()
+
+
+def decoded(head: RecurrentHead, states: Tensor, tokens: Tensor, step: int) -> Tensor:
+    """What a head reads at its output head at the end of every chain of `step` own states, each
+    decoded token by token over a cache: [T, D] of states [T, S] and tokens [T]; the first `step`
+    rows have no chain and are 0. It shares nothing with the parallel form but the head."""
+    slots, rows = len(tokens), []
+
+    def one(feature: Tensor, slot: int, cache: list[list[tuple[Tensor, Tensor]]]) -> Any:
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            cache[layer].append((key, value))
+            keys, values = (torch.cat(x, dim=2) for x in zip(*cache[layer], strict=True))
+            groups = query.shape[1] // keys.shape[1]
+            keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+            scores = query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5
+            return scores.softmax(-1) @ values
+
+        position = torch.tensor([[slot]])
+        angles = head.rotary(feature, position)
+        return head(head.embed(tokens[slot : slot + 1])[None], feature, angles, attend)
+
+    for end in range(slots):
+        root = end - step
+        if root < 0:
+            rows.append(torch.zeros(head.width))
+            continue
+        cache: list[list[tuple[Tensor, Tensor]]] = [[] for _ in head.layers]
+        for slot in range(root + 1):
+            feature, read = one(head.fuse(states[slot : slot + 1])[None], slot, cache)
+        for slot in range(root + 1, end + 1):
+            feature, read = one(feature, slot, cache)
+        rows.append(read[0, 0])
+    return torch.stack(rows)
+
+
+def texts(folder: Path, count: int = 40, words: int = 60) -> Path:
+    """A file of texts that differ."""
+    generator = torch.Generator().manual_seed(1)
+    known = ["def", "return", "x", "the", "of", "a", "sea", "old", "print", "for", "in", "range"]
+    lines = []
+    for _ in range(count):
+        drawn = torch.randint(len(known), (words,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(known[i] for i in drawn)}))
+    path = folder / "texts.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
