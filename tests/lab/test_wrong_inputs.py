@@ -149,7 +149,8 @@ def test_what_is_missing_is_named() -> None:
 
 
 def test_the_files_are_all_read() -> None:
-    known = {option for options in groups().values() for option in options}
+    commands = (groups(), groups(command="train"))
+    known = {option for one in commands for options in one.values() for option in options}
     every = (p for p in CONFIGS.rglob("*.yaml") if p.parent != CONFIGS and p.name[0] != "_")
     files = [p for p in every if "hydra" not in p.relative_to(CONFIGS).parts]  # its own groups
     assert known == {str(p.relative_to(CONFIGS)).split("/", 1)[1][:-5] for p in files}
