@@ -70,6 +70,7 @@ class MedusaHeads(nn.Module):
 
     names: Tensor | None
     blocks: Any  # nn.ModuleList of nn.ModuleList of nn.Linear
+    lm_heads: Any  # nn.ModuleList of nn.Linear
 
     def __init__(self, config: MedusaConfig) -> None:
         super().__init__()
@@ -86,10 +87,10 @@ class MedusaHeads(nn.Module):
         self.lm_head = nn.Linear(size, own, bias=False) if config.tied else None
         self.register_buffer("names", None)
 
-    def features(self, state: Tensor) -> Tensor:
-        """[M, heads, H] what the blocks of each head make of [M, H]."""
+    def features(self, state: Tensor, heads: int | None = None) -> Tensor:
+        """[M, heads, H] what the blocks of each head make of [M, H]; of the first so many."""
         made = []
-        for blocks in self.blocks:
+        for blocks in self.blocks[:heads]:
             x = state
             for index in range(self.config.blocks):
                 block = blocks[0 if self.config.shared else index]
@@ -100,15 +101,15 @@ class MedusaHeads(nn.Module):
             made.append(x)
         return torch.stack(made, dim=1)
 
-    def logits(self, state: Tensor) -> Tensor:
-        """[M, heads, V] of states [M, H]."""
-        features = self.features(state)
+    def logits(self, state: Tensor, heads: int | None = None) -> Tensor:
+        """[M, heads, V] of states [M, H]; of the first so many heads."""
+        features = self.features(state, heads)
         if self.lm_head is not None:  # read once for all heads
             rows: Tensor = self.kernels.project(features.flatten(0, 1), self.lm_head.weight)
             return rows.view(*features.shape[:2], -1)
         own: list[Tensor] = [
             self.kernels.project(features[:, index].contiguous(), output.weight)
-            for index, output in enumerate(self.lm_heads)
+            for index, output in enumerate(self.lm_heads[:heads])
         ]
         return torch.stack(own, dim=1)
 
