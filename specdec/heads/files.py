@@ -37,6 +37,16 @@ WHERE = (  # what heads are published in, the first that is there
     "hydra_lm_head.pt",
 )
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}  # by their names in safetensors; others are of quantised weights
+
 
 def find_head(path: str, setting: str = "drafter.path") -> str:
     """The folder or hub id that a path names, before anything is loaded.
@@ -62,7 +72,7 @@ class HeadFiles:
     Attributes:
         name: setting and value, for messages.
         config: config.json.
-        shapes: of every tensor.
+        shapes, types: of every tensor.
 
     Raises:
         ValueError: no files there, or broken ones, in one line that names setting and file.
@@ -78,7 +88,9 @@ class HeadFiles:
             raise BrokenFilesError(f"{self.name}: has no {CONFIG}; put the head's own beside it")
         self.config = read_object(config, self.name)
         self._places = self._tensors()
-        self.shapes = {key: tuple(self._look(key)) for key in self._places}
+        looked = {key: self._look(key) for key in self._places}
+        self.shapes = {key: shape for key, (shape, _) in looked.items()}
+        self.types = {key: kind for key, (_, kind) in looked.items()}
 
     def file_of(self, key: str) -> str:
         """The name of the file that holds a tensor; of one that none holds, of the first."""
@@ -173,13 +185,14 @@ class HeadFiles:
             )
         return {str(key): value for key, value in found.items()}
 
-    def _look(self, key: str) -> list[int]:
+    def _look(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         file = self._places[key]
         if file in self._pickled:
-            return list(self._pickled[file][key].shape)
+            tensor = self._pickled[file][key]
+            return tuple(tensor.shape), tensor.dtype
         with safe_open(file, "pt") as opened:
-            shape: list[int] = opened.get_slice(key).get_shape()
-        return shape
+            found = opened.get_slice(key)
+            return tuple(found.get_shape()), DTYPES.get(found.get_dtype(), torch.uint8)
 
 
 def object_in(config: Mapping[str, Any], field: str, name: str) -> dict[str, Any]:

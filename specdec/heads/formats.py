@@ -6,60 +6,28 @@ wrong is one line.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.files import HeadFiles, find_head
-from specdec.heads.layouts import IGNORED as IGNORED
+from specdec.heads.filling import EMBEDDING, OUTPUT, fill
+from specdec.heads.host import Host
 from specdec.heads.layouts import Layout, recognise
-from specdec.heads.reading import eagle3_config
-from specdec.heads.recurrent import Eagle3Config, Eagle3Head, RecurrentHead
+from specdec.heads.medusa import MedusaHeads
+from specdec.heads.medusa_files import medusa_config
+from specdec.heads.reading import eagle3_config, eagle_config, unstated
+from specdec.heads.recurrent import Eagle3Head, EagleHead, RecurrentHead
+from specdec.heads.verifier import check_verifier
+from specdec.heads.widen import widen
 from specdec.models.paged import PagedLM
-from specdec.models.weights import BrokenFilesError, more, not_finite
 from specdec.observation import Tap
 
-__all__ = ["Host", "find_head", "load_head"]
+__all__ = ["find_head", "load_head"]
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Host:
-    """What a head needs to know of its target.
-
-    Args:
-        name: for messages.
-        layers, state_size, vocab_size: n, H and V.
-        embedding, output: [V or more, H] and [V, H], the target's own.
-        architecture: its class in transformers.
-    """
-
-    name: str
-    layers: int
-    state_size: int
-    vocab_size: int
-    embedding: Tensor
-    output: Tensor
-    architecture: str
-    device: torch.device
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, target: PagedLM) -> Self:
-        """The target itself."""
-        return cls(
-            name=target.name,
-            layers=target.layers,
-            state_size=target.config.hidden_size,
-            vocab_size=target.vocab_size,
-            embedding=target.model.get_input_embeddings().weight.detach(),
-            output=target.model.get_output_embeddings().weight.detach(),
-            architecture=type(target.model).__name__,
-            device=target.device,
-            dtype=target.dtype,
-        )
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "norms", "tied")
 
 
 def load_head(
@@ -91,142 +59,105 @@ def load_head(
     layout = recognise(files.shapes, files.config, files.name)
     if layout.kind not in kinds:
         raise ValueError(
-            f"{files.name}: is a head of kind {layout.kind} ({layout.label}), not "
-            f"{' or '.join(kinds)}; use drafter={layout.kind}"
+            f"{files.name}: is a head of kind {layout.kind} ({layout.label}), and "
+            f"{' or '.join(kinds)} is asked for; use drafter={layout.kind}"
         )
-    host = Host.of(target)
-    config = eagle3_config(files, layout, host, taps=taps, rope_theta=rope_theta)
-    head = _empty(config, host)
-    names = _names(files, host, config.vocab_size)
-    _fill(head, files, layout, host)
-    if names is not None:
-        head.names = names.to(host.device)
-    head.description = _describe(head, layout, host)
-    return head.eval().requires_grad_(False)
+    standin = target.standin
+    small = standin is not None and _state_size(files, layout) == standin.small.hidden_size
+    host = Host.small(target) if small else Host.of(target)
+    remarks = check_verifier(files, host) + unstated(files, layout)
+    if layout.kind == "medusa":
+        head: Any = _medusa(files, layout, host, taps)
+    else:
+        head = _recurrent(files, layout, host, taps, rope_theta)
+    if small and host.state_size != target.config.hidden_size:
+        remarks.append(f"widened from {head.width}")
+        head, host = widen(head, target, setting=files.name), Host.of(target)
+    head.description = ", ".join([*_facts(head, layout, host), *remarks])
+    ready: nn.Module = head.eval().requires_grad_(False)
+    return ready
 
 
-def _empty(config: Eagle3Config, host: Host) -> RecurrentHead:
-    """A head without memory, but for what is computed of its configuration."""
+def _state_size(files: HeadFiles, layout: Layout) -> int:
+    """Numbers of a state of its target, if the files are as they should be."""
+    stated = files.config.get("target_hidden_size") or layout.layer.get("hidden_size")
+    if layout.kind == "medusa":
+        stated = layout.shapes(files.shapes).get("blocks.0.0.weight", (0,))[0]
+    return stated if isinstance(stated, int) else 0
+
+
+def _recurrent(
+    files: HeadFiles,
+    layout: Layout,
+    host: Host,
+    taps: Sequence[Tap] | None,
+    rope_theta: float | None,
+) -> RecurrentHead:
+    read: Any = eagle3_config if layout.kind == "eagle3" else eagle_config
+    config = read(files, layout, host, taps=taps, rope_theta=rope_theta)
     with torch.device("meta"):
-        head = Eagle3Head(config)
+        head: Any = (Eagle3Head if layout.kind == "eagle3" else EagleHead)(config)
+    if layout.kind == "eagle":
+        head.one = torch.ones(head.width, dtype=host.dtype, device=host.device)
     head.rotary = LlamaRotaryEmbedding(config.layer).to(host.device)
+    lent = {EMBEDDING: host.embedding} if head.width == host.state_size else {}
+    lent |= _lent_output(files, layout, host, config)
+    unused = () if getattr(config, "fc", True) else ("fc.weight",)
+    fill(head, files, layout, host, count=config.vocab_size, lent=lent, unused=unused)
+    made: RecurrentHead = head
+    return made
+
+
+def _lent_output(files: HeadFiles, layout: Layout, host: Host, config: Any) -> dict[str, Tensor]:
+    """The target's output matrix, where the head may do with it. A head of EAGLE-3 that lost its
+    own would not be noticed (sglang#27908), so that its config.json must say so."""
+    said = files.config.get("draft_vocab_size", 0) is None  # SGLang takes the target's then
+    if config.layer.hidden_size != host.state_size or not (layout.kind == "eagle" or said):
+        return {}
+    if host.output_bias and OUTPUT not in layout.files:
+        raise ValueError(
+            f"{files.name}: uses the output head of {host.name}, which adds a bias that heads do "
+            f"not; take another head or target"
+        )
+    return {OUTPUT: host.output}
+
+
+def _medusa(
+    files: HeadFiles, layout: Layout, host: Host, taps: Sequence[Tap] | None
+) -> MedusaHeads:
+    config = medusa_config(files, layout, host, taps=taps)
+    with torch.device("meta"):
+        head = MedusaHeads(config)
+    repeated = {
+        key for key in layout.files if config.shared and key.startswith("blocks.")
+    } - head.state_dict().keys()
+    lent = {OUTPUT: host.output} if config.tied else {}
+    fill(head, files, layout, host, count=config.vocab_size, lent=lent, unused=repeated)
     return head
 
 
-def _fill(head: nn.Module, files: HeadFiles, layout: Layout, host: Host) -> None:
-    """Hold the tensors of the files against what the head needs, then read them.
-
-    Raises:
-        ValueError: one is missing, left over, of another shape or not finite.
-    """
-    wanted = {key: tuple(value.shape) for key, value in head.state_dict().items()}
-    theirs = layout.files
-    theirs.pop("d2t", None)
-    if "embed_tokens.weight" not in theirs:
-        wanted.pop("embed_tokens.weight")
-    _check_names(wanted, files, theirs)
-    _check_shapes(wanted, files, theirs, host)
-    read = {ours: files.read(their, host.device).to(host.dtype) for ours, their in theirs.items()}
-    bad = not_finite(read)
-    if bad:
-        key = theirs[bad[0]]
-        raise BrokenFilesError(
-            f"{files.name}: {files.file_of(key)} gives {key}{more(bad)} values that are NaN or "
-            f"infinite in {str(host.dtype).removeprefix('torch.')}; take other weights, or "
-            f"another dtype if they are finite there"
-        )
-    own = read.get("embed_tokens.weight")
-    if own is None or (own.shape == host.embedding.shape and torch.equal(own, host.embedding)):
-        read["embed_tokens.weight"] = host.embedding
-    head.load_state_dict(read, strict=True, assign=True)
-
-
-def _check_names(wanted: dict[str, Any], files: HeadFiles, theirs: dict[str, str]) -> None:
-    missing = sorted(wanted.keys() - theirs.keys())
-    unknown = sorted(their for ours, their in theirs.items() if ours not in wanted)
-    if missing:
-        instead = f", but {unknown[0]}{more(unknown)} instead" if unknown else ""
-        raise BrokenFilesError(
-            f"{files.name}: {files.file_of('')} has no {missing[0]}{more(missing)}, which a head "
-            f"with this config.json computes with{instead}; download both again"
-        )
-    if unknown:
-        raise BrokenFilesError(
-            f"{files.name}: {files.file_of(unknown[0])} holds {unknown[0]}{more(unknown)}, for "
-            f"which a head with this config.json has no use; it would compute something else "
-            f"without it"
-        )
-
-
-def _check_shapes(
-    wanted: dict[str, tuple[int, ...]], files: HeadFiles, theirs: dict[str, str], host: Host
-) -> None:
-    for ours, shape in wanted.items():
-        there = files.shapes[theirs[ours]]
-        if there != shape:
-            raise BrokenFilesError(
-                f"{files.name}: {files.file_of(theirs[ours])} holds {theirs[ours]} of shape "
-                f"{list(there)}, and with this config.json and {host.name} it must be "
-                f"{list(shape)}; config.json, weights and target do not belong together"
-            )
-
-
-def _names(files: HeadFiles, host: Host, count: int) -> Tensor | None:
-    """[VD] the target's ids of the head's tokens, of which files have the differences.
-
-    Raises:
-        ValueError: ids that the target does not have, that are not ascending, or that t2d denies.
-    """
-    if "d2t" not in files.shapes:
-        if count != host.vocab_size:
-            raise BrokenFilesError(
-                f"{files.name}: names {count} tokens and has no d2t that says which of the "
-                f"{host.vocab_size} of {host.name} they are; it belongs to another target"
-            )
-        return None
-    if files.shapes["d2t"] != (count,):
-        raise BrokenFilesError(
-            f"{files.name}: {files.file_of('d2t')} holds d2t of shape "
-            f"{list(files.shapes['d2t'])}, and its output head names {count} tokens; {_AGAIN}"
-        )
-    names = files.read("d2t").long() + torch.arange(count)
-    said = f"{files.name}: d2t, the target's id of each of its tokens less its own,"
-    if not bool((names.diff() > 0).all()):
-        raise BrokenFilesError(f"{said} does not make ascending ids; {_AGAIN}")
-    if count and not 0 <= int(names[0]) <= int(names[-1]) < host.vocab_size:
-        raise BrokenFilesError(
-            f"{said} makes ids {int(names[0])} to {int(names[-1])}, and {host.name} has "
-            f"{host.vocab_size}: it belongs to another target"
-        )
-    if "t2d" in files.shapes:
-        listed = files.read("t2d").bool().nonzero()[:, 0]
-        if not torch.equal(listed, names):
-            raise BrokenFilesError(f"{said} and t2d name different tokens; {_AGAIN}")
-    return names
-
-
-_AGAIN = "download the head again, or take another"
-
-
-def _describe(head: RecurrentHead, layout: Layout, host: Host) -> str:
+def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
     """Layout, layers, taps, tokens, flags and sizes."""
     config = head.config
-    own = [key for key in head.state_dict() if key not in ("embed_tokens.weight", "names")]
-    sizes = {key: head.get_parameter(key) for key in own}
-    level = sum(x.nbytes for key, x in sizes.items() if not key.startswith(("fc", "input_norm")))
-    flags = [
-        flag
-        for flag in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "norms")
-        if getattr(config, flag, False)
+    weights = {k: w for k, w in head.state_dict().items() if k not in (EMBEDDING, "names")}
+    theirs = {host.embedding.data_ptr(), host.output.data_ptr()}
+    own = sum(w.numel() for w in weights.values() if w.data_ptr() not in theirs)
+    once = ("fc.", "fc_norm.", "input_norm.") if layout.kind == "eagle3" else ()
+    level = sum(w.nbytes for k, w in weights.items() if not k.startswith(once))
+    if layout.kind == "medusa":
+        size = f"{config.heads} heads of {config.blocks} block{'s' * (config.blocks != 1)}"
+        per = "step"
+    else:
+        count = config.layer.num_hidden_layers
+        size, per = f"{count} layer{'s' * (count > 1)} of {head.width}", "level"
+    facts = [
+        f"{layout.label}: {size}",
+        f"states {' '.join(map(str, config.taps))} of {host.layers}",
+        f"{config.vocab_size:,} of {host.vocab_size:,} tokens",
+        *(flag for flag in FLAGS if getattr(config, flag, False)),
     ]
-    layers = config.layer.num_hidden_layers
-    return ", ".join(
-        [
-            f"{layout.label}: {layers} layer{'s' * (layers > 1)} of {head.width}",
-            f"states {' '.join(map(str, config.taps))} of {host.layers}",
-            f"{config.vocab_size:,} of {host.vocab_size:,} tokens",
-            *flags,
-            f"{sum(x.numel() for x in sizes.values()) / 1e6:,.1f} M parameters",
-            f"{level / 1e6:,.1f} MB read per level",
-        ]
-    )
+    if layout.kind != "medusa":
+        rope = config.layer.rope_parameters
+        kind = "" if rope["rope_type"] == "default" else f" {rope['rope_type']}"
+        facts.append(f"rope{kind} {rope['rope_theta']:,g}")
+    return [*facts, f"{own / 1e6:,.1f} M parameters", f"{level / 1e6:,.1f} MB read per {per}"]

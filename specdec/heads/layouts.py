@@ -1,29 +1,53 @@
 """Layouts: what a head is, told by its tensors first and by config.json second, and the names its
-tensors have here, which are those of `speculators`."""
+tensors have here, which are those of `speculators` (of Medusa those of `medusa.py`).
+
+Sources: SafeAILab/EAGLE `eagle/model/cnets.py` and `cnets1.py`, sgl-project/SpecForge
+`modeling/draft/llama3_eagle.py`, sglang `models/llama_eagle3.py`, deepseek-ai/DeepSpec
+`modeling/eagle3`, vllm-project/speculators `models/eagle3` and `models/eagle.py`, vLLM
+`models/eagle.py` and `models/medusa.py`, FasterDecoding/Medusa `medusa_model.py`.
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from transformers import AutoConfig
+
+from specdec.heads.files import object_in
+from specdec.heads.recurrent import LAYERS
 from specdec.models.weights import BrokenFilesError
+from specdec.reasons import first_line
 
 Kind = Literal["eagle3", "eagle", "medusa"]
 Shapes = Mapping[str, tuple[int, ...]]
+READ = "heads of EAGLE 1 to 3, HASS and Medusa are read"
 
-REFUSED = {  # tensors that only heads of these kinds have
-    "MTP layers": r"(model\.)?(mtp|mtp_layers)\.|.*\.eh_proj\.weight",
-    "a P-EAGLE head": r"(model\.)?mask_hidden",
-    "a DFlash 2 head": r"candidate_selector\.",
-    "a DSpark head": r"markov_head\.",
-    "a Domino head": r"prefix_gru\.",
-    "a DFlash head": r"hidden_norm\.weight",
-    "a Hydra head": r"hydra_mlp\.|hydra_lm_head\.",
-    "an MLP speculator": r"(speculator\.)?emb\.0\.weight",
-    "a ReDrafter head": r"rnn_w\.weight",
+REFUSED = {  # tensors that only heads of these kinds have, or their speculators_model_type
+    "MTP layers": (r"(model\.)?(mtp|mtp_layers)\.|(.*\.)?eh_proj\.weight", "mtp"),
+    "a P-EAGLE head": (r"mask_hidden", "peagle"),
+    "a DFlash 2 head": (r"candidate_selector\.", "dflash2"),
+    "a DSpark head": (r"markov_head\.", "dspark"),
+    "a Domino head": (r"prefix_gru\.", "domino"),
+    "a DFlash head": (r"hidden_norm\.weight", "dflash"),
+    "a Hydra head": (r"hydra_mlp\.|hydra_lm_head\.", "hydra"),
+    "an MLP speculator": (r"(speculator\.)?emb\.0\.weight", "mlp_speculator"),
+    "a ReDrafter head": (r"(drafter\.)?rnn_w\.weight", "redrafter"),
+    "a GRIFFIN head": (r"fc\.(fc|mlp)\.", "griffin"),
 }
 IGNORED = r"t2d|verifier_.*|(.*\.)?rotary_emb\.inv_freq"  # known, and of no use here
-READ = "EAGLE-1, EAGLE-2, EAGLE-3, HASS and Medusa are read"
+WHOLE = r"lm_head\.weight|model\..*"  # the target, in files of Medusa that hold it too
+MEDUSA = r"(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)"
+MEDUSA_OF_VLLM = r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)|lm_heads\.(\d+)\.weight"
+
+EAGLE_NAMES = {  # in the order they are applied
+    r"^model\.": "",  # vLLM's first form has it twice
+    r"^transformer\.": "layers.0.",
+    r"^fusion_fc\.": "fc.",
+    r"^(enorm|embed_layernorm|post_embedding_layernorm)\.": "embedding_layernorm.",
+    r"^hnorm\.": "hidden_states_layernorm.",
+    r"^(pre_lm_head_layernorm|lm_head_layernorm)\.": "norm.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +58,19 @@ class Layout:
         kind: which class of head.
         label: what it is called at the start of a run.
         wrapped: whether config.json is that of `speculators`.
-        names: of the tensors that count, here, by their names in the file.
+        layer: the part of config.json that is about its decoder layers.
+        files: names of its tensors in the files, by their names here.
     """
 
     kind: Kind
     label: str
     wrapped: bool
-    names: Mapping[str, str]
+    layer: Mapping[str, Any]
+    files: Mapping[str, str]
 
-    @property
-    def files(self) -> dict[str, str]:
-        """Names in the file, by those here."""
-        return {ours: theirs for theirs, ours in self.names.items()}
+    def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Of its tensors, by their names here."""
+        return {ours: shapes[theirs] for ours, theirs in self.files.items()}
 
 
 def recognise(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
@@ -54,21 +79,161 @@ def recognise(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
     Raises:
         ValueError: a head that is not read, or none.
     """
-    stated = config.get("speculators_model_type")
-    for what, pattern in REFUSED.items():
-        if any(re.match(pattern, key) for key in shapes):
-            raise ValueError(f"{name}: holds {what}, which is not read; {READ}")
-    plain = {key: key.removeprefix("model.") for key in shapes if not re.fullmatch(IGNORED, key)}
-    bare = set(plain.values())
+    heads = {key.removeprefix("medusa_head.") for key in shapes if key.startswith("medusa_head.")}
+    _refuse({key.removeprefix("model.") for key in shapes} - heads, config, name)
+    if heads or any(re.fullmatch(MEDUSA, key) for key in shapes):
+        return _medusa(shapes, config, name)
+    if any(re.fullmatch(MEDUSA_OF_VLLM, key.removeprefix("medusa_heads.")) for key in shapes):
+        return _medusa_of_vllm(shapes, config, name)
+    bare = {key.removeprefix("model.") for key in shapes}
     if any(key.startswith("midlayer.") for key in bare) or "layers.0.hidden_norm.weight" in bare:
-        label = "EAGLE-3, " + ("speculators" if stated else "SafeAILab")
-        names = {key: _eagle3(key_here) for key, key_here in plain.items()}
-        return Layout(kind="eagle3", label=label, wrapped=bool(stated), names=names)
-    raise BrokenFilesError(
-        f"{name}: its tensors are of no head that is known, as {next(iter(shapes), 'none')}; "
-        f"{READ}"
+        return _eagle3(shapes, config, name)
+    if bare & {"fc.weight", "fusion_fc.weight"}:
+        return _eagle(shapes, config, name)
+    whole = any("layers.0.input_layernorm" in key for key in shapes)
+    what = "a whole model and no head" if whole else "no head that is known"
+    mend = "give it as drafter=small_llama" if whole else READ
+    raise BrokenFilesError(f"{name}: holds {what}, as {next(iter(shapes), 'nothing')}; {mend}")
+
+
+def _refuse(bare: set[str], config: Mapping[str, Any], name: str) -> None:
+    stated = config.get("speculators_model_type")
+    for what, (pattern, kind) in REFUSED.items():
+        if stated == kind or any(re.match(pattern, key) for key in bare):
+            raise ValueError(f"{name}: holds {what}, which is not read; {READ}")
+
+
+def _names(
+    shapes: Shapes, name: str, rename: Callable[[str], str], ignored: str = IGNORED
+) -> dict[str, str]:
+    """Names in the files by names here."""
+    found: dict[str, str] = {}
+    for key in shapes:
+        ours = rename(key)
+        if re.fullmatch(ignored, ours):
+            continue
+        if ours in found:
+            raise BrokenFilesError(f"{name}: holds {found[ours]} and {key}, which are one tensor")
+        found[ours] = key
+    return found
+
+
+def _eagle3(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
+    layer = _completed(object_in(config, "transformer_layer_config", name), name)
+    wrapped = "speculators_model_type" in config
+    files = _names(shapes, name, _eagle3_name)
+    extra = {key.split(".")[1] for key in files if re.match(r"layers\.[1-9]", key)}
+    of_sglang = False
+    for index in extra:  # there the norm of what goes in has the name of the feature's norm
+        one, other = f"layers.{index}.input_layernorm.weight", f"layers.{index}.hidden_norm.weight"
+        if one not in files and other in files:
+            files[one], of_sglang = files.pop(other), True
+    bare = {key.removeprefix("model.") for key in shapes}
+    label = (
+        "speculators"
+        if wrapped
+        else "DeepSpec"
+        if config.get("target_layer_ids")
+        else "SGLang"
+        if of_sglang or any(key.startswith("additional_layers.") for key in bare)
+        else "SpecForge"
+        if "LlamaForCausalLMEagle3" in (config.get("architectures") or ())
+        else "SafeAILab"
+    )
+    return Layout(
+        kind="eagle3",
+        label=f"EAGLE-3 of {label}",
+        wrapped=wrapped,
+        layer=layer or config,
+        files=files,
     )
 
 
-def _eagle3(key: str) -> str:
-    return re.sub(r"^midlayer\.", "layers.0.", key)
+def _eagle3_name(key: str) -> str:
+    key = re.sub(r"^(midlayer|layers\.0)\.", "layers.0.", key.removeprefix("model."))
+    key = re.sub(r"^fc_norms\.", "fc_norm.", key)
+    return re.sub(
+        r"^additional_layers\.(\d+)\.", lambda found: f"layers.{int(found[1]) + 1}.", key
+    )
+
+
+def _eagle(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
+    wrapped = "speculators_model_type" in config
+    nested = object_in(config, "model", name)
+
+    def rename(key: str) -> str:
+        key = key.removeprefix("model.")
+        for pattern, ours in EAGLE_NAMES.items():
+            key = re.sub(pattern, ours, key)
+        return key
+
+    ignored = IGNORED
+    if nested:  # vLLM keeps norms that it leaves out
+        if nested.get("skip_prenorm", True):
+            ignored += r"|layers\.0\.input_layernorm\.weight"
+        if nested.get("skip_output_norm", True):
+            ignored += r"|norm\.weight"
+    label = "speculators" if wrapped else "vLLM" if nested else "SafeAILab"
+    layer = _completed(object_in(config, "transformer_layer_config", name), name)
+    files = _names(shapes, name, rename, ignored)
+    return Layout(
+        kind="eagle",
+        label=f"EAGLE of {label}",
+        wrapped=wrapped,
+        layer=layer or nested or config,
+        files=files,
+    )
+
+
+def _completed(layer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The configuration of decoder layers in `speculators` files, with what it leaves out because
+    it is the default of transformers.
+
+    Raises:
+        ValueError: layers of a kind that heads do not have here.
+    """
+    if not layer:
+        return layer
+    kind = layer.get("model_type", "llama")
+    if kind not in LAYERS:
+        raise ValueError(
+            f"{name}: has decoder layers of type {kind!r}; those of {', '.join(LAYERS)} are read"
+        )
+    others = {key: value for key, value in layer.items() if key != "model_type"}
+    try:
+        whole: dict[str, Any] = AutoConfig.for_model(kind, **others).to_dict()
+    except Exception as error:  # of any class: config.json can hold anything
+        raise BrokenFilesError(
+            f"{name}: transformer_layer_config of config.json describes no decoder layer "
+            f"({first_line(error)}); take the head's own"
+        ) from None
+    return whole
+
+
+def _medusa(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
+    """Medusa's own: {head}.{block}.linear, and {head}.{blocks}.weight for the output matrix."""
+    whole = any(key.startswith("medusa_head.") for key in shapes)
+
+    def rename(key: str) -> str:
+        bare = key.removeprefix("medusa_head.")
+        found = re.fullmatch(MEDUSA, bare)
+        if found is None:
+            return key
+        if found[3] == "weight":
+            return f"lm_heads.{found[1]}.weight"
+        return f"blocks.{found[1]}.{found[2]}.{found[3].removeprefix('linear.')}"
+
+    files = _names(shapes, name, rename, f"{IGNORED}|{WHOLE}" if whole else IGNORED)
+    label = "Medusa, beside its target" if whole else "Medusa"
+    return Layout(kind="medusa", label=label, wrapped=False, layer=config, files=files)
+
+
+def _medusa_of_vllm(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
+    def rename(key: str) -> str:
+        return re.sub(r"^(blocks\.\d+\.)layers\.", r"\1", key.removeprefix("medusa_heads."))
+
+    files = _names(shapes, name, rename)
+    if config.get("original_lm_head") and "lm_heads.0.weight" in files:
+        files["lm_head.weight"] = files.pop("lm_heads.0.weight")
+        files = {key: value for key, value in files.items() if not key.startswith("lm_heads.")}
+    return Layout(kind="medusa", label="Medusa of vLLM", wrapped=False, layer=config, files=files)

@@ -1,25 +1,28 @@
 """From config.json and the shapes of tensors to the configuration of a recurrent head."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.files import CONFIG, HeadFiles, object_in
+from specdec.heads.host import Host
 from specdec.heads.layouts import Layout
-from specdec.heads.recurrent import Eagle3Config
+from specdec.heads.recurrent import Eagle3Config, EagleConfig
 from specdec.heads.rope import rope_parameters
+from specdec.heads.taps import settled_taps
 from specdec.models.weights import BrokenFilesError
 from specdec.observation import Tap
+from specdec.reasons import first_line
 
-if TYPE_CHECKING:
-    from specdec.heads.formats import Host
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads")
 
 
 def eagle3_config(
     files: HeadFiles,
     layout: Layout,
-    host: "Host",
+    host: Host,
     *,
     taps: Sequence[Tap] | None,
     rope_theta: float | None,
@@ -29,97 +32,185 @@ def eagle3_config(
     Raises:
         ValueError: fields that are missing, or contradict tensors or target.
     """
-    config, layout_files = files.config, layout.files
-    layer = object_in(config, "transformer_layer_config", files.name) or config
-    shapes = {ours: files.shapes[theirs] for ours, theirs in layout_files.items()}
-    decoder = decoder_config(layer, shapes, files.name, layout=layout, rope_theta=rope_theta)
-    state_size = int(config.get("target_hidden_size") or decoder.hidden_size)
-    if state_size != host.state_size:
-        raise ValueError(
-            f"{files.name}: reads states of {state_size} numbers, and those of {host.name} have "
-            f"{host.state_size}: this head belongs to another target"
-        )
+    config, shapes = files.config, layout.shapes(files.shapes)
+    decoder = decoder_config(layout, shapes, files.name, rope_theta=rope_theta)
     where = settled_taps(files, layout, host, taps)
-    rows = shapes.get("lm_head.weight", (host.vocab_size,))[0]
+    width, fc = decoder.hidden_size, where != ("normal",) or "fc.weight" in shapes
+    if config_of_states(config, files.name).get("use_aux_hidden_state") is False:
+        fc = False  # the files may hold one that is of no use
+    columns = shapes.get("fc.weight", (0, 0))[1] if fc else len(where) * width
+    stated = int(config.get("target_hidden_size") or 0)
+    _check_states(files, host, stated, columns, len(where))
     pairs = sum(
-        shapes.get(f"layers.{index}.self_attn.q_proj.weight", (0, 0))[1] == 2 * decoder.hidden_size
+        shapes.get(f"layers.{index}.self_attn.q_proj.weight", (0, 0))[1] == 2 * width
         for index in range(decoder.num_hidden_layers)
     )
-    fallback = layout.wrapped  # readers of `speculators` files take a missing field for true
     return Eagle3Config(
         layer=decoder,
         taps=where,
-        state_size=state_size,
-        target_vocab=shapes.get("embed_tokens.weight", tuple(host.embedding.shape))[0],
-        vocab_size=int(config.get("draft_vocab_size") or rows),
+        state_size=host.state_size,
+        target_vocab=host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding),
+        vocab_size=_named(files, layout, host, shapes),
         output_bias="layers.0.self_attn.o_proj.bias" in shapes,
-        norm_before_residual=bool(config.get("norm_before_residual", fallback)),
-        norm_before_fc="input_norm.weight" in shapes,
-        fc_norm="fc_norm.0.weight" in shapes,
+        norm_before_residual=bool(config.get("norm_before_residual", layout.wrapped)),
+        norm_before_fc=bool(config.get("norm_before_fc", "input_norm.weight" in shapes)),
+        fc_norm=bool(config.get("fc_norm", "fc_norm.0.weight" in shapes)),
+        # SpecForge trained something else by that name until its pull request 879.
         norm_output=bool(config.get("norm_output", False)),
-        fc="fc.weight" in shapes,
+        fc=fc,
         fc_bias="fc.bias" in shapes,
-        pairs=pairs,
+        pairs=max(pairs, 1),
+    )
+
+
+def unstated(files: HeadFiles, layout: Layout) -> list[str]:
+    """What the start of a run should say of flags that no file states. Readers of `speculators`
+    files take norm_before_residual for true then (vLLM `speculators/algos.py`)."""
+    missing = layout.kind == "eagle3" and "norm_before_residual" not in files.config
+    remark = "which states no norm_before_residual: taken for true"
+    return [remark] if missing and layout.wrapped else []
+
+
+def eagle_config(
+    files: HeadFiles,
+    layout: Layout,
+    host: Host,
+    *,
+    taps: Sequence[Tap] | None,
+    rope_theta: float | None,
+) -> EagleConfig:
+    """Of a head of EAGLE-1, EAGLE-2 or HASS.
+
+    Raises:
+        ValueError: as for `eagle3_config`.
+    """
+    config, shapes = files.config, layout.shapes(files.shapes)
+    decoder = decoder_config(layout, shapes, files.name, rope_theta=rope_theta)
+    _check_states(files, host, decoder.hidden_size, decoder.hidden_size, 1)
+    where = settled_taps(files, layout, host, taps)
+    if len(where) != 1:
+        raise ValueError(f"{files.name}: a head of EAGLE-1 reads one state; give drafter.taps one")
+    if layout.wrapped:
+        bias = bool(config.get("fusion_bias", False))
+    else:  # without the field, its authors' code expects one
+        bias = bool(layout.layer.get("bias", config.get("eagle_fc_bias", layout.layer is config)))
+    norms = "hidden_states_layernorm.weight" in shapes
+    return EagleConfig(
+        layer=decoder,
+        taps=where,
+        state_size=host.state_size,
+        target_vocab=host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding),
+        vocab_size=_named(files, layout, host, shapes),
+        output_bias="layers.0.self_attn.o_proj.bias" in shapes,
+        bias=bias,
+        norms=norms,
+        embedding_norm=not norms and "embedding_layernorm.weight" in shapes,
+        input_norm="layers.0.input_layernorm.weight" in shapes,
+        output_norm="norm.weight" in shapes,
     )
 
 
 def decoder_config(
-    layer: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    name: str,
-    *,
-    layout: Layout,
-    rope_theta: float | None,
+    layout: Layout, shapes: Mapping[str, tuple[int, ...]], name: str, *, rope_theta: float | None
 ) -> Any:
-    """Of its layers, as transformers has it. The size of a head is taken from q_proj: config.json
-    may not say it, or say it wrong.
+    """Of its layers, as transformers has it. The size of an attention head is taken from q_proj:
+    config.json may not say it, or say another.
 
     Raises:
-        ValueError: a size that config.json does not state.
+        ValueError: a size that config.json does not state, or layers of another kind.
     """
-    for field in ("hidden_size", "intermediate_size", "num_attention_heads"):
-        if not isinstance(layer.get(field), int) or layer[field] < 1:
-            raise BrokenFilesError(f"{name}: {CONFIG} states no {field}; take the head's own")
+    layer = layout.layer
+    for field in SIZES:
+        if type(layer.get(field)) is not int or layer[field] < 1:
+            raise BrokenFilesError(
+                f"{name}: {CONFIG} has {field}={layer.get(field)}, which must be a number of at "
+                f"least 1; take the head's own {CONFIG}"
+            )
+    _check_kind(layer, name)
     heads = layer["num_attention_heads"]
     rows = shapes.get("layers.0.self_attn.q_proj.weight", (0,))[0]
-    normed = "layers.0.self_attn.q_norm.weight" in shapes
-    layers = [key.split(".")[1] for key in shapes if key.startswith("layers.")]
-    made = (Qwen3Config if normed else LlamaConfig)(
-        hidden_size=layer["hidden_size"],
-        intermediate_size=layer["intermediate_size"],
-        num_hidden_layers=1 + max(map(int, layers)),
-        num_attention_heads=heads,
-        num_key_value_heads=layer.get("num_key_value_heads") or heads,
-        head_dim=rows // heads or layer.get("head_dim"),
-        rms_norm_eps=layer.get("rms_norm_eps", 1e-6),
-        max_position_embeddings=layer.get("max_position_embeddings", 2048),
-        rope_parameters=rope_parameters(layer, name, wrapped=layout.wrapped, theta=rope_theta),
-        attention_bias="layers.0.self_attn.q_proj.bias" in shapes,
-        hidden_act=layer.get("hidden_act", "silu"),
-    )
-    made._attn_implementation = "eager"
+    if rows % (2 * heads):
+        raise BrokenFilesError(
+            f"{name}: q_proj has {rows} rows, which {heads} heads of an even size cannot share; "
+            f"{CONFIG} and weights are of two heads: download both again"
+        )
+    there = {int(key.split(".")[1]) for key in shapes if key.startswith("layers.")}
+    try:
+        made = (Qwen3Config if "layers.0.self_attn.q_norm.weight" in shapes else LlamaConfig)(
+            hidden_size=layer["hidden_size"],
+            intermediate_size=layer["intermediate_size"],
+            num_hidden_layers=layer.get("num_hidden_layers") or len(there),
+            num_attention_heads=heads,
+            num_key_value_heads=layer.get("num_key_value_heads") or heads,
+            head_dim=rows // heads or 2,
+            rms_norm_eps=float(layer.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=int(layer.get("max_position_embeddings") or 2048),
+            rope_parameters=rope_parameters(layer, name, wrapped=layout.wrapped, theta=rope_theta),
+            attention_bias="layers.0.self_attn.q_proj.bias" in shapes,
+        )
+        LlamaRotaryEmbedding(made)
+    except BrokenFilesError:
+        raise
+    except Exception as error:  # of any class: config.json can hold anything
+        raise BrokenFilesError(
+            f"{name}: {CONFIG} describes no decoder layer ({first_line(error)}); take the head's "
+            f"own"
+        ) from None
     return made
 
 
-def settled_taps(
-    files: HeadFiles, layout: Layout, host: "Host", taps: Sequence[Tap] | None
-) -> tuple[Tap, ...]:
-    """Which states it reads, as counted here, by the setting, its files or its layout's default.
+def _check_kind(layer: Mapping[str, Any], name: str) -> None:
+    """Refuse what decoder layers here do not do."""
+    wrong = {
+        "hidden_act": layer.get("hidden_act", "silu") != "silu",
+        "partial_rotary_factor": layer.get("partial_rotary_factor", 1) != 1,
+        "use_sliding_window": layer.get("use_sliding_window", False) is True,
+        "mlp_bias": layer.get("mlp_bias", False) is True,
+    }
+    for field, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(
+                f"{name}: {CONFIG} asks for {field}={layer[field]}, which layers of heads do not "
+                f"have here; take another head"
+            )
+
+
+def config_of_states(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The fields that say which states are read: eagle_config (NVIDIA, SpecForge), or all."""
+    return {**config, **object_in(config, "eagle_config", name)}
+
+
+def _check_states(files: HeadFiles, host: Host, stated: int, columns: int, count: int) -> None:
+    """Of `count` states of `stated` numbers each, if that is stated, `columns` are read."""
+    size = stated or max(columns // count, 1)
+    others, rest = divmod(columns, host.state_size)
+    if stated in (0, host.state_size) and columns and not rest and others != count:
+        raise ValueError(
+            f"{files.name}: fc.weight joins {others} states of {host.state_size} numbers, and "
+            f"{count} are named; say which by drafter.taps"
+        )
+    if size != host.state_size and columns:
+        raise ValueError(
+            f"{files.name}: reads states of {size} numbers, and those of {host.name} have "
+            f"{host.state_size}: this head belongs to another target"
+        )
+
+
+def _named(
+    files: HeadFiles, layout: Layout, host: Host, shapes: Mapping[str, tuple[int, ...]]
+) -> int:
+    """How many tokens it can name.
 
     Raises:
-        ValueError: states that the target does not have, or one twice that no file names twice.
+        ValueError: the target has another vocabulary.
     """
-    n, stated = host.layers, files.config.get("eagle_aux_hidden_state_layer_ids")
-    found: tuple[Tap, ...] = tuple(taps or stated or (2, n // 2, n - 3))
-    beyond = [tap for tap in found if tap != "normal" and not 0 <= int(tap) <= n]
-    if beyond:
+    vocabulary = layout.layer.get("vocab_size")
+    if vocabulary is not None and vocabulary != host.vocab_size:
         raise ValueError(
-            f"{files.name}: reads the state after layer {beyond[0]}, and {host.name} has {n} "
-            f"layers: this head belongs to another target"
+            f"{files.name}: is made for a vocabulary of {vocabulary}, and {host.name} has "
+            f"{host.vocab_size} tokens: this head belongs to another target"
         )
-    if len(set(found)) < len(found) and (taps or not stated):
-        raise ValueError(
-            f"{files.name}: would read states {' '.join(map(str, found))} of the {n} layers of "
-            f"{host.name}, one of them twice; say which ones by drafter.taps"
-        )
-    return found
+    said = files.config.get("draft_vocab_size") if layout.kind == "eagle3" else None
+    if "token_map" in shapes:
+        said = shapes["token_map"][0]
+    return int(said or shapes.get("lm_head.weight", (host.vocab_size,))[0])

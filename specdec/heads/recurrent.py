@@ -89,12 +89,14 @@ class EagleConfig(HeadConfig):
     Args:
         bias: of fc.
         norms: embedding and state are normed before fc (HASS's `add_para_norm`).
+        embedding_norm: the embedding alone is (early `speculators`, `layernorms`).
         input_norm: the first layer norms its input, as the others do.
         output_norm: a norm before the output head.
     """
 
     bias: bool = True
     norms: bool = False
+    embedding_norm: bool = False
     input_norm: bool = False
     output_norm: bool = False
 
@@ -266,7 +268,8 @@ class EagleHead(RecurrentHead):
     def __init__(self, config: EagleConfig) -> None:
         super().__init__(config)
         self.fc = nn.Linear(2 * self.width, self.width, bias=config.bias)
-        self.embedding_layernorm = self._norm(self.width) if config.norms else None
+        embedding_norm = config.norms or config.embedding_norm
+        self.embedding_layernorm = self._norm(self.width) if embedding_norm else None
         self.hidden_states_layernorm = self._norm(self.width) if config.norms else None
         self.norm = self._norm(self.width) if config.output_norm else None
         self.register_buffer("one", torch.ones(self.width), persistent=False)
@@ -283,8 +286,9 @@ class EagleHead(RecurrentHead):
     def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layers[index]
         if not index:
-            if self.config.norms:
+            if self.embedding_layernorm is not None:
                 embedded = self.normed(self.embedding_layernorm, embedded)
+            if self.hidden_states_layernorm is not None:
                 hidden = self.normed(self.hidden_states_layernorm, hidden)
             hidden = self.fc(torch.cat([embedded, hidden], dim=-1))
             if not self.config.input_norm:

@@ -1,7 +1,7 @@
 """Small random heads, written as their authors publish them, for a small random target."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from tests.heads.oracle import Facts
 
 D, MIDDLE, NAMED, EPS = 32, 40, 48, 1e-5
 HEADS = (4, 2)
+PLAIN: tuple[dict[str, Any], dict[str, Any]] = ({}, {"theta": 10_000.0})
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 class Random:
@@ -27,18 +29,34 @@ class Random:
     def norm(self, size: int) -> Tensor:
         return 1 + 0.3 * torch.randn(size, generator=self.generator)
 
-    def layer(self, name: str, inputs: int, *, head_dim: int, bias: bool = False) -> Any:
-        """Attention and MLP, without norms of the input."""
-        queries, keys = HEADS
-        made = {}
-        for part, rows in (("q", queries), ("k", keys), ("v", keys)):
-            made[f"self_attn.{part}_proj.weight"] = self.matrix(rows * head_dim, inputs)
-            if bias:
-                made[f"self_attn.{part}_proj.bias"] = 5 * self.matrix(rows * head_dim)
-        made["self_attn.o_proj.weight"] = self.matrix(D, queries * head_dim)
+    def layer(
+        self,
+        name: str,
+        inputs: int,
+        *,
+        head_dim: int = 8,
+        bias: str = "",
+        normed: bool = False,
+        norms: Iterable[str] = (),
+    ) -> dict[str, Tensor]:
+        """A decoder layer whose attention reads so many inputs.
+
+        Args:
+            bias: letters of the projections that have one.
+            normed: queries and keys.
+            norms: of what goes in.
+        """
+        rows = {"q": HEADS[0] * head_dim, "k": HEADS[1] * head_dim, "v": HEADS[1] * head_dim}
+        made = {f"self_attn.{p}_proj.weight": self.matrix(rows[p], inputs) for p in rows}
+        made["self_attn.o_proj.weight"] = self.matrix(D, rows["q"])
+        for part in bias:
+            made[f"self_attn.{part}_proj.bias"] = 5 * self.matrix((rows | {"o": D})[part])
+        if normed:
+            made |= {f"self_attn.{p}_norm.weight": self.norm(head_dim) for p in "qk"}
+        made |= {f"{norm}.weight": self.norm(D) for norm in norms}
         made["post_attention_layernorm.weight"] = self.norm(D)
-        made["mlp.gate_proj.weight"] = self.matrix(MIDDLE, D)
-        made["mlp.up_proj.weight"] = self.matrix(MIDDLE, D)
+        for part in ("gate", "up"):
+            made[f"mlp.{part}_proj.weight"] = self.matrix(MIDDLE, D)
         made["mlp.down_proj.weight"] = self.matrix(D, MIDDLE)
         return {f"{name}.{key}": value for key, value in made.items()}
 
@@ -46,9 +64,10 @@ class Random:
         return torch.randperm(vocabulary, generator=self.generator)[:count].sort().values
 
 
-def layer_config(**others: Any) -> dict[str, Any]:
+def layer_config(target: Any, **others: Any) -> dict[str, Any]:
     return {
         "model_type": "llama",
+        "vocab_size": target.config.vocab_size,
         "hidden_size": D,
         "intermediate_size": MIDDLE,
         "num_attention_heads": HEADS[0],
@@ -76,70 +95,190 @@ def doubled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.double() for key, value in tensors.items()}
 
 
+def mapped(named: int, ids: Tensor, vocabulary: int) -> dict[str, Tensor]:
+    return {
+        "d2t": ids - torch.arange(named),
+        "t2d": torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, ids, True),
+    }
+
+
+def layers_of(
+    layout: str, random: Random, count: int, *, head_dim: int, bias: str
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Decoder layers as a layout has them: tensors, and the beginnings of their names."""
+    first = "midlayer" if layout in ("safeailab", "specforge", "sglang") else "layers.0"
+    both, normed = ("hidden_norm", "input_layernorm"), layout == "deepspec"
+    made = random.layer(first, 2 * D, head_dim=head_dim, bias=bias, normed=normed, norms=both)
+    names = [first]
+    for index in range(1, count):
+        pair = layout == "deepspec"
+        norms = both if pair else ("hidden_norm" if layout == "sglang" else "input_layernorm",)
+        name = f"additional_layers.{index - 1}" if layout == "sglang" else f"layers.{index}"
+        inputs = 2 * D if pair else D
+        made |= random.layer(
+            name, inputs, head_dim=head_dim, bias=bias, normed=normed, norms=norms
+        )
+        names.append(name)
+    return made, tuple(names)
+
+
 def eagle3(
     folder: Path,
     target: Any,
     *,
     layout: str = "safeailab",
-    flags: frozenset[str] = frozenset(),
+    flags: Iterable[str] = (),
     named: int | None = NAMED,
     head_dim: int = 8,
+    bias: str = "",
+    layers: int = 1,
+    taps: tuple[int, ...] | None = None,
+    own_embedding: bool = False,
     file: str | None = None,
-    rope: tuple[dict[str, Any], dict[str, Any]] = ({}, {"theta": 10_000.0}),
-    **config: Any,
+    prefix: str = "",
+    rope: tuple[dict[str, Any], dict[str, Any]] = PLAIN,
+    config: Mapping[str, Any] | None = None,
 ) -> Facts:
     """A head of EAGLE-3.
 
     Args:
-        rope: as config.json says it, and as the oracle has it.
         named: tokens it can name; None for all.
+        taps: the states it reads; None for those of its layout.
+        prefix: before every name of a tensor.
+        rope: as config.json says it, and as the oracle has it.
+        config: more of config.json.
     """
-    random, vocabulary = Random(), target.config.vocab_size
-    n, states = target.config.num_hidden_layers, target.config.hidden_size
-    taps = (2, n // 2, n - 3)
-    name = "midlayer" if layout in ("safeailab", "specforge") else "layers.0"
-    tensors = random.layer(name, 2 * D, head_dim=head_dim)
-    for norm in ("hidden_norm", "input_layernorm"):
-        tensors[f"{name}.{norm}.weight"] = random.norm(D)
+    random, flags = Random(), frozenset(flags)
+    vocabulary, states = target.config.vocab_size, target.config.hidden_size
+    n = target.config.num_hidden_layers
+    where = taps or ((2, 3, 4, 6, 8) if layout == "deepspec" else (2, n // 2, n - 3))
+    tensors, names = layers_of(layout, random, layers, head_dim=head_dim, bias=bias)
     if "fc_norm" in flags:
-        tensors |= {f"fc_norm.{i}.weight": random.norm(states) for i in range(3)}
+        tensors |= {f"fc_norm.{i}.weight": random.norm(states) for i in range(len(where))}
     if "norm_before_fc" in flags:
-        tensors["input_norm.weight"] = random.norm(3 * states)
-    tensors["fc.weight"] = random.matrix(D, 3 * states)
+        tensors["input_norm.weight"] = random.norm(len(where) * states)
+    tensors["fc.weight"] = random.matrix(D, len(where) * states)
     tensors["norm.weight"] = random.norm(D)
     tensors["lm_head.weight"] = 3 * random.matrix(named or vocabulary, D)
-    ids = torch.arange(vocabulary)
+    ids = torch.arange(vocabulary) if named is None else random.ids(named, vocabulary)
     if named is not None:
-        ids = random.ids(named, vocabulary)
-        tensors["d2t"] = ids - torch.arange(named)
-        tensors["t2d"] = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, ids, True)
+        tensors |= mapped(named, ids, vocabulary)
     embedding = target.get_input_embeddings().weight.detach()
-    own = layer_config(vocab_size=vocabulary, **rope[0])
-    said: dict[str, Any] = own | {"draft_vocab_size": named or vocabulary}
-    if layout == "speculators":
+    if own_embedding or states != D:
+        embedding = random.matrix(vocabulary, D)
+    if layout in ("speculators", "deepspec") or own_embedding or states != D:
         tensors["embed_tokens.weight"] = embedding
-        said = {
-            "speculators_model_type": "eagle3",
-            "speculators_version": "0.3.0",
-            "architectures": ["Eagle3Speculator"],
-            "transformer_layer_config": own,
-            "draft_vocab_size": named or vocabulary,
-            "eagle_aux_hidden_state_layer_ids": list(taps),
-            **{f: f in flags for f in ("norm_before_residual", "norm_before_fc", "fc_norm")},
-            "norm_output": "norm_output" in flags,
-        }
+    layer = layer_config(target, num_hidden_layers=layers, **rope[0])
+    said = {
+        "safeailab": {},
+        "specforge": {"architectures": ["LlamaForCausalLMEagle3"]},
+        "sglang": {"architectures": ["LlamaForCausalLMEagle3"]},
+        "deepspec": {"model_type": "qwen3", "target_layer_ids": [tap - 1 for tap in where]},
+    }.get(layout)
+    whole: Mapping[str, Any]
+    if said is not None:
+        whole = layer | said | dict.fromkeys(flags, True)
+    else:
+        whole = wrapper(layer, where, flags)
+    whole = {**whole, "draft_vocab_size": named or vocabulary, **(config or {})}
     if file is None:
         file = "pytorch_model.bin" if layout == "safeailab" else "model.safetensors"
-    write(folder, said | config, tensors, file)
+    write(folder, whole, {prefix + key: value for key, value in tensors.items()}, file)
+    more = {"deepspec": {"pairs"}, "sglang": {"sglang"}}.get(layout, set())
     return Facts(
         tensors=doubled(tensors),
-        layers=(name,),
+        layers=names,
         embedding=embedding.double(),
         output=tensors["lm_head.weight"].double(),
         heads=HEADS,
         eps=EPS,
-        taps=taps,
+        taps=where,
         ids=ids,
         rope=rope[1],
-        flags=flags,
+        flags=flags | more,
+    )
+
+
+def wrapper(layer: Mapping[str, Any], taps: tuple[int, ...], flags: Iterable[str]) -> Any:
+    """config.json of `speculators`."""
+    return {
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.3.0",
+        "architectures": ["Eagle3Speculator"],
+        "transformer_layer_config": dict(layer),
+        "eagle_aux_hidden_state_layer_ids": list(taps),
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "verifier": {"name_or_path": "tiny", "architectures": ["LlamaForCausalLM"]},
+        },
+        **{flag: flag in flags for flag in FLAGS},
+    }
+
+
+def eagle(
+    folder: Path,
+    target: Any,
+    *,
+    layout: str = "safeailab",
+    layers: int = 1,
+    bias: str = "",
+    fc_bias: bool = True,
+    norms: Iterable[str] = (),
+    file: str | None = None,
+    rope: tuple[dict[str, Any], dict[str, Any]] = PLAIN,
+    config: Mapping[str, Any] | None = None,
+) -> Facts:
+    """A head of EAGLE-1.
+
+    Args:
+        norms: that EAGLE-1 does not have, by the names of the layout.
+    """
+    random, norms = Random(), tuple(norms)
+    first, fc = ("transformer", "fusion_fc") if layout == "speculators" else ("layers.0", "fc")
+    names = [first]
+    tensors = random.layer(first, D, bias=bias)
+    for index in range(1, layers):
+        names.append(f"layers.{index}")
+        tensors |= random.layer(names[-1], D, bias=bias, norms=("input_layernorm",))
+    tensors[f"{fc}.weight"] = 2 * random.matrix(D, 2 * D)
+    if fc_bias:
+        tensors[f"{fc}.bias"] = 2 * random.matrix(D)
+    tensors |= {f"{norm}.weight": random.norm(D) for norm in norms}
+    layer = layer_config(target, num_hidden_layers=layers, **rope[0])
+    whole: dict[str, Any] = layer if fc_bias else layer | {"bias": False}
+    published = tensors
+    if layout == "speculators":
+        whole = {
+            "speculators_model_type": "eagle",
+            "transformer_layer_architecture": "LlamaDecoderLayer",
+            "transformer_layer_config": layer,
+            "fusion_bias": fc_bias,
+            "layernorms": bool(norms),
+        }
+    elif layout == "vllm":  # norms that it keeps, and leaves out
+        whole = {"model_type": "eagle", "model": layer, "eagle_fc_bias": fc_bias}
+        dead = {f"model.{first}.input_layernorm.weight": random.norm(D)}
+        dead["model.norm.weight"] = random.norm(D)
+        outer = (fc, "enorm", "hnorm")
+        published = dead | {
+            key if key.startswith(outer) else f"model.{key}": value
+            for key, value in tensors.items()
+        }
+    else:
+        published = tensors | {"embed_tokens.weight": target.get_input_embeddings().weight}
+    if file is None:
+        file = "pytorch_model.bin" if layout == "safeailab" else "model.safetensors"
+    write(folder, whole | dict(config or {}), published, file)
+    return Facts(
+        tensors=doubled(tensors),
+        layers=tuple(names),
+        embedding=target.get_input_embeddings().weight.detach().double(),
+        output=target.get_output_embeddings().weight.detach().double(),
+        heads=HEADS,
+        eps=EPS,
+        taps=("normal",),
+        ids=torch.arange(target.config.vocab_size),
+        rope=rope[1],
     )

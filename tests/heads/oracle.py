@@ -140,3 +140,44 @@ def eagle3(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list
         fed = normal if "norm_output" in flags else y
         features = torch.cat([features, fed[-1:]])
     return normal[-1] @ facts.output.T
+
+
+def eagle(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
+    """[V] logits after the path, of EAGLE-1 and its variants."""
+    w, eps = facts.tensors, facts.eps
+
+    def normed(x: Tensor, *names: str) -> Tensor:
+        """By the first of these norms that there is, if there is one."""
+        found = next((w[f"{name}.weight"] for name in names if f"{name}.weight" in w), None)
+        return x if found is None else rms(x, found, eps)
+
+    fc = "fusion_fc" if "fusion_fc.weight" in w else "fc"
+    features = states[0][: len(tokens) - 1].double()
+    for drafted in range(len(path) + 1):
+        embedded = facts.embedding[torch.tensor(tokens[1:] + path[:drafted])]
+        e = normed(embedded, "embedding_layernorm", "enorm")
+        f = normed(features, "hidden_states_layernorm", "hnorm")
+        y = torch.cat([e, f], dim=-1) @ w[f"{fc}.weight"].T + w.get(f"{fc}.bias", 0.0)
+        for layer in facts.layers:
+            y = y + attention(facts, layer, normed(y, f"{layer}.input_layernorm"))
+            y = y + mlp(facts, layer, y)
+        features = torch.cat([features, y[-1:]])
+    return normed(y[-1], "pre_lm_head_layernorm") @ facts.output.T
+
+
+def medusa(
+    w: Mapping[str, Tensor], state: Tensor, output: Tensor, blocks: tuple[str, ...], last: str
+) -> Tensor:
+    """[VD] logits of one of Medusa's heads.
+
+    Args:
+        state: [H], after the final norm.
+        output: [V, H], the target's.
+        blocks: beginnings of the names of its blocks.
+        last: name of its output matrix, if it has one.
+    """
+    x = state.double()
+    for block in blocks:
+        z = w[f"{block}.weight"] @ x + w.get(f"{block}.bias", 0.0)
+        x = x + z * z.sigmoid()
+    return w.get(last, output) @ x

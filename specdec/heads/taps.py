@@ -1,0 +1,66 @@
+"""Which states of the target a head reads. The authors count them in several ways, and one off
+does not crash: it costs accepted tokens (sglang#25454)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from specdec.heads.files import CONFIG, HeadFiles, object_in
+from specdec.heads.host import Host
+from specdec.heads.layouts import Layout
+from specdec.models.weights import BrokenFilesError
+from specdec.observation import Tap
+
+LISTED = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+
+
+def settled_taps(
+    files: HeadFiles, layout: Layout, host: Host, taps: Sequence[Tap] | None
+) -> tuple[Tap, ...]:
+    """By the setting, else by the files, else those of the layout.
+
+    Raises:
+        ValueError: states that the target does not have, or one twice that no file names twice.
+    """
+    n, stated = host.layers, _stated(files, layout)
+    usual: tuple[Tap, ...] = ("normal",) if layout.kind != "eagle3" else (2, n // 2, n - 3)
+    found = tuple(taps) if taps else stated or usual
+    for tap in found:
+        if tap != "normal" and (type(tap) is not int or not 0 <= tap <= n):
+            raise ValueError(
+                f"{files.name}: reads state {tap!r}, and those of {host.name} are 0 to {n} and "
+                f"normal; say others by drafter.taps, or take its own target"
+            )
+    if len(set(found)) < len(found) and found != stated:
+        raise ValueError(
+            f"{files.name}: would read states {list(found)}, one of them twice, as {host.name} "
+            f"has {n} layers; say which ones by drafter.taps"
+        )
+    return found
+
+
+def _stated(files: HeadFiles, layout: Layout) -> tuple[Tap, ...]:
+    """What config.json says, counted as here; empty if it says nothing."""
+    if layout.kind != "eagle3":
+        return ()
+    states = {**files.config, **object_in(files.config, "eagle_config", files.name)}
+    if states.get("use_aux_hidden_state") is False:
+        return ("normal",)
+    outputs = _numbers(states, "target_layer_ids", files.name)  # DeepSpec: outputs of layers
+    if outputs:
+        return tuple(number + 1 for number in outputs)
+    listed = next((found for key in LISTED if (found := _numbers(states, key, files.name))), ())
+    # Raw files hold outputs of layers, counted from 0, or states; outputs begin with layer 1 by
+    # custom, states with 2 (sgl-project/sglang pull request 25454).
+    if listed[:1] == (1,) and not layout.wrapped:
+        return tuple(number + 1 for number in listed)
+    return listed
+
+
+def _numbers(config: dict[str, Any], field: str, name: str) -> tuple[int, ...]:
+    found = config.get(field) or ()
+    if not isinstance(found, list | tuple) or any(type(number) is not int for number in found):
+        raise BrokenFilesError(
+            f"{name}: {CONFIG} has {field}={found}, which must be a list of layers; take the "
+            f"head's own {CONFIG}"
+        )
+    return tuple(found)
