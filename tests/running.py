@@ -3,12 +3,14 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -56,10 +58,18 @@ class Ended:
 
 def forked(folder: Path, module: str, *arguments: str) -> Ended:
     """`python -m MODULE ARGUMENTS` in that folder, by a fork of this process: as a process of its
-    own would do, without importing torch again.
+    own would do, without importing torch again. On a GPU it is one: who has asked CUDA for as
+    much as the number of devices cannot be forked into a process that uses them.
 
     Its folder is on the path first, and the output goes to two files of it.
     """
+    if torch.cuda.is_available():
+        command = [sys.executable, "-m", module, *arguments]
+        path = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+        done = subprocess.run(
+            command, cwd=folder, env=path, capture_output=True, text=True, check=False
+        )
+        return Ended(done.returncode, done.stdout, done.stderr)
     logs = [folder / ".stdout", folder / ".stderr"]
     child = os.fork()
     if child:

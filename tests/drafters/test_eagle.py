@@ -177,7 +177,5 @@ def test_a_run_with_states_shares_no_pages(target: PagedLM, head: str) -> None:
     assert not settings.capacity(rows=1, max_tokens=8, device=device, states=True).share
     with pytest.raises(ValueError, match=r"^cache\.share=true: the drafter reads hidden states"):
         CacheSettings(share=True).shares(states=True)
-    with pytest.raises(
-        ValueError, match=r"^capacity\.share=True: the drafter reads states"
-    ):
+    with pytest.raises(ValueError, match=r"^capacity\.share=True: the drafter reads states"):
         decoder_of(target, Eagle3(path=head), rows=2, share=True)
