@@ -7,8 +7,9 @@ from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
-from specdec.heads.formats import find_head, load_head
+from specdec.heads.formats import load_head
 from specdec.heads.medusa import MedusaHeads
+from specdec.heads.medusa_files import heads_of
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation, Observes
@@ -45,10 +46,12 @@ class Medusa(GrowingDrafter):
         self.heads: MedusaHeads
         self.device: torch.device
         self.dtype: torch.dtype
+        self._policy: TreePolicy | None = None  # of the last check
         self._state: Tensor  # [rows, H] of the token before the root, zero if there is none
         self._tree: TokenTree  # of the last draft
 
     def check(self, tree: TreePolicy) -> None:
+        self._policy = tree
         try:
             super().check(tree)
         except ValueError:
@@ -60,7 +63,20 @@ class Medusa(GrowingDrafter):
             ) from None
 
     def find(self) -> None:
-        find_head(self.path, "drafter.path")
+        count = heads_of(self.path, "drafter.path")
+        if count is not None:
+            self._limit(count)
+        if self._policy is not None:
+            self.check(self._policy)
+
+    def _limit(self, heads: int) -> None:
+        """So many heads there are."""
+        if self._wanted is not None and self._wanted > heads:
+            raise ValueError(
+                f"drafter.depth={self._wanted}: drafter.path={self.path} has {heads} heads, each "
+                f"for a level; choose at most so many"
+            )
+        self.depth = self._wanted or heads
 
     def load(self, target: PagedLM, models: Models) -> None:
         heads = load_head(self.path, target, kinds=("medusa",), setting="drafter.path")
@@ -69,15 +85,10 @@ class Medusa(GrowingDrafter):
         self.notes = {"drafter.path": str(heads.description)}
 
     def _use(self, heads: MedusaHeads, target: PagedLM) -> None:
-        count = heads.config.heads
-        if self._wanted is not None and self._wanted > count:
-            raise ValueError(
-                f"drafter.depth={self._wanted}: drafter.path={self.path} has {count} heads, each "
-                f"for a level; choose at most so many"
-            )
+        self._limit(heads.config.heads)
         target.check_taps(heads.config.taps, f"drafter.path={self.path}")
         heads.kernels = target.kernels.on(target.device)
-        self.heads, self.depth = heads, self._wanted or count
+        self.heads = heads
         self.device, self.dtype = target.device, target.dtype
         self.observes = Observes(taps=heads.config.taps, prompts=True)
         self.candidates = min(self.candidates, heads.drafts)

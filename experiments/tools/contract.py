@@ -109,7 +109,8 @@ def decode(method: Method, models: Models, *, rows: int, warm_up: bool = False) 
 
     drafter.draft = recorded  # type: ignore[method-assign]
     try:
-        decoder = method.decoder(target, Capacity(rows=rows, max_tokens=256))
+        capacity = Capacity(rows=rows, max_tokens=256, share=not drafter.reads_states)
+        decoder = method.decoder(target, capacity)
         prompts = [target.tokenizer(text).input_ids for text in TEXTS]
         if warm_up:
             decoder.warm_up(prompts[0])

@@ -2,10 +2,11 @@
 are: published ones say 2 where the files hold 5."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from specdec.heads.files import HeadFiles
+from specdec.heads.files import HeadFiles, find_head
 from specdec.heads.host import Host
-from specdec.heads.layouts import Layout
+from specdec.heads.layouts import Layout, recognise
 from specdec.heads.medusa import MedusaConfig
 from specdec.heads.taps import settled_taps
 from specdec.models.weights import BrokenFilesError
@@ -21,9 +22,7 @@ def medusa_config(
         ValueError: heads that differ, or are made for another target.
     """
     shapes = layout.shapes(files.shapes)
-    places = [key.split(".") for key in shapes if key.startswith("blocks.")]
-    heads = 1 + max((int(place[1]) for place in places), default=-1)
-    blocks = 1 + max((int(place[2]) for place in places), default=-1)
+    heads, blocks = _counts(layout)
     outputs = sum(key.startswith("lm_heads.") for key in shapes)
     if not heads:
         raise BrokenFilesError(f"{files.name}: {files.file_of('')} holds no block of a head")
@@ -49,6 +48,26 @@ def medusa_config(
         tied=not outputs,
         shared=blocks > 1 and _one_block(files, layout, heads, blocks),
     )
+
+
+def heads_of(path: str, setting: str = "drafter.path") -> int | None:
+    """How many Medusa heads a path holds; None if that is not known before they are loaded.
+
+    Raises:
+        ValueError: broken files.
+    """
+    if not Path(find_head(path, setting)).is_dir():
+        return None
+    files = HeadFiles(path, setting)
+    layout = recognise(files.shapes, files.config, files.name)
+    return _counts(layout)[0] if layout.kind == "medusa" else None
+
+
+def _counts(layout: Layout) -> tuple[int, int]:
+    """Heads, and blocks of each."""
+    places = [key.split(".") for key in layout.files if key.startswith("blocks.")]
+    heads, blocks = (1 + max((int(place[i]) for place in places), default=-1) for i in (1, 2))
+    return heads, blocks
 
 
 def _one_block(files: HeadFiles, layout: Layout, heads: int, blocks: int) -> bool:

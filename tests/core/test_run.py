@@ -3,12 +3,14 @@
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from specdec.models.load import Models, zoo_path
+from tests.heads.made import medusa
 from tests.models.tiny import disturbed, save, tiny
 from tests.running import QUICK, ROOT, SHARED, jobs, lines, outputs, summary_of
 
@@ -31,6 +33,11 @@ def needed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str
     def settings(drafter: str) -> list[str]:
         if drafter == "user":
             return [f"drafter._target_={__name__}.twice"]
+        if drafter == "medusa":
+            config = AutoConfig.from_pretrained(zoo_path("target", "target"))
+            folder = tmp_path_factory.mktemp("heads")
+            medusa(folder, SimpleNamespace(config=config), heads=8)
+            return [f"drafter.path={folder}"]
         if drafter != "rest":
             return []
         pytest.importorskip("pydivsufsort")

@@ -23,6 +23,7 @@ from specdec.models.placement import Placement
 from specdec.protocols import DraftError, StepContext
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
+from tests.heads.made import medusa
 
 NAMES = sorted(path.stem for path in Path(CONFIGS, "drafter").glob("*.yaml"))
 DRAFTING = [name for name in NAMES if name != "none"]
@@ -34,6 +35,7 @@ MANY = {  # with many candidates; so few of them that all draws of two can be en
     **dict.fromkeys(
         (
             "early_exit",
+            "medusa",
             "ngram",
             "rest",
             "retriever",
@@ -72,8 +74,15 @@ def datastore(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def heads(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads")
+    medusa(folder, models.load(contract.TARGET).model, heads=4)
+    return folder
+
+
 @pytest.fixture
-def make(name: str, datastore: Path) -> contract.Make:
+def make(name: str, datastore: Path, heads: Path) -> contract.Make:
     """As the command line does."""
     name, _, mode = name.partition(" ")
     words = [f"drafter={name}"]
@@ -81,6 +90,8 @@ def make(name: str, datastore: Path) -> contract.Make:
         words.append(f"drafter.mode={mode}")
     if name == "rest":
         words.append(f"drafter.datastore={datastore}")
+    if name == "medusa":
+        words.append(f"drafter.path={heads}")
     if name == "user":
         words.append(f"drafter._target_={__name__}.echo")
 

@@ -2,6 +2,7 @@
 restatement in float64 over states that transformers computes of the finished texts."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from specdec.drafters.compose import Compose
 from specdec.drafters.medusa import Medusa
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
-from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
@@ -24,6 +24,7 @@ from specdec.protocols import Drafter, TreePolicy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.synthetic import Synthetic
 from tests.decoding import decoder_of, loaded, outputs_of, requests_of
+from tests.heads import made
 from tests.models.tiny import texts, tiny
 
 NEW, HEADS = 12, 3
@@ -145,9 +146,9 @@ def test_children_are_the_formulas(
 ) -> None:
     trees, before = drafts_of(target, Handmade(heads, candidates=6), prompts, tree, rows, chunk=7)
     longest = 0
-    for request, texts in before.items():
-        longest = max(longest, *np.diff([len(text) for text in texts]))
-        for text, (tokens, parents, ids, probs) in zip(texts, trees[request], strict=False):
+    for request, steps in before.items():
+        longest = max(longest, *np.diff([len(text) for text in steps]))
+        for text, (tokens, parents, ids, probs) in zip(steps, trees[request], strict=False):
             assert int(tokens[0]) == text[-1]
             expected, depths = law(heads, target, text), [0]
             for parent in parents[1:].tolist():
@@ -233,14 +234,23 @@ def test_trees_deeper_than_there_are_heads_are_refused(
     assert drafter.levels == HEADS
 
 
+def test_a_folder_is_looked_at_before_a_model_is_loaded(target: PagedLM, tmp_path: Path) -> None:
+    made.medusa(tmp_path, target.model, heads=HEADS)
+    drafter = Medusa(path=str(tmp_path))
+    drafter.check(Static(widths=[1, 1, 1, 1]))  # nothing is known of the heads
+    with pytest.raises(ValueError, match=r"^drafter\.path=.*: has 3 heads, .* has 4 levels"):
+        drafter.find()
+    with pytest.raises(ValueError, match=r"^drafter\.depth=4: .* has 3 heads"):
+        Medusa(path=str(tmp_path), depth=4).find()
+    drafter = Medusa(path=str(tmp_path))
+    drafter.check(Chain(budget=9))
+    drafter.find()
+    assert drafter.depth == HEADS
+    assert "3 heads of 1 block" in loaded(drafter, target).notes["drafter.path"]
+
+
 def test_a_path_to_nothing_is_refused(target: PagedLM) -> None:
     with pytest.raises(ValueError, match=r"^drafter\.path=/nowhere: "):
         Medusa(path="/nowhere").find()
     with pytest.raises(ValueError, match=r"^drafter\.path=zoo:draft: "):
         loaded(Medusa(path="zoo:draft"), target)
-
-
-def test_it_needs_no_model_of_its_own(target: PagedLM, heads: MedusaHeads) -> None:
-    drafter = loaded(Handmade(heads), target)
-    assert drafter.own_model is None
-    assert not isinstance(drafter, SmallLlama)

@@ -282,3 +282,16 @@ def eagle(
         ids=torch.arange(target.config.vocab_size),
         rope=rope[1],
     )
+
+
+def medusa(folder: Path, target: Any, *, heads: int = 3, tied: bool = True) -> None:
+    """Medusa heads of one block, as its authors' newer code writes them."""
+    random, size = Random(), target.config.hidden_size
+    tensors = {}
+    for head in range(heads):
+        tensors[f"{head}.0.linear.weight"] = random.matrix(size, size)
+        tensors[f"{head}.0.linear.bias"] = random.matrix(size)
+        if not tied:
+            tensors[f"{head}.1.weight"] = random.matrix(target.config.vocab_size, size)
+    config = {"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "tiny"}
+    write(folder, config, tensors, "medusa_lm_head.safetensors")

@@ -1,0 +1,112 @@
+"""A stand-in with a widened head drafts the trees that the small target drafts with the small
+head, and decodes what it decodes: by the whole loop, from files. In float64, because what a random
+head feeds back to itself grows, and its rounding with it."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.drafters.eagle import Eagle1, Eagle3
+from specdec.drafters.medusa import Medusa
+from specdec.drafters.trees.dynamic import Dynamic
+from specdec.drafters.trees.static import Static
+from specdec.models.paged import PagedLM
+from specdec.models.standin import Shape, Widening, standin
+from specdec.protocols import Drafter
+from specdec.verifier.synthetic import Synthetic
+from tests.decoding import decoder_of, loaded, requests_of
+from tests.heads import made
+from tests.models.tiny import save, texts, tiny
+
+NEW = 12
+SHAPE = Shape(
+    hidden_size=72,
+    intermediate_size=96,
+    num_hidden_layers=11,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=8,
+    vocab_size=120,
+)
+Write = Callable[[Path, Any], Any]
+
+
+def all_flags(folder: Path, model: Any) -> None:
+    flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    made.eagle3(folder, model, layout="speculators", flags=flags)
+
+
+HEADS: dict[str, tuple[type[Any], Write, bool]] = {
+    "eagle3": (Eagle3, made.eagle3, False),
+    "eagle3, all flags, sampled": (Eagle3, all_flags, True),
+    "eagle": (Eagle1, made.eagle, False),
+    "medusa, sampled": (Medusa, made.medusa, True),
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> PagedLM:
+    return PagedLM(tiny("llama", num_hidden_layers=8).double())
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> PagedLM:
+    model = tiny("llama", num_hidden_layers=8)
+    folder = save(model, tmp_path_factory.mktemp("small"))
+    wide = standin(folder, SHAPE, device="cpu", dtype=torch.float64)
+    return PagedLM(wide, standin=Widening(small=model.config, shape=SHAPE))
+
+
+def drafts_of(target: PagedLM, drafter: Drafter, *, sampled: bool) -> Any:
+    """Outputs, and of each request's steps tokens, parents, ids and probabilities."""
+    tree = Static(widths=[2, 2, 1], children="sample") if sampled else Dynamic(budget=10)
+    decoder = decoder_of(
+        target, drafter, tree, Synthetic(), temperature=float(sampled), rows=2, share=False
+    )
+    trees: dict[int, list[Any]] = defaultdict(list)
+    accept = decoder.rule.accept
+
+    def noting(context: Any, drafted: Any, logits: Tensor) -> Any:
+        for place, sequence in enumerate(context.sequences):
+            size, found = int(drafted.size[place]), drafted.proposal
+            parts = drafted.tokens, drafted.parents, found.ids, found.probs
+            trees[sequence.request.id].append([part[place, :size] for part in parts])
+        return accept(context, drafted, logits)
+
+    decoder.rule.accept = noting  # type: ignore[method-assign]
+    prompts = [*texts(), texts()[0][:1]]
+    done = {s.request.id: s.output_ids for s in decoder.run(requests_of(prompts, NEW))}
+    return done, trees
+
+
+@pytest.mark.some(3)
+@pytest.mark.parametrize("name", HEADS)
+def test_the_large_pair_drafts_what_the_small_one_drafts(
+    name: str, small: PagedLM, large: PagedLM, tmp_path: Path
+) -> None:
+    kind, write, sampled = HEADS[name]
+    write(tmp_path, tiny("llama", num_hidden_layers=8))
+    mine, theirs = kind(path=str(tmp_path)), kind(path=str(tmp_path))
+    outputs, trees = drafts_of(large, mine, sampled=sampled)
+    wanted, others = drafts_of(small, theirs, sampled=sampled)
+    assert outputs == wanted
+    for request, steps in others.items():
+        for found, want in zip(trees[request], steps, strict=True):
+            for part, other in zip(found[:3], want[:3], strict=True):
+                assert torch.equal(part, other)
+            torch.testing.assert_close(found[3], want[3], rtol=1e-6, atol=1e-9)
+    head = mine.heads if kind is Medusa else mine.head
+    assert head.width == SHAPE.hidden_size
+    assert "widened from 32" in mine.notes["drafter.path"]
+    assert "of 11" in mine.notes["drafter.path"]
+
+
+def test_a_head_of_another_target_is_still_refused(large: PagedLM, tmp_path: Path) -> None:
+    made.eagle3(tmp_path, tiny("llama", num_hidden_layers=8, hidden_size=48, head_dim=12))
+    with pytest.raises(ValueError, match=r"^drafter\.path=.*belongs to another target"):
+        loaded(Eagle3(path=str(tmp_path)), large)
