@@ -1,5 +1,6 @@
 """Judging what a drafter reads at its output head: losses and acceptance, of logits that are made
-for some sequences at a time and made again when gradients go back, so that memory stays bounded.
+for some sequences at a time. Where all of a batch would take much memory they are made again when
+gradients go back, which takes a sixth more time.
 
 Legend: B sequences, R of them at a time, T slots, J steps, D width, V tokens of the target.
 """
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from specdec.training.losses import compare, lk, sequence_means
 
-Project = Callable[[Tensor], Tensor]
+KEPT = {"cuda": 8e9, "cpu": 1e9}  # bytes of logits that are kept until gradients go back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,8 @@ class Judge:
     ) -> None:
         self.loss, self.names, self.chunk = loss, names, chunk
         self._rows: Callable[..., tuple[Tensor, ...]] = self._of_rows
-        self._slots: Callable[..., tuple[Tensor, ...]] = self._of_slots
         if compiled:
             self._rows = torch.compile(self._of_rows, dynamic=False)
-            self._slots = torch.compile(self._of_slots, dynamic=False)
 
     def judged(
         self,
@@ -60,22 +59,26 @@ class Judge:
     ) -> Judged:
         """Of what an output head reads [B, T, D] at each step; the others as `losses.compare` has
         them, with the slots [B, T] that count, one of each for every step."""
+        slots = sum(mask.numel() for mask in masks)
+        logits = slots * (wanted[0].shape[-1] if self.names is None else len(self.names))
+        size = 2 if torch.is_autocast_enabled(outputs[0].device.type) else 4
+        again = torch.is_grad_enabled() and logits * size > KEPT[outputs[0].device.type]
         found = [
-            self._step(head, *step) for step in zip(outputs, wanted, labels, masks, strict=True)
+            self._step(head, *step, again=again)
+            for step in zip(outputs, wanted, labels, masks, strict=True)
         ]
         loss, overlap, agrees = (torch.stack(one) for one in zip(*found, strict=True))
         return Judged(loss=loss, overlap=overlap, agrees=agrees)
 
     def _step(
-        self, head: nn.Module, output: Tensor, wanted: Tensor, labels: Tensor, mask: Tensor
+        self, head: nn.Module, *tensors: Tensor, again: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = []
-        for inputs in zip(*self._split(output, wanted, labels, mask), strict=True):
-            parts.append(
-                checkpoint(self._rows, head, *inputs, use_reentrant=False)
-                if torch.is_grad_enabled()
-                else self._rows(head, *inputs)
-            )
+        parts = [
+            checkpoint(self._rows, head, *inputs, use_reentrant=False)
+            if again
+            else self._rows(head, *inputs)
+            for inputs in zip(*self._split(*tensors), strict=True)
+        ]
         means, any_, overlap, agrees, count = (torch.cat(one) for one in zip(*parts, strict=True))
         slots = count.sum().clamp(min=1)
         loss = means.sum() / any_.sum().clamp(min=1)
@@ -109,7 +112,7 @@ class Judge:
     ) -> tuple[Tensor, Tensor]:
         """Whether each slot's best token is the target's, and the overlap, [B, T] each."""
         parts = [
-            self._slots(head, *inputs)
+            self._of_slots(head, *inputs)
             for inputs in zip(*self._split(output, wanted, labels), strict=True)
         ]
         agrees, overlap = (torch.cat(one) for one in zip(*parts, strict=True))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from specdec.decode import Decoder
 from specdec.lab.build import baseline_of
@@ -29,6 +30,8 @@ from specdec.training.corpus import Corpus, Ids
 
 TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
 SHORTEST = 16  # part of a sequence that a beginning has at least
+MOST, FEW = 1024, 8  # beginnings at a time, on a GPU and on a CPU
+CACHES = 0.15  # part of a GPU's free memory that the keys and values of a temperature may take
 MANIFEST = "own.json"
 
 
@@ -41,7 +44,7 @@ class OwnTextSettings:
         tokens: to be written at most.
         minutes: for writing at most.
         new: tokens after each beginning; None is half the length.
-        batch: beginnings at a time; None is 256 on a GPU, else 8.
+        batch: beginnings at a time; None is what fits, up to `MOST` on a GPU.
 
     Raises:
         ValueError: a setting out of range.
@@ -100,7 +103,7 @@ class OwnText:
         self.corpus, self.target, self.settings, self.folder = corpus, target, settings, folder
         self.width, self.held_out, self.seed = slots + EXTRA, held_out, seed
         self.new = settings.written(slots)
-        self.batch = settings.batch or (256 if target.device.type == "cuda" else 8)
+        self.batch = settings.batch or _batch(target, slots)
         self.known = {
             "target": fingerprint(target),
             "corpus": {key: corpus.manifest[key] for key in ("sources", "settings", "seed")},
@@ -215,9 +218,11 @@ class OwnText:
                 for row in rows
                 if TEMPERATURES[row % len(TEMPERATURES)] == temperature
             ]
-            for done in decoder.run(requests):
-                begin = len(done.request.prompt_ids)
-                found[done.request.id] = (list(done.tokens), begin)
+            # Not all at once: beginnings that are read one by one take longer than texts.
+            for start in range(0, len(requests), self.batch):
+                for done in decoder.run(requests[start : start + self.batch]):
+                    begin = len(done.request.prompt_ids)
+                    found[done.request.id] = (list(done.tokens), begin)
         return [found[row] for row in rows]
 
     def _beginning(self, row: int) -> list[int]:
@@ -236,3 +241,14 @@ class OwnText:
         ends = starts[which % len(starts) + 1 :][:1]
         end = int(ends[0]) - 1 if len(ends) else len(tokens)  # without the token that ends it
         return [int(token) for token in tokens[begin : max(min(begin + length, end), begin + 1)]]
+
+
+def _batch(target: PagedLM, slots: int) -> int:
+    """Beginnings at a time that a device has room for."""
+    if target.device.type != "cuda":
+        return FEW
+    free, _ = torch.cuda.mem_get_info(target.device)
+    shape = target.kv_shape
+    values = shape.layers * shape.kv_heads * (shape.key_dim + shape.value_dim)
+    row = slots * values * target.dtype.itemsize
+    return max(1, min(MOST, int(CACHES * free / row)))

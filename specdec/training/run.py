@@ -100,6 +100,8 @@ class Job:
 
     def run(self, resumes: bool, words: Sequence[str]) -> dict[str, Any]:
         """Texts first, then the training."""
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
         corpus = self._corpus()
         held_own, own = self._own(corpus)
         with plain(self.target.model) as model:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,15 @@ from specdec.heads.recurrent import (
     EagleHead,
     RecurrentHead,
 )
+from specdec.models.paged import PagedLM
+from specdec.training.batches import EXTRA, Batch, Batches
+from specdec.training.corpus import Corpus
+from specdec.training.course import Budget, Course
+from specdec.training.measure import MeasureSettings
 from specdec.training.methods.recurrent import layer_config
+from specdec.training.optimise import Optimisers
+from specdec.training.teacher import Teacher
+from specdec.training.trainee import Surroundings
 from tests.tiny import tiny_llama
 
 WIDTH, VOCAB = 16, 24
@@ -97,3 +106,52 @@ def texts(folder: Path, count: int = 40, words: int = 60) -> Path:
     path = folder / "texts.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def target(layers: int = 2) -> PagedLM:
+    return PagedLM(tiny_llama(0, layers, VOCAB))
+
+
+def corpus(folder: Path, tokens: int = 400) -> Corpus:
+    """Random tokens."""
+    random = np.random.default_rng(0)
+    for name, count in (("tokens", tokens), ("held_out", 64)):
+        (folder / f"{name}.bin").write_bytes(random.integers(VOCAB, size=count, dtype=np.uint16))
+    for name in ("starts", "held_starts"):
+        (folder / f"{name}.bin").write_bytes(np.arange(0, 64, 16))
+    manifest = {"type": "uint16", "settings": {"held_out": 4}, "sources": [], "seed": 0}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return Corpus(folder)
+
+
+def surroundings(lm: PagedLM, chunk: int = 64) -> Surroundings:
+    counts = torch.arange(VOCAB).flip(0)
+    return Surroundings(target=lm, counts=counts, chunk=chunk, compiled=False, seed=0)
+
+
+def course(
+    method: Any, lm: PagedLM, model: Any, folder: Path, *, tokens: int, slots: int = 8, **rest: Any
+) -> Course:
+    """A training on random tokens.
+
+    Args:
+        model: of `lm`, with attention of transformers' own.
+    """
+    texts_ = corpus(folder)
+    trainee = method.make(surroundings(lm))
+    rows = torch.from_numpy(texts_.held_out_rows(slots + EXTRA).astype(np.int64))
+    held_out = Batch(tokens=rows, mask=torch.ones(len(rows), slots, dtype=torch.bool))
+    return Course(
+        trainee,
+        Teacher(model, trainee.taps),
+        Batches(texts_, None, slots=slots, size=2, share=0.5, seed=3),
+        {"corpus": [held_out]},
+        Optimisers(trainee, method.rates),
+        budget=Budget(seconds=None, tokens=tokens),
+        measure=MeasureSettings(tokens=64, depth=3),
+        folder=folder,
+        settings={"seed": 3},
+        device=lm.device,
+        target_name="tiny",
+        **rest,
+    )

@@ -119,11 +119,8 @@ class RecurrentTrainee:
             if parameter.ndim == 2 and parameter.requires_grad
         ]
 
-    def _outputs(self, seen: Seen, steps: int) -> list[Tensor]:
-        return self._unroll(self.head, seen.states, seen.tokens[:, 1 : -(EXTRA - 1)], steps)
-
     def lesson(self, seen: Seen) -> Lesson:
-        outputs = self._outputs(seen, self.steps)
+        outputs = self._unroll(self.head, seen.states, following(seen), self.steps)
         slots = torch.arange(seen.mask.shape[1], device=seen.mask.device)
         masks = [seen.mask & (slots >= step) for step in range(self.steps)]
         wanted, labels = [seen.logits] * self.steps, [seen.labels] * self.steps
@@ -138,7 +135,7 @@ class RecurrentTrainee:
 
     @torch.no_grad()
     def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
-        outputs = self._outputs(seen, depth)
+        outputs = unroll(self.head, seen.states, following(seen), depth)
         found = [
             self.judge.chances(self.head.lm_head, one, seen.logits, seen.labels) for one in outputs
         ]
@@ -147,3 +144,8 @@ class RecurrentTrainee:
 
     def save(self, folder: Path, target_name: str) -> None:
         save_head(self.head, folder, target_name=target_name)
+
+
+def following(seen: Seen) -> Tensor:
+    """[B, T], the tokens after those whose states are seen."""
+    return seen.tokens[:, 1 : 1 - EXTRA]
