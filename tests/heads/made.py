@@ -151,7 +151,7 @@ def eagle3(
     random, flags = Random(), frozenset(flags)
     vocabulary, states = target.config.vocab_size, target.config.hidden_size
     n = target.config.num_hidden_layers
-    where = taps or ((2, 3, 4, 6, 8) if layout == "deepspec" else (2, n // 2, n - 3))
+    where = taps or ((2, 3, 4, 6, n) if layout == "deepspec" else (2, n // 2, n - 3))
     tensors, names = layers_of(layout, random, layers, head_dim=head_dim, bias=bias)
     if "fc_norm" in flags:
         tensors |= {f"fc_norm.{i}.weight": random.norm(states) for i in range(len(where))}
@@ -242,10 +242,12 @@ def eagle(
     for index in range(1, layers):
         names.append(f"layers.{index}")
         tensors |= random.layer(names[-1], D, bias=bias, norms=("input_layernorm",))
-    tensors[f"{fc}.weight"] = 2 * random.matrix(D, 2 * D)
+    tensors[f"{fc}.weight"] = random.matrix(D, 2 * D)
     if fc_bias:
         tensors[f"{fc}.bias"] = 2 * random.matrix(D)
     tensors |= {f"{norm}.weight": random.norm(D) for norm in norms}
+    if "pre_lm_head_layernorm" in norms:
+        tensors["pre_lm_head_layernorm.weight"] *= 3  # so that some tokens are likely
     layer = layer_config(target, num_hidden_layers=layers, **rope[0])
     whole: dict[str, Any] = layer if fc_bias else layer | {"bias": False}
     published = tensors

@@ -36,13 +36,18 @@ def wide_target() -> PagedLM:
     return PagedLM(tiny("llama", num_hidden_layers=N, hidden_size=48), name="target.path=wide")
 
 
-def states_of(target: PagedLM, tokens: list[int], taps: Sequence[Tap]) -> list[Tensor]:
-    """[T, H] each, as transformers has them."""
+def states_of(model: Any, tokens: list[int], taps: Sequence[Tap]) -> list[Tensor]:
+    """[T, H] each, as transformers has them. The last of its hidden_states is normed; what leaves
+    the last layer goes into the norm."""
+    into: list[Tensor] = []
+    base = model.base_model
+    hook = base.norm.register_forward_pre_hook(lambda _, given: into.append(given[0]))
     with torch.inference_mode():
-        out = own_attention(target.model).base_model(
-            input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False
-        )
-    return [out.hidden_states[N if tap == "normal" else tap][0].clone() for tap in taps]
+        out = base(input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
+    hook.remove()
+    known = dict(enumerate(out.hidden_states)) | {len(base.layers): into[0]}
+    known["normal"] = out.last_hidden_state
+    return [known[tap][0].clone() for tap in taps]
 
 
 @torch.no_grad()
@@ -69,7 +74,7 @@ def distance(ours: Tensor, expected: Tensor) -> float:
 
 def check(head: Any, facts: oracle.Facts, target: PagedLM, restated: Any) -> None:
     assert head.config.taps == facts.taps
-    states = states_of(target, TOKENS, facts.taps)
+    states = states_of(own_attention(target.model), TOKENS, facts.taps)
     ids = torch.arange(VOCABULARY) if head.names is None else head.names
     assert ids.equal(facts.ids)
     for length in (0, 1, len(PATH)):
@@ -303,17 +308,17 @@ def test_the_restatement_sees_the_traps(trap: str, target: PagedLM, tmp_path: Pa
     """Each of the mistakes that never crash moves the distribution by much more than rounding."""
     facts = made.eagle3(tmp_path, target.model)
     head: Any = load_head(str(tmp_path), target, kinds=("eagle3",))
-    states = states_of(target, TOKENS, facts.taps)
+    states = states_of(own_attention(target.model), TOKENS, facts.taps)
     wrong = facts
     if trap == "one layer off":
-        states = states_of(target, TOKENS, [tap + 1 for tap in facts.taps])
+        states = states_of(own_attention(target.model), TOKENS, [tap + 1 for tap in facts.taps])
     elif trap == "norm omitted":
         ones = torch.ones(made.D).double()
         wrong = replace(facts, tensors={**facts.tensors, "midlayer.hidden_norm.weight": ones})
     elif trap == "shifted":
         states = [state.roll(1, 0) for state in states]
     expected = oracle.eagle3(wrong, states, TOKENS, PATH).softmax(-1)
-    states = states_of(target, TOKENS, facts.taps)
+    states = states_of(own_attention(target.model), TOKENS, facts.taps)
     ours = drafted(head, states, TOKENS, PATH).double().softmax(-1)
     ids = facts.ids
     if trap == "absolute ids":

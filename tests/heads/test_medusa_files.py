@@ -31,7 +31,7 @@ def own_layout(blocks: int, *, last: bool, shared: bool = False) -> dict[str, Te
             found |= {f"{head}.{block}.linear.weight": weight}
             found |= {f"{head}.{block}.linear.bias": bias}
         if last:
-            found[f"{head}.{blocks}.weight"] = random.matrix(VOCABULARY, H)
+            found[f"{head}.{blocks}.weight"] = 6 * random.matrix(VOCABULARY, H)
     return found
 
 

@@ -1,0 +1,220 @@
+"""What drafters with heads draft in a real decode: at every node of every tree, candidates and
+their probabilities are those of the restatement, which knows the tokens alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.drafters.eagle import Eagle, Eagle1, Eagle3
+from specdec.drafters.medusa import Medusa
+from specdec.drafters.trees.dynamic import Dynamic
+from specdec.drafters.trees.static import Static
+from specdec.models.paged import PagedLM
+from specdec.verifier.synthetic import Synthetic
+from tests.decoding import decoder_of, requests_of
+from tests.heads import made, oracle
+from tests.heads.test_formats import states_of
+from tests.heads.test_medusa_files import own_layout
+from tests.models.tiny import VOCABULARY, own_attention, texts, tiny
+
+N, ROWS, NEW, TOLERANCE = 8, 3, 7, 1e-5
+Restated = Callable[[list[Tensor], list[int], list[int]], Tensor]
+TREES = {
+    "static": lambda: Static(widths=[3, 2, 1]),
+    "dynamic": lambda: Dynamic(budget=10, width=3, depth=4),
+    "sampled": lambda: Static(widths=[2, 2, 1], children="sample"),
+}
+
+
+@pytest.fixture(scope="module")
+def target() -> PagedLM:
+    return PagedLM(tiny("llama", num_hidden_layers=N))
+
+
+class Eager(Synthetic):
+    """Accepts a child that the head gives p with the cube root of p, so that paths are long."""
+
+    def accept(self, context: Any, tree: Any, logits: Tensor) -> Any:
+        small = replace(context, uniforms=lambda *given: context.uniforms(*given) ** 3)
+        return super().accept(small, tree, logits)
+
+
+class Watcher:
+    """Looks at each step of a decode, before it is committed.
+
+    Attributes:
+        worst: largest difference of a probability so far.
+        longest: most tokens that a step gained.
+        nodes: how many were looked at.
+    """
+
+    def __init__(self, decoder: Any, target: PagedLM, facts: oracle.Facts, restated: Restated):
+        self.own, self.facts, self.restated = own_attention(target.model), facts, restated
+        self.texts: dict[int, list[int]] = {}  # by row
+        self.worst, self.longest, self.nodes = 0.0, 0, 0
+        self.start, self.accept = decoder.drafter.start, decoder.rule.accept
+        decoder.drafter.start, decoder.rule.accept = self.starting, self.accepting
+
+    def starting(self, sequences: Any) -> Any:
+        for sequence in sequences:
+            self.texts[sequence.row] = list(sequence.tokens)
+        return self.start(sequences)
+
+    def accepting(self, context: Any, tree: Any, logits: Tensor) -> Any:
+        found = self.accept(context, tree, logits)
+        for place, row in enumerate(context.rows.tolist()):
+            if not tree.size[place]:
+                continue
+            text = self.texts[row]
+            assert tree.tokens[place, 0] == text[-1]
+            if len(text) > 1:  # before there is a state a draft is arbitrary
+                self.look(text, tree, place)
+            gained = int(found.length[place])
+            self.longest = max(self.longest, gained)
+            text += found.new_tokens(tree)[place, :gained].tolist()
+        return found
+
+    def look(self, text: list[int], tree: Any, place: int) -> None:
+        states = states_of(self.own, text, self.facts.taps)
+        parents, tokens = tree.parents[place].tolist(), tree.tokens[place].tolist()
+        ids, probs = tree.proposal.ids[place], tree.proposal.probs[place].double()
+        for node in range(int(tree.size[place])):
+            if not probs[node].any():
+                continue
+            path, at = [], node
+            while at:
+                path.insert(0, tokens[at])
+                at = parents[at]
+            logits = self.restated(states, text, path)
+            expected = torch.zeros(VOCABULARY).double()
+            expected[self.facts.ids] = logits.softmax(-1)
+            best = expected.topk(int((probs[node] > 0).sum())).values
+            if tree.proposal.children != "top_k":
+                expected, best = expected / best.sum(), best / best.sum()
+            there = probs[node] > 0
+            off = [(probs[node] - expected[ids[node]])[there], probs[node][there] - best]
+            self.worst = max(self.worst, *(float(one.abs().max()) for one in off))
+            self.nodes += 1
+
+
+def watched(
+    target: PagedLM, drafter: Any, facts: oracle.Facts, restated: Restated, tree: str
+) -> Watcher:
+    """A decode of more prompts than rows, from one token to many, in which paths are accepted by
+    the head's own probabilities."""
+    first, second = texts()
+    prompts = [first[:13], second[:1], second[:7], [*first[:4], *second[:4]]]
+    decoder = decoder_of(target, drafter, TREES[tree](), Eager(), temperature=1.0, rows=ROWS)
+    decoder.verifier.target.prefill_chunk = 10
+    watcher = Watcher(decoder, target, facts, restated)
+    list(decoder.run(requests_of(prompts, NEW)))
+    assert watcher.nodes > 40
+    assert watcher.longest > 2
+    return watcher
+
+
+EVERY = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+CASES: dict[str, tuple[type[Eagle], dict[str, Any]]] = {
+    "safeailab": (Eagle3, {}),
+    "all tokens": (Eagle3, {"named": None, "rope": ({"rope_theta": 50.0}, {"theta": 50.0})}),
+    "three layers": (Eagle3, {"layout": "sglang", "layers": 3}),
+    "pairs in two layers": (Eagle3, {"layout": "deepspec", "layers": 2}),
+    "biases": (Eagle3, {"layout": "speculators", "layers": 2, "bias": "qkvo"}),
+    "flags": (Eagle3, {"layout": "speculators", "flags": EVERY}),
+    "fc_norm": (Eagle3, {"layout": "speculators", "flags": ("fc_norm",), "head_dim": 16}),
+    "eagle": (Eagle1, {}),
+    "eagle, layers": (Eagle1, {"layers": 2, "bias": "qkv", "fc_bias": False}),
+    "hass": (Eagle1, {"norms": ("embedding_layernorm", "hidden_states_layernorm")}),
+    "norms": (
+        Eagle1,
+        {
+            "layout": "speculators",
+            "norms": (
+                "embedding_layernorm",
+                "pre_lm_head_layernorm",
+                "transformer.input_layernorm",
+            ),
+        },
+    ),
+}
+
+
+@pytest.mark.some(7)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("case", CASES)
+def test_every_node_of_every_tree_is_as_restated(
+    case: str, tree: str, target: PagedLM, tmp_path: Path
+) -> None:
+    kind, options = CASES[case]
+    make, restate = (made.eagle3, oracle.eagle3) if kind is Eagle3 else (made.eagle, oracle.eagle)
+    facts = make(tmp_path, target.model, **options)
+    watcher = watched(target, kind(path=str(tmp_path)), facts, partial(restate, facts), tree)
+    assert watcher.worst < TOLERANCE
+
+
+@pytest.mark.parametrize("tree", ["static", "sampled"])
+def test_so_are_medusa_s(tree: str, target: PagedLM, tmp_path: Path) -> None:
+    tensors = own_layout(1, last=True)
+    made.write(tmp_path, {}, tensors, "medusa_lm_head.safetensors")
+    doubled = made.doubled(tensors)
+
+    def restated(states: list[Tensor], text: list[int], path: list[int]) -> Tensor:
+        block, last = f"{len(path)}.0.linear", f"{len(path)}.1.weight"
+        return oracle.medusa(doubled, states[0][len(text) - 2], torch.zeros(0), (block,), last)
+
+    facts = oracle.Facts(
+        tensors=doubled,
+        layers=(),
+        embedding=torch.zeros(0),
+        output=torch.zeros(0),
+        heads=(1, 1),
+        eps=0.0,
+        taps=("normal",),
+        ids=torch.arange(VOCABULARY),
+    )
+    watcher = watched(target, Medusa(path=str(tmp_path)), facts, restated, tree)
+    assert watcher.worst < TOLERANCE
+
+
+class Shifted(Eagle3):
+    """Pairs each token with the state of the token before the one it should."""
+
+    def follow(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
+        path = acceptance.path.clone()
+        path[:, 1:] = acceptance.path[:, :-1]
+        super().follow(context, tree, replace(acceptance, path=path), seen)
+
+
+class Unread(Eagle3):
+    """Keeps the pairs of drafted nodes instead of reading them with the target's states."""
+
+    def follow(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
+        super().follow(context, tree, acceptance, seen)
+        self._states[context.rows, 1:] = 0
+
+
+@pytest.mark.parametrize("trap", ["shifted", "unread", "layer", "norm", "absolute"])
+def test_the_traps_are_seen(trap: str, target: PagedLM, tmp_path: Path) -> None:
+    """None of these crashes; each moves a probability by a thousand times what is allowed."""
+    facts = made.eagle3(tmp_path, target.model)
+    kind = {"shifted": Shifted, "unread": Unread}.get(trap, Eagle3)
+    drafter = kind(path=str(tmp_path), taps=[3, 5, 6] if trap == "layer" else None)
+    load = drafter.load
+
+    def spoilt(*given: Any) -> None:
+        load(*given)
+        if trap == "norm":
+            drafter.head.layers[0].hidden_norm.weight.fill_(1)
+        if trap == "absolute":
+            assert drafter.head.names is not None
+            drafter.head.names.sub_(torch.arange(made.NAMED))
+
+    drafter.load = spoilt  # type: ignore[method-assign]
+    watcher = watched(target, drafter, facts, partial(oracle.eagle3, facts), "static")
+    assert watcher.worst > 1000 * TOLERANCE
