@@ -40,25 +40,26 @@ def settled_taps(
 
 def _stated(files: HeadFiles, layout: Layout) -> tuple[Tap, ...]:
     """What config.json says, counted as here; empty if it says nothing."""
+    states = {**files.config, **object_in(files.config, "eagle_config", files.name)}
+    listed = next((found for key in LISTED if (found := _listed(states, key, files.name))), ())
+    if layout.wrapped:
+        return listed
     if layout.kind != "eagle3":
         return ()
-    states = {**files.config, **object_in(files.config, "eagle_config", files.name)}
     if states.get("use_aux_hidden_state") is False:
         return ("normal",)
-    outputs = _numbers(states, "target_layer_ids", files.name)  # DeepSpec: outputs of layers
-    if outputs:
-        return tuple(number + 1 for number in outputs)
-    listed = next((found for key in LISTED if (found := _numbers(states, key, files.name))), ())
+    outputs = _listed(states, "target_layer_ids", files.name)  # DeepSpec: outputs of layers
     # Raw files hold outputs of layers, counted from 0, or states; outputs begin with layer 1 by
     # custom, states with 2 (sgl-project/sglang pull request 25454).
-    if listed[:1] == (1,) and not layout.wrapped:
-        return tuple(number + 1 for number in listed)
+    if outputs or listed[:1] == (1,):
+        return tuple(tap + 1 for tap in outputs or listed if not isinstance(tap, str))
     return listed
 
 
-def _numbers(config: dict[str, Any], field: str, name: str) -> tuple[int, ...]:
-    found = config.get(field) or ()
-    if not isinstance(found, list | tuple) or any(type(number) is not int for number in found):
+def _listed(config: dict[str, Any], field: str, name: str) -> tuple[Tap, ...]:
+    found = config.get(field) or []
+    good = isinstance(found, list) and all(type(tap) is int or tap == "normal" for tap in found)
+    if not good:
         raise BrokenFilesError(
             f"{name}: {CONFIG} has {field}={found}, which must be a list of layers; take the "
             f"head's own {CONFIG}"
