@@ -81,6 +81,11 @@ FAST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "compose bandit": (PARTS, ()),
     "compose union": ((WIDE,), ()),
 }
+LARGE = 8  # a batch from which small trees are faster; for every drafter these
+SMALL = (
+    (tree("chain", 2), CHAIN, tree("dynamic", 6, 2, 3), tree("dynamic", 12, 3, 4)),
+    (tree("chain", 2), CHAIN, tree("static", 2, 1), tree("static", 3, 2)),
+)
 TIMED = ("early_exit anew", "compose bandit")  # say something about time alone
 MODEL_DEPTH = 8  # of the model in a composition
 
@@ -135,12 +140,14 @@ def drafter_words(name: str, options: Options) -> str:
     return " ".join(words)
 
 
-def methods(grid: str, temperature: float, drafter: str) -> Iterator[tuple[int, str]]:
+def methods(
+    grid: str, temperature: float, drafter: str, batch: int = 1
+) -> Iterator[tuple[int, str]]:
     """(the budget, or 0; words of a tree) of a drafter."""
     sampled = bool(temperature) and drafter in MODELS
     children = " tree.children=sample" if sampled else ""
     if grid == "speed":
-        for shape in FAST[drafter][bool(temperature)]:
+        for shape in (SMALL if batch >= LARGE else FAST[drafter])[bool(temperature)]:
             yield 0, shape + children
         return
     for budget, dynamic in DYNAMIC.items() if drafter not in TIMED else ():
@@ -166,7 +173,7 @@ def work(options: Options) -> None:
         way = partial(own.way, rows=options.batch, longest=options.longest(sets))
         ways = {"none: chain 1": way(PLAIN, drafter="none", budget=0, state=None)}
         for drafter in options.drafters:
-            for budget, shape in methods(options.grid, temperature, drafter):
+            for budget, shape in methods(options.grid, temperature, drafter, options.batch):
                 made = way(f"{words[drafter]} {shape}", drafter=drafter, budget=budget)
                 made.entry["state"] = made.state
                 ways[f"{drafter}: {name_of(shape)}"] = made

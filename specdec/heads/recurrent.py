@@ -141,7 +141,7 @@ class RecurrentHead(nn.Module):
 
     def normed(self, norm: Any, x: Tensor) -> Tensor:
         """What a norm makes of [..., size]."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # a piece of joined states is not
         _, out = self.kernels.add_norm(rows, None, norm.weight, norm.variance_epsilon)
         same: Tensor = out.view_as(x)
         return same
