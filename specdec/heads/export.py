@@ -21,7 +21,13 @@ DRAFTED = 5  # tokens that other engines draft if they are not told
 
 
 def save_head(
-    head: RecurrentHead, folder: Path, *, target_name: str, dtype: torch.dtype = torch.bfloat16
+    head: RecurrentHead,
+    folder: Path,
+    *,
+    target_name: str,
+    architecture: str | None = None,
+    tied: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write a head: config.json and model.safetensors, without the embedding, which is the
     target's.
@@ -29,6 +35,8 @@ def save_head(
     Args:
         folder: made if there is none; what it holds of a head is replaced.
         target_name: path of the model that it drafts for.
+        architecture: of that model, the name of its class in transformers.
+        tied: the output head is the target's as well, and is left out.
         dtype: of the weights.
 
     Raises:
@@ -37,9 +45,14 @@ def save_head(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         temporary = folder / f"{WEIGHTS}.tmp"
-        save_file(_tensors(head, dtype), temporary, metadata={"format": "pt"})
+        save_file(_tensors(head, dtype, tied), temporary, metadata={"format": "pt"})
         temporary.replace(folder / WEIGHTS)
-        text = json.dumps(_config(head, target_name, dtype), indent=2)
+        config = _config(head, target_name, dtype)
+        verifier = config["speculators_config"]["verifier"]
+        verifier["architectures"] = [architecture] if architecture else []
+        if tied:  # as others read it: the target's output head
+            config["draft_vocab_size"] = None
+        text = json.dumps(config, indent=2)
         temporary = folder / f"{CONFIG}.tmp"
         temporary.write_text(text + "\n")
         temporary.replace(folder / CONFIG)
@@ -47,11 +60,12 @@ def save_head(
         raise ValueError(f"{folder}: cannot be written, {error.strerror or error}") from error
 
 
-def _tensors(head: RecurrentHead, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(head: RecurrentHead, dtype: torch.dtype, tied: bool) -> dict[str, Tensor]:
+    lent = ("embed_tokens.", "lm_head.") if tied else ("embed_tokens.",)
     found = {
         name: parameter.detach().to("cpu", dtype).contiguous()
         for name, parameter in head.named_parameters()
-        if not name.startswith("embed_tokens.")
+        if not name.startswith(lent)
     }
     if head.names is not None:
         names = head.names.cpu()

@@ -57,8 +57,22 @@ def options(group: str, folders: Sequence[Path] = ()) -> dict[str, Option]:
 
 
 def general(command: str = "run") -> dict[str, Setting]:
-    """The settings without a group."""
-    return read(CONFIGS / f"{command}.yaml").settings
+    """The settings without a group, those in parts of their own file by full name."""
+    path = CONFIGS / f"{command}.yaml"
+    found, part = dict[str, Setting](), ""
+    settings = read(path).settings
+    for line in path.read_text().splitlines():
+        whole = re.fullmatch(r"(  )?(\w+): *(.*?)(?: +# *(.*))?", line)
+        if whole is None:
+            continue
+        inside, name, default, about = whole.groups()
+        if not inside:
+            part = name
+            if name in settings and default:
+                found[name] = settings[name]
+        elif part in settings:
+            found[f"{part}.{name}"] = Setting(default, about or "")
+    return found
 
 
 def read(path: Path) -> Option:
@@ -160,6 +174,7 @@ def no_setting(name: str, command: str = "run") -> str:
     same = [one for one, setting in full.items() if setting == name]
     if same:
         return f"{name}: no such setting; there is {' and '.join(same)}"
-    own = [one for one in full if group not in known or one.startswith(f"{group}.")]
+    parts = [one for one in general(command) if "." in one]
+    own = [one for one in [*full, *parts] if group not in known or one.startswith(f"{group}.")]
     near = nearest(name, own if rest else [*general(command), *known])
     return f"{name}: no such setting{near or f'; python -m specdec.{command} --help lists them'}"

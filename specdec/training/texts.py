@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import re
 import site
 import sysconfig
@@ -30,11 +31,9 @@ def files_of(source: str) -> list[Path]:
         ValueError: there are none.
     """
     if source == PYTHON:
-        places = {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
-        found = {
-            path.resolve() for place in {*places, *site.getsitepackages()} for path in _py(place)
-        }
-        return sorted(found)
+        places = {sysconfig.get_path("stdlib"), *site.getsitepackages()}
+        real = {os.path.realpath(place) for place in places}
+        return sorted({path for place in real for path in _py(place)})
     path = Path(source).expanduser()
     if path.is_dir():
         inside = sorted(one for one in path.rglob("*") if one.is_file() and _kind(one))
@@ -49,7 +48,8 @@ def files_of(source: str) -> list[Path]:
 
 
 def _py(place: str) -> Iterator[Path]:
-    return (path for path in Path(place).rglob("*.py") if path.is_file())
+    for folder, _, names in os.walk(place):
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _kinds() -> str:

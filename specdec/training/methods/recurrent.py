@@ -100,6 +100,7 @@ class RecurrentTrainee:
         self.module = head.to(target.device)
         head.lm_head.weight.requires_grad_(not tied)
         self.head, self.taps, self.steps = head, head.config.taps, steps
+        self.architecture, self.tied = type(target.model).__name__, tied
         self.weights = decay ** torch.arange(steps, device=target.device)
         names = head.names
         self.judge = Judge(
@@ -143,7 +144,13 @@ class RecurrentTrainee:
         return rooted(agrees), rooted(overlap)
 
     def save(self, folder: Path, target_name: str) -> None:
-        save_head(self.head, folder, target_name=target_name)
+        save_head(
+            self.head,
+            folder,
+            target_name=target_name,
+            architecture=self.architecture,
+            tied=self.tied and self.head.names is None,
+        )
 
 
 def following(seen: Seen) -> Tensor:

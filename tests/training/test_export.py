@@ -1,0 +1,58 @@
+"""What is written can be read by who reads published heads, and computes the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specdec.heads.export import save_head
+from specdec.heads.formats import load_head
+from specdec.training.methods.eagle3 import Eagle3
+from specdec.training.test_time import unroll
+from tests.training.small import VOCAB, WIDTH, filled, surroundings, target
+
+CASES: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "no norms": {"fc_norm": False},
+    "other flags": {
+        "norm_before_fc": True,
+        "norm_before_residual": True,
+        "norm_output": True,
+        "fc_norm": False,
+        "layers": 2,
+        "rope_theta": 500.0,
+    },
+    "final state": {"taps": ["normal"]},
+    "trimmed": {"draft_vocab": 10},
+    "tied": {"tied": True},
+    "tied and trimmed": {"tied": True, "draft_vocab": 10},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_head_that_is_written_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    lm, defaults = target(), dict(save_head.__kwdefaults__)
+    trainee = Eagle3(**CASES[case]).make(surroundings(lm))
+    head, output = trainee.head, trainee.head.lm_head.weight.clone()
+    filled(head).embed_tokens.weight = lm.model.get_input_embeddings().weight
+    if "tied" in CASES[case]:
+        head.lm_head.weight = torch.nn.Parameter(output, requires_grad=False)
+    monkeypatch.setattr(save_head, "__kwdefaults__", {**defaults, "dtype": torch.float32})
+    trainee.save(tmp_path, "tiny")
+    read: Any = load_head(str(tmp_path), lm, kinds=("eagle3",))
+    assert read.config.taps == head.config.taps
+    if head.names is None:
+        assert read.names is None
+    else:
+        assert torch.equal(read.names, head.names)
+    states = torch.randn(2, 5, len(head.config.taps) * WIDTH)
+    tokens = torch.randint(VOCAB, (2, 5))
+    for one, other in zip(
+        unroll(head, states, tokens, 2), unroll(read, states, tokens, 2), strict=True
+    ):
+        assert torch.equal(one, other)
+        assert torch.equal(head.lm_head(one), read.lm_head(other))
