@@ -35,6 +35,8 @@ class Eagle(GrowingDrafter):
         depth: levels of the tree; None leaves it to the policy.
         candidates: as in `SmallLlama`.
         rope_theta: base of its rotary angles; None for the head's own.
+        widen: on a stand-in, a head of its small model gets the size of published ones; False
+            leaves it small, a lower limit of what heads cost.
 
     Raises:
         ValueError: a setting out of range, files that are no such head, or a head of another
@@ -53,9 +55,10 @@ class Eagle(GrowingDrafter):
         depth: int | None = None,
         candidates: int = 64,
         rope_theta: float | None = None,
+        widen: bool = True,
     ) -> None:
         super().__init__(depth=depth, candidates=candidates)
-        self.path, self.taps, self.rope_theta = path, taps, rope_theta
+        self.path, self.taps, self.rope_theta, self.widen = path, taps, rope_theta, widen
         self.head: RecurrentHead
         self.model: PagedHead
         # Of each cache row: what the next draft reads first, tokens and joined states of pairs.
@@ -76,6 +79,7 @@ class Eagle(GrowingDrafter):
             setting="drafter.path",
             taps=self.taps,
             rope_theta=self.rope_theta,
+            widened=self.widen,
         )
         assert isinstance(head, RecurrentHead)  # of these kinds
         target.check_taps(head.config.taps, f"drafter.path={self.path}")
@@ -218,7 +222,8 @@ class Eagle(GrowingDrafter):
 
     def _joined_states(self, seen: Observation) -> Tensor:
         """[B, N, taps * H]."""
-        return joined([seen.states[tap] for tap in self.head.config.taps])
+        config = self.head.config  # of a stand-in that has a small head, H are the first numbers
+        return joined([seen.states[tap][..., : config.state_size] for tap in config.taps])
 
 
 class Eagle3(Eagle):

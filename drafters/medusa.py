@@ -31,6 +31,7 @@ class Medusa(GrowingDrafter):
         depth: levels of the tree, at most the heads there are; None takes as many as there are
             heads, or fewer if the policy likes.
         candidates: as in `SmallLlama`.
+        widen: as in `Eagle`.
 
     Raises:
         ValueError: a setting out of range, files that are no Medusa heads, or heads of another
@@ -40,9 +41,11 @@ class Medusa(GrowingDrafter):
     sampled_children = True
     reads_states = True
 
-    def __init__(self, *, path: str, depth: int | None = None, candidates: int = 64) -> None:
+    def __init__(
+        self, *, path: str, depth: int | None = None, candidates: int = 64, widen: bool = True
+    ) -> None:
         super().__init__(depth=depth, candidates=candidates)
-        self.path, self._wanted = path, depth
+        self.path, self.widen, self._wanted = path, widen, depth
         self.heads: MedusaHeads
         self.device: torch.device
         self.dtype: torch.dtype
@@ -79,7 +82,9 @@ class Medusa(GrowingDrafter):
         self.depth = self._wanted or heads
 
     def load(self, target: PagedLM, models: Models) -> None:
-        heads = load_head(self.path, target, kinds=("medusa",), setting="drafter.path")
+        heads = load_head(
+            self.path, target, kinds=("medusa",), setting="drafter.path", widened=self.widen
+        )
         assert isinstance(heads, MedusaHeads)  # of this kind
         self._use(heads, target)
         self.notes = {"drafter.path": str(heads.description)}
@@ -142,6 +147,6 @@ class Medusa(GrowingDrafter):
 
     def _note(self, rows: Tensor, place: Tensor, seen: Observation) -> None:
         """The state at node or token `place` [B] is the newest."""
-        states = seen.states[self.heads.config.taps[0]]
+        states = seen.states[self.heads.config.taps[0]][..., : self.heads.width]
         index = place[:, None, None].expand(-1, -1, states.shape[2])
         self._state[rows] = states.gather(1, index)[:, 0]

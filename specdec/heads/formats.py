@@ -21,7 +21,7 @@ from specdec.heads.medusa_files import medusa_config
 from specdec.heads.reading import eagle3_config, eagle_config, unstated
 from specdec.heads.recurrent import Eagle3Head, EagleHead, RecurrentHead
 from specdec.heads.verifier import check_verifier
-from specdec.heads.widen import widen
+from specdec.heads.widen import moved, widen
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 
@@ -38,6 +38,7 @@ def load_head(
     setting: str = "drafter.path",
     taps: Sequence[Tap] | None = None,
     rope_theta: float | None = None,
+    widened: bool = True,
 ) -> nn.Module:
     """A head on the target's device and in its type, in evaluation mode and without gradients.
 
@@ -47,6 +48,8 @@ def load_head(
         setting: the option that gave `path`, for messages.
         taps: which states of the target it reads, instead of what its files say.
         rope_theta: base of its rotary angles, instead of the files'.
+        widened: for a stand-in, a head of its small model gets the size of published ones; False
+            leaves it small.
 
     Returns:
         The head, with `description`, a line for the start of a run.
@@ -62,20 +65,37 @@ def load_head(
             f"{files.name}: is a head of kind {layout.kind} ({layout.label}), and "
             f"{' or '.join(kinds)} is asked for; use drafter={layout.kind}"
         )
-    standin = target.standin
-    small = standin is not None and _state_size(files, layout) == standin.small.hidden_size
+    small = _is_of_small(files, layout, target, widened)
     host = Host.small(target) if small else Host.of(target)
     remarks = check_verifier(files, host) + unstated(files, layout)
     if layout.kind == "medusa":
         head: Any = _medusa(files, layout, host, taps)
     else:
         head = _recurrent(files, layout, host, taps, rope_theta)
-    if small and host.state_size != target.config.hidden_size:
-        remarks.append(f"widened from {head.width}")
-        head, host = widen(head, target, setting=files.name), Host.of(target)
+    if small:
+        remarks.append(f"widened from {head.width}" if widened else "not widened")
+        head = widen(head, target, setting=files.name) if widened else moved(head, target)
+        host = Host.of(target)
     head.description = ", ".join([*_facts(head, layout, host), *remarks])
     ready: nn.Module = head.eval().requires_grad_(False)
     return ready
+
+
+def _is_of_small(files: HeadFiles, layout: Layout, target: PagedLM, widened: bool) -> bool:
+    """Whether it is a head of the small model that a stand-in was made of.
+
+    Raises:
+        ValueError: it is not, and was not to be widened.
+    """
+    standin = target.standin
+    if standin is not None and _state_size(files, layout) == standin.small.hidden_size:
+        return True
+    if not widened:
+        raise ValueError(
+            f"drafter.widen=false: {files.name} is no head of the small model of a stand-in, and "
+            f"{target.name} runs it as it is; leave out drafter.widen"
+        )
+    return False
 
 
 def _state_size(files: HeadFiles, layout: Layout) -> int:

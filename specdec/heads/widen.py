@@ -23,7 +23,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,26 @@ def widen(head: Head, target: PagedLM, *, setting: str = "drafter.path", seed: i
     wide.kernels, wide.drafts, wide.names = head.kernels, head.drafts, head.names
     made: Head = wide.eval().requires_grad_(False)
     return made
+
+
+@torch.no_grad()
+def moved(head: Head, target: PagedLM) -> Head:
+    """A head of the small model as it is, for a stand-in: a lower limit of what heads cost there.
+    It is to be given the first numbers of each state, as many as it reads."""
+    standin, wide = target.standin, cast(Any, head)
+    assert standin is not None
+    taps = tuple(standin.tap(tap) for tap in wide.config.taps)
+    wide.config = replace(wide.config, taps=taps)
+    embedding, _ = _weights(target)
+    if isinstance(head, RecurrentHead) and _is_small(head.embed_tokens.weight, embedding):
+        # Of all tokens of the large model, though none beyond the small one's is ever drafted.
+        every = embedding[:, : head.width].contiguous()
+        wide.config = replace(wide.config, target_vocab=len(every))
+        wide.embed_tokens = nn.Embedding.from_pretrained(every)
+    for module in (wide.lm_head, *getattr(wide, "lm_heads", ())):
+        if module is not None:  # it may be a part of the target's
+            module.weight = nn.Parameter(module.weight.contiguous(), requires_grad=False)
+    return head
 
 
 # Recurrent heads

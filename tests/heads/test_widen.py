@@ -366,6 +366,14 @@ def test_a_target_that_is_no_stand_in_is_refused(small: Target) -> None:
         widen(MedusaHeads(MEDUSA), small.lm)
 
 
+def test_a_head_that_has_no_room_is_refused(
+    small: Target, large: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specdec.models.standin.free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"^drafter\.path: a head of 0\.\d GiB does not fit the"):
+        widen(fill(MedusaHeads(MEDUSA), small), large.lm)
+
+
 @pytest.mark.usefixtures("large")
 def test_a_stand_in_knows_how_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "llama3_8b", SHAPE)

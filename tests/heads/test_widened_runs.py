@@ -84,14 +84,15 @@ def drafts_of(target: PagedLM, drafter: Drafter, *, sampled: bool) -> Any:
     return done, trees
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(4)
+@pytest.mark.parametrize("widen", [True, False])
 @pytest.mark.parametrize("name", HEADS)
 def test_the_large_pair_drafts_what_the_small_one_drafts(
-    name: str, small: PagedLM, large: PagedLM, tmp_path: Path
+    name: str, widen: bool, small: PagedLM, large: PagedLM, tmp_path: Path
 ) -> None:
     kind, write, sampled = HEADS[name]
     write(tmp_path, tiny("llama", num_hidden_layers=8))
-    mine, theirs = kind(path=str(tmp_path)), kind(path=str(tmp_path))
+    mine, theirs = kind(path=str(tmp_path), widen=widen), kind(path=str(tmp_path))
     outputs, trees = drafts_of(large, mine, sampled=sampled)
     wanted, others = drafts_of(small, theirs, sampled=sampled)
     assert outputs == wanted
@@ -101,12 +102,23 @@ def test_the_large_pair_drafts_what_the_small_one_drafts(
                 assert torch.equal(part, other)
             torch.testing.assert_close(found[3], want[3], rtol=1e-6, atol=1e-9)
     head = mine.heads if kind is Medusa else mine.head
-    assert head.width == SHAPE.hidden_size
-    assert "widened from 32" in mine.notes["drafter.path"]
-    assert "of 11" in mine.notes["drafter.path"]
+    note = mine.notes["drafter.path"]
+    assert head.width == (SHAPE.hidden_size if widen else 32)
+    assert ("widened from 32" if widen else "not widened") in note
+    assert "of 11" in note
 
 
 def test_a_head_of_another_target_is_still_refused(large: PagedLM, tmp_path: Path) -> None:
     made.eagle3(tmp_path, tiny("llama", num_hidden_layers=8, hidden_size=48, head_dim=12))
     with pytest.raises(ValueError, match=r"^drafter\.path=.*belongs to another target"):
         loaded(Eagle3(path=str(tmp_path)), large)
+
+
+@pytest.mark.parametrize("kind", [Eagle3, Medusa])
+def test_only_a_small_models_head_can_be_left_small(
+    kind: type[Any], small: PagedLM, tmp_path: Path
+) -> None:
+    write = made.medusa if kind is Medusa else made.eagle3
+    write(tmp_path, small.model)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"^drafter\.widen=false: .* no head of the small model"):
+        loaded(kind(path=str(tmp_path), widen=False), small)
