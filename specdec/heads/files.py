@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from safetensors import safe_open
 from torch import Tensor
 
@@ -37,7 +42,7 @@ WHERE = (  # what heads are published in, the first that is there
     "hydra_lm_head.pt",
 )
 
-DTYPES = {
+DTYPES = {  # by their names in safetensors; others are of quantised weights
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -45,7 +50,8 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
     "BOOL": torch.bool,
-}  # by their names in safetensors; others are of quantised weights
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 def find_head(path: str, setting: str = "drafter.path") -> str:
@@ -83,9 +89,10 @@ class HeadFiles:
         where = find_head(path, setting)
         self._folder = Path(where) if Path(where).is_dir() else None
         self._hub = where
+        self._unreached = ""  # why a file is not here that may be on the hub
         config = self._get(CONFIG)
         if config is None:
-            raise BrokenFilesError(f"{self.name}: has no {CONFIG}; put the head's own beside it")
+            raise self._lacks(f"has no {CONFIG}; put the head's own beside the weights")
         self.config = read_object(config, self.name)
         self._places = self._tensors()
         looked = {key: self._look(key) for key in self._places}
@@ -112,14 +119,14 @@ class HeadFiles:
         else:
             try:
                 there = Path(hf_hub_download(self._hub, file))
+            except LocalEntryNotFoundError as error:  # no connection, or none is allowed
+                self._unreached = first_line(error)
+                return None
             except EntryNotFoundError:
                 return None
             except (HfHubHTTPError, HFValidationError, OSError) as error:
-                reason = first_line(error)
-                raise ValueError(
-                    f"{self.name}: cannot be downloaded ({reason}); give a folder, an id of the "
-                    f"Hugging Face hub or zoo:NAME"
-                ) from None
+                self._unreached = first_line(error)
+                raise self._lacks("") from None
         if not there.exists():
             return None
         check_kind(there, self.name)
@@ -133,9 +140,15 @@ class HeadFiles:
             if found is not None:
                 files = self._shards(found) if found.suffix == ".json" else [found]
                 return {key: file for file in files for key in self._keys(file)}
-        raise BrokenFilesError(
-            f"{self.name}: has no weights; those of a head are in one of "
-            f"{', '.join(name for name in WHERE if not name.endswith('.json'))}"
+        places = ", ".join(name for name in WHERE if not name.endswith(".json"))
+        raise self._lacks(f"has no weights; those of a head are in one of {places}")
+
+    def _lacks(self, what: str) -> BrokenFilesError:
+        if not self._unreached:
+            return BrokenFilesError(f"{self.name}: {what}")
+        return BrokenFilesError(
+            f"{self.name}: cannot be downloaded ({self._unreached}); give a folder, an id of the "
+            f"Hugging Face hub or zoo:NAME"
         )
 
     def _shards(self, index: Path) -> list[Path]:

@@ -61,9 +61,9 @@ def fill(
         if order is not None and names is not None and key in outputs:
             rows = names if len(read[key]) == host.vocab_size else order
             read[key] = read[key].index_select(0, rows.to(device))
-        alike = lent.get(key)
+        alike = {EMBEDDING: host.embedding, OUTPUT: host.output}.get(key)
         if alike is not None and read[key] is not alike and torch.equal(read[key], alike):
-            read[key] = alike
+            read[key] = alike  # kept once
     head.load_state_dict(read, strict=True, assign=True)
     if names is not None:
         head.names = names.to(device)
@@ -106,8 +106,9 @@ def _check_shapes(
                 f"{files.name}: {files.file_of(key)} holds {key} of shape {list(there)}, and it "
                 f"must be {list(shape)}: {other if ours.startswith(OF_TARGET) else BOTH}"
             )
-        if not files.types[key].is_floating_point:
-            kind = str(files.types[key]).removeprefix("torch.")
+        type_ = files.types[key]
+        if not type_.is_floating_point or type_.itemsize < 2:
+            kind = str(type_).removeprefix("torch.")
             raise BrokenFilesError(
                 f"{files.name}: {files.file_of(key)} holds {key} as {kind}; quantised heads are "
                 f"not read: take the head in bfloat16, float16 or float32"

@@ -180,4 +180,5 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
         rope = config.layer.rope_parameters
         kind = "" if rope["rope_type"] == "default" else f" {rope['rope_type']}"
         facts.append(f"rope{kind} {rope['rope_theta']:,g}")
+        facts.append(f"{config.layer.max_position_embeddings:,} positions")
     return [*facts, f"{own / 1e6:,.1f} M parameters", f"{level / 1e6:,.1f} MB read per {per}"]

@@ -299,7 +299,8 @@ def test_the_start_of_a_run_says_what_was_read(target: PagedLM, tmp_path: Path) 
     )
     assert head.description == (
         "EAGLE-3 of speculators: 1 layer of 32, states 2 4 5 of 8, 48 of 96 tokens, fc_norm, "
-        f"rope 10,000, {sum(own) / 1e6:.1f} M parameters, {4 * each / 1e6:.1f} MB read per level"
+        f"rope 10,000, 64 positions, {sum(own) / 1e6:.1f} M parameters, "
+        f"{4 * each / 1e6:.1f} MB read per level"
     )
 
 

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specdec.heads import files as heads
 from specdec.heads.formats import find_head, load_head
 from specdec.models.paged import PagedLM
 from tests.heads import made
@@ -119,8 +122,25 @@ def test_a_folder_that_is_not_there(target: PagedLM, tmp_path: Path) -> None:
     refused(tmp_path / "none", target, "no such folder")
     refused("standin:llama3_8b", target, "a stand-in is a whole model")
     refused("zoo:none", target, "no such built-in model")
-    refused("nobody/nothing", target, r"cannot be (down)?loaded|has no config\.json")
+    refused("nobody/nothing", target, r"cannot be downloaded \(An error happened")
+    refused("no//name", target, r"cannot be downloaded \(Repo id must be")
     assert find_head(str(tmp_path)) == str(tmp_path)
+
+
+def test_a_head_of_the_hub_is_read_from_its_cache(
+    target: PagedLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not in the cache is not taken for what is not on the hub."""
+    place = tmp_path / "models--some--head"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(heads, "hf_hub_download", partial(hf_hub_download, cache_dir=tmp_path))
+    made.eagle3(place / "snapshots" / "abc", target.model)
+    head = load_head("some/head", target, kinds=ALL)
+    found = torch.load(place / "snapshots" / "abc" / "pytorch_model.bin", weights_only=True)
+    assert head.get_parameter("fc.weight").equal(found["fc.weight"])
+    (place / "snapshots" / "abc" / "pytorch_model.bin").unlink()
+    refused("some/head", target, "cannot be downloaded")
 
 
 def test_weights_may_lie_in_several_files(target: PagedLM, tmp_path: Path) -> None:
@@ -248,6 +268,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "quantised": (
         {"tensors": replaced("midlayer.mlp.up_proj.weight", lambda x: x.to(torch.int8))},
         "quantised heads are not read",
+    ),
+    "float8": (
+        {"tensors": replaced("midlayer.mlp.up_proj.weight", lambda x: x.to(torch.float8_e4m3fn))},
+        "as float8_e4m3fn; quantised heads are not read",
     ),
     "states": (
         {"tensors": replaced("fc.weight", lambda x: torch.zeros(32, 3 * 40))},
