@@ -9,7 +9,6 @@ turns. Everything else is equal: pages, trees, kernels.
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,8 @@ def taps(options: Options, result: dict[str, Any], save: Callable[[], None]) -> 
         times: dict[str, list[float]] = {side: [] for side in SIDES}
         for _ in range(options.turns):
             for side, wanted in zip(SIDES, ((), chosen), strict=True):
-                start = partial(passes, lm, batch, options, wanted)
-                times[side].append(clock.time(start, 1).us)
+                call = passes(lm, batch, options, wanted)
+                times[side].append(clock.time(lambda call=call: call, 1).us)
         without, with_ = (statistics.median(times[side]) for side in SIDES)
         record = {"batch": batch, "nodes": options.nodes, "taps": list(chosen), "us": times}
         result.setdefault("batches", []).append({**record, "ratio": with_ / without})

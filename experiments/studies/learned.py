@@ -7,17 +7,20 @@
 Every method gets the same trees: a chain of 7 and trees of up to 8, 16, 32 and 64 nodes, at
 temperature 0 those of `tree=dynamic`, above it two of `tree=static` for each budget, of which the
 better counts, with children drawn from the draft. `small_llama` and `early_exit` stand beside
-what `methods` names. The stop token is ignored, so that all texts have the same length. Ratios of
-accepted lengths are paired over prompts. A method whose words have `target.path` of its own
-(early exit after a training) decodes with that target and is compared with nobody.
+what `methods` names. `join` takes in what other files hold of the same prompts. The stop token is
+ignored, so that all texts have the same length. Ratios of accepted lengths are paired over
+prompts. A method whose words have `target.path` of its own (early exit after a training) decodes
+with that target and is compared with nobody.
 """
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,7 +28,7 @@ from specdec.experiments.figures.learned import learned
 from specdec.experiments.figures.markdown import show
 from specdec.experiments.studies.drafters import DYNAMIC, SAMPLED
 from specdec.lab.command import begin, option, run_main, write
-from specdec.lab.study import Study, spend
+from specdec.lab.study import Entry, Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, Workshop, name_of, tree, word
 
 CHAIN = 7  # nodes, as in tables of the field
@@ -35,6 +38,10 @@ TARGET = "target.path="
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
     methods: tuple[str, ...] = option((), "NAME=WORDS of each drafter", varies=True)
+    beside: tuple[Literal["small_llama", "early_exit"], ...] = option(
+        ("small_llama", "early_exit"), "those that stand beside them", varies=True
+    )
+    join: tuple[Path, ...] = option((), "result files of other methods", varies=True)
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
     budgets: tuple[int, ...] = option((CHAIN, *DYNAMIC), "nodes of trees; 7 is a chain")
     out: Path = option(about="result file")
@@ -64,10 +71,11 @@ def named(options: Options) -> dict[str, str]:
     Raises:
         ValueError: a method without a name.
     """
-    found = {
+    usual: dict[str, str] = {
         "small_llama": f"drafter=small_llama {word('drafter.path', options.draft)}",
         "early_exit": "drafter=early_exit",
     }
+    found: dict[str, str] = {name: usual[name] for name in options.beside}
     for method in options.methods:
         name, equals, words = method.partition("=")
         if not equals or "drafter=" not in words:
@@ -82,33 +90,36 @@ def work(options: Options) -> None:
     methods = named(options)
     for budget in options.budgets:
         list(shapes(budget, 0.0))
-    result = begin(options, options.workshop().models.placement.device)
     shop = options.workshop()
+    result = begin(options, shop.models.placement.device)
     sets = options.read(shop)
     result["sets"] = {name: [one.name for one in of] for name, of in sets.items()}
+    parts = result.setdefault("parts", {})
+    together = {name: words for name, words in methods.items() if TARGET not in words}
     for temperature in options.temperatures:
-        apart = {name: words for name, words in methods.items() if TARGET in words}
-        together = {name: words for name, words in methods.items() if name not in apart}
-        measure(shop, together, f"T={temperature:g}", temperature, options, result)
-        for name, words in apart.items():
-            said = shlex.split(words)
+        name = f"T={temperature:g}"
+        measure(shop, together, temperature, parts.setdefault(name, {}), options, result)
+        for method in [one for one in methods if one not in together]:
+            said = shlex.split(methods[method])
             own = next(one for one in said if one.startswith(TARGET))
-            rest = shlex.join(one for one in said if one != own)
-            place = f"device={options.device} dtype={options.dtype} batch_size={options.batch}"
-            other = Workshop(own, place)
-            measure(
-                other, {name: rest}, f"T={temperature:g}, {name}", temperature, options, result
-            )
+            other = replace(options, target=own.removeprefix(TARGET))
+            words = {method: shlex.join(one for one in said if one != own)}
+            apart = parts.setdefault(f"{name}, {method}", {})
+            measure(other.workshop(), words, temperature, apart, options, result)
+    for path in options.join:
+        for name, part in json.loads(path.read_text())["parts"].items():
+            parts[name] = {**part, **parts.get(name, {})}
+    write(options.out, result)
     show(learned(result))
 
 
 def measure(
     shop: Workshop,
     methods: dict[str, str],
-    part: str,
     temperature: float,
+    part: dict[str, Entry],
     options: Options,
-    result: dict[str, object],
+    result: Entry,
 ) -> None:
     """Fill a part of the result: methods of one target at one temperature."""
     sets = options.read(shop)
@@ -120,14 +131,14 @@ def measure(
             for shape in shapes(budget, temperature):
                 made = way(f"{words} {shape}", drafter=name, budget=budget)
                 ways[f"{name}: {name_of(shape)}"] = made
-    parts: dict[str, dict[str, object]] = result.setdefault("parts", {})  # type: ignore[assignment]
     Study(
-        entries=parts.setdefault(part, {}),  # type: ignore[arg-type]
+        entries=part,
         batches=options.batches(sets),
         turn=spend(options.tokens),
         target=shop.target,
         save=partial(write, options.out, result),
         plain="" if temperature else "none",
+        warm=False,  # lengths alone are of interest
     ).one_by_one(ways)
 
 

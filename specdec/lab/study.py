@@ -85,6 +85,7 @@ class Study:
         plain: the method whose outputs those of the others are compared to, in the first repeat;
             none if empty.
         fault: may note what a method has raised, which is then left out; or raise it.
+        warm: whether sessions are warmed up, as is due where times are of interest.
     """
 
     entries: dict[str, Entry]
@@ -95,6 +96,7 @@ class Study:
     repeats: int = 1
     plain: str = ""
     fault: Callable[[Entry, Exception], None] = give_up
+    warm: bool = True
     _outputs: dict[str, list[int]] = field(default_factory=dict, init=False)  # of plain, by prompt
 
     def in_turns(self, ways: Mapping[str, Way]) -> None:
@@ -177,7 +179,8 @@ class Study:
             begun = time.perf_counter()
             try:
                 session = way.make()
-                session.warm_up(longest)
+                if self.warm:
+                    session.warm_up(longest)
             except Exception as fault:
                 self.fault(entry, fault)
                 continue
