@@ -1,4 +1,5 @@
-"""Writing heads in published layouts: recurrent ones as `speculators` does."""
+"""Writing heads in published layouts: recurrent ones as `speculators` does, Medusa's as its own
+code."""
 
 import json
 from dataclasses import asdict
@@ -9,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.heads.medusa import MedusaHeads
 from specdec.heads.recurrent import Eagle3Head, EagleConfig, RecurrentHead
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, MEDUSA_WEIGHTS = "model.safetensors", "medusa_lm_head.safetensors"
+CONFIG = "config.json"
 VERSION = "0.3.0"  # of speculators, whose layout it is
 FLAGS = {
     "eagle3": ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"),
@@ -42,19 +45,52 @@ def save_head(
     Raises:
         ValueError: the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    config = _config(head, target_name, dtype)
+    verifier = config["speculators_config"]["verifier"]
+    verifier["architectures"] = [architecture] if architecture else []
+    if tied:  # as others read it: the target's output head
+        config["draft_vocab_size"] = None
+    _write(folder, WEIGHTS, _tensors(head, dtype, tied), config)
+
+
+def save_medusa(
+    heads: MedusaHeads, folder: Path, *, target_name: str, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write Medusa heads: config.json and medusa_lm_head.safetensors. What is tied to the target's
+    output head has none there, as in version 2 of its code.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+    """
+    config, tensors = heads.config, dict[str, Tensor]()
+    for head, blocks in enumerate(heads.blocks):
+        for index in range(config.blocks):
+            block = blocks[0 if config.shared else index]
+            for name, parameter in block.named_parameters():
+                tensors[f"{head}.{index}.linear.{name}"] = parameter.detach().to("cpu", dtype)
+        if not config.tied:
+            own = heads.lm_heads[head].weight
+            tensors[f"{head}.{config.blocks}.weight"] = own.detach().to("cpu", dtype)
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    stated = {
+        "medusa_num_heads": config.heads,
+        "medusa_num_layers": config.blocks,
+        "base_model_name_or_path": target_name,
+        "hidden_size": config.state_size,
+        "vocab_size": config.vocab_size,
+        **({"version": "2"} if config.tied else {}),
+    }
+    _write(folder, MEDUSA_WEIGHTS, tensors, stated)
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     try:
-        temporary = folder / f"{WEIGHTS}.tmp"
-        save_file(_tensors(head, dtype, tied), temporary, metadata={"format": "pt"})
-        temporary.replace(folder / WEIGHTS)
-        config = _config(head, target_name, dtype)
-        verifier = config["speculators_config"]["verifier"]
-        verifier["architectures"] = [architecture] if architecture else []
-        if tied:  # as others read it: the target's output head
-            config["draft_vocab_size"] = None
-        text = json.dumps(config, indent=2)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{name}.tmp"
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.replace(folder / name)
         temporary = folder / f"{CONFIG}.tmp"
-        temporary.write_text(text + "\n")
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
         temporary.replace(folder / CONFIG)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written, {error.strerror or error}") from error

@@ -46,19 +46,29 @@ class Seen:
     Args:
         tokens: [B, T + 2] int64.
         mask: [B, T] bool.
-        states: [B, T, taps * H], at tokens 0 .. T - 1.
+        all_states: [B, T + 1, taps * H], at tokens 0 .. T.
         logits: [B, T, V], after tokens 1 .. T.
     """
 
     tokens: Tensor
     mask: Tensor
-    states: Tensor
+    all_states: Tensor
     logits: Tensor
+
+    @property
+    def states(self) -> Tensor:
+        """[B, T, taps * H], of the slots."""
+        return self.all_states[:, :-1]
 
     @property
     def labels(self) -> Tensor:
         """[B, T], the tokens that slots are about."""
         return self.tokens[:, EXTRA:]
+
+    @property
+    def next_tokens(self) -> Tensor:
+        """[B, T], the tokens after those whose states are seen."""
+        return self.tokens[:, 1 : 1 - EXTRA]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ class Course:
     def __init__(
         self,
         trainee: Trainee,
-        teacher: Teacher,
+        teacher: Teacher | None,
         batches: Batches,
         held_out: Mapping[str, Sequence[Batch]],
         optimisers: Optimisers,
@@ -241,6 +241,7 @@ class Course:
             f"{kind}/{name}": value
             for kind, one in found.items()
             for name, value in asdict(one).items()
+            if value is not None
         }
         point = self._point({"score": score(found), **values})
         if not at.best or point["score"] > at.best["score"]:

@@ -51,21 +51,21 @@ class Judge:
 
     def judged(
         self,
-        head: nn.Module,
+        heads: Sequence[nn.Module],
         outputs: Sequence[Tensor],
         wanted: Sequence[Tensor],
         labels: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> Judged:
         """Of what an output head reads [B, T, D] at each step; the others as `losses.compare` has
-        them, with the slots [B, T] that count, one of each for every step."""
+        them, with the slots [B, T] that count, one of each for every step, whose T may differ."""
         slots = sum(mask.numel() for mask in masks)
         logits = slots * (wanted[0].shape[-1] if self.names is None else len(self.names))
         size = 2 if torch.is_autocast_enabled(outputs[0].device.type) else 4
         again = torch.is_grad_enabled() and logits * size > KEPT[outputs[0].device.type]
         found = [
-            self._step(head, *step, again=again)
-            for step in zip(outputs, wanted, labels, masks, strict=True)
+            self._step(*step, again=again)
+            for step in zip(heads, outputs, wanted, labels, masks, strict=True)
         ]
         loss, overlap, agrees = (torch.stack(one) for one in zip(*found, strict=True))
         return Judged(loss=loss, overlap=overlap, agrees=agrees)

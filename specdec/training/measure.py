@@ -47,12 +47,14 @@ class Length:
     Args:
         greedy, sampled: at temperatures 0 and 1.
         greedy_by_depth, sampled_by_depth: the share of chains that are accepted so far.
+        nats: per token of what drafts are judged by, where that is trained itself.
     """
 
     greedy: float
     sampled: float
     greedy_by_depth: list[float]
     sampled_by_depth: list[float]
+    nats: float | None = None
 
 
 def whole_chains(mask: Tensor, depth: int) -> Tensor:
@@ -66,11 +68,15 @@ def whole_chains(mask: Tensor, depth: int) -> Tensor:
 
 @torch.no_grad()
 def lengths(
-    trainee: Trainee, teacher: Teacher, batches: Iterator[Batch], depth: int, device: torch.device
+    trainee: Trainee,
+    teacher: Teacher | None,
+    batches: Iterator[Batch],
+    depth: int,
+    device: torch.device,
 ) -> Length:
     """Over all chains of these batches."""
     sums = torch.zeros(2, depth, dtype=torch.float64)
-    count = 0
+    count, nats, tokens = 0, 0.0, 0
     for batch in batches:
         seen = look(teacher, batch.to(device))
         roots = whole_chains(seen.mask, depth)
@@ -78,19 +84,26 @@ def lengths(
             kept = chances.float().cumprod(0)[:, roots].double().sum(1)
             sums[kind] += kept.cpu()
         count += int(roots.sum())
+        if trainee.is_target:
+            nats += float(trainee.nats(seen))
+            tokens += int(seen.mask.sum())
     greedy, sampled = (sums / max(count, 1)).tolist()
     return Length(
         greedy=1 + sum(greedy),
         sampled=1 + sum(sampled),
         greedy_by_depth=greedy,
         sampled_by_depth=sampled,
+        nats=nats / max(tokens, 1) if trainee.is_target else None,
     )
 
 
-def look(teacher: Teacher, batch: Batch) -> Seen:
-    """A batch, and what the target makes of it."""
+def look(teacher: Teacher | None, batch: Batch) -> Seen:
+    """A batch, and what the target makes of it; nothing of a teacher that nobody asks."""
+    if teacher is None:
+        nothing = torch.empty(0)
+        return Seen(tokens=batch.tokens, mask=batch.mask, all_states=nothing, logits=nothing)
     states, logits = teacher(batch.tokens[:, :-1])
-    return Seen(tokens=batch.tokens, mask=batch.mask, states=states[:, :-1], logits=logits[:, 1:])
+    return Seen(tokens=batch.tokens, mask=batch.mask, all_states=states, logits=logits[:, 1:])
 
 
 def score(found: Mapping[str, Length]) -> float:

@@ -179,7 +179,7 @@ class Job:
         trainee = self.method.make(surroundings)
         return Course(
             trainee,
-            Teacher(model, trainee.taps),
+            None if trainee.is_target else Teacher(model, trainee.taps),
             Batches(
                 corpus,
                 own,
@@ -230,18 +230,19 @@ class Job:
             for kind in ("corpus", "own")
             if f"{kind}/greedy" in best
         ]
+        first = next(point for point in progress.curve if "score" in point)
+        said += [
+            f"{kind} text {first[name]:.3f} nats a token before, {best[name]:.3f} now"
+            for kind in ("corpus", "own")
+            if (name := f"{kind}/nats") in best
+        ]
         tell(
             self.console,
             f"{progress.tokens:,} tokens in {progress.seconds:.0f} s; best after "
             f"{best['tokens']:,}, accepted length on held out text: {'; '.join(said)}",
         )
         head = str(self.out / HEAD)
-        words = [word_of("target.path", target_of(self.settings))]
-        words += [f"drafter={self.method.drafter}", word_of("drafter.path", head)]
-        if str(target_of(self.settings)) == "zoo:target":
-            words = words[1:]
-        elif not str(target_of(self.settings)).startswith(("zoo:", "standin:")):
-            words = ["target=hf", *words]
+        words = self.method.using(head, target_of(self.settings))
         tell(self.console, f"head in {head}; this uses it: {_command('run', words)}")
 
 

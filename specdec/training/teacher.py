@@ -36,16 +36,16 @@ def default_taps(layers: int) -> tuple[Tap, ...]:
     return tuple(dict.fromkeys(spread))
 
 
-def check_taps(taps: Sequence[Tap], layers: int) -> None:
+def check_taps(taps: Sequence[Tap], layers: int, setting: str = "method.taps") -> None:
     """Raise ValueError for states that a target of so many layers does not have."""
     for tap in taps:
         if tap != "normal" and (not isinstance(tap, int) or not 0 <= tap <= layers):
             raise ValueError(
-                f"method.taps={list(taps)}: {tap} must be 0 to {layers}, the layers passed, or "
+                f"{setting}={list(taps)}: {tap} must be 0 to {layers}, the layers passed, or "
                 f"normal"
             )
     if not taps or len({*taps}) < len(taps):
-        raise ValueError(f"method.taps={list(taps)}: must be one or more, each once")
+        raise ValueError(f"{setting}={list(taps)}: must be one or more, each once")
 
 
 class Teacher:
@@ -53,13 +53,12 @@ class Teacher:
 
     Args:
         model: a causal LM whose attention is transformers' own.
-        taps: which states.
+        taps: which states; there may be none.
     """
 
     def __init__(self, model: Any, taps: Sequence[Tap]) -> None:
         self.model, self.taps = model, tuple(taps)
         self.layers: int = model.config.get_text_config().num_hidden_layers
-        check_taps(self.taps, self.layers)
         self._before_norm: Tensor | None = None
         if self.layers in self.taps:  # transformers shows this state normed alone
             norm = final_norm(model)
@@ -77,7 +76,10 @@ class Teacher:
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What it makes of [B, T] tokens: the tapped states side by side [B, T, taps * H], and
         logits [B, T, V]."""
-        out = self.model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+        wanted = bool(self.taps)
+        out = self.model(input_ids=tokens, output_hidden_states=wanted, use_cache=False)
+        if not wanted:
+            return out.logits.new_empty(*tokens.shape, 0), out.logits
         states = [self._state(out.hidden_states, tap) for tap in self.taps]
         return torch.cat(states, dim=-1), out.logits
 

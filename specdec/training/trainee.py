@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from specdec.lab.settings import word_of
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.batches import Seen
@@ -86,10 +87,13 @@ class Trainee(Protocol):
     Attributes:
         module: whose parameters are.
         taps: the states of the target that it reads.
+        is_target: whether it is a target itself, which drafts are judged by; then nobody asks the
+            other one.
     """
 
     module: nn.Module
     taps: tuple[Tap, ...]
+    is_target: bool
 
     def matrices(self) -> Sequence[nn.Parameter]:
         """What Muon trains; AdamW the rest."""
@@ -101,6 +105,10 @@ class Trainee(Protocol):
         """Teacher-forced chains of drafts, from every slot: [depth, B, T], of the chain whose
         first draft is made at a slot, whether the most probable draft at each depth is the
         target's, and the chance that a drawn one is kept. What lies beyond the end is 0."""
+
+    def nats(self, seen: Seen) -> Tensor:
+        """Of a target: minus the log probability of the tokens that slots are about, summed over
+        those that count."""
 
     def save(self, folder: Path, target_name: str) -> None:
         """Write it as drafters read it."""
@@ -117,9 +125,8 @@ class TrainingMethod(Protocol):
     def make(self, surroundings: Surroundings) -> Trainee:
         """A trainee with fresh weights, on the target's device."""
 
-    @property
-    def drafter(self) -> str:
-        """The option of `drafter` that uses it."""
+    def using(self, head: str, target: str) -> list[str]:
+        """Words of a run that uses what was written in a folder, with its target."""
 
 
 def rooted(chances: Sequence[Tensor]) -> Tensor:
@@ -130,3 +137,20 @@ def rooted(chances: Sequence[Tensor]) -> Tensor:
         kept = one[:, depth:].float()
         moved.append(torch.nn.functional.pad(kept, (0, one.shape[1] - kept.shape[1])))
     return torch.stack(moved)
+
+
+def beside(target: str) -> list[str]:
+    """Words of a run with this target."""
+    if target == "zoo:target":
+        return []
+    option = [] if target.startswith(("zoo:", "standin:")) else ["target=hf"]
+    return [*option, word_of("target.path", target)]
+
+
+class Drafts:
+    """A trainee that drafts for a target, as all do but those that are one."""
+
+    is_target = False
+
+    def nats(self, seen: Seen) -> Tensor:
+        raise RuntimeError("is no target")

@@ -143,7 +143,7 @@ def course(
     held_out = Batch(tokens=rows, mask=torch.ones(len(rows), slots, dtype=torch.bool))
     return Course(
         trainee,
-        Teacher(model, trainee.taps),
+        None if trainee.is_target else Teacher(model, trainee.taps),
         Batches(texts_, None, slots=slots, size=2, share=0.5, seed=3),
         {"corpus": [held_out]},
         Optimisers(trainee, method.rates),

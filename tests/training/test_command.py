@@ -61,7 +61,7 @@ def test_ten_steps_on_the_zoo(train: Callable[..., tuple[int, str, str]], tmp_pa
     [
         ("", "data: must be given; "),
         ("data=nowhere", "data=nowhere: no such file or folder; or python"),
-        ("data=python method=eagle4", "method=eagle4: no such option; the nearest is eagle3; "),
+        ("data=python method=eagle4", "method=eagle4: no such option; the nearest is eagle"),
         ("data=python method.step=3", "method.step: no such setting; the nearest is method.steps"),
         (
             "data=python corpus.token=3",

@@ -62,7 +62,7 @@ def test_other_settings_are_not_continued(tmp_path: Path) -> None:
             one.resume()
 
 
-@pytest.mark.parametrize("settings", [{}, {"norm_output": True, "layers": 2}, {"taps": [0]}])
+@pytest.mark.parametrize("settings", [{}, {"norm_output": True, "taps": [0]}])
 def test_one_sequence_is_learnt_by_heart(settings: dict[str, Any]) -> None:
     lm = target()
     method = Eagle3(steps=3, warm_up=5, rate=1e-2, matrix_rate=2e-2, weight_decay=0.0, **settings)
@@ -73,11 +73,11 @@ def test_one_sequence_is_learnt_by_heart(settings: dict[str, Any]) -> None:
     optimisers = Optimisers(trainee, method.rates)
     with plain(lm.model) as model:
         seen = look(Teacher(model, trainee.taps), batch)
-    for step in range(150):
+    for step in range(100):
         lesson = trainee.lesson(seen)
         lesson.loss.backward()
-        optimisers.step(step / 150, step)
-    assert trainee.lesson(seen).loss.item() < 0.01
+        optimisers.step(step / 100, step)
+    assert trainee.lesson(seen).loss.item() < 0.03
     agrees, overlap = trainee.chains(seen, 3)
     assert agrees[:, 0, :6].all()
     assert overlap[:, 0, :6].min() > 0.9

@@ -82,7 +82,7 @@ def test_chunks_change_neither_losses_nor_gradients(loss: str) -> None:
     found = []
     for chunk in (4, 9, 1000):
         judged = Judge(loss=loss, names=names, chunk=chunk).judged(
-            head, outputs, [wanted] * 2, [labels] * 2, masks
+            [head] * 2, outputs, [wanted] * 2, [labels] * 2, masks
         )
         gradients = torch.autograd.grad(judged.loss.sum(), [head.weight, *outputs])
         found.append([judged.loss, judged.overlap, judged.agrees, *gradients])

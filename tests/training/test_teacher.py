@@ -66,7 +66,7 @@ def test_the_most_frequent_tokens_by_id() -> None:
 class Scripted:
     """Chains with known chances."""
 
-    taps = (0,)
+    taps, is_target = (0,), False
 
     def __init__(self, agrees: Tensor, overlap: Tensor) -> None:
         self.agrees, self.overlap = agrees, overlap

@@ -4,11 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdec.heads.recurrent import Eagle3Config, Eagle3Head
+from specdec.lab.settings import word_of
 from specdec.observation import Tap
-from specdec.training.losses import LOSSES
-from specdec.training.methods.recurrent import RecurrentTrainee, frequent, layer_config
+from specdec.training.methods.recurrent import (
+    RecurrentTrainee,
+    check_recurrent,
+    frequent,
+    layer_config,
+)
 from specdec.training.teacher import check_taps, default_taps
-from specdec.training.trainee import Rates, Surroundings
+from specdec.training.trainee import Rates, Surroundings, beside
 
 
 class Eagle3:
@@ -28,8 +33,6 @@ class Eagle3:
     Raises:
         ValueError: a setting out of range.
     """
-
-    drafter = "eagle3"
 
     def __init__(
         self,
@@ -91,6 +94,9 @@ class Eagle3:
                 f"all of them"
             )
 
+    def using(self, head: str, target: str) -> list[str]:
+        return [*beside(target), "drafter=eagle3", word_of("drafter.path", head)]
+
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
         target = surroundings.target
         vocab = target.vocab_size
@@ -117,15 +123,3 @@ class Eagle3:
             decay=self.decay,
             tied=self.tied,
         )
-
-
-def check_recurrent(*, loss: str, steps: int, decay: float, rope_theta: float) -> None:
-    """Raise ValueError for a setting of recurrent heads that is out of range."""
-    if loss not in LOSSES:
-        raise ValueError(f"method.loss={loss}: must be one of {', '.join(LOSSES)}")
-    if steps < 1:
-        raise ValueError(f"method.steps={steps}: must be at least 1")
-    if not 0 < decay <= 1:
-        raise ValueError(f"method.decay={decay}: must be above 0 and at most 1")
-    if not rope_theta > 0:
-        raise ValueError(f"method.rope_theta={rope_theta}: must be above 0")

@@ -2,7 +2,7 @@
 where weights begin."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from transformers import LlamaConfig
 from specdec.heads.export import save_head
 from specdec.heads.recurrent import RecurrentHead
 from specdec.models.paged import PagedLM
-from specdec.training.batches import EXTRA, Seen
+from specdec.training.batches import Seen
 from specdec.training.judge import Judge
+from specdec.training.losses import LOSSES
 from specdec.training.teacher import norm_weight
 from specdec.training.test_time import unroll
-from specdec.training.trainee import Lesson, Surroundings, rooted
+from specdec.training.trainee import Drafts, Lesson, Surroundings, rooted
 
 STD = 0.02  # of fresh matrices
 
@@ -73,7 +74,7 @@ def begin(head: RecurrentHead, target: PagedLM, seed: int) -> None:
         norm.weight.copy_(weight.cpu())
 
 
-class RecurrentTrainee:
+class RecurrentTrainee(Drafts):
     """A recurrent head on its way.
 
     Args:
@@ -121,22 +122,34 @@ class RecurrentTrainee:
         ]
 
     def lesson(self, seen: Seen) -> Lesson:
-        outputs = self._unroll(self.head, seen.states, following(seen), self.steps)
+        outputs = self._unroll(self.head, seen.states, seen.next_tokens, self.steps)
         slots = torch.arange(seen.mask.shape[1], device=seen.mask.device)
         masks = [seen.mask & (slots >= step) for step in range(self.steps)]
         wanted, labels = [seen.logits] * self.steps, [seen.labels] * self.steps
-        judged = self.judge.judged(self.head.lm_head, outputs, wanted, labels, masks)
+        heads = [self.head.lm_head] * self.steps
+        judged = self.judge.judged(heads, outputs, wanted, labels, masks)
         figures = {
             f"{name}/depth_{step + 1}": values[step].detach()
             for name, values in vars(judged).items()
             for step in range(self.steps)
         }
         loss = (judged.loss * self.weights).sum() / self.weights.sum()
-        return Lesson(loss=loss, figures=figures)
+        return self.also(Lesson(loss=loss, figures=figures), outputs, masks, seen)
+
+    def also(
+        self, lesson: Lesson, outputs: list[Tensor], masks: list[Tensor], seen: Seen
+    ) -> Lesson:
+        """More that a kind of head learns by.
+
+        Args:
+            outputs: [B, T, D] of each step.
+            masks: [B, T], the slots that count in each.
+        """
+        return lesson
 
     @torch.no_grad()
     def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
-        outputs = unroll(self.head, seen.states, following(seen), depth)
+        outputs = unroll(self.head, seen.states, seen.next_tokens, depth)
         found = [
             self.judge.chances(self.head.lm_head, one, seen.logits, seen.labels) for one in outputs
         ]
@@ -153,6 +166,20 @@ class RecurrentTrainee:
         )
 
 
-def following(seen: Seen) -> Tensor:
-    """[B, T], the tokens after those whose states are seen."""
-    return seen.tokens[:, 1 : 1 - EXTRA]
+def check_recurrent(
+    *,
+    loss: str,
+    steps: int,
+    decay: float,
+    rope_theta: float,
+    losses: Sequence[str] = LOSSES,
+) -> None:
+    """Raise ValueError for a setting of recurrent heads that is out of range."""
+    if loss not in losses:
+        raise ValueError(f"method.loss={loss}: must be one of {', '.join(losses)}")
+    if steps < 1:
+        raise ValueError(f"method.steps={steps}: must be at least 1")
+    if not 0 < decay <= 1:
+        raise ValueError(f"method.decay={decay}: must be above 0 and at most 1")
+    if not rope_theta > 0:
+        raise ValueError(f"method.rope_theta={rope_theta}: must be above 0")

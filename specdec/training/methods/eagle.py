@@ -1,0 +1,126 @@
+"""method=eagle: the head of EAGLE and EAGLE-2 (Li et al. 2024), which reads the target's last
+state and writes through the target's output head."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specdec.heads.recurrent import EagleConfig, EagleHead
+from specdec.lab.settings import word_of
+from specdec.observation import Tap
+from specdec.training.batches import Seen
+from specdec.training.losses import LOSSES, sequence_means
+from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent, layer_config
+from specdec.training.teacher import check_taps
+from specdec.training.trainee import Lesson, Rates, Surroundings, beside
+
+EAGLE1 = "eagle1"
+TOKEN_WEIGHT = 0.1  # of the loss of tokens beside that of states, in EAGLE's own training
+
+
+class Eagle:
+    """A head of EAGLE-1 with the sizes of a layer of its target.
+
+    Args:
+        loss: kl, reverse_kl, tv, lk or ce; or eagle1, which is that of its authors: the next
+            state, by SmoothL1, and a tenth of KL.
+        steps: of the training-time test; 1 in EAGLE-1, 3 in HASS (Zhang et al. 2025).
+        decay: weight of a step beside that of the one before.
+        tap: the state that it reads.
+        bias: of its fc.
+        rope_theta: of its rotary positions.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: str = "kl",
+        steps: int = 5,
+        decay: float = 0.8,
+        tap: Tap = "normal",
+        bias: bool = True,
+        rope_theta: float = 10_000.0,
+        rate: float = 1e-3,
+        matrix_rate: float = 3e-3,
+        weight_decay: float = 0.05,
+        warm_up: int = 100,
+        steady: float = 0.6,
+        clip: float = 1.0,
+    ) -> None:
+        self.rates = Rates(
+            rate=rate,
+            matrix_rate=matrix_rate,
+            weight_decay=weight_decay,
+            warm_up=warm_up,
+            steady=steady,
+            clip=clip,
+        )
+        check_recurrent(
+            loss=loss,
+            steps=steps,
+            decay=decay,
+            rope_theta=rope_theta,
+            losses=(*LOSSES, EAGLE1),
+        )
+        self.loss, self.steps, self.decay = loss, steps, decay
+        self.tap, self.bias, self.rope_theta = tap, bias, rope_theta
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError for what does not go with a target of this configuration."""
+        check_taps([self.tap], config.get_text_config().num_hidden_layers, "method.tap")
+
+    def using(self, head: str, target: str) -> list[str]:
+        return [*beside(target), "drafter=eagle", word_of("drafter.path", head)]
+
+    def make(self, surroundings: Surroundings) -> RecurrentTrainee:
+        target = surroundings.target
+        head = EagleHead(
+            EagleConfig(
+                layer=layer_config(target.model.config, layers=1, rope_theta=self.rope_theta),
+                taps=(self.tap,),
+                state_size=target.config.hidden_size,
+                target_vocab=target.model.get_input_embeddings().weight.shape[0],
+                vocab_size=target.vocab_size,
+                bias=self.bias,
+            )
+        )
+        states = self.loss == EAGLE1
+        return (Regression if states else RecurrentTrainee)(
+            head,
+            surroundings,
+            loss="kl" if states else self.loss,
+            steps=self.steps,
+            decay=self.decay,
+            tied=True,
+        )
+
+
+class Regression(RecurrentTrainee):
+    """A head that learns the target's next state beside the next token."""
+
+    def also(
+        self, lesson: Lesson, outputs: Sequence[Tensor], masks: Sequence[Tensor], seen: Seen
+    ) -> Lesson:
+        wanted = seen.all_states[:, 1:]
+        found = torch.stack([_of_states(*one, wanted) for one in zip(outputs, masks, strict=True)])
+        weights = self.weights / self.weights.sum()
+        figures = {f"states/depth_{i + 1}": one.detach() for i, one in enumerate(found)}
+        return replace(
+            lesson,
+            loss=TOKEN_WEIGHT * lesson.loss + (weights * found).sum(),
+            figures={**lesson.figures, **figures},
+        )
+
+
+def _of_states(output: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
+    """SmoothL1, mean over numbers and slots of a sequence, then over sequences."""
+    slots = F.smooth_l1_loss(output.float(), wanted.float(), reduction="none").mean(-1)
+    means, any_ = sequence_means(slots, mask)
+    return means.sum() / any_.sum().clamp(min=1)

@@ -1,0 +1,157 @@
+"""method=early_exit: the target itself learns to leave early (LayerSkip, Elhoushi et al. 2024,
+section 4.1). It becomes another target, whose own quality is reported beside what it drafts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.lab.settings import word_of
+from specdec.observation import Tap
+from specdec.training.batches import Seen
+from specdec.training.judge import Judge
+from specdec.training.methods.causal import (
+    check_output,
+    matrices_of,
+    save_model,
+    trained_copy,
+)
+from specdec.training.teacher import final_norm
+from specdec.training.trainee import Lesson, Rates, Surroundings, rooted
+
+LOSSES = ("kl", "ce")
+
+
+class EarlyExit:
+    """The target, trained to be left after some of its layers.
+
+    Args:
+        exit_layer: after how many; None is a third of them.
+        loss: of the exit: kl to what all layers say, or ce to the text, as LayerSkip.
+        weight: of that loss beside the target's own, which is ce.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        exit_layer: int | None = None,
+        loss: str = "kl",
+        weight: float = 0.25,
+        rate: float = 1e-4,
+        matrix_rate: float = 3e-4,
+        weight_decay: float = 0.0,
+        warm_up: int = 100,
+        steady: float = 0.6,
+        clip: float = 1.0,
+    ) -> None:
+        self.rates = Rates(
+            rate=rate,
+            matrix_rate=matrix_rate,
+            weight_decay=weight_decay,
+            warm_up=warm_up,
+            steady=steady,
+            clip=clip,
+        )
+        if loss not in LOSSES:
+            raise ValueError(f"method.loss={loss}: must be one of {', '.join(LOSSES)}")
+        if not weight > 0:
+            raise ValueError(f"method.weight={weight}: must be above 0")
+        self.exit_layer, self.loss, self.weight = exit_layer, loss, weight
+        self._layers = 0
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError for what does not go with a target of this configuration."""
+        layers = config.get_text_config().num_hidden_layers
+        self._layers = max(1, layers // 3) if self.exit_layer is None else self.exit_layer
+        if not 1 <= self._layers < layers:
+            raise ValueError(
+                f"method.exit_layer={self.exit_layer}: must be from 1 to {layers - 1}, the target "
+                f"has {layers} layers"
+            )
+        check_output(config, "method=early_exit")
+
+    def using(self, head: str, target: str) -> list[str]:
+        layer = f"drafter.exit_layer={self._layers}"
+        return ["target=hf", word_of("target.path", head), "drafter=early_exit", layer]
+
+    def make(self, surroundings: Surroundings) -> "ExitTrainee":
+        target = surroundings.target
+        target.check_in_part("method=early_exit")
+        return ExitTrainee(
+            trained_copy(target),
+            surroundings,
+            layers=self._layers,
+            loss=self.loss,
+            weight=self.weight,
+        )
+
+
+class ExitTrainee:
+    """A target on its way."""
+
+    taps: tuple[Tap, ...] = ()
+    is_target = True
+
+    def __init__(
+        self, model: Any, surroundings: Surroundings, *, layers: int, loss: str, weight: float
+    ) -> None:
+        self.module, self.tokenizer = model, surroundings.target.tokenizer
+        self.layers, self.weight = layers, weight
+        chunk, compiled = surroundings.chunk, surroundings.compiled
+        self.judge = Judge(loss=loss, names=None, chunk=chunk, compiled=compiled)
+        self.text = Judge(loss="ce", names=None, chunk=chunk, compiled=compiled)
+
+    @property
+    def _head(self) -> nn.Module:
+        head: nn.Module = self.module.get_output_embeddings()
+        return head
+
+    def matrices(self) -> list[nn.Parameter]:
+        return matrices_of(self.module)
+
+    def _outputs(self, seen: Seen) -> tuple[Tensor, Tensor]:
+        """What the output head reads after tokens 1 .. T, [B, T, H]: at the exit, and at the
+        end."""
+        out = self.module.base_model(
+            input_ids=seen.tokens[:, :-1], use_cache=False, output_hidden_states=True
+        )
+        norm = final_norm(self.module)
+        assert norm is not None
+        return norm(out.hidden_states[self.layers][:, 1:]), out.last_hidden_state[:, 1:]
+
+    def lesson(self, seen: Seen) -> Lesson:
+        early, late = self._outputs(seen)
+        with torch.no_grad():
+            wanted = self._head(late)
+        rest = ([wanted], [seen.labels], [seen.mask])
+        own = self.text.judged([self._head], [late], *rest).loss[0]
+        judged = self.judge.judged([self._head], [early], *rest)
+        figures = {
+            "nats": own.detach(),
+            "exit/loss": judged.loss[0].detach(),
+            "exit/overlap": judged.overlap[0],
+            "exit/agrees": judged.agrees[0],
+        }
+        return Lesson(loss=own + self.weight * judged.loss[0], figures=figures)
+
+    @torch.no_grad()
+    def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
+        early, late = self._outputs(seen)
+        agrees, overlap = self.judge.chances(self._head, early, self._head(late), seen.labels)
+        return rooted([agrees] * depth), rooted([overlap] * depth)
+
+    @torch.no_grad()
+    def nats(self, seen: Seen) -> Tensor:
+        _, late = self._outputs(seen)
+        total = late.new_zeros((), dtype=torch.float64)
+        for row, labels, mask in zip(late, seen.labels, seen.mask, strict=True):
+            found = self._head(row).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+            total -= found[mask].double().sum()
+        return total
+
+    def save(self, folder: Path, target_name: str) -> None:
+        save_model(self.module, self.tokenizer, folder)

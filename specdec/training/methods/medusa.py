@@ -1,0 +1,165 @@
+"""method=medusa: heads that each name a token at their own distance from one state of the target
+(Medusa-1, Cai et al. 2024). The target stays as it is."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.heads.export import save_medusa
+from specdec.heads.medusa import MedusaConfig, MedusaHeads
+from specdec.lab.settings import word_of
+from specdec.observation import Tap
+from specdec.training.batches import Seen
+from specdec.training.judge import Judge
+from specdec.training.losses import LOSSES
+from specdec.training.trainee import Drafts, Lesson, Rates, Surroundings, beside
+
+
+class Medusa:
+    """Medusa heads, which begin as the target's own output head.
+
+    Args:
+        heads: how many, hence depths.
+        blocks: of each head.
+        loss: kl, reverse_kl, tv, lk or ce.
+        decay: weight of a head beside that of the one before.
+        tied: whether all write through the target's output head; else each trains its own.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: int = 4,
+        blocks: int = 1,
+        loss: str = "kl",
+        decay: float = 0.8,
+        tied: bool = True,
+        rate: float = 1e-3,
+        matrix_rate: float = 3e-3,
+        weight_decay: float = 0.0,
+        warm_up: int = 100,
+        steady: float = 0.6,
+        clip: float = 1.0,
+    ) -> None:
+        self.rates = Rates(
+            rate=rate,
+            matrix_rate=matrix_rate,
+            weight_decay=weight_decay,
+            warm_up=warm_up,
+            steady=steady,
+            clip=clip,
+        )
+        if loss not in LOSSES:
+            raise ValueError(f"method.loss={loss}: must be one of {', '.join(LOSSES)}")
+        for name, value in (("heads", heads), ("blocks", blocks)):
+            if value < 1:
+                raise ValueError(f"method.{name}={value}: must be at least 1")
+        if not 0 < decay <= 1:
+            raise ValueError(f"method.decay={decay}: must be above 0 and at most 1")
+        self.heads, self.blocks, self.loss = heads, blocks, loss
+        self.decay, self.tied = decay, tied
+
+    def check(self, config: Any) -> None:
+        """Nothing of a target can be wrong for it."""
+
+    def using(self, head: str, target: str) -> list[str]:
+        return [*beside(target), "drafter=medusa", word_of("drafter.path", head)]
+
+    def make(self, surroundings: Surroundings) -> "MedusaTrainee":
+        target = surroundings.target
+        heads = MedusaHeads(
+            MedusaConfig(
+                heads=self.heads,
+                blocks=self.blocks,
+                state_size=target.config.hidden_size,
+                vocab_size=target.vocab_size,
+                tied=self.tied,
+            )
+        )
+        return MedusaTrainee(heads, surroundings, loss=self.loss, decay=self.decay)
+
+
+class MedusaTrainee(Drafts):
+    """Medusa heads on their way."""
+
+    taps: tuple[Tap, ...] = ("normal",)
+
+    def __init__(
+        self, heads: MedusaHeads, surroundings: Surroundings, *, loss: str, decay: float
+    ) -> None:
+        model = surroundings.target.model
+        rows = model.get_output_embeddings().weight.detach()
+        with torch.no_grad():
+            for block in heads.blocks.parameters():
+                block.zero_()
+            for output in heads.lm_heads:
+                output.weight.copy_(rows.float().cpu())
+        if heads.lm_head is not None:
+            heads.lm_head.weight = nn.Parameter(rows, requires_grad=False)
+        self.module = heads.to(surroundings.target.device)
+        self.heads = heads
+        self.weights = decay ** torch.arange(heads.config.heads, device=rows.device)
+        self.judge = Judge(
+            loss=loss, names=None, chunk=surroundings.chunk, compiled=surroundings.compiled
+        )
+        self._features: Callable[..., Tensor] = heads.features
+        if surroundings.compiled:
+            self._features = torch.compile(heads.features, dynamic=False)
+
+    def matrices(self) -> list[nn.Parameter]:
+        return [one for one in self.heads.blocks.parameters() if one.ndim == 2]
+
+    def _outputs(self, count: int) -> list[nn.Module]:
+        if self.heads.lm_head is not None:
+            return [self.heads.lm_head] * count
+        return list(self.heads.lm_heads[:count])
+
+    def _parts(
+        self, features: Callable[..., Tensor], seen: Seen, count: int
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of each head what it makes of the states, the target's logits, the tokens and the mask
+        of the slots that it is about, [B, T - head] each."""
+        made = features(seen.states.flatten(0, 1), count)
+        made = made.view(*seen.mask.shape, count, -1)
+        slots = seen.mask.shape[1]
+        return [
+            (
+                made[:, : slots - head, head],
+                seen.logits[:, head:],
+                seen.labels[:, head:],
+                seen.mask[:, head:],
+            )
+            for head in range(count)
+        ]
+
+    def lesson(self, seen: Seen) -> Lesson:
+        count = self.heads.config.heads
+        parts = zip(*self._parts(self._features, seen, count), strict=True)
+        judged = self.judge.judged(self._outputs(count), *parts)
+        figures = {
+            f"{name}/depth_{head + 1}": values[head].detach()
+            for name, values in vars(judged).items()
+            for head in range(count)
+        }
+        loss = (judged.loss * self.weights).sum() / self.weights.sum()
+        return Lesson(loss=loss, figures=figures)
+
+    @torch.no_grad()
+    def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
+        count = min(depth, self.heads.config.heads)
+        found = seen.logits.new_zeros(2, depth, *seen.mask.shape, dtype=torch.float32)
+        parts = self._parts(self.heads.features, seen, count)
+        for head, (output, wanted, labels, mask) in enumerate(parts):
+            chances = self.judge.chances(self._outputs(count)[head], output, wanted, labels)
+            for kind, one in enumerate(chances):
+                found[kind, head, :, : mask.shape[1]] = one
+        return found[0], found[1]
+
+    def save(self, folder: Path, target_name: str) -> None:
+        save_medusa(self.heads, folder, target_name=target_name)
