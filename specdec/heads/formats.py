@@ -181,4 +181,13 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
         kind = "" if rope["rope_type"] == "default" else f" {rope['rope_type']}"
         facts.append(f"rope{kind} {rope['rope_theta']:,g}")
         facts.append(f"{config.layer.max_position_embeddings:,} positions")
-    return [*facts, f"{own / 1e6:,.1f} M parameters", f"{level / 1e6:,.1f} MB read per {per}"]
+    return [*facts, f"{_short(own)} parameters", f"{_short(level)}B read per {per}"]
+
+
+def _short(number: float) -> str:
+    """With three digits and a prefix."""
+    for prefix in ("", "k", "M"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} G"

@@ -103,7 +103,7 @@ def mapped(named: int, ids: Tensor, vocabulary: int) -> dict[str, Tensor]:
 
 
 def layers_of(
-    layout: str, random: Random, count: int, *, head_dim: int, bias: str
+    layout: str, random: Random, count: int, *, head_dim: int, bias: str, listed: bool
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Decoder layers as a layout has them: tensors, and the beginnings of their names."""
     first = "midlayer" if layout in ("safeailab", "specforge", "sglang") else "layers.0"
@@ -113,7 +113,8 @@ def layers_of(
     for index in range(1, count):
         pair = layout == "deepspec"
         norms = both if pair else ("hidden_norm" if layout == "sglang" else "input_layernorm",)
-        name = f"additional_layers.{index - 1}" if layout == "sglang" else f"layers.{index}"
+        apart = layout == "sglang" and not listed
+        name = f"additional_layers.{index - 1}" if apart else f"layers.{index}"
         inputs = 2 * D if pair else D
         made |= random.layer(
             name, inputs, head_dim=head_dim, bias=bias, normed=normed, norms=norms
@@ -132,10 +133,12 @@ def eagle3(
     head_dim: int = 8,
     bias: str = "",
     layers: int = 1,
+    listed: bool = False,
     taps: tuple[int, ...] | None = None,
     own_embedding: bool = False,
     file: str | None = None,
     prefix: str = "",
+    dtype: torch.dtype | None = None,
     rope: tuple[dict[str, Any], dict[str, Any]] = PLAIN,
     config: Mapping[str, Any] | None = None,
 ) -> Facts:
@@ -143,8 +146,10 @@ def eagle3(
 
     Args:
         named: tokens it can name; None for all.
+        listed: SGLang's further layers have the numbers of layers.
         taps: the states it reads; None for those of its layout.
         prefix: before every name of a tensor.
+        dtype: of matrices and norms in the file.
         rope: as config.json says it, and as the oracle has it.
         config: more of config.json.
     """
@@ -152,7 +157,7 @@ def eagle3(
     vocabulary, states = target.config.vocab_size, target.config.hidden_size
     n = target.config.num_hidden_layers
     where = taps or ((2, 3, 4, 6, n) if layout == "deepspec" else (2, n // 2, n - 3))
-    tensors, names = layers_of(layout, random, layers, head_dim=head_dim, bias=bias)
+    tensors, names = layers_of(layout, random, layers, head_dim=head_dim, bias=bias, listed=listed)
     if "fc_norm" in flags:
         tensors |= {f"fc_norm.{i}.weight": random.norm(states) for i in range(len(where))}
     if "norm_before_fc" in flags:
@@ -168,6 +173,9 @@ def eagle3(
         embedding = random.matrix(vocabulary, D)
     if layout in ("speculators", "deepspec") or own_embedding or states != D:
         tensors["embed_tokens.weight"] = embedding
+    if dtype is not None:
+        for key, value in tensors.items():
+            tensors[key] = value.to(dtype) if value.is_floating_point() else value
     layer = layer_config(target, num_hidden_layers=layers, **rope[0])
     said = {
         "safeailab": {},
@@ -211,7 +219,7 @@ def wrapper(layer: Mapping[str, Any], taps: tuple[int, ...], flags: Iterable[str
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
-            "verifier": {"name_or_path": "tiny", "architectures": ["LlamaForCausalLM"]},
+            "verifier": {"name_or_path": "some/tiny/", "architectures": ["LlamaForCausalLM"]},
         },
         **{flag: flag in flags for flag in FLAGS},
     }

@@ -135,6 +135,9 @@ EAGLE3: dict[str, dict[str, Any]] = {
         "config": {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [3, 5, 7]}},
     },
     "sglang": {"layout": "sglang", "layers": 3},
+    "sglang, numbers": {"layout": "sglang", "layers": 2, "listed": True},
+    "half precision": {"dtype": torch.float16},
+    "half precision, safetensors": {"layout": "specforge", "dtype": torch.bfloat16},
     "deepspec": {"layout": "deepspec", "layers": 2, "named": None},
     "speculators": {"layout": "speculators"},
     "speculators, layers": {"layout": "speculators", "layers": 2},
@@ -160,6 +163,10 @@ def test_a_head_of_eagle_3_is_what_its_files_say(
     facts = made.eagle3(tmp_path, target.model, **case)
     head = load_head(str(tmp_path), target, kinds=("eagle3",))
     check(head, facts, target, oracle.eagle3)
+    labels = {"sglang": "SGLang", "deepspec": "DeepSpec", "specforge": "SpecForge"}
+    labels |= {"safeailab": "SafeAILab", "speculators": "speculators"}
+    label = labels[case.get("layout", "safeailab")]
+    assert str(head.description).startswith(f"EAGLE-3 of {label}: ")
     shared = head.get_parameter("embed_tokens.weight").data_ptr()
     lent = target.model.get_input_embeddings().weight.data_ptr()
     assert (shared == lent) != case.get("own_embedding", False)
@@ -221,6 +228,10 @@ def test_a_head_of_eagle_1_is_what_its_files_say(
     facts = made.eagle(tmp_path, target.model, **case)
     head = load_head(str(tmp_path), target, kinds=("eagle",))
     check(head, facts, target, oracle.eagle)
+    labels = {"safeailab": "SafeAILab", "vllm": "vLLM", "speculators": "speculators"}
+    label = labels[case.get("layout", "safeailab")]
+    assert str(head.description).startswith(f"EAGLE of {label}: ")
+    assert "norm_before_residual" not in str(head.description)
     for name in ("embed_tokens", "lm_head"):
         lent = getattr(target.model.base_model, name, target.model.lm_head)
         assert head.get_parameter(f"{name}.weight").data_ptr() == lent.weight.data_ptr()
@@ -236,6 +247,11 @@ def test_a_head_may_read_the_last_state_alone(target: PagedLM, tmp_path: Path) -
     del tensors["fc.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     check(load_head(str(tmp_path), target, kinds=("eagle3",)), facts, target, oracle.eagle3)
+    (tmp_path / "config.json").write_text(json.dumps(made.layer_config(target.model)))
+    head = load_head(str(tmp_path), target, kinds=("eagle3",), taps=["normal"])
+    check(head, facts, target, oracle.eagle3)
+    with pytest.raises(ValueError, match=r"has no fc\.weight"):
+        load_head(str(tmp_path), target, kinds=("eagle3",), taps=[5])
 
 
 def test_a_head_may_do_with_the_target_s_output_matrix(target: PagedLM, tmp_path: Path) -> None:
@@ -291,17 +307,63 @@ def test_what_transformers_takes_for_granted_is_left_out_of_wrappers(
 def test_the_start_of_a_run_says_what_was_read(target: PagedLM, tmp_path: Path) -> None:
     made.eagle3(tmp_path, target.model, layout="speculators", flags=("fc_norm",))
     head: Any = load_head(str(tmp_path), target, kinds=("eagle3",))
-    own = [p.numel() for n, p in head.named_parameters() if n != "embed_tokens.weight"]
-    each = own and sum(
-        p.numel()
-        for n, p in head.named_parameters()
-        if not n.startswith(("fc.", "fc_norm.", "embed_tokens."))
-    )
+    weights = {n: p for n, p in head.named_parameters() if n != "embed_tokens.weight"}
+    once = ("fc.", "fc_norm.")
+    own = sum(p.numel() for p in weights.values())
+    level = sum(p.nbytes for n, p in weights.items() if not n.startswith(once))
+    assert own == 3072 + 3 * 32 + 64 * 64 + 32 * 32 + 3 * 40 * 32 + 4 * 32 + 48 * 32
     assert head.description == (
         "EAGLE-3 of speculators: 1 layer of 32, states 2 4 5 of 8, 48 of 96 tokens, fc_norm, "
-        f"rope 10,000, 64 positions, {sum(own) / 1e6:.1f} M parameters, "
-        f"{4 * each / 1e6:.1f} MB read per level"
+        f"rope 10,000, 64 positions, {own / 1e3:.3g} k parameters, {level / 1e3:.3g} kB read per "
+        f"level"
     )
+    made.eagle(tmp_path / "eagle", target.model)
+    head = load_head(str(tmp_path / "eagle"), target, kinds=("eagle",))
+    lent = ("embed_tokens.weight", "lm_head.weight")
+    own = sum(p.numel() for n, p in head.named_parameters() if n not in lent)
+    assert f", {own / 1e3:.3g} k parameters, " in head.description
+
+
+def test_epsilon_may_be_left_out(target: PagedLM, tmp_path: Path) -> None:
+    facts = made.eagle3(tmp_path, target.model, layout="specforge")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rms_norm_eps"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    head = load_head(str(tmp_path), target, kinds=("eagle3",))
+    check(head, replace(facts, eps=1e-6), target, oracle.eagle3)
+
+
+def test_a_head_of_eagle_1_may_have_its_own_output_matrix(target: PagedLM, tmp_path: Path) -> None:
+    facts = made.eagle(tmp_path, target.model, file="model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    own = made.Random(1).matrix(VOCABULARY, made.D)
+    save_file(tensors | {"lm_head.weight": own}, tmp_path / "model.safetensors")
+    facts = replace(facts, output=own.double())
+    check(load_head(str(tmp_path), target, kinds=("eagle",)), facts, target, oracle.eagle)
+    order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(4))[:30]
+    for rows in (own, own[order]):  # vLLM's map of tokens, of whole matrices and cut ones
+        save_file(
+            tensors | {"lm_head.weight": rows.contiguous(), "token_map": order},
+            tmp_path / "model.safetensors",
+        )
+        ids = order.sort().values
+        cut = replace(facts, ids=ids, output=own[ids].double())
+        check(load_head(str(tmp_path), target, kinds=("eagle",)), cut, target, oracle.eagle)
+
+
+@pytest.mark.parametrize("layout", ["specforge", "speculators"])
+def test_a_target_may_read_more_tokens_than_it_writes(layout: str, tmp_path: Path) -> None:
+    model = tiny("llama", num_hidden_layers=N)
+    wide = torch.nn.Embedding(VOCABULARY + 4, made.D)
+    wide.weight.data[:VOCABULARY] = model.get_input_embeddings().weight
+    model.set_input_embeddings(wide)
+    target = PagedLM(model, name="target.path=tiny")
+    facts = made.eagle3(tmp_path, model, layout=layout)
+    if layout == "speculators":
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:VOCABULARY].contiguous()
+        save_file(tensors, tmp_path / "model.safetensors")
+    check(load_head(str(tmp_path), target, kinds=("eagle3",)), facts, target, oracle.eagle3)
 
 
 @pytest.mark.parametrize("trap", ["shifted", "one layer off", "norm omitted", "absolute ids"])

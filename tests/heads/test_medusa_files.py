@@ -83,6 +83,7 @@ def test_medusa_heads_are_what_their_files_say(
     made.write(tmp_path, config, tensors, file)
     loaded = check(tmp_path, target, tensors, "{}.{}.linear", f"{{}}.{blocks}.weight", blocks)
     assert loaded.config.tied == (not last)
+    assert loaded.description.startswith("Medusa: 3 heads of ")
     if not last:
         assert loaded.lm_head.weight.data_ptr() == target.model.lm_head.weight.data_ptr()
 
@@ -100,7 +101,8 @@ def test_heads_beside_their_target_are_found(target: PagedLM, tmp_path: Path) ->
     whole = {f"medusa_head.{key}": value for key, value in tensors.items()}
     whole |= {key: value.clone() for key, value in target.model.state_dict().items()}
     made.write(tmp_path, {"model_type": "medusa"}, whole, "pytorch_model.bin")
-    check(tmp_path, target, tensors, "{}.{}.linear", "{}.1.weight", 1)
+    loaded = check(tmp_path, target, tensors, "{}.{}.linear", "{}.1.weight", 1)
+    assert loaded.description.startswith("Medusa, beside its target: 3 heads of 1 block, states")
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -234,6 +234,12 @@ def beyond(tensors: Tensors) -> None:
     del tensors["t2d"]
 
 
+def at(tensors: Tensors, place: int, name: int) -> None:
+    """One of the ids."""
+    tensors["d2t"][place] = name - (place % len(tensors["d2t"]))
+    del tensors["t2d"]
+
+
 def other(ids: Tensor) -> Tensor:
     names = torch.arange(VOCABULARY)[-len(ids) :]
     return names - torch.arange(len(ids))
@@ -303,6 +309,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": lambda found: [replaced("d2t", swapped)(found), found.pop("t2d")]},
         "d2t does not make ids that ascend",
     ),
+    "repeated": (
+        {
+            "tensors": lambda found: [
+                found["d2t"].__setitem__(7, found["d2t"][6] - 1),
+                found.pop("t2d"),
+            ]
+        },
+        "d2t does not make ids that ascend",
+    ),
+    "one beyond": ({"tensors": lambda found: at(found, -1, VOCABULARY)}, "makes ids .* has 96"),
+    "one below": ({"tensors": lambda found: at(found, 0, -1)}, "makes ids -1 to .* has 96"),
     "range of d2t": ({"tensors": beyond}, "d2t makes ids .* has 96: this head belongs to another"),
     "zeros": (
         {"tensors": lambda found: [found["d2t"].zero_(), found.pop("t2d")]},
@@ -322,6 +339,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "window": ({"use_sliding_window": True}, "asks for use_sliding_window=True"),
     "layer 9": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 5, 9]}}, "state 9"),
     "no list": ({"eagle_aux_hidden_state_layer_ids": "2,5"}, "must be a list of layers"),
+    "a word": (
+        {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, "5"]}},
+        "a list of layers",
+    ),
     "no object": ({"eagle_config": [2]}, "eagle_config=.*, which must be an object"),
 }
 
@@ -372,6 +393,28 @@ def test_the_bias_of_eagle_1_is_not_forgotten(target: PagedLM, tmp_path: Path) -
     refused(tmp_path, target, r"has no fc\.bias")
     edited(tmp_path, bias=False)
     load_head(str(tmp_path), target, kinds=ALL)
+
+
+def test_heads_that_read_one_state_read_one(target: PagedLM, tmp_path: Path) -> None:
+    made.eagle(tmp_path / "eagle", target.model)
+    refused(tmp_path / "eagle", target, r"EAGLE-1 reads one state; .* drafter\.taps", taps=[2, 5])
+    medusa = tmp_path / "medusa"
+    made.write(medusa, {}, {"0.0.linear.weight": torch.ones(32, 32)}, "medusa_lm_head.safetensors")
+    refused(medusa, target, r"Medusa heads read one state; .* drafter\.taps", taps=[2, 5])
+
+
+def test_a_head_of_eagle_1_of_another_target(target: PagedLM, tmp_path: Path) -> None:
+    wide = PagedLM(tiny("llama", num_hidden_layers=8, hidden_size=48), name="target.path=wide")
+    made.eagle(tmp_path, target.model)
+    refused(tmp_path, wide, "reads states of 32 numbers, and those of target.path=wide have 48")
+
+
+def test_an_output_head_with_a_bias_cannot_be_lent(tmp_path: Path) -> None:
+    phi = PagedLM(tiny("phi", num_hidden_layers=8), name="target.path=phi")
+    made.eagle(tmp_path, phi.model, file=FILE)
+    refused(tmp_path, phi, "output head of target.path=phi, which adds a bias")
+    edited(tmp_path, lambda found: found.update({"lm_head.weight": torch.ones(VOCABULARY, 32)}))
+    load_head(str(tmp_path), phi, kinds=ALL)
 
 
 def test_medusa_heads_of_another_target(target: PagedLM, tmp_path: Path) -> None:
