@@ -22,8 +22,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 torch.set_num_threads(1)
+# Settings are put together hundreds of times, and half of that is reading YAML; libyaml reads the
+# same in a fraction of the time.
+yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
 
@@ -66,15 +70,18 @@ def specdec(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Run the command in this process: (exit code, stdout, stderr). It warms up with one token:
-    there is nothing here that is compiled."""
+    there is nothing here that is compiled. Anchors, by which a sweep knows its pace, are short."""
     from hydra._internal.hydra import Hydra
 
     from specdec import run as command
-    from specdec.lab import lane
+    from specdec.lab import baselines, lane
 
     monkeypatch.setattr(lane, "WARM_UP_TOKENS", 1)
+    monkeypatch.setattr(baselines, "PROMPTS", 1)
+    monkeypatch.setattr(baselines, "TOKENS", 2)
     # Hydra composes all settings once more beforehand, for a `hydra.mode` that nobody sets.
     monkeypatch.setattr(Hydra, "get_mode", lambda *given, **named: None)
+    compose_once(monkeypatch)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["specdec", *arguments])
@@ -85,3 +92,20 @@ def specdec(
         return int(stop.value.code or 0), out, err
 
     return call
+
+
+def compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra composes each job of a sweep to see whether it can be, and again when its turn comes:
+    let it keep the first."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    compose, kept = ConfigLoaderImpl.load_sweep_config, {}
+
+    def composed(loader: ConfigLoaderImpl, master_config: Any, sweep_overrides: list[str]) -> Any:
+        key = id(master_config), *sweep_overrides  # it is kept as well, so no other gets its id
+        if key in kept:
+            return kept.pop(key)[1]
+        kept[key] = master_config, compose(loader, master_config, sweep_overrides)
+        return kept[key][1]
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", composed)

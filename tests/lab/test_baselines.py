@@ -31,10 +31,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A steady one, and anchors of few tokens."""
+    """A steady one."""
     made = Clock()
     monkeypatch.setattr(Laps, "read", lambda laps: made.read(laps))
-    monkeypatch.setattr(baselines, "TOKENS", 2)
     return made
 
 
@@ -126,10 +125,10 @@ def test_the_jobs_of_a_sweep_load_their_target_once(specdec, tmp_path, monkeypat
         return load_model(path, *given, **more)
 
     monkeypatch.setattr(load, "load_model", counted)
-    words = (*SHORT, "drafter=ngram,pld", "max_new_tokens=1", "baseline=false")
-    assert specdec("-m", *words, f"out={tmp_path}/s")[0] == 0
+    words = (*SHORT, "prompts.limit=1", "max_new_tokens=1", "baseline=false")
+    assert specdec("-m", *words, "drafter=ngram,pld", f"out={tmp_path}/s")[0] == 0
     assert loaded == ["zoo:target"]
-    assert specdec(*words[:1], "drafter=ngram", *words[2:3], f"out={tmp_path}/o")[0] == 0
+    assert specdec(*words, "drafter=ngram", f"out={tmp_path}/o")[0] == 0
     assert loaded == ["zoo:target"] * 2  # nothing outlives a command
 
 
