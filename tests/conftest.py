@@ -98,14 +98,29 @@ def compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hydra composes each job of a sweep to see whether it can be, and again when its turn comes:
     let it keep the first."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.plugins.sweeper import Sweeper
 
-    compose, kept = ConfigLoaderImpl.load_sweep_config, {}
+    compose, check = ConfigLoaderImpl.load_sweep_config, Sweeper.validate_batch_is_legal
+    kept: defaultdict[tuple[str, ...], list[Any]] = defaultdict(list)  # by the words of a job
+    checking = False
+
+    def checked(sweeper: Sweeper, batch: Any) -> None:
+        nonlocal checking
+        kept.clear()
+        checking = True
+        try:
+            check(sweeper, batch)
+        finally:
+            checking = False
 
     def composed(loader: ConfigLoaderImpl, master_config: Any, sweep_overrides: list[str]) -> Any:
-        key = id(master_config), *sweep_overrides  # it is kept as well, so no other gets its id
-        if key in kept:
-            return kept.pop(key)[1]
-        kept[key] = master_config, compose(loader, master_config, sweep_overrides)
-        return kept[key][1]
+        waiting = kept[tuple(sweep_overrides)]
+        if waiting and not checking:
+            return waiting.pop(0)
+        made = compose(loader, master_config, sweep_overrides)
+        if checking:
+            waiting.append(made)
+        return made
 
+    monkeypatch.setattr(Sweeper, "validate_batch_is_legal", checked)
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", composed)
