@@ -127,7 +127,9 @@ def _energy(runs: Sequence[Run]) -> tuple[float, float | None] | None:
 
 def _predicted(run: Run) -> float | None:
     """What the choice of a tree by costs has promised."""
-    said = EXPECTED.search(str((run.summary.get("chosen_by") or {}).get("shape", "")))
+    chosen = run.summary.get("chosen_by") or {}
+    shape = chosen.get("tree.shape", chosen.get("shape"))  # the latter of earlier runs
+    said = EXPECTED.search(str(shape))
     return float(said[1]) if said else None
 
 

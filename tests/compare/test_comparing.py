@@ -64,9 +64,9 @@ def test_acceptance_by_depth_is_that_of_the_steps(tmp_path: Path) -> None:
 
 
 def test_what_summaries_alone_know_is_told(tmp_path: Path) -> None:
-    for seed, joules in ((0, 10.0), (1, 40.0)):
+    for seed, joules, shape in ((0, 10.0, "shape"), (1, 40.0, "tree.shape")):
         energy = {"joules": joules, "joules_per_token": joules / 100, "idle_watts": 60.0}
-        promised = {"shape": "5 nodes; 1.75 times plain decoding expected"}
+        promised = {shape: "5 nodes; 1.75 times plain decoding expected"}
         both = {"energy": energy, "chosen_by": promised}
         run(tmp_path / str(seed), texts(LENGTHS), seed=seed, **both)
     (found,) = only(compare([tmp_path])).entries

@@ -188,9 +188,9 @@ def test_costs_of_the_built_in_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     words = "drafter=small_llama tree=cost_aware tree.budget=4 tree.costs=measure"
     session = shop.session(words, rows=2, longest=96)
     notes = session.notes()["chosen_by"]
-    assert notes["rates"] == "zoo, measured with these models"
-    assert notes["costs"].startswith("measured now")
-    assert "times plain decoding expected" in notes["shape"]
+    assert notes["tree.rates"] == "zoo, measured with these models"
+    assert notes["tree.costs"].startswith("measured now")
+    assert "times plain decoding expected" in notes["tree.shape"]
     assert torch.equal(before, torch.get_rng_state())
     (path,) = (tmp_path / "costs").iterdir()
     table = CostTable.of(json.loads(path.read_text()))
