@@ -66,6 +66,29 @@ def tracked_comparison(folder: Path) -> TrackedRun:
     )
 
 
+def tracked_training(
+    folder: Path, settings: Mapping[str, Any], words: Sequence[str] = ()
+) -> TrackedRun:
+    """What trackers are told of a training.
+
+    Args:
+        settings: all of them.
+        words: what was typed, by which it is named.
+    """
+    choices = settings["choices"]
+    said = " ".join(word for word in words if not word.lstrip("+~").startswith(NOT_NAMED))
+    known = _known(folder, f"train {said or choices['method'] + ' ' + folder.name}")
+    tags = ["training", choices["method"], str(settings["target"]["path"])[-LONGEST_TAG:]]
+    return TrackedRun(
+        folder=folder,
+        id=known["id"],
+        name=known["name"],
+        job_type="training",
+        tags=tags,
+        config=_config(settings),
+    )
+
+
 def _known(folder: Path, name: str) -> dict[str, str]:
     """Name and id, as they were when it began. The id has the host and the time in it: another
     machine may have a folder of the same path, and this one may have had it for another run."""

@@ -26,7 +26,7 @@ class TrackedRun:
     Args:
         folder: of the run; of the sweep if it is a comparison.
         id: of the run, the same whenever it continues.
-        job_type: run or comparison.
+        job_type: run, comparison or training.
         group: what the runs of a sweep share; None of a run by itself.
         config: by flat name, as `drafter/max_match`; `drafter` itself is the option.
     """
@@ -45,7 +45,9 @@ class Tracker(Protocol):
     """Follows one run from `start` to `finish`, or shows a comparison.
 
     `finish` and `compare` return where it can be seen, or how, in one line. `abandon` ends what
-    would keep the process from ending, after anything has failed or taken too long.
+    would keep the process from ending, after anything has failed or taken too long. A training is
+    followed from `start` through every `point` of its curve, by `steps`, to `close`, which is told
+    what it came to and returns as `finish` does.
     """
 
     def start(self, run: TrackedRun) -> None: ...
@@ -54,6 +56,8 @@ class Tracker(Protocol):
     def compare(
         self, run: TrackedRun, tables: Mapping[str, Table], files: Sequence[Path]
     ) -> str | None: ...
+    def point(self, point: Mapping[str, float]) -> None: ...
+    def close(self, figures: Record) -> str | None: ...
     def abandon(self) -> None: ...
 
 
@@ -72,6 +76,12 @@ class NoTracker:
     def compare(
         self, run: TrackedRun, tables: Mapping[str, Table], files: Sequence[Path]
     ) -> str | None:
+        return None
+
+    def point(self, point: Mapping[str, float]) -> None:
+        pass
+
+    def close(self, figures: Record) -> str | None:
         return None
 
     def abandon(self) -> None:
@@ -127,6 +137,12 @@ class Careful:
         self, run: TrackedRun, tables: Mapping[str, Table], files: Sequence[Path]
     ) -> str | None:
         return self._end(lambda: self._tracker.compare(run, tables, files))
+
+    def point(self, point: Mapping[str, float]) -> None:
+        self._do(lambda: self._tracker.point(point), STEP)
+
+    def close(self, figures: Record) -> str | None:
+        return self._end(lambda: self._tracker.close(figures))
 
     def abandon(self) -> None:
         self._over = True

@@ -88,6 +88,14 @@ class TrackioTracker:
         self._run.log_artifact(artifact)
         return self._end()
 
+    def point(self, point: Mapping[str, float]) -> None:
+        if point["steps"] > self._curves.known:
+            self._log(point)
+
+    def close(self, figures: Record) -> str | None:
+        self._run.log(dict(figures), step=int(figures["steps"]))
+        return self._end()
+
     def _log(self, point: Mapping[str, float] | None) -> None:
         if point is not None:
             self._run.log(dict(point), step=int(point["steps"]))

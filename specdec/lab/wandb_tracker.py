@@ -86,7 +86,8 @@ class WandbTracker:
             # Results must not depend on a network; an offline run can be synced later.
             wandb.teardown(1)  # which still has a run of that id
             self._run = wandb.init(mode="offline", **options)
-        for name, (axis, summary) in AXES.items():
+        axes = {"*": ("steps", "last")} if run.job_type == "training" else AXES
+        for name, (axis, summary) in axes.items():
             self._run.define_metric(name, step_metric=axis, summary=summary)
         if self._run.resumed:
             self._curves.known = int(self._run.summary.get("steps") or 0)
@@ -154,6 +155,13 @@ class WandbTracker:
             self._run.log_artifact(artifact)
 
         return self._last(show)
+
+    def point(self, point: Mapping[str, float]) -> None:
+        if point["steps"] > self._curves.known:
+            self._run.log(dict(point))
+
+    def close(self, figures: Record) -> str | None:
+        return self._last(lambda: self._run.summary.update(dict(figures)))
 
     def _last(self, work: Callable[[], Any]) -> str | None:
         """Finish the run, whatever becomes of that work; where it is."""

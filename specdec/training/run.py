@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from specdec.lab.files import replace_file, to_json
 from specdec.lab.lines import tell
 from specdec.lab.lock import Lock
 from specdec.lab.settings import word_of
-from specdec.lab.setup import target_of
+from specdec.lab.setup import target_of, tracker_of
+from specdec.lab.tracked import tracked_training
+from specdec.lab.tracking import Careful
 from specdec.lab.values import flat
 from specdec.models.load import Models, find_model
 from specdec.models.paged import PagedLM
@@ -53,6 +56,7 @@ def train(
     """
     plan, method = plan_of(settings), method_of_training(settings)
     parts_of(settings)
+    tracker_of(settings)
     placement = Placement.named(device=plan.device, dtype=plan.dtype)
     path = target_of(settings)
     find_model(path, setting="target.path")
@@ -108,17 +112,23 @@ class Job:
             course = self._course(model, corpus, held_own, own)
             if resumes:
                 course.resume()
+            tracker = Careful(tracker_of(self.settings), partial(tell, self.console))
+            tracker.start(tracked_training(self.out, self.settings, words))
             with Bar(self.console, course.progress, course.budget) as bar:
-                course.told = bar.point
+                course.told = partial(_shown, bar, tracker)
                 try:
                     progress = course.run()
-                except KeyboardInterrupt:
+                except BaseException as error:
+                    tracker.abandon()
+                    if not isinstance(error, KeyboardInterrupt):
+                        raise
                     again = [*words, word_of("out", str(self.out)), "resume=true"]
                     tell(self.console, f"interrupted; this continues: {_command('train', again)}")
                     raise
         result = self._result(progress, corpus, own)
         replace_file(self.out / RESULT, to_json(result, indent=1) + "\n")
         self._end(progress)
+        tracker.close(_figures(progress))
         return result
 
     def _corpus(self) -> Corpus:
@@ -215,7 +225,7 @@ class Job:
             "steps": progress.steps,
             "tokens": progress.tokens,
             "seconds": progress.seconds,
-            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+            "tokens_per_second": _figures(progress)["tokens_per_second"],
             "corpus": corpus.manifest["counts"],
             "own_texts": 0 if own is None else len(own.rows),
             "best": progress.best,
@@ -258,6 +268,20 @@ def fixed(settings: Settings) -> dict[str, Any]:
         for name, value in flat(settings).items()
         if name not in FREE and name.split(".")[0] not in FREE
     }
+
+
+def _shown(bar: Bar, tracker: Careful, point: dict[str, Any]) -> None:
+    """Show a point of the curve to whoever looks."""
+    bar.point(point)
+    tracker.point({name: value for name, value in point.items() if not isinstance(value, list)})
+
+
+def _figures(progress: Progress) -> dict[str, float]:
+    """What a training came to, as numbers that can be compared."""
+    best = {f"best/{name}": value for name, value in progress.best.items()}
+    whole = {"steps": progress.steps, "tokens": progress.tokens, "seconds": progress.seconds}
+    found = {**whole, "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9), **best}
+    return {name: value for name, value in found.items() if not isinstance(value, list)}
 
 
 def _batches(rows: Ids, masks: Ids, size: int) -> list[Batch]:
