@@ -63,8 +63,8 @@ FAST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "early_exit": (LAYERS, (tree("static", 6, 3), tree("static", 4, 2, 1))),
     "early_exit anew": (LAYERS, ()),
     "eagle3": (
-        (WIDE, tree("dynamic", 48, 6, 7), tree("dynamic", 63, 6, 10)),
-        (tree("static", 4, 2, 2, 1), tree("static", 3, 2, 1), tree("static", 4, 2, 2, 1, 1)),
+        (WIDE, tree("dynamic", 48, 6, 7)),
+        (tree("static", 4, 2, 2, 1), tree("static", 3, 2, 1)),
     ),
     "translated": ((WIDE,), (tree("static", 4, 2, 2, 1),)),
     "token_recycling": (
