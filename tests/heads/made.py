@@ -234,6 +234,7 @@ def eagle(
     bias: str = "",
     fc_bias: bool = True,
     norms: Iterable[str] = (),
+    in_use: bool = False,
     file: str | None = None,
     rope: tuple[dict[str, Any], dict[str, Any]] = PLAIN,
     config: Mapping[str, Any] | None = None,
@@ -242,6 +243,7 @@ def eagle(
 
     Args:
         norms: that EAGLE-1 does not have, by the names of the layout.
+        in_use: vLLM's layout says that the norms it keeps are to be used.
     """
     random, norms = Random(), tuple(norms)
     first, fc = ("transformer", "fusion_fc") if layout == "speculators" else ("layers.0", "fc")
@@ -268,7 +270,8 @@ def eagle(
             "layernorms": bool(norms),
         }
     elif layout == "vllm":  # norms that it keeps, and leaves out
-        whole = {"model_type": "eagle", "model": layer, "eagle_fc_bias": fc_bias}
+        used = {"skip_prenorm": False, "skip_output_norm": False} if in_use else {}
+        whole = {"model_type": "eagle", "model": layer | used, "eagle_fc_bias": fc_bias}
         dead = {f"model.{first}.input_layernorm.weight": random.norm(D)}
         dead["model.norm.weight"] = random.norm(D)
         outer = (fc, "enorm", "hnorm")

@@ -162,7 +162,7 @@ def eagle(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[
             y = y + attention(facts, layer, normed(y, f"{layer}.input_layernorm"))
             y = y + mlp(facts, layer, y)
         features = torch.cat([features, y[-1:]])
-    return normed(y[-1], "pre_lm_head_layernorm") @ facts.output.T
+    return normed(y[-1], "pre_lm_head_layernorm", "norm") @ facts.output.T
 
 
 def medusa(

@@ -212,6 +212,12 @@ EAGLE: dict[str, dict[str, Any]] = {
     "hass": {"norms": ("embedding_layernorm", "hidden_states_layernorm")},
     "vllm": {"layout": "vllm"},
     "vllm, norms": {"layout": "vllm", "norms": ("enorm", "hnorm")},
+    "vllm, no bias": {"layout": "vllm", "fc_bias": False, "config": {"eagle_fc_bias": False}},
+    "vllm, norms in use": {
+        "layout": "vllm",
+        "norms": ("layers.0.input_layernorm", "norm"),
+        "in_use": True,
+    },
     "speculators": {"layout": "speculators", "fc_bias": False},
     "speculators, bias": {"layout": "speculators"},
     "speculators, norms": {
@@ -276,6 +282,18 @@ def test_one_of_two_maps_of_tokens_is_enough(target: PagedLM, tmp_path: Path) ->
         tensors = {key: value for key, value in whole.items() if key != name}
         save_file(tensors, tmp_path / "model.safetensors")
         check(load_head(str(tmp_path), target, kinds=("eagle3",)), facts, target, oracle.eagle3)
+
+
+def test_no_difference_at_all_is_a_map_if_the_other_map_says_so(
+    target: PagedLM, tmp_path: Path
+) -> None:
+    facts = made.eagle3(tmp_path, target.model, layout="specforge")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= made.mapped(made.NAMED, torch.arange(made.NAMED), VOCABULARY)
+    assert not tensors["d2t"].any()
+    save_file(tensors, tmp_path / "model.safetensors")
+    facts = replace(facts, ids=torch.arange(made.NAMED))
+    check(load_head(str(tmp_path), target, kinds=("eagle3",)), facts, target, oracle.eagle3)
 
 
 def test_norm_before_residual_goes_by_the_wrapper(target: PagedLM, tmp_path: Path) -> None:

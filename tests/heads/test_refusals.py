@@ -118,6 +118,21 @@ def test_broken_files(
     refused(tmp_path, target, message)
 
 
+@pytest.mark.parametrize("archive", [False, True], ids=["before torch 1.6", "since"])
+def test_what_a_pickle_wants_to_run_is_not_run(
+    archive: bool, target: PagedLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.eagle3(tmp_path, target.model)
+    file = tmp_path / "pytorch_model.bin"
+    found = torch.load(file, weights_only=True)
+    torch.save(found, file, _use_new_zipfile_serialization=archive)
+    head = load_head(str(tmp_path), target, kinds=ALL)
+    assert head.get_parameter("fc.weight").equal(found["fc.weight"])
+    torch.save(found | {"code": Code()}, file, _use_new_zipfile_serialization=archive)
+    refused(tmp_path, target, "holds more than tensors")
+    assert not capsys.readouterr().out
+
+
 def test_a_folder_that_is_not_there(target: PagedLM, tmp_path: Path) -> None:
     refused(tmp_path / "none", target, "no such folder")
     refused("standin:llama3_8b", target, "a stand-in is a whole model")
@@ -325,6 +340,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"tensors": lambda found: [found["d2t"].zero_(), found.pop("t2d")]},
         "d2t is all zero and there is no t2d",
     ),
+    "length of t2d": (
+        {"tensors": lambda found: [found["t2d"].fill_(True), found.pop("d2t")]},
+        "t2d names 96 tokens, and its output head 48",
+    ),
     "no map": ({"tensors": without("d2t", "t2d")}, "names 48 tokens and has no d2t"),
     "size": ({"hidden_size": None}, "has hidden_size=None, which must be a number"),
     "rows": ({"num_attention_heads": 5}, "q_proj has 32 rows, which 5 heads"),
@@ -393,6 +412,9 @@ def test_the_bias_of_eagle_1_is_not_forgotten(target: PagedLM, tmp_path: Path) -
     refused(tmp_path, target, r"has no fc\.bias")
     edited(tmp_path, bias=False)
     load_head(str(tmp_path), target, kinds=ALL)
+    made.eagle(tmp_path, target.model, layout="speculators")
+    edited(tmp_path, fusion_bias=None)
+    refused(tmp_path, target, r"holds fusion_fc\.bias, for which")
 
 
 def test_heads_that_read_one_state_read_one(target: PagedLM, tmp_path: Path) -> None:
