@@ -299,6 +299,7 @@ def test_a_failed_check_has_an_exit_code_of_its_own(specdec, tmp_path, monkeypat
 
     monkeypatch.setattr(Conversations, "finish", wrong)
     words = ("drafter=ngram", "prompts.limit=2", "max_new_tokens=8", *QUICK[:1], *QUICK[3:])
+    words += ("baseline=false",)
     code, printed, _ = specdec("-m", *words, "tree.budget=0,2", f"out={tmp_path}/s")
     assert code == 3
     found = jobs_by(tmp_path / "s", "tree.budget")
