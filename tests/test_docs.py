@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
 from specdec import run as runner
+from specdec.lab import lane
 from specdec.lab.build import method_of
 from specdec.lab.command import parse
 from specdec.lab.energy import EnergyLine, energy_of
@@ -220,10 +221,11 @@ VARIABLE |= {"finish_reasons": "REASON", "sources": "NAME", "own": "SETTING"}
 VARIABLE |= {"chosen_by": "SETTING"}
 VARIABLE |= {"lossless.tests": "TEST"}
 OWN = "tests.golden.repeat.repeat"
+SMALL = "zoo:draft"
 LOSSY = "acceptance=typical acceptance.allow_lossy=true"
 RUNS = {
     "composed": "drafter=compose tree=dynamic record.trees=2 record.energy=true",
-    "sampled": "sampling=sample tree=cost_aware",
+    "sampled": "sampling=sample tree=cost_aware tree.costs=cpu",
     "synthetic": "drafter=synthetic tree=static ignore_eos=true",
     "lossy": f"drafter=user drafter._target_={OWN} {LOSSY} sampling=sample",
 }
@@ -254,12 +256,13 @@ def listed(title: str) -> dict[str, str]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Folders of runs that leave all there is between them."""
     folders = []
-    for name, words in RUNS.items():
-        folders.append(tmp_path_factory.mktemp(name))
-        words += " prompts.limit=2 max_new_tokens=8 device=cpu tracker=none"
-        runner.run(
-            settings_of(f"{words} out={folders[-1]}"), folders[-1], Console(file=io.StringIO())
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lane, "WARM_UP_TOKENS", 1)
+        for name, words in RUNS.items():
+            folders.append(tmp_path_factory.mktemp(name))
+            words += f" target.path={SMALL} prompts.limit=2 max_new_tokens=8 device=cpu"
+            settings = settings_of(f"{words} tracker=none out={folders[-1]}")
+            runner.run(settings, folders[-1], Console(file=io.StringIO()))
     return folders
 
 
@@ -333,4 +336,4 @@ def divergence(run: Path) -> set[str]:
     """Fields of a divergence, of which the runs have none."""
     theirs = records(run / "baseline" / "generations.jsonl")
     mine = [{**one, "output_ids": [one["output_ids"][0] + 1]} for one in theirs]
-    return set(fields({"lossless": compare(mine, theirs, Witness(load_model("zoo:target")))}))
+    return set(fields({"lossless": compare(mine, theirs, Witness(load_model(SMALL)))}))

@@ -28,6 +28,7 @@ from tests.running import QUICK, ROOT, jobs_by, lines, outputs, summary_of
 pytestmark = pytest.mark.usefixtures("load_once")
 
 SHORT = (*QUICK[:1], "prompts.limit=2", "max_new_tokens=4", "drafter=ngram", "baseline=false")
+SHORT += ("target.path=zoo:draft",)
 
 
 @pytest.fixture

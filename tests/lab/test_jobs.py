@@ -22,6 +22,7 @@ from tests.running import QUICK, ROOT, forked
 pytestmark = pytest.mark.usefixtures("load_once")
 
 SHORT = ("-m", *QUICK[:1], "prompts.limit=1", "max_new_tokens=4", "baseline=false")
+SHORT += ("target.path=zoo:draft",)
 
 
 @pytest.fixture

@@ -28,9 +28,9 @@ TEXTS = [
 
 
 def folder_with(folder: Path, **settings: Any) -> Path:
-    """The built-in target with generation settings of its own."""
+    """The smaller built-in model with generation settings of its own."""
     folder.mkdir()
-    for file in zoo_path("target").iterdir():
+    for file in zoo_path("draft").iterdir():
         (folder / file.name).symlink_to(file)
     path = folder / "generation_config.json"
     base = json.loads(path.read_text())
@@ -93,7 +93,7 @@ def test_the_check_is_about_the_processed_law(
 ) -> None:
     """And sees that texts do not follow the model's own."""
     out = tmp_path / "o"
-    sampled = ("sampling=sample", "prompts.samples=6", "max_new_tokens=16", "baseline=false")
+    sampled = ("sampling=sample", "prompts.samples=10", "max_new_tokens=16", "baseline=false")
     code, _, _ = specdec(*words, "drafter=ngram", "batch_size=8", *sampled, f"out={out}")
     assert code == 0
     records, target = lines(out / "generations.jsonl"), load_model(str(own))

@@ -18,7 +18,7 @@ ARGUMENTS = (
     "batch_size=3",
     "max_new_tokens=12",
 )
-ARGUMENTS += ("tracker=none", "dtype=float32", "prompts.limit=2")
+ARGUMENTS += ("tracker=none", "dtype=float32", "prompts.limit=2", "target.path=zoo:draft")
 
 
 def texts(folder: Path) -> dict[tuple[int, int], list[int]]:

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("load_once")
 @pytest.mark.parametrize(
     "words",
     [
-        "drafter=pld tree=static 'tree.widths=[2, 1]' sampling=nucleus seed=7",
-        "experiment=sampled target=standin/llama3_8b target.path=zoo:target tree.budget=44",
+        "drafter=pld tree=static 'tree.widths=[2, 1]' sampling=nucleus seed=7 target.path=zoo:draft",
+        "experiment=sampled target=standin/llama3_8b target.path=zoo:draft tree.budget=44",
     ],
 )
 def test_words_stand_for_what_a_run_of_them_notes(specdec, tmp_path, words):

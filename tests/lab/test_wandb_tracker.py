@@ -38,6 +38,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch
 def test_a_sweep_leaves_offline_runs_that_can_be_compared(specdec, alone, tmp_path):
     words = ("drafter=ngram", "tree.budget=2,4", "tracker.every=2", "tracker.tags=[mine]")
     quick = ("prompts.limit=2", "max_new_tokens=6", "baseline=false", "dtype=float32")
+    quick += ("target.path=zoo:draft",)
     code, printed, error = specdec("-m", *words, *quick, f"out={tmp_path}/sweep")
     assert (code, error) == (0, "")
     folders = sorted(path.parent for path in tmp_path.glob("sweep/*/summary.json"))
@@ -50,7 +51,7 @@ def test_a_sweep_leaves_offline_runs_that_can_be_compared(specdec, alone, tmp_pa
         summary, last = summary_of(folder), one.summary
         assert one.run.run_group.endswith("-sweep")
         assert one.run.job_type == "run"
-        assert {"zoo:target", "ngram", "chain", "greedy", "T=0", "mine"} <= set(one.run.tags)
+        assert {"zoo:draft", "ngram", "chain", "greedy", "T=0", "mine"} <= set(one.run.tags)
         assert "drafter=ngram" in one.run.display_name
         assert last["tokens_per_second"] == summary["tokens_per_second"]
         by_depth = summary["acceptance_by_depth"]
