@@ -8,7 +8,7 @@ import torch
 
 from specdec.training.batches import Batch
 from specdec.training.course import Course
-from specdec.training.measure import look
+from specdec.training.measure import Length, look
 from specdec.training.methods.eagle3 import Eagle3
 from specdec.training.optimise import Optimisers, scale_of
 from specdec.training.teacher import Teacher, plain
@@ -82,6 +82,77 @@ def test_one_sequence_is_learnt_by_heart(settings: dict[str, Any]) -> None:
     assert agrees[:, 0, :6].all()
     assert overlap[:, 0, :6].min() > 0.9
     assert not agrees[2, 0, 6:].any()  # chains beyond the end
+
+
+def test_slots_without_a_chain_teach_nothing() -> None:
+    lm = target()
+    trainee = Eagle3(steps=3).make(surroundings(lm))
+    tokens = torch.randint(VOCAB, (2, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[0, 4] = False
+    with plain(lm.model) as model:
+        seen = look(Teacher(model, trainee.taps), Batch(tokens=tokens, mask=mask))
+    figures = trainee.lesson(seen).figures
+    _, overlap = trainee.chains(seen, 3)
+    for step in range(3):
+        slots = mask[:, step:]  # a chain of that depth ends at these
+        kept = overlap[step, :, : 8 - step][slots].mean()
+        assert figures[f"overlap/depth_{step + 1}"].item() == pytest.approx(kept.item(), rel=1e-4)
+
+
+def test_the_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = target()
+    scores = [1.0, 2.0, 1.5, 3.0, 2.5]
+    with plain(lm.model) as model:
+        one = course(Eagle3(steps=1), lm, model, tmp_path, tokens=256)
+
+        def measured() -> dict[str, Length]:
+            found = {"sampled": 2.0, "greedy_by_depth": [], "sampled_by_depth": []}
+            return {"corpus": Length(greedy=scores.pop(0), **found)}
+
+        monkeypatch.setattr(one, "_lengths", measured)
+        kept: list[int] = []
+        monkeypatch.setattr(
+            one.trainee, "save", lambda folder, name: kept.append(one.progress.tokens)
+        )
+        one.run()
+    assert kept == [0, 64, 192]
+    assert one.progress.best["corpus/greedy"] == 3.0
+
+
+def test_parameters_move_by_the_rate() -> None:
+    lm = target()
+    rates = {"rate": 1e-3, "warm_up": 0, "steady": 0.5, "clip": 1e9}
+    moved = []
+    for share in (0.0, 0.75, 1.0):
+        method = Eagle3(steps=1, **rates)
+        trainee = method.make(surroundings(lm))
+        norm = trainee.head.norm.weight
+        before = norm.detach().clone()
+        for parameter in trainee.module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.ones_like(parameter)
+        Optimisers(trainee, method.rates).step(share, 0)
+        moved.append((before - norm).mean().item())
+    assert moved == pytest.approx([1e-3, 0.5e-3, 0.02e-3], rel=5e-3)  # AdamW's first step
+
+
+def test_gradients_are_clipped_together() -> None:
+    method = Eagle3(steps=1, clip=0.5)
+    trainee = method.make(surroundings(target()))
+    optimisers = Optimisers(trainee, method.rates)
+    for parameter in optimisers.parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimisers.step(0.0, 0)
+    first = {"momentum": 0.05, "exp_avg": 0.1}  # weight of a first gradient
+    squares = sum(
+        (state[name] / weight).square().sum()
+        for optimiser, _ in optimisers.each
+        for state in optimiser.state.values()
+        for name, weight in first.items()
+        if name in state
+    )
+    assert float(squares) ** 0.5 == pytest.approx(0.5, rel=1e-3)
 
 
 def test_rates_rise_stay_and_fall() -> None:

@@ -124,16 +124,17 @@ class MedusaTrainee(Drafts):
         self, features: Callable[..., Tensor], seen: Seen, count: int
     ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Of each head what it makes of the states, the target's logits, the tokens and the mask
-        of the slots that it is about, [B, T - head] each."""
+        of the slots that it is about, [B, T - count + 1] each: the last slots are about tokens
+        that some heads cannot be judged by."""
         made = features(seen.states.flatten(0, 1), count)
         made = made.view(*seen.mask.shape, count, -1)
-        slots = seen.mask.shape[1]
+        slots = seen.mask.shape[1] - count + 1
         return [
             (
-                made[:, : slots - head, head],
-                seen.logits[:, head:],
-                seen.labels[:, head:],
-                seen.mask[:, head:],
+                made[:, :slots, head],
+                seen.logits[:, head : head + slots],
+                seen.labels[:, head : head + slots],
+                seen.mask[:, head : head + slots],
             )
             for head in range(count)
         ]
