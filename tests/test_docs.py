@@ -27,6 +27,7 @@ from specdec.lab.lossless import compare
 from specdec.lab.settings import settings_of
 from specdec.lab.witness import Witness
 from specdec.models.load import load_model
+from specdec.training.settings import method_of_training, parts_of, plan_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "specdec" / "configs"
@@ -34,7 +35,7 @@ README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "guide.md"
 DOCS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "specdec/zoo/README.md"]
 PAGES = ["README", *(f"docs/{page}" for page in ("guide", "drafters", "trees_and_rules"))]
-PAGES += ["docs/acceptance", "docs/sweeps", "docs/compare"]
+PAGES += ["docs/acceptance", "docs/sweeps", "docs/compare", "docs/learned"]
 SOURCES = ("specdec", "hydra_plugins", "drafters", "verifier", "kernels", "experiments", "tests")
 
 
@@ -100,6 +101,14 @@ def test_settings_of_a_run_can_be_used(
     monkeypatch.syspath_prepend(tmp_path)
     if not any(word.endswith("s.json") for word in words):  # tables that would have to be measured
         method_of(settings)
+
+
+@pytest.mark.parametrize("line", commands("python -m specdec.train"))
+def test_settings_of_a_training_can_be_used(line: str) -> None:
+    settings = settings_of(shlex.split(line)[3:], "train")
+    plan_of(settings)
+    method_of_training(settings)
+    parts_of(settings)
 
 
 @pytest.mark.parametrize("line", commands("python -m specdec.experiments."))

@@ -3,6 +3,8 @@
 A few tokens run through its own attention and through ours.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, Self
@@ -79,6 +81,19 @@ class Probe:
         """Nothing is kept."""
 
 
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Products of float32 as such: rounded to TensorFloat32, as a process may have asked for, the
+    two ways differ by more than attention of another kind would."""
+    kept = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(kept)
+
+
+@_exact()
 @torch.inference_mode()
 def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, DirectModel | None]:
     """Run a few tokens through both the model's own attention and ours, which the model uses from

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from transformers import AutoConfig, AutoTokenizer
 
-from specdec.models.load import Models, zoo_path
-from tests.heads.made import medusa
+from specdec.models.load import Models, load_model, zoo_path
+from tests.heads.made import eagle_of, medusa
 from tests.models.tiny import disturbed, save, tiny
 from tests.running import QUICK, ROOT, SHARED, jobs, lines, outputs, summary_of
 
@@ -37,6 +37,10 @@ def needed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str
             config = AutoConfig.from_pretrained(zoo_path("target", "target"))
             folder = tmp_path_factory.mktemp("heads")
             medusa(folder, SimpleNamespace(config=config), heads=8)
+            return [f"drafter.path={folder}"]
+        if drafter == "eagle":
+            folder = tmp_path_factory.mktemp("heads")
+            eagle_of(folder, load_model("zoo:target"))
             return [f"drafter.path={folder}"]
         if drafter != "rest":
             return []

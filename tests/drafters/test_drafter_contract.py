@@ -23,7 +23,7 @@ from specdec.models.placement import Placement
 from specdec.protocols import DraftError, StepContext
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from tests.heads.made import medusa
+from tests.heads.made import eagle_of, medusa
 
 NAMES = sorted(path.stem for path in Path(CONFIGS, "drafter").glob("*.yaml"))
 DRAFTING = [name for name in NAMES if name != "none"]
@@ -35,6 +35,8 @@ MANY = {  # with many candidates; so few of them that all draws of two can be en
     **dict.fromkeys(
         (
             "early_exit",
+            "eagle",
+            "eagle3",
             "medusa",
             "ngram",
             "rest",
@@ -77,7 +79,9 @@ def datastore(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def heads(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heads")
-    medusa(folder, models.load(contract.TARGET).model, heads=4)
+    target = models.load(contract.TARGET)
+    medusa(folder / "medusa", target.model, heads=4)
+    eagle_of(folder / "eagle", target)
     return folder
 
 
@@ -90,8 +94,8 @@ def make(name: str, datastore: Path, heads: Path) -> contract.Make:
         words.append(f"drafter.mode={mode}")
     if name == "rest":
         words.append(f"drafter.datastore={datastore}")
-    if name == "medusa":
-        words.append(f"drafter.path={heads}")
+    if name in ("eagle", "medusa"):
+        words.append(f"drafter.path={heads / name}")
     if name == "user":
         words.append(f"drafter._target_={__name__}.echo")
 

@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.models.paged import PagedLM
+from specdec.training.methods.eagle import Eagle
+from specdec.training.trainee import Surroundings
 from tests.heads.oracle import Facts
 
 D, MIDDLE, NAMED, EPS = 32, 40, 48, 1e-5
@@ -308,3 +311,10 @@ def medusa(folder: Path, target: Any, *, heads: int = 3, tied: bool = True) -> N
             tensors[f"{head}.1.weight"] = random.matrix(target.config.vocab_size, size)
     config = {"medusa_num_heads": 2, "medusa_num_layers": 1, "base_model_name_or_path": "tiny"}
     write(folder, config, tensors, "medusa_lm_head.safetensors")
+
+
+def eagle_of(folder: Path, target: PagedLM) -> None:
+    """A head of EAGLE-1 for a target of any size, as training begins with."""
+    counts = torch.ones(target.vocab_size)
+    around = Surroundings(target=target, counts=counts, chunk=512, compiled=False, seed=0)
+    Eagle().make(around).save(folder, target.name)

@@ -175,3 +175,26 @@ def test_tokens_may_have_minus_infinity() -> None:
     with torch.no_grad():
         model.lm_head.bias[3:9] = float("-inf")
     PagedLM(model)
+
+
+def test_a_process_that_rounds_products_loads_models_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As training does on a GPU, where TensorFloat32 is off by more than the probe allows."""
+    seen = []
+    model = tiny("llama")
+    forward = type(model).forward
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", noting)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        PagedLM(model)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}

@@ -37,7 +37,7 @@ class Eagle3:
     def __init__(
         self,
         *,
-        loss: str = "kl",
+        loss: str = "lk",
         steps: int = 5,
         decay: float = 0.8,
         taps: Sequence[Tap] | None = None,
