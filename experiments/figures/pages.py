@@ -17,6 +17,7 @@ from specdec.experiments.figures.comparison import comparison, verdict
 from specdec.experiments.figures.decoding import calibrate, cpu_speed
 from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, lookup_speed
 from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
+from specdec.experiments.figures.learned import learned
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
 from specdec.experiments.figures.trees_and_rules_plot import tree_lengths, tree_speed
 from specdec.lab.command import run_main
@@ -54,6 +55,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         [
             ("drafter_lengths", drafter_lengths, {}),
             ("drafter_speed", drafter_speed, {}),
+            ("learned", learned, {}),
             ("lookup_speed", lookup_speed, {}),
         ],
     ),

@@ -43,7 +43,9 @@ class Options(StudyOptions):
     )
     join: tuple[Path, ...] = option((), "result files of other methods", varies=True)
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
-    budgets: tuple[int, ...] = option((CHAIN, *DYNAMIC), "nodes of trees; 7 is a chain")
+    budgets: tuple[int, ...] = option(
+        (CHAIN, *DYNAMIC), "nodes of trees; 7 is a chain", varies=True
+    )
     out: Path = option(about="result file")
     resume: bool = option(False, "what the file has stays")
 
