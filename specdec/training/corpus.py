@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specdec.lab.files import read_object, replace_file, to_json, writing
-from specdec.training.texts import PYTHON, Selection, evaluation_texts, files_of, texts_in
+from specdec.training.texts import PYTHON, Selection, evaluation_texts, files_of, texts_of
 
 MANIFEST = "manifest.json"
 AT_ONCE = 512  # texts that are encoded together
+CHARACTERS = 12  # of a token at most, on average
 Ids = NDArray[Any]
 
 
@@ -176,11 +177,11 @@ def _make(
 ) -> dict[str, int]:
     """Write the files of a corpus but for its manifest; returns what was counted."""
     selection = Selection(evaluation_texts(listed(settings.without)))
+    wanted = int(settings.tokens) + settings.held_out * width
     texts = [
         text
         for source in sources
-        for path in files_of(source)
-        for text in texts_in(path)
+        for text in texts_of(source, seed=seed, enough=CHARACTERS * wanted)
         if selection.takes(text)
     ]
     order = np.random.default_rng(seed).permutation(len(texts))

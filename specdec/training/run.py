@@ -69,6 +69,11 @@ def train(
         method.check(target.model.config)
         job = Job(settings, plan, target, out, console)
         return job.run(resumes, words)
+    except KeyboardInterrupt:
+        kept = [word for word in words if not word.startswith(("out=", "resume="))]
+        again = _command("train", [*kept, word_of("out", str(out)), "resume=auto"])
+        tell(console, f"interrupted; this continues: {again}")
+        raise
     finally:
         lock.release()
 
@@ -118,12 +123,8 @@ class Job:
                 course.told = partial(_shown, bar, tracker)
                 try:
                     progress = course.run()
-                except BaseException as error:
+                except BaseException:
                     tracker.abandon()
-                    if not isinstance(error, KeyboardInterrupt):
-                        raise
-                    again = [*words, word_of("out", str(self.out)), "resume=true"]
-                    tell(self.console, f"interrupted; this continues: {_command('train', again)}")
                     raise
         result = self._result(progress, corpus, own)
         replace_file(self.out / RESULT, to_json(result, indent=1) + "\n")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import lzma
 import os
+import random
 import re
 import site
 import sysconfig
@@ -85,6 +86,25 @@ def texts_in(path: Path) -> Iterator[str]:
             raise ValueError(f"data={path}: is not UTF-8; convert it") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"data={path}: cannot be read, {error}; is it whole?") from None
+
+
+def texts_of(source: str, *, seed: int, enough: int) -> Iterator[str]:
+    """The texts of a source.
+
+    Args:
+        seed: of the order of python, which is not read further than to
+        enough: characters.
+    """
+    files = files_of(source)
+    if source == PYTHON:
+        random.Random(seed).shuffle(files)
+    read = 0
+    for path in files:
+        if source == PYTHON and read >= enough:
+            return
+        for text in texts_in(path):
+            read += len(text)
+            yield text
 
 
 def _whole(text: str, kind: str | None) -> Iterator[str]:

@@ -13,7 +13,7 @@ from specdec.training import run as training
 from tests.training.small import texts
 
 SMALL = (
-    "length=16 batch=2 corpus.held_out=2 own_text.batch=1 own_text.minutes=0.001 measure.depth=3 "
+    "length=16 batch=1 corpus.held_out=2 own_text.batch=1 own_text.minutes=0.001 measure.depth=3 "
     "method.steps=2 method.warm_up=2 device=cpu tracker=none"
 )
 
@@ -33,27 +33,29 @@ def train(
     return call
 
 
-def test_ten_steps_on_the_zoo(train: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_a_few_steps_on_the_zoo(
+    train: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     out, data = tmp_path / "out", texts(tmp_path)
-    code, said, error = train(f"{SMALL} data={data} tokens=320 out={out}")
+    code, said, error = train(f"{SMALL} data={data} tokens=80 out={out}")
     assert (code, error) == (0, "")
     result = json.loads((out / "training.json").read_text())
-    assert (result["steps"], result["tokens"]) == (10, 320)
+    assert (result["steps"], result["tokens"]) == (5, 80)
     last = result["curve"][-1]
     assert last["own/greedy"] >= 1
     assert len(last["corpus/sampled_by_depth"]) == 3
     using = f"python -m specdec.run drafter=eagle3 drafter.path={out}/head"
     assert f"head in {out}/head; this uses it: {using}\n" in said
-    code, _, error = train(f"{SMALL} data={data} tokens=320 out={out}")
+    code, _, error = train(f"{SMALL} data={data} tokens=80 out={out}")
     assert code == 2
     said = "holds a training already; resume=true continues it, or choose another"
     assert error == f"error: out={out}: {said}\n"
-    code, said, error = train(f"{SMALL} data={data} tokens=320 out={out} resume=true")
+    code, said, error = train(f"{SMALL} data={data} tokens=80 out={out} resume=true")
     assert (code, error) == (0, "")
-    assert json.loads((out / "training.json").read_text())["steps"] == 10
-    code, _, error = train(f"{SMALL} data={data} tokens=384 out={out} resume=true")
+    assert json.loads((out / "training.json").read_text())["steps"] == 5
+    code, _, error = train(f"{SMALL} data={data} tokens=96 out={out} resume=true")
     assert code == 2
-    assert error.startswith("error: tokens=384: the training in ")
+    assert error.startswith("error: tokens=96: the training in ")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_help_lists_methods_and_settings(train: Callable[..., tuple[int, str, st
 
 @pytest.mark.slow
 def test_a_head_learns_within_a_minute(tmp_path: Path) -> None:
-    """On text of its installed packages; the numbers are those of three seeds, less a fifth."""
+    """On text of installed packages. Seed 0 came to a loss of 2.96 and a length of 1.30."""
     from rich.console import Console
 
     words = (
@@ -124,5 +126,5 @@ def test_a_head_learns_within_a_minute(tmp_path: Path) -> None:
     settings = settings_of(f"{words} out={tmp_path}", "train")
     found = training.train(settings, tmp_path, Console(quiet=True))
     losses = [point["loss"] for point in found["curve"] if "loss" in point]
-    assert losses[-1] < 7.5
-    assert found["best"]["corpus/sampled"] > 1.1
+    assert losses[-1] < 4.5
+    assert found["best"]["corpus/sampled"] > 1.15

@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import site
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from specdec.training.batches import Batches, OwnRows
 from specdec.training.corpus import Corpus, CorpusSettings, Encoding, corpus_of
-from specdec.training.texts import Selection, evaluation_texts, files_of, texts_in
+from specdec.training.texts import Selection, evaluation_texts, files_of, texts_in, texts_of
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -53,7 +55,22 @@ def test_texts_are_read_from_files_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "deep" / "7.bin").write_bytes(b"\0")
     found = [list(texts_in(path)) for path in files_of(str(tmp_path))]
     assert found == [["a", "b\nc"], ["a", "b\nc"], ["whole\ntext"], ["x = 1\n" * 100], [], []]
-    assert len(files_of("python")) > 100
+
+
+def test_python_is_the_installed_packages_in_random_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        folder = tmp_path / f"package{number % 3}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.py").write_text(f"x = {number}\n".rjust(400, "#"))
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))  # which is read once
+    assert len(files_of("python")) == 20
+    some = list(texts_of("python", seed=0, enough=1600))
+    assert len(some) == 4
+    assert some != list(texts_of("python", seed=1, enough=1600))
+    assert len(list(texts_of(str(tmp_path), seed=0, enough=1600))) == 20
 
 
 @pytest.mark.parametrize(
