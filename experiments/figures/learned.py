@@ -23,14 +23,14 @@ def ratio_to(part: dict[str, Any], drafter: str, budget: int) -> tuple[float, fl
     return ratio(*steps).around  # of the same tokens
 
 
-def learned(result: Result) -> str:
+def learned(result: Result, file: str = "learned") -> str:
     """Accepted lengths by budget, and what they are over those of the reference."""
     settings, found = result["settings"], []
     prompts = sum(map(len, result["sets"].values()))
     found.append(
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, on one "
         f"{device(result)}: {prompts} prompts, {settings['tokens']} new tokens each, the same "
-        f"trees for all ({source(result, 'learned')}). Accepted lengths, pooled; at every budget "
+        f"trees for all ({source(result, file)}). Accepted lengths, pooled; at every budget "
         f"above temperature 0 the better of two trees:"
     )
     for name, part in result["parts"].items():

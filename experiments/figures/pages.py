@@ -56,6 +56,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("drafter_lengths", drafter_lengths, {}),
             ("drafter_speed", drafter_speed, {}),
             ("learned", learned, {}),
+            ("learned_cpu", partial(learned, file="learned_cpu"), {}),
             ("lookup_speed", lookup_speed, {}),
         ],
     ),
