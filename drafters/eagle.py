@@ -93,6 +93,12 @@ class Eagle(GrowingDrafter):
         if not self.levels:
             return
         self.model.prepare(capacity)
+        known = self.head.config.layer.max_position_embeddings
+        if capacity.max_tokens > known:
+            said = (
+                f"{self.head.description}; it knows {known:,} positions and drafts worse past them"
+            )
+            self.notes = {"drafter.path": said}
         config, rows = self.head.config, capacity.rows + 1
         width = (self._joined or self.levels) + 1
         device, dtype = self.model.device, self.model.dtype

@@ -80,7 +80,8 @@ class PagedHead:
             [B, N, D], the features of the pairs that follow; and what the output head reads.
         """
         cache, head = self.cache, self.head
-        self.angles.reach(cache.pages_for(cache.max_tokens) * cache.page_size + first + len(rows))
+        nodes = first + tokens.shape[1]
+        self.angles.reach(cache.pages_for(cache.max_tokens) * cache.page_size + nodes)
         layout = layout_of(
             cache,
             rows,

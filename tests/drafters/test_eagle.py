@@ -167,6 +167,11 @@ def test_sampled_children_come_with_their_probabilities(target: PagedLM, head: s
 def test_what_it_reads_is_said(target: PagedLM, head: str) -> None:
     drafter = loaded(Eagle3(path=head), target)
     assert "2 4 5" in drafter.notes["drafter.path"]
+    assert "drafts worse" not in drafter.notes["drafter.path"]
+    decoder_of(target, drafter, TREES["chain"], max_tokens=100)
+    assert drafter.notes["drafter.path"].endswith(
+        "it knows 64 positions and drafts worse past them"
+    )
     with pytest.raises(ValueError, match=r"^drafter\.path=/nowhere: "):
         Eagle3(path="/nowhere").find()
 
