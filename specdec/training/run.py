@@ -54,21 +54,10 @@ def train(
     Raises:
         ValueError: a setting that cannot be used; the message names it.
     """
-    plan, method = plan_of(settings), method_of_training(settings)
-    parts_of(settings)
-    tracker_of(settings)
-    placement = Placement.named(device=plan.device, dtype=plan.dtype)
-    path = target_of(settings)
-    find_model(path, setting="target.path")
-    for source in plan.sources:
-        files_of(source)
+    job = Job(settings, out, console)
     lock = Lock(out / "lock", f"out={out}")
     try:
-        resumes = _resumes(plan, out)
-        target = Models(placement).load(path, setting="target.path")
-        method.check(target.model.config)
-        job = Job(settings, plan, target, out, console)
-        return job.run(resumes, words)
+        return job.run(words)
     except KeyboardInterrupt:
         kept = [word for word in words if not word.startswith(("out=", "resume="))]
         again = _command("train", [*kept, word_of("out", str(out)), "resume=auto"])
@@ -95,20 +84,34 @@ def _resumes(plan: Plan, out: Path) -> bool:
 
 
 class Job:
-    """A training whose settings are checked and whose target is loaded."""
+    """A training whose settings are checked, as far as that needs no model.
 
-    def __init__(
-        self, settings: Settings, plan: Plan, target: PagedLM, out: Path, console: Console
-    ) -> None:
-        self.settings, self.plan, self.target, self.out = settings, plan, target, out
-        self.console, self.device = console, target.device
-        self.method = method_of_training(settings)
+    Raises:
+        ValueError: as `train`.
+    """
+
+    def __init__(self, settings: Settings, out: Path, console: Console) -> None:
+        self.settings, self.out, self.console = settings, out, console
+        self.plan, self.method = plan_of(settings), method_of_training(settings)
         self.corpus_settings, self.own_settings, self.measure = parts_of(settings)
-        self.size = plan.batch or (128 if self.device.type == "cuda" else 4)
+        self.tracker = Careful(tracker_of(settings), partial(tell, console))
+        self.placement = Placement.named(device=self.plan.device, dtype=self.plan.dtype)
+        self.path = target_of(settings)
+        find_model(self.path, setting="target.path")
+        for source in self.plan.sources:
+            files_of(source)
         self.folder = Path(self.corpus_settings.folder or out / "data").expanduser()
+        self.target: PagedLM  # once it is loaded, with its device and how many sequences fit it
+        self.device: torch.device
+        self.size: int
 
-    def run(self, resumes: bool, words: Sequence[str]) -> dict[str, Any]:
+    def run(self, words: Sequence[str]) -> dict[str, Any]:
         """Texts first, then the training."""
+        resumes = _resumes(self.plan, self.out)
+        self.target = Models(self.placement).load(self.path, setting="target.path")
+        self.method.check(self.target.model.config)
+        self.device = self.target.device
+        self.size = self.plan.batch or (128 if self.device.type == "cuda" else 4)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         corpus = self._corpus()
@@ -117,19 +120,18 @@ class Job:
             course = self._course(model, corpus, held_own, own)
             if resumes:
                 course.resume()
-            tracker = Careful(tracker_of(self.settings), partial(tell, self.console))
-            tracker.start(tracked_training(self.out, self.settings, words))
+            self.tracker.start(tracked_training(self.out, self.settings, words))
             with Bar(self.console, course.progress, course.budget) as bar:
-                course.told = partial(_shown, bar, tracker)
+                course.told = partial(_shown, bar, self.tracker)
                 try:
                     progress = course.run()
                 except BaseException:
-                    tracker.abandon()
+                    self.tracker.abandon()
                     raise
         result = self._result(progress, corpus, own)
         replace_file(self.out / RESULT, to_json(result, indent=1) + "\n")
         self._end(progress)
-        tracker.close(_figures(progress))
+        self.tracker.close(_figures(progress))
         return result
 
     def _corpus(self) -> Corpus:
@@ -209,7 +211,7 @@ class Job:
             folder=self.out,
             settings=fixed(self.settings),
             device=self.device,
-            target_name=target_of(self.settings),
+            target_name=self.path,
         )
 
     def _held_out(self, corpus: Corpus, own: OwnRows | None) -> dict[str, list[Batch]]:
@@ -253,7 +255,7 @@ class Job:
             f"{best['tokens']:,}, accepted length on held out text: {'; '.join(said)}",
         )
         head = str(self.out / HEAD)
-        words = self.method.using(head, target_of(self.settings))
+        words = self.method.using(head, self.path)
         tell(self.console, f"head in {head}; this uses it: {_command('run', words)}")
 
 

@@ -4,12 +4,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specdec import train as command
 from specdec.lab.settings import settings_of
 from specdec.training import run as training
+from specdec.training.methods.early_exit import EarlyExit
+from specdec.training.trainee import Surroundings
 from tests.training.small import texts
 
 SMALL = (
@@ -56,6 +59,28 @@ def test_a_few_steps_on_the_zoo(
     code, _, error = train(f"{SMALL} data={data} tokens=96 out={out} resume=true")
     assert code == 2
     assert error.startswith("error: tokens=96: the training in ")
+
+
+def test_the_exit_that_is_trained_is_a_third_of_the_layers(
+    train: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is trained is what was checked against the target, and what a run is told to use."""
+    trained = []
+    make = EarlyExit.make
+
+    def noting(self: EarlyExit, surroundings: Surroundings) -> Any:
+        trained.append(make(self, surroundings))
+        return trained[-1]
+
+    monkeypatch.setattr(EarlyExit, "make", noting)
+    out, words = tmp_path / "out", SMALL.replace("method.steps=2 ", "")
+    words = f"{words} method=early_exit own_text.share=0 data={texts(tmp_path)} tokens=16"
+    code, said, error = train(f"{words} out={out}")
+    assert (code, error) == (0, "")
+    assert [one.layers for one in trained] == [2]  # of 6
+    assert f"target.path={out}/head drafter=early_exit drafter.exit_layer=2\n" in said
 
 
 @pytest.mark.parametrize(
