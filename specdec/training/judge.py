@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specdec.training.losses import compare, lk, sequence_means
+from specdec.training.trainee import Lesson
 
 KEPT = {"cuda": 8e9, "cpu": 1e9}  # bytes of logits that are kept until gradients go back
 
@@ -29,6 +30,15 @@ class Judged:
     loss: Tensor
     overlap: Tensor
     agrees: Tensor
+
+    def lesson(self, weights: Tensor) -> Lesson:
+        """What it teaches if steps weigh as much as `weights` [J] says."""
+        figures = {
+            f"{name}/depth_{step + 1}": value.detach()
+            for name, values in vars(self).items()
+            for step, value in enumerate(values)
+        }
+        return Lesson(loss=(self.loss * weights).sum() / weights.sum(), figures=figures)
 
 
 class Judge:

@@ -202,7 +202,7 @@ class Job:
                 seed=plan.seed,
             ),
             self._held_out(corpus, held_own),
-            Optimisers(trainee, self.method.rates),
+            Optimisers(trainee, self.method),
             budget=Budget(
                 seconds=None if plan.minutes is None else 60 * plan.minutes,
                 tokens=None if plan.tokens is None else int(plan.tokens),
@@ -255,7 +255,7 @@ class Job:
             f"{best['tokens']:,}, accepted length on held out text: {'; '.join(said)}",
         )
         head = str(self.out / HEAD)
-        words = self.method.using(head, self.path)
+        words = self.method.using(head, self.path, self.target.model.config)
         tell(self.console, f"head in {head}; this uses it: {_command('run', words)}")
 
 

@@ -92,10 +92,10 @@ def method_of_training(settings: Settings) -> TrainingMethod:
     """
     group = group_of(settings, "method")
     kind = imported("method", group.get("_target_"))
-    if not isinstance(kind, type) or not hasattr(kind, "make"):
+    if not isinstance(kind, type) or not issubclass(kind, TrainingMethod):
         raise ValueError(
-            f"method._target_={group['_target_']}: must be a class with the methods of a "
-            f"TrainingMethod of specdec.training.trainee"
+            f"method._target_={group['_target_']}: must be a class derived from TrainingMethod of "
+            f"specdec.training.trainee"
         )
     method: TrainingMethod = build(kind, "method", group)
     return method

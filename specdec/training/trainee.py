@@ -4,7 +4,7 @@ options of configs/method, and who makes one."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,8 @@ class Rates:
         ValueError: one out of range.
     """
 
-    rate: float
-    matrix_rate: float
+    rate: float = 1e-3
+    matrix_rate: float = 3e-3
     weight_decay: float = 0.05
     warm_up: int = 100
     steady: float = 0.6
@@ -114,19 +114,55 @@ class Trainee(Protocol):
         """Write it as drafters read it."""
 
 
-class TrainingMethod(Protocol):
-    """Makes a trainee."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingMethod(Rates):
+    """Makes a trainee. Its fields are the settings of `method`.
 
-    rates: Rates
+    Attributes:
+        drafter: the option that drafts with what was trained.
+    """
+
+    drafter: ClassVar[str]
 
     def check(self, config: Any) -> None:
-        """Raise ValueError for what does not go with a target of this configuration."""
+        """Raise ValueError for what does not go with a target of this configuration; here nothing
+        does not."""
 
     def make(self, surroundings: Surroundings) -> Trainee:
         """A trainee with fresh weights, on the target's device."""
+        raise NotImplementedError
 
-    def using(self, head: str, target: str) -> list[str]:
-        """Words of a run that uses what was written in a folder, with its target."""
+    def using(self, head: str, target: str, config: Any) -> list[str]:
+        """Words of a run that uses what was written in a folder.
+
+        Args:
+            target: path of what it was trained for, and
+            config: its configuration.
+        """
+        words = [f"drafter={self.drafter}", word_of("drafter.path", head)]
+        if target == "zoo:target":
+            return words
+        option = [] if target.startswith(("zoo:", "standin:")) else ["target=hf"]
+        return [*option, word_of("target.path", target), *words]
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError unless a setting of `method` is one of those known."""
+    if value not in known:
+        raise ValueError(f"method.{name}={value}: must be one of {', '.join(known)}")
+
+
+def check_least(**values: int | None) -> None:
+    """Raise ValueError unless settings of `method` are at least 1, or open."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"method.{name}={value}: must be at least 1")
+
+
+def check_decay(decay: float) -> None:
+    """Raise ValueError unless depths weigh less the deeper they are."""
+    if not 0 < decay <= 1:
+        raise ValueError(f"method.decay={decay}: must be above 0 and at most 1")
 
 
 def rooted(chances: Sequence[Tensor]) -> Tensor:
@@ -137,14 +173,6 @@ def rooted(chances: Sequence[Tensor]) -> Tensor:
         kept = one[:, depth:].float()
         moved.append(torch.nn.functional.pad(kept, (0, one.shape[1] - kept.shape[1])))
     return torch.stack(moved)
-
-
-def beside(target: str) -> list[str]:
-    """Words of a run with this target."""
-    if target == "zoo:target":
-        return []
-    option = [] if target.startswith(("zoo:", "standin:")) else ["target=hf"]
-    return [*option, word_of("target.path", target)]
 
 
 class Drafts:

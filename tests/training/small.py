@@ -146,7 +146,7 @@ def course(
         None if trainee.is_target else Teacher(model, trainee.taps),
         Batches(texts_, None, slots=slots, size=2, share=0.5, seed=3),
         {"corpus": [held_out]},
-        Optimisers(trainee, method.rates),
+        Optimisers(trainee, method),
         budget=Budget(seconds=None, tokens=tokens),
         measure=MeasureSettings(tokens=64, depth=3),
         folder=folder,

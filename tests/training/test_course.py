@@ -70,7 +70,7 @@ def test_one_sequence_is_learnt_by_heart(settings: dict[str, Any]) -> None:
     tokens = torch.randperm(VOCAB)[:10][None]
     batch = Batch(tokens=tokens, mask=torch.ones(1, 8, dtype=torch.bool))
     trainee = method.make(surroundings(lm))
-    optimisers = Optimisers(trainee, method.rates)
+    optimisers = Optimisers(trainee, method)
     with plain(lm.model) as model:
         seen = look(Teacher(model, trainee.taps), batch)
     for step in range(100):
@@ -132,7 +132,7 @@ def test_parameters_move_by_the_rate() -> None:
         for parameter in trainee.module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.ones_like(parameter)
-        Optimisers(trainee, method.rates).step(share, 0)
+        Optimisers(trainee, method).step(share, 0)
         moved.append((before - norm).mean().item())
     assert moved == pytest.approx([1e-3, 0.5e-3, 0.02e-3], rel=5e-3)  # AdamW's first step
 
@@ -140,7 +140,7 @@ def test_parameters_move_by_the_rate() -> None:
 def test_gradients_are_clipped_together() -> None:
     method = Eagle3(steps=1, clip=0.5)
     trainee = method.make(surroundings(target()))
-    optimisers = Optimisers(trainee, method.rates)
+    optimisers = Optimisers(trainee, method)
     for parameter in optimisers.parameters:
         parameter.grad = torch.randn_like(parameter)
     optimisers.step(0.0, 0)

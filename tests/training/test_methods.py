@@ -67,7 +67,7 @@ def test_one_sequence_is_learnt_by_heart(name: str) -> None:
         name, lm, warm_up=5, rate=1e-2, matrix_rate=2e-2, weight_decay=0.0, steady=0.3
     )
     seen = seen_of(lm, trainee)
-    optimisers = Optimisers(trainee, method.rates)
+    optimisers = Optimisers(trainee, method)
     first = trainee.lesson(seen)
     for step in range(STEPS):
         lesson = trainee.lesson(seen)

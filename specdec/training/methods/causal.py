@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from specdec.models.paged import PagedLM
+from specdec.observation import Tap
 
 
 def trained_copy(lm: PagedLM, *, fresh: int | None = None) -> Any:
@@ -29,6 +30,51 @@ def trained_copy(lm: PagedLM, *, fresh: int | None = None) -> Any:
     return model.float().to(lm.device)
 
 
+class CausalTrainee:
+    """A whole language model on its way.
+
+    Args:
+        model: as of `trained_copy`.
+        tokenizer: is written beside it.
+    """
+
+    taps: tuple[Tap, ...] = ()
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.module, self.tokenizer = model, tokenizer
+
+    @property
+    def head(self) -> nn.Module:
+        """Its output head."""
+        head: nn.Module = self.module.get_output_embeddings()
+        return head
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Those inside: neither embedding nor output head."""
+        outer = [self.module.get_input_embeddings().weight, self.head.weight]
+        inside = [
+            one for one in self.module.parameters() if not any(one is other for other in outer)
+        ]
+        return [one for one in inside if one.ndim == 2]
+
+    def save(self, folder: Path, target_name: str) -> None:
+        """Write model and tokenizer as transformers does, in bfloat16.
+
+        Raises:
+            ValueError: the folder cannot be written to.
+        """
+        copy = deepcopy(self.module).to(torch.bfloat16)
+        try:
+            copy.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            path = folder / "config.json"
+            config = json.loads(path.read_text())
+            path.write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(f"{folder}: cannot be written, {error.strerror or error}") from error
+
+
 def check_output(config: Any, setting: str) -> None:
     """Raise ValueError for models that do more than multiply at the end."""
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
@@ -38,28 +84,3 @@ def check_output(config: Any, setting: str) -> None:
                 f"{setting}: its logits are changed by {name}={value}, which training does not "
                 f"do; take another model"
             )
-
-
-def matrices_of(model: Any) -> list[nn.Parameter]:
-    """Those inside: neither embedding nor output head."""
-    outer = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    inside = [one for one in model.parameters() if not any(one is other for other in outer)]
-    return [one for one in inside if one.ndim == 2]
-
-
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model and its tokenizer as transformers does, in bfloat16.
-
-    Raises:
-        ValueError: the folder cannot be written to.
-    """
-    copy = deepcopy(model).to(torch.bfloat16)
-    try:
-        copy.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        path = folder / "config.json"
-        config = json.loads(path.read_text())
-        path.write_text(json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written, {error.strerror or error}") from error

@@ -2,7 +2,7 @@
 state and writes through the target's output head."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.heads.recurrent import EagleConfig, EagleHead
-from specdec.lab.settings import word_of
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.losses import LOSSES, sequence_means
 from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent, layer_config
 from specdec.training.teacher import check_taps
-from specdec.training.trainee import Lesson, Rates, Surroundings, beside
+from specdec.training.trainee import Lesson, Surroundings, TrainingMethod, check_choice
 
 EAGLE1 = "eagle1"
 TOKEN_WEIGHT = 0.1  # of the loss of tokens beside that of states, in EAGLE's own training
 
 
-class Eagle:
+@dataclass(frozen=True, kw_only=True)
+class Eagle(TrainingMethod):
     """A head of EAGLE-1 with the sizes of a layer of its target.
 
     Args:
@@ -38,46 +38,21 @@ class Eagle:
         ValueError: a setting out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        loss: str = "kl",
-        steps: int = 5,
-        decay: float = 0.8,
-        tap: Tap = "normal",
-        bias: bool = True,
-        rope_theta: float = 10_000.0,
-        rate: float = 1e-3,
-        matrix_rate: float = 3e-3,
-        weight_decay: float = 0.05,
-        warm_up: int = 100,
-        steady: float = 0.6,
-        clip: float = 1.0,
-    ) -> None:
-        self.rates = Rates(
-            rate=rate,
-            matrix_rate=matrix_rate,
-            weight_decay=weight_decay,
-            warm_up=warm_up,
-            steady=steady,
-            clip=clip,
-        )
-        check_recurrent(
-            loss=loss,
-            steps=steps,
-            decay=decay,
-            rope_theta=rope_theta,
-            losses=(*LOSSES, EAGLE1),
-        )
-        self.loss, self.steps, self.decay = loss, steps, decay
-        self.tap, self.bias, self.rope_theta = tap, bias, rope_theta
+    drafter = "eagle"
+    loss: str = "kl"
+    steps: int = 5
+    decay: float = 0.8
+    tap: Tap = "normal"
+    bias: bool = True
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("loss", self.loss, (*LOSSES, EAGLE1))
+        check_recurrent(steps=self.steps, decay=self.decay, rope_theta=self.rope_theta)
 
     def check(self, config: Any) -> None:
-        """Raise ValueError for what does not go with a target of this configuration."""
         check_taps([self.tap], config.get_text_config().num_hidden_layers, "method.tap")
-
-    def using(self, head: str, target: str) -> list[str]:
-        return [*beside(target), "drafter=eagle", word_of("drafter.path", head)]
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
         target = surroundings.target

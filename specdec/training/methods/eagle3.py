@@ -1,11 +1,12 @@
 """method=eagle3: EAGLE-3 (Li et al. 2025) with the flags of EAGLE-3.1."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from specdec.heads.recurrent import Eagle3Config, Eagle3Head
-from specdec.lab.settings import word_of
 from specdec.observation import Tap
+from specdec.training.losses import LOSSES
 from specdec.training.methods.recurrent import (
     RecurrentTrainee,
     check_recurrent,
@@ -13,10 +14,11 @@ from specdec.training.methods.recurrent import (
     layer_config,
 )
 from specdec.training.teacher import check_taps, default_taps
-from specdec.training.trainee import Rates, Surroundings, beside
+from specdec.training.trainee import Surroundings, TrainingMethod, check_choice, check_least
 
 
-class Eagle3:
+@dataclass(frozen=True, kw_only=True)
+class Eagle3(TrainingMethod):
     """An EAGLE-3 head with the sizes of a layer of its target.
 
     Args:
@@ -34,49 +36,25 @@ class Eagle3:
         ValueError: a setting out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        loss: str = "lk",
-        steps: int = 5,
-        decay: float = 0.8,
-        taps: Sequence[Tap] | None = None,
-        layers: int = 1,
-        fc_norm: bool = True,
-        norm_before_fc: bool = False,
-        norm_before_residual: bool = False,
-        norm_output: bool = False,
-        rope_theta: float = 10_000.0,
-        draft_vocab: int | None = None,
-        tied: bool = False,
-        rate: float = 1e-3,
-        matrix_rate: float = 3e-3,
-        weight_decay: float = 0.05,
-        warm_up: int = 100,
-        steady: float = 0.6,
-        clip: float = 1.0,
-    ) -> None:
-        self.rates = Rates(
-            rate=rate,
-            matrix_rate=matrix_rate,
-            weight_decay=weight_decay,
-            warm_up=warm_up,
-            steady=steady,
-            clip=clip,
-        )
-        check_recurrent(loss=loss, steps=steps, decay=decay, rope_theta=rope_theta)
-        for name, value in (("layers", layers), ("draft_vocab", draft_vocab)):
-            if value is not None and value < 1:
-                raise ValueError(f"method.{name}={value}: must be at least 1")
-        self.loss, self.steps, self.decay, self.tied = loss, steps, decay, tied
-        self.taps, self.layers, self.rope_theta = taps, layers, rope_theta
-        self.draft_vocab = draft_vocab
-        self.flags = {
-            "fc_norm": fc_norm,
-            "norm_before_fc": norm_before_fc,
-            "norm_before_residual": norm_before_residual,
-            "norm_output": norm_output,
-        }
+    drafter = "eagle3"
+    loss: str = "lk"
+    steps: int = 5
+    decay: float = 0.8
+    taps: Sequence[Tap] | None = None
+    layers: int = 1
+    fc_norm: bool = True
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    rope_theta: float = 10_000.0
+    draft_vocab: int | None = None
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("loss", self.loss, LOSSES)
+        check_recurrent(steps=self.steps, decay=self.decay, rope_theta=self.rope_theta)
+        check_least(layers=self.layers, draft_vocab=self.draft_vocab)
 
     def _taps(self, config: Any) -> tuple[Tap, ...]:
         layers = config.get_text_config().num_hidden_layers
@@ -85,7 +63,6 @@ class Eagle3:
         return taps
 
     def check(self, config: Any) -> None:
-        """Raise ValueError for what does not go with a target of this configuration."""
         self._taps(config)
         vocab = config.get_text_config().vocab_size
         if self.draft_vocab is not None and self.draft_vocab > vocab:
@@ -93,9 +70,6 @@ class Eagle3:
                 f"method.draft_vocab={self.draft_vocab}: the target has {vocab} tokens; null is "
                 f"all of them"
             )
-
-    def using(self, head: str, target: str) -> list[str]:
-        return [*beside(target), "drafter=eagle3", word_of("drafter.path", head)]
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
         target = surroundings.target
@@ -110,7 +84,10 @@ class Eagle3:
                 state_size=target.config.hidden_size,
                 target_vocab=target.model.get_input_embeddings().weight.shape[0],
                 vocab_size=size,
-                **self.flags,
+                fc_norm=self.fc_norm,
+                norm_before_fc=self.norm_before_fc,
+                norm_before_residual=self.norm_before_residual,
+                norm_output=self.norm_output,
             )
         )
         if size < vocab:

@@ -1,29 +1,30 @@
 """method=early_exit: the target itself learns to leave early (LayerSkip, Elhoushi et al. 2024,
 section 4.1). It becomes another target, whose own quality is reported beside what it drafts."""
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdec.lab.settings import word_of
-from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
-from specdec.training.methods.causal import (
-    check_output,
-    matrices_of,
-    save_model,
-    trained_copy,
-)
+from specdec.training.methods.causal import CausalTrainee, check_output, trained_copy
 from specdec.training.teacher import final_norm
-from specdec.training.trainee import Lesson, Rates, Surroundings, rooted
+from specdec.training.trainee import (
+    Lesson,
+    Surroundings,
+    TrainingMethod,
+    check_choice,
+    rooted,
+)
 
 LOSSES = ("kl", "ce")
 
 
-class EarlyExit:
+@dataclass(frozen=True, kw_only=True)
+class EarlyExit(TrainingMethod):
     """The target, trained to be left after some of its layers.
 
     Args:
@@ -35,48 +36,38 @@ class EarlyExit:
         ValueError: a setting out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        exit_layer: int | None = None,
-        loss: str = "kl",
-        weight: float = 0.25,
-        rate: float = 1e-4,
-        matrix_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        warm_up: int = 100,
-        steady: float = 0.6,
-        clip: float = 1.0,
-    ) -> None:
-        self.rates = Rates(
-            rate=rate,
-            matrix_rate=matrix_rate,
-            weight_decay=weight_decay,
-            warm_up=warm_up,
-            steady=steady,
-            clip=clip,
-        )
-        if loss not in LOSSES:
-            raise ValueError(f"method.loss={loss}: must be one of {', '.join(LOSSES)}")
-        if not weight > 0:
-            raise ValueError(f"method.weight={weight}: must be above 0")
-        self.exit_layer, self.loss, self.weight = exit_layer, loss, weight
-        self._layers = 0
+    drafter = "early_exit"
+    exit_layer: int | None = None
+    loss: str = "kl"
+    weight: float = 0.25
+    rate: float = 1e-4
+    matrix_rate: float = 3e-4
+    weight_decay: float = 0.0
 
-    def check(self, config: Any) -> None:
-        """Raise ValueError for what does not go with a target of this configuration."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("loss", self.loss, LOSSES)
+        if not self.weight > 0:
+            raise ValueError(f"method.weight={self.weight}: must be above 0")
+
+    def _layers(self, config: Any) -> int:
+        """Layers before the exit of a target."""
         layers = config.get_text_config().num_hidden_layers
-        self._layers = max(1, layers // 3) if self.exit_layer is None else self.exit_layer
-        if not 1 <= self._layers < layers:
+        found = max(1, layers // 3) if self.exit_layer is None else self.exit_layer
+        if not 1 <= found < layers:
             raise ValueError(
                 f"method.exit_layer={self.exit_layer}: must be from 1 to {layers - 1}, the target "
                 f"has {layers} layers"
             )
+        return found
+
+    def check(self, config: Any) -> None:
+        self._layers(config)
         check_output(config, "method=early_exit")
 
-    def using(self, head: str, target: str) -> list[str]:
-        layer = f"drafter.exit_layer={self._layers}"
-        return ["target=hf", word_of("target.path", head), "drafter=early_exit", layer]
+    def using(self, head: str, target: str, config: Any) -> list[str]:
+        layer = f"drafter.exit_layer={self._layers(config)}"
+        return ["target=hf", word_of("target.path", head), f"drafter={self.drafter}", layer]
 
     def make(self, surroundings: Surroundings) -> "ExitTrainee":
         target = surroundings.target
@@ -84,34 +75,25 @@ class EarlyExit:
         return ExitTrainee(
             trained_copy(target),
             surroundings,
-            layers=self._layers,
+            layers=self._layers(target.model.config),
             loss=self.loss,
             weight=self.weight,
         )
 
 
-class ExitTrainee:
+class ExitTrainee(CausalTrainee):
     """A target on its way."""
 
-    taps: tuple[Tap, ...] = ()
     is_target = True
 
     def __init__(
         self, model: Any, surroundings: Surroundings, *, layers: int, loss: str, weight: float
     ) -> None:
-        self.module, self.tokenizer = model, surroundings.target.tokenizer
+        super().__init__(model, surroundings.target.tokenizer)
         self.layers, self.weight = layers, weight
         chunk, compiled = surroundings.chunk, surroundings.compiled
         self.judge = Judge(loss=loss, names=None, chunk=chunk, compiled=compiled)
         self.text = Judge(loss="ce", names=None, chunk=chunk, compiled=compiled)
-
-    @property
-    def _head(self) -> nn.Module:
-        head: nn.Module = self.module.get_output_embeddings()
-        return head
-
-    def matrices(self) -> list[nn.Parameter]:
-        return matrices_of(self.module)
 
     def _outputs(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """What the output head reads after tokens 1 .. T, [B, T, H]: at the exit, and at the
@@ -126,10 +108,10 @@ class ExitTrainee:
     def lesson(self, seen: Seen) -> Lesson:
         early, late = self._outputs(seen)
         with torch.no_grad():
-            wanted = self._head(late)
+            wanted = self.head(late)
         rest = ([wanted], [seen.labels], [seen.mask])
-        own = self.text.judged([self._head], [late], *rest).loss[0]
-        judged = self.judge.judged([self._head], [early], *rest)
+        own = self.text.judged([self.head], [late], *rest).loss[0]
+        judged = self.judge.judged([self.head], [early], *rest)
         figures = {
             "nats": own.detach(),
             "exit/loss": judged.loss[0].detach(),
@@ -141,7 +123,7 @@ class ExitTrainee:
     @torch.no_grad()
     def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
         early, late = self._outputs(seen)
-        agrees, overlap = self.judge.chances(self._head, early, self._head(late), seen.labels)
+        agrees, overlap = self.judge.chances(self.head, early, self.head(late), seen.labels)
         return rooted([agrees] * depth), rooted([overlap] * depth)
 
     @torch.no_grad()
@@ -149,9 +131,6 @@ class ExitTrainee:
         _, late = self._outputs(seen)
         total = late.new_zeros((), dtype=torch.float64)
         for row, labels, mask in zip(late, seen.labels, seen.mask, strict=True):
-            found = self._head(row).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+            found = self.head(row).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
             total -= found[mask].double().sum()
         return total
-
-    def save(self, folder: Path, target_name: str) -> None:
-        save_model(self.module, self.tokenizer, folder)

@@ -2,23 +2,31 @@
 (Medusa-1, Cai et al. 2024). The target stays as it is."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from specdec.heads.export import save_medusa
 from specdec.heads.medusa import MedusaConfig, MedusaHeads
-from specdec.lab.settings import word_of
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
-from specdec.training.trainee import Drafts, Lesson, Rates, Surroundings, beside
+from specdec.training.trainee import (
+    Drafts,
+    Lesson,
+    Surroundings,
+    TrainingMethod,
+    check_choice,
+    check_decay,
+    check_least,
+)
 
 
-class Medusa:
+@dataclass(frozen=True, kw_only=True)
+class Medusa(TrainingMethod):
     """Medusa heads, which begin as the target's own output head.
 
     Args:
@@ -32,44 +40,19 @@ class Medusa:
         ValueError: a setting out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        heads: int = 4,
-        blocks: int = 1,
-        loss: str = "kl",
-        decay: float = 0.8,
-        tied: bool = True,
-        rate: float = 1e-3,
-        matrix_rate: float = 3e-3,
-        weight_decay: float = 0.0,
-        warm_up: int = 100,
-        steady: float = 0.6,
-        clip: float = 1.0,
-    ) -> None:
-        self.rates = Rates(
-            rate=rate,
-            matrix_rate=matrix_rate,
-            weight_decay=weight_decay,
-            warm_up=warm_up,
-            steady=steady,
-            clip=clip,
-        )
-        if loss not in LOSSES:
-            raise ValueError(f"method.loss={loss}: must be one of {', '.join(LOSSES)}")
-        for name, value in (("heads", heads), ("blocks", blocks)):
-            if value < 1:
-                raise ValueError(f"method.{name}={value}: must be at least 1")
-        if not 0 < decay <= 1:
-            raise ValueError(f"method.decay={decay}: must be above 0 and at most 1")
-        self.heads, self.blocks, self.loss = heads, blocks, loss
-        self.decay, self.tied = decay, tied
+    drafter = "medusa"
+    heads: int = 4
+    blocks: int = 1
+    loss: str = "kl"
+    decay: float = 0.8
+    tied: bool = True
+    weight_decay: float = 0.0
 
-    def check(self, config: Any) -> None:
-        """Nothing of a target can be wrong for it."""
-
-    def using(self, head: str, target: str) -> list[str]:
-        return [*beside(target), "drafter=medusa", word_of("drafter.path", head)]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("loss", self.loss, LOSSES)
+        check_least(heads=self.heads, blocks=self.blocks)
+        check_decay(self.decay)
 
     def make(self, surroundings: Surroundings) -> "MedusaTrainee":
         target = surroundings.target
@@ -102,7 +85,7 @@ class MedusaTrainee(Drafts):
                 output.weight.copy_(rows.float().cpu())
         if heads.lm_head is not None:
             heads.lm_head.weight = nn.Parameter(rows, requires_grad=False)
-        self.module = heads.to(surroundings.target.device)
+        self.module: nn.Module = heads.to(surroundings.target.device)
         self.heads = heads
         self.weights = decay ** torch.arange(heads.config.heads, device=rows.device)
         self.judge = Judge(
@@ -143,13 +126,7 @@ class MedusaTrainee(Drafts):
         count = self.heads.config.heads
         parts = zip(*self._parts(self._features, seen, count), strict=True)
         judged = self.judge.judged(self._outputs(count), *parts)
-        figures = {
-            f"{name}/depth_{head + 1}": values[head].detach()
-            for name, values in vars(judged).items()
-            for head in range(count)
-        }
-        loss = (judged.loss * self.weights).sum() / self.weights.sum()
-        return Lesson(loss=loss, figures=figures)
+        return judged.lesson(self.weights)
 
     @torch.no_grad()
     def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:

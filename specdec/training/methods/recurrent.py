@@ -2,7 +2,7 @@
 where weights begin."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,16 @@ from specdec.heads.recurrent import RecurrentHead
 from specdec.models.paged import PagedLM
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
-from specdec.training.losses import LOSSES
 from specdec.training.teacher import norm_weight
 from specdec.training.test_time import unroll
-from specdec.training.trainee import Drafts, Lesson, Surroundings, rooted
+from specdec.training.trainee import (
+    Drafts,
+    Lesson,
+    Surroundings,
+    check_decay,
+    check_least,
+    rooted,
+)
 
 STD = 0.02  # of fresh matrices
 
@@ -98,7 +104,7 @@ class RecurrentTrainee(Drafts):
         begin(head, target, surroundings.seed)
         embedding: Any = target.model.get_input_embeddings()
         head.embed_tokens.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)
-        self.module = head.to(target.device)
+        self.module: nn.Module = head.to(target.device)
         head.lm_head.weight.requires_grad_(not tied)
         self.head, self.taps, self.steps = head, head.config.taps, steps
         self.architecture, self.tied = type(target.model).__name__, tied
@@ -128,13 +134,7 @@ class RecurrentTrainee(Drafts):
         wanted, labels = [seen.logits] * self.steps, [seen.labels] * self.steps
         heads = [self.head.lm_head] * self.steps
         judged = self.judge.judged(heads, outputs, wanted, labels, masks)
-        figures = {
-            f"{name}/depth_{step + 1}": values[step].detach()
-            for name, values in vars(judged).items()
-            for step in range(self.steps)
-        }
-        loss = (judged.loss * self.weights).sum() / self.weights.sum()
-        return self.also(Lesson(loss=loss, figures=figures), outputs, masks, seen)
+        return self.also(judged.lesson(self.weights), outputs, masks, seen)
 
     def also(
         self, lesson: Lesson, outputs: list[Tensor], masks: list[Tensor], seen: Seen
@@ -166,20 +166,9 @@ class RecurrentTrainee(Drafts):
         )
 
 
-def check_recurrent(
-    *,
-    loss: str,
-    steps: int,
-    decay: float,
-    rope_theta: float,
-    losses: Sequence[str] = LOSSES,
-) -> None:
+def check_recurrent(*, steps: int, decay: float, rope_theta: float) -> None:
     """Raise ValueError for a setting of recurrent heads that is out of range."""
-    if loss not in losses:
-        raise ValueError(f"method.loss={loss}: must be one of {', '.join(losses)}")
-    if steps < 1:
-        raise ValueError(f"method.steps={steps}: must be at least 1")
-    if not 0 < decay <= 1:
-        raise ValueError(f"method.decay={decay}: must be above 0 and at most 1")
+    check_least(steps=steps)
+    check_decay(decay)
     if not rope_theta > 0:
         raise ValueError(f"method.rope_theta={rope_theta}: must be above 0")

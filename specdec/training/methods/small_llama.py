@@ -1,30 +1,31 @@
 """method=small_llama: a small language model that learns the target's distribution (distillation,
 as DistillSpec, Zhou et al. 2024)."""
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from specdec.lab.settings import word_of
 from specdec.models.load import Models, find_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
-from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
-from specdec.training.methods.causal import (
-    check_output,
-    matrices_of,
-    save_model,
-    trained_copy,
+from specdec.training.methods.causal import CausalTrainee, check_output, trained_copy
+from specdec.training.trainee import (
+    Drafts,
+    Lesson,
+    Surroundings,
+    TrainingMethod,
+    check_choice,
+    rooted,
 )
-from specdec.training.trainee import Drafts, Lesson, Rates, Surroundings, beside, rooted
 
 
-class SmallLlama:
+@dataclass(frozen=True, kw_only=True)
+class SmallLlama(TrainingMethod):
     """A draft model with the target's vocabulary.
 
     Args:
@@ -36,37 +37,15 @@ class SmallLlama:
         ValueError: a setting out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str = "zoo:draft",
-        from_scratch: bool = False,
-        loss: str = "kl",
-        rate: float = 1e-3,
-        matrix_rate: float = 3e-3,
-        weight_decay: float = 0.05,
-        warm_up: int = 100,
-        steady: float = 0.6,
-        clip: float = 1.0,
-    ) -> None:
-        self.rates = Rates(
-            rate=rate,
-            matrix_rate=matrix_rate,
-            weight_decay=weight_decay,
-            warm_up=warm_up,
-            steady=steady,
-            clip=clip,
-        )
-        if loss not in LOSSES:
-            raise ValueError(f"method.loss={loss}: must be one of {', '.join(LOSSES)}")
-        find_model(path, setting="method.path")
-        self.path, self.from_scratch, self.loss = path, from_scratch, loss
+    drafter = "small_llama"
+    path: str = "zoo:draft"
+    from_scratch: bool = False
+    loss: str = "kl"
 
-    def check(self, config: Any) -> None:
-        """Nothing is known before it is loaded."""
-
-    def using(self, head: str, target: str) -> list[str]:
-        return [*beside(target), "drafter=small_llama", word_of("drafter.path", head)]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("loss", self.loss, LOSSES)
+        find_model(self.path, setting="method.path")
 
     def make(self, surroundings: Surroundings) -> "SmallTrainee":
         target = surroundings.target
@@ -83,29 +62,19 @@ class SmallLlama:
         return SmallTrainee(model, draft, surroundings, loss=self.loss)
 
 
-class SmallTrainee(Drafts):
+class SmallTrainee(CausalTrainee, Drafts):
     """A small model on its way."""
-
-    taps: tuple[Tap, ...] = ()
 
     def __init__(
         self, model: Any, draft: PagedLM, surroundings: Surroundings, *, loss: str
     ) -> None:
-        self.module, self.tokenizer = model, draft.tokenizer
+        super().__init__(model, draft.tokenizer)
         self.judge = Judge(
             loss=loss, names=None, chunk=surroundings.chunk, compiled=surroundings.compiled
         )
         self._base: Any = model.base_model
         if surroundings.compiled:
             self._base = torch.compile(model.base_model, dynamic=False)
-
-    @property
-    def _head(self) -> nn.Module:
-        head: nn.Module = self.module.get_output_embeddings()
-        return head
-
-    def matrices(self) -> list[nn.Parameter]:
-        return matrices_of(self.module)
 
     def _output(self, base: Any, seen: Seen) -> Tensor:
         """[B, T, D], what the output head reads after tokens 1 .. T."""
@@ -115,7 +84,7 @@ class SmallTrainee(Drafts):
 
     def lesson(self, seen: Seen) -> Lesson:
         judged = self.judge.judged(
-            [self._head],
+            [self.head],
             [self._output(self._base, seen)],
             [seen.logits],
             [seen.labels],
@@ -127,8 +96,5 @@ class SmallTrainee(Drafts):
     @torch.no_grad()
     def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
         output = self._output(self.module.base_model, seen)
-        agrees, overlap = self.judge.chances(self._head, output, seen.logits, seen.labels)
+        agrees, overlap = self.judge.chances(self.head, output, seen.logits, seen.labels)
         return rooted([agrees] * depth), rooted([overlap] * depth)
-
-    def save(self, folder: Path, target_name: str) -> None:
-        save_model(self.module, self.tokenizer, folder)
