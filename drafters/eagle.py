@@ -11,7 +11,7 @@ from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
 from specdec.heads.formats import find_head, load_head
 from specdec.heads.paged import PagedHead
-from specdec.heads.recurrent import RecurrentHead, joined
+from specdec.heads.recurrent import RecurrentHead
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation, Observes, Tap
@@ -229,7 +229,8 @@ class Eagle(GrowingDrafter):
     def _joined_states(self, seen: Observation) -> Tensor:
         """[B, N, taps * H]."""
         config = self.head.config  # of a stand-in that has a small head, H are the first numbers
-        return joined([seen.states[tap][..., : config.state_size] for tap in config.taps])
+        found = [seen.states[tap][..., : config.state_size] for tap in config.taps]
+        return torch.cat(found, dim=-1)
 
 
 class Eagle3(Eagle):

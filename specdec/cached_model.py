@@ -4,14 +4,14 @@ What the verifier and every drafting model share: taking prompts in (common begi
 giving rows back.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from specdec.cache import CacheFullError, KVShape, PagedKVCache
 from specdec.models.paged import PagedLM, See
 from specdec.models.placement import free_memory
+from specdec.observation import Tap
 from specdec.request import Capacity, Decoding
 
 Join = Callable[[list[Decoding]], Sequence[Decoding]]
@@ -56,7 +56,9 @@ class CachedModel:
         sequences: Sequence[Decoding],
         join: Join | None = None,
         see: See | None = None,
-        **seen: Any,
+        *,
+        logits: bool = True,
+        taps: Collection[Tap] = (),
     ) -> list[Decoding]:
         """Open rows and prefill all but the last token of each sequence, in order, until the pool
         is full.
@@ -66,7 +68,7 @@ class CachedModel:
 
         Args:
             join: as in `Verifier.start`.
-            see, seen: as in `PagedLM.prefill`, whose `logits` and `taps` are among the latter.
+            see, logits, taps: as in `PagedLM.prefill`.
 
         Returns:
             The sequences that found room.
@@ -86,7 +88,15 @@ class CachedModel:
                     self.finish(sequence)
             kept = [(s.row, part) for s, part in zip(wave, rest, strict=True) if s in taken]
             rows, parts = [row for row, _ in kept], [part for _, part in kept]
-            self.lm.prefill(self.cache, rows, parts, chunk=self.prefill_chunk, see=see, **seen)
+            self.lm.prefill(
+                self.cache,
+                rows,
+                parts,
+                chunk=self.prefill_chunk,
+                see=see,
+                logits=logits,
+                taps=taps,
+            )
             started += taken
         return started
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from specdec import __version__
 from specdec.lab.interrupts import interruptible
 from specdec.lab.options import usage
-from specdec.lab.settings import FOLDERS, folders_of, out_of, settings_of, split
+from specdec.lab.settings import FOLDERS, continuing, folders_of, out_of, settings_of, split
 from specdec.training.run import train
 
 HELP = """\
@@ -50,7 +50,9 @@ def _command(arguments: list[str]) -> int:
         transformers.utils.logging.set_verbosity_error()
         settings = settings_of([*words, *flags], "train")
         with interruptible():
-            train(settings, out_of(settings), Console(), words=words)
+            out = out_of(settings)
+            again = continuing(arguments, out, "train", "auto")
+            train(settings, out, Console(), words=words, again=again)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

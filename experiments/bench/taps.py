@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from specdec.experiments.bench.clock import Call, GraphClock, Timed
+from specdec.heads.taps import usual_taps
 from specdec.lab.command import Positive, option
 from specdec.lab.workshop import Workshop, word
 from specdec.models.paged import PagedLM
@@ -43,7 +44,7 @@ def taps(options: Options, result: dict[str, Any], save: Callable[[], None]) -> 
     """Microseconds of a pass on both sides, of each batch, to result["batches"]."""
     shop = Workshop(word("target.path", options.target), f"device=cuda dtype={options.dtype}")
     lm = shop.target
-    chosen = options.taps or (2, lm.layers // 2, lm.layers - 3)
+    chosen = options.taps or usual_taps(lm.layers)
     lm.check_taps(chosen, "taps")
     clock = GraphClock(calls=4, replays=options.replays, longest=0.1)
     for batch in options.batches:

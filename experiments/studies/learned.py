@@ -24,14 +24,14 @@ from typing import Literal
 
 import torch
 
-from specdec.experiments.figures.learned import learned
+from specdec.experiments.figures.learned import CHAIN, learned
 from specdec.experiments.figures.markdown import show
 from specdec.experiments.studies.drafters import DYNAMIC, SAMPLED
 from specdec.lab.command import begin, option, run_main, write
+from specdec.lab.prompts import Asked
 from specdec.lab.study import Entry, Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, Workshop, name_of, tree, word
 
-CHAIN = 7  # nodes, as in tables of the field
 TARGET = "target.path="
 
 
@@ -100,14 +100,14 @@ def work(options: Options) -> None:
     together = {name: words for name, words in methods.items() if TARGET not in words}
     for temperature in options.temperatures:
         name = f"T={temperature:g}"
-        measure(shop, together, temperature, parts.setdefault(name, {}), options, result)
+        measure(shop, sets, together, temperature, parts.setdefault(name, {}), options, result)
         for method in [one for one in methods if one not in together]:
             said = shlex.split(methods[method])
             own = next(one for one in said if one.startswith(TARGET))
-            other = replace(options, target=own.removeprefix(TARGET))
+            other = replace(options, target=own.removeprefix(TARGET)).workshop()
             words = {method: shlex.join(one for one in said if one != own)}
             apart = parts.setdefault(f"{name}, {method}", {})
-            measure(other.workshop(), words, temperature, apart, options, result)
+            measure(other, options.read(other), words, temperature, apart, options, result)
     for path in options.join:
         for name, part in json.loads(path.read_text())["parts"].items():
             parts[name] = {**part, **parts.get(name, {})}
@@ -117,6 +117,7 @@ def work(options: Options) -> None:
 
 def measure(
     shop: Workshop,
+    sets: dict[str, list[Asked]],
     methods: dict[str, str],
     temperature: float,
     part: dict[str, Entry],
@@ -124,7 +125,6 @@ def measure(
     result: Entry,
 ) -> None:
     """Fill a part of the result: methods of one target at one temperature."""
-    sets = options.read(shop)
     own = shop.having(f"sampling.temperature={temperature}")
     way = partial(own.way, rows=options.batch, longest=options.longest(sets))
     ways = {"none": way(PLAIN, drafter="none", budget=0)}

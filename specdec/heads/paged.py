@@ -80,8 +80,7 @@ class PagedHead:
             [B, N, D], the features of the pairs that follow; and what the output head reads.
         """
         cache, head = self.cache, self.head
-        nodes = first + tokens.shape[1]
-        self.angles.reach(cache.pages_for(cache.max_tokens) * cache.page_size + nodes)
+        self.angles.cover(cache, first + offsets.shape[1])
         layout = layout_of(
             cache,
             rows,

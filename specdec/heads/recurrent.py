@@ -13,7 +13,7 @@ Legend: M pairs in any arrangement, H width of the target's states, D width of t
 tokens of target and head, E layers of the head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -327,8 +327,3 @@ def _through(
     hidden = hidden + attention.o_proj(seen)
     after: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return after
-
-
-def joined(states: Sequence[Tensor]) -> Tensor:
-    """The target's states [..., H], side by side, as `fuse` reads them."""
-    return torch.cat(list(states), dim=-1)

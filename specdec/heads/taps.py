@@ -13,6 +13,12 @@ from specdec.observation import Tap
 LISTED = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
 
 
+def usual_taps(layers: int) -> tuple[int, int, int]:
+    """What EAGLE-3 reads of a target of so many layers (Li et al. 2025), if nothing else is said;
+    of a small one a state twice."""
+    return 2, layers // 2, layers - 3
+
+
 def settled_taps(
     files: HeadFiles, layout: Layout, host: Host, taps: Sequence[Tap] | None
 ) -> tuple[Tap, ...]:
@@ -22,7 +28,7 @@ def settled_taps(
         ValueError: states that the target does not have, or one twice that no file names twice.
     """
     n, stated = host.layers, _stated(files, layout)
-    usual: tuple[Tap, ...] = ("normal",) if layout.kind != "eagle3" else (2, n // 2, n - 3)
+    usual: tuple[Tap, ...] = ("normal",) if layout.kind != "eagle3" else usual_taps(n)
     found = tuple(taps) if taps else stated or usual
     for tap in found:
         if tap != "normal" and (type(tap) is not int or not 0 <= tap <= n):

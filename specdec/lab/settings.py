@@ -112,9 +112,11 @@ def out_of(config: Mapping[Any, Any]) -> Path:
     return Path(str(out)).absolute()
 
 
-def continuing(arguments: Sequence[str], out: Path) -> str:
-    """The command that continues a run or a sweep of these arguments, which has left something in
-    `out`; to be typed in the same folder."""
+def continuing(
+    arguments: Sequence[str], out: Path, command: str = "run", resume: str = "true"
+) -> str:
+    """The command that continues what these arguments began, a run, a sweep or a training, which
+    has left something in `out`; to be typed in the same folder."""
     flags, words = list[str](), list[str]()
     given = iter(arguments)
     for word in given:
@@ -122,8 +124,8 @@ def continuing(arguments: Sequence[str], out: Path) -> str:
             flags += [word, next(given, "")]
         elif not re.match(r"\+*(out|resume)=", word):
             (flags if word.startswith("-") else words).append(word)
-    again = ["resume=true", word_of("out", str(out))]
-    return shlex.join(["python", "-m", "specdec.run", *flags, *words, *again])
+    again = [f"resume={resume}", word_of("out", str(out))]
+    return shlex.join(["python", "-m", f"specdec.{command}", *flags, *words, *again])
 
 
 def word_of(name: str, value: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from specdec.cache import PagedKVCache
 from specdec.models.forward import ForwardPass
 from specdec.models.states import States
 
@@ -247,6 +248,10 @@ class Angles:
             chosen = torch.arange(start, stop, device=self._like.device)
             tables.append(self._rotary(self._like, position_ids=chosen[None]))
         self.cos, self.sin = (torch.cat(part, dim=1)[0] for part in zip(*tables, strict=True))
+
+    def cover(self, cache: PagedKVCache, nodes: int) -> None:
+        """As `reach`, for the longest sequence of a cache and so many nodes after it."""
+        self.reach(cache.pages_for(cache.max_tokens) * cache.page_size + nodes)
 
     def at(self, positions: Tensor) -> Turns:
         """[B, N, D] each."""

@@ -235,8 +235,7 @@ class PagedLM:
     ) -> TreeLayout:
         """As `layout_of`, for this model."""
         if self._direct is not None:
-            nodes = first + offsets.shape[1]
-            self._direct.angles.reach(cache.pages_for(cache.max_tokens) * cache.page_size + nodes)
+            self._direct.angles.cover(cache, first + offsets.shape[1])
         return layout_of(
             cache,
             rows,

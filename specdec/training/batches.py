@@ -31,12 +31,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         if device.type != "cuda":
             return self
-        tokens, mask = (x.pin_memory().to(device, non_blocking=True) for x in self._both)
+        tokens, mask = (
+            x.pin_memory().to(device, non_blocking=True) for x in (self.tokens, self.mask)
+        )
         return Batch(tokens=tokens, mask=mask)
-
-    @property
-    def _both(self) -> tuple[Tensor, Tensor]:
-        return self.tokens, self.mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from specdec.reasons import first_line
+
 STATE = "state.pt"
 
 
@@ -40,7 +42,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any class: the file can hold anything
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"{path}: cannot be continued, {reason}; start anew elsewhere") from error
     if not isinstance(state, dict) or "settings" not in state:
         raise ValueError(f"{path}: is no checkpoint of a training; start anew elsewhere")

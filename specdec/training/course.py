@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -93,7 +93,7 @@ class Course:
         self.folder, self.settings, self.device = folder, dict(settings), device
         self.target_name, self.told = target_name, told
         self.progress = Progress()
-        self._begun = self._saved = 0.0
+        self._saved = 0.0
 
     # Going on
 
@@ -251,12 +251,6 @@ class Course:
     def _lengths(self) -> dict[str, Length]:
         with self._precision():
             return {
-                kind: lengths(
-                    self.trainee, self.teacher, _each(batches), self.measure.depth, self.device
-                )
+                kind: lengths(self.trainee, self.teacher, batches, self.measure.depth, self.device)
                 for kind, batches in self.held_out.items()
             }
-
-
-def _each(batches: Sequence[Batch]) -> Iterator[Batch]:
-    yield from batches

@@ -5,7 +5,7 @@ The accepted length of a chain counts the target's own token, and is expected: 1
 depths of the product of the chances up to there. `greedy` is at temperature 0, `sampled` at 1.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ def whole_chains(mask: Tensor, depth: int) -> Tensor:
 def lengths(
     trainee: Trainee,
     teacher: Teacher | None,
-    batches: Iterator[Batch],
+    batches: Iterable[Batch],
     depth: int,
     device: torch.device,
 ) -> Length:

@@ -17,7 +17,6 @@ from specdec.lab.experiment import stop_tokens
 from specdec.lab.files import replace_file, to_json
 from specdec.lab.lines import tell
 from specdec.lab.lock import Lock
-from specdec.lab.settings import word_of
 from specdec.lab.setup import target_of, tracker_of
 from specdec.lab.tracked import tracked_training
 from specdec.lab.tracking import Careful
@@ -43,13 +42,19 @@ FREE = ("out", "resume", "tracker", "choices", "device", "compile", "measure.eve
 
 
 def train(
-    settings: Settings, out: Path, console: Console, *, words: Sequence[str] = ()
+    settings: Settings,
+    out: Path,
+    console: Console,
+    *,
+    words: Sequence[str] = (),
+    again: str = "",
 ) -> dict[str, Any]:
     """Train as the settings say, and return what training.json holds.
 
     Args:
         out: the folder of the training.
         words: what was typed.
+        again: the command that continues it, to be told when it is interrupted.
 
     Raises:
         ValueError: a setting that cannot be used; the message names it.
@@ -59,9 +64,7 @@ def train(
     try:
         return job.run(words)
     except KeyboardInterrupt:
-        kept = [word for word in words if not word.startswith(("out=", "resume="))]
-        again = _command("train", [*kept, word_of("out", str(out)), "resume=auto"])
-        tell(console, f"interrupted; this continues: {again}")
+        tell(console, "interrupted" + f"; this continues: {again}" * bool(again))
         raise
     finally:
         lock.release()
@@ -256,11 +259,8 @@ class Job:
         )
         head = str(self.out / HEAD)
         words = self.method.using(head, self.path, self.target.model.config)
-        tell(self.console, f"head in {head}; this uses it: {_command('run', words)}")
-
-
-def _command(name: str, words: Sequence[str]) -> str:
-    return shlex.join(["python", "-m", f"specdec.{name}", *words])
+        using = shlex.join(["python", "-m", "specdec.run", *words])
+        tell(self.console, f"head in {head}; this uses it: {using}")
 
 
 def fixed(settings: Settings) -> dict[str, Any]:

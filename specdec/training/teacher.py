@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.heads.taps import usual_taps
 from specdec.models.hook import ATTENTION
 from specdec.observation import Tap
 
@@ -26,9 +27,9 @@ def plain(model: Any) -> Iterator[Any]:
 
 
 def default_taps(layers: int) -> tuple[Tap, ...]:
-    """Three states: after 2 layers, half of them and all but 3, as in EAGLE-3 (Li et al. 2025);
-    where these are not distinct, spread evenly, from after the first to before the last."""
-    usual = (2, layers // 2, layers - 3)
+    """Three states, as in EAGLE-3; where these are not distinct, spread evenly, from after the
+    first to before the last."""
+    usual = usual_taps(layers)
     if usual[0] < usual[1] < usual[2]:
         return usual
     last = max(layers - 1, 0)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from specdec.heads.formats import load_head
-from specdec.heads.recurrent import joined
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from tests.heads import made, oracle
@@ -58,7 +57,7 @@ def drafted(head: Any, states: Sequence[Tensor], tokens: list[int], path: list[i
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    features = head.fuse(joined([state[None, : len(tokens) - 1] for state in states]))
+    features = head.fuse(torch.cat([state[None, : len(tokens) - 1] for state in states], dim=-1))
     for count in range(len(path) + 1):
         embedded = head.embed(torch.tensor([tokens[1:] + path[:count]]))
         places = torch.arange(embedded.shape[1])[None]

@@ -20,7 +20,6 @@ from specdec.heads.recurrent import (
     EagleConfig,
     EagleHead,
     RecurrentHead,
-    joined,
 )
 from specdec.heads.widen import widen
 from specdec.models.load import load_model, zoo_path
@@ -130,7 +129,7 @@ def drafted(head: RecurrentHead, target: Target) -> Tensor:
         made, normal = head.forward(head.embed(tokens)[None], feature[None], angles, attend)
         return made[0], head.lm_head(normal[0])[:, : head.drafts]
 
-    states = joined([target.states[tap] for tap in head.config.taps])
+    states = torch.cat([target.states[tap] for tap in head.config.taps], dim=-1)
     feature, logits = run(target.tokens[1:], head.fuse(states[:-1]), 0)
     every = [logits]
     for step in range(STEPS):

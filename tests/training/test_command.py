@@ -131,6 +131,23 @@ def test_taps_are_refused_before_texts_are_read(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interruption_is_told_the_command_that_continues(
+    train: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: training.Job, words: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Job, "run", interrupted)
+    own = f"--config-dir {tmp_path}"
+    words = f"{SMALL} data={texts(tmp_path)}"
+    code, said, _ = train(f"{own} {words} resume=true out={tmp_path}/out")
+    assert code == 130
+    again = f"{own} {words} resume=auto out={tmp_path}/out"
+    assert "".join(said.split()) == "".join(
+        f"interrupted; this continues: python -m specdec.train {again}".split()
+    )
+
+
 def test_help_lists_methods_and_settings(train: Callable[..., tuple[int, str, str]]) -> None:
     code, said, _ = train("--help")
     assert code == 0
