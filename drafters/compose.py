@@ -25,7 +25,7 @@ Variant = tuple[tuple[int, ...], int]
 MODES = ("union", "cascade", "bandit")
 USES = {"weights": "union", "costs": "bandit"}  # settings of one mode alone
 NODES = 2  # of a trie, for each node of the budget
-SIZES = (8, 16, 32)  # nodes of trees that only hold what was found
+SIZES = (8, 16, 32, 64, 128)  # nodes of trees that only hold what was found
 LONGEST_FIRST = ("never", "category", "prompt")
 
 

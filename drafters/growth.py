@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from specdec.observation import Observation
-from specdec.protocols import Drafter, Growth, StepContext, TreePolicy
+from specdec.protocols import (
+    Drafter,
+    Growth,
+    StepContext,
+    TreePolicy,
+    check_depth,
+    levels_of,
+)
 from specdec.request import Capacity
 from specdec.sampling import DRAFT_STREAM, draw, race
 from specdec.tree import PADDING, ROOT, Acceptance, Children, Proposal, TokenTree
@@ -73,6 +80,7 @@ class ShapedDrafter(Drafter):
             raise ValueError(
                 f"drafter.depth={depth}: must be at least 1, or null; tree.budget=0 drafts nothing"
             )
+        check_depth(depth, "drafter.depth")
         if candidates < 1:
             raise ValueError(f"drafter.candidates={candidates}: must be at least 1")
         most = self.most_candidates
@@ -92,15 +100,6 @@ class ShapedDrafter(Drafter):
             self.levels = levels_of(tree, self.depth)
         else:
             self.levels = min(self._joined, self.depth or self._joined)
-
-
-def levels_of(tree: TreePolicy, depth: int | None) -> int:
-    """Levels to grow; 0 if the budget turns drafting off.
-
-    Raises:
-        ValueError: a depth that contradicts the policy.
-    """
-    return tree.levels(depth) if tree.budget else 0
 
 
 class GrowingDrafter(ShapedDrafter):

@@ -9,9 +9,8 @@ from specdec.drafters.state import Memory, Reset, check_reset
 from specdec.observation import Observation, Observes
 from specdec.protocols import StepContext, TreePolicy
 from specdec.request import Decoding
-from specdec.tree import Acceptance, TokenTree
+from specdec.tree import MOST_LEVELS, Acceptance, TokenTree
 
-MOST = 1024  # columns, and tokens of one
 EXPLORED = 1e-6  # draft probability of a node of the window: not certain, and not impossible
 
 
@@ -59,10 +58,15 @@ class Lookahead(HostDrafter):
         reset: Reset = "prompt",
     ) -> None:
         super().__init__(depth=depth)
-        if not 1 <= window <= MOST:
-            raise ValueError(f"drafter.window={window}: must be from 1 to {MOST}")
-        if not 2 <= ngram <= MOST:
-            raise ValueError(f"drafter.ngram={ngram}: must be from 2 to {MOST}")
+        if not 1 <= window <= MOST_LEVELS:
+            raise ValueError(f"drafter.window={window}: must be from 1 to {MOST_LEVELS}")
+        if not 2 <= ngram <= MOST_LEVELS:
+            raise ValueError(f"drafter.ngram={ngram}: must be from 2 to {MOST_LEVELS}")
+        if window + ngram - 3 > MOST_LEVELS:
+            raise ValueError(
+                f"drafter.window={window}: with drafter.ngram={ngram} the last column is at depth "
+                f"{window + ngram - 3}, and a tree has at most {MOST_LEVELS} levels; lower either"
+            )
         if guesses < 1:
             raise ValueError(f"drafter.guesses={guesses}: must be at least 1")
         check_reset(reset)

@@ -10,7 +10,8 @@ from specdec.request import Decoding
 from specdec.sampling import random_keys
 from specdec.tree import TokenTree
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # batches, and trees made by the host, on a GPU
+# Of batches, and of trees made by the host, on a GPU.
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -336,6 +336,7 @@ class Decoder:
             if not drafter.on_device:
                 given = self._on_host(context)
                 tree = drafter.draft(given)
+                tree.check_size()
                 return (
                     self._host_trees.to_device(tree, len(batch.rows), drafter.most_nodes),
                     None,
@@ -345,6 +346,7 @@ class Decoder:
 
             def draft() -> TokenTree:
                 tree = drafter.draft(context)
+                tree.check_size()
                 return replace(tree, size=torch.where(batch.active, tree.size, 0))
 
             return self.graphs.run("draft", (len(batch.rows), variant), draft), variant, context

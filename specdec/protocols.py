@@ -22,7 +22,7 @@ from specdec.kernels.choose import Kernels
 from specdec.observation import Observation, Observes
 from specdec.request import Capacity, Decoding
 from specdec.sampling import SamplingParams
-from specdec.tree import Acceptance, Children, TokenTree
+from specdec.tree import MOST_LEVELS, MOST_NODES, Acceptance, Children, TokenTree
 
 if TYPE_CHECKING:
     from specdec.decode import Decoder
@@ -155,7 +155,7 @@ class Drafter:
         """Raise ValueError, naming the setting, for trees that it cannot draft: here those that
         its depth contradicts."""
         if tree.budget:
-            tree.levels(self.depth)
+            levels_of(tree, self.depth)
 
     def find(self) -> None:
         """Raise ValueError, naming the setting, if a file or folder is missing that `load` will
@@ -337,9 +337,6 @@ class TreePolicy:
         return None
 
 
-MOST_NODES = 4096  # of a tree: masks grow with the square
-
-
 def check_basics(budget: int, children: str) -> None:
     """Raise ValueError, naming the setting, unless any policy could have these."""
     if budget < 0:
@@ -349,6 +346,31 @@ def check_basics(budget: int, children: str) -> None:
     if children not in get_args(Children):
         known = ", ".join(get_args(Children))
         raise ValueError(f"tree.children={children}: must be one of {known}")
+
+
+def check_depth(depth: int | None, setting: str) -> None:
+    """Raise ValueError, naming the setting, if this is below 1 or more levels than any tree has;
+    None is none."""
+    if depth is not None and depth < 1:
+        raise ValueError(f"{setting}={depth}: must be at least 1")
+    if depth is not None and depth > MOST_LEVELS:
+        raise ValueError(f"{setting}={depth}: must be at most {MOST_LEVELS}, of any tree")
+
+
+def levels_of(tree: TreePolicy, depth: int | None) -> int:
+    """Levels to grow when the drafter asks for `depth`; 0 if the budget turns drafting off.
+
+    Raises:
+        ValueError: a depth that contradicts the policy, or a policy that likes too many.
+    """
+    levels = tree.levels(depth) if tree.budget else 0
+    if levels > MOST_LEVELS:
+        mend = f"with drafter.depth={MOST_LEVELS} or less the tree may be shallower"
+        raise ValueError(
+            f"tree.budget={tree.budget}: {type(tree).__name__} has {levels} levels, a tree has "
+            f"at most {MOST_LEVELS}; {mend}"
+        )
+    return levels
 
 
 class AcceptanceRule:

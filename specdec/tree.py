@@ -10,6 +10,8 @@ from torch import Tensor
 
 ROOT, PADDING = -1, -2  # marks in TokenTree.parents
 RANDOM_DEPTH = 6  # levels of random trees at most
+MOST_NODES = 256  # of a tree, the root not counted: scratch, masks and rules are made for so many
+MOST_LEVELS = 64  # of a tree, the root's not counted
 
 Children = Literal["top_k", "sample", "sample_with_replacement"]
 """How the children of a node were chosen: its most probable tokens, or draws from the draft
@@ -103,7 +105,7 @@ class TokenTree:
 
     def padded(self, batch: int, nodes: int) -> "TokenTree":
         """With idle rows and padding nodes up to [batch, nodes]; paths may then be as long as that
-        allows."""
+        and `MOST_LEVELS` allow."""
 
         def pad(tensor: Tensor, value: int) -> Tensor:
             missing = [batch - len(tensor), *(nodes - n for n in tensor.shape[1:2])]
@@ -112,7 +114,7 @@ class TokenTree:
                 widths += [0, count]
             return torch.nn.functional.pad(tensor, widths, value=value)
 
-        return replace(self._map(pad), depth=nodes - 1)
+        return replace(self._map(pad), depth=min(nodes - 1, MOST_LEVELS))
 
     def _map(self, change: Callable[[Tensor, int], Tensor]) -> "TokenTree":
         """With every tensor changed, given the value of its padding."""
@@ -128,6 +130,17 @@ class TokenTree:
             proposal=proposal,
             source=None if self.source is None else change(self.source, 0),
         )
+
+    def check_size(self) -> None:
+        """Raise ValueError for trees larger than any may be, without a look at the tensors."""
+        if self.nodes > MOST_NODES + 1:
+            raise ValueError(
+                f"a tree of {self.nodes} nodes: {MOST_NODES} and the root are the most, draft less"
+            )
+        if self.depth > MOST_LEVELS:
+            raise ValueError(
+                f"a tree of {self.depth} levels: {MOST_LEVELS} are the most; draft shorter paths"
+            )
 
     def check(self) -> None:
         """Raise RuntimeError, naming the first violation, unless every invariant above holds."""

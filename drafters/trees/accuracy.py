@@ -17,5 +17,5 @@ class Accuracy(Optimal):
     """
 
     @staticmethod
-    def search(rates: AcceptanceRates, budget: int, depth: int | None, children: str) -> Shape:
+    def search(rates: AcceptanceRates, budget: int, depth: int, children: str) -> Shape:
         return greedy(rates, budget, depth, in_order=children != "top_k")

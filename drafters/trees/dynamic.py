@@ -5,7 +5,7 @@ from types import ModuleType
 from torch import Tensor
 
 from specdec.drafters.trees.policy import check_positive
-from specdec.protocols import Growth, TreePolicy
+from specdec.protocols import Growth, TreePolicy, check_depth
 
 
 class Dynamic(TreePolicy):
@@ -31,7 +31,8 @@ class Dynamic(TreePolicy):
         self, *, budget: int, width: int = 3, depth: int = 4, children: str = "top_k"
     ) -> None:
         super().__init__(budget=budget, children=children)
-        check_positive(width=width, depth=depth)
+        check_positive(width=width)
+        check_depth(depth, "tree.depth")
         self.candidates = width
         self.depth = depth
         self.expanded = width  # nodes of a level that may have children

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from specdec.drafters.trees.policy import check_positive
 from specdec.drafters.trees.shapes import (
     Node,
     describe,
@@ -14,10 +13,9 @@ from specdec.drafters.trees.shapes import (
     shape_of,
     skipping,
 )
-from specdec.protocols import Growth, TreePolicy, check_basics
+from specdec.protocols import Growth, TreePolicy, check_basics, check_depth
 from specdec.rates import AcceptanceRates
-
-MOST_NODES = 512  # of a shape that is searched for, which takes time and memory
+from specdec.tree import MOST_LEVELS, MOST_NODES
 
 
 class FixedShape(TreePolicy):
@@ -44,6 +42,15 @@ class FixedShape(TreePolicy):
     ) -> None:
         self.shape = shape_of(shape)
         nodes = len(self.shape)
+        if nodes > MOST_NODES:
+            raise ValueError(
+                f"tree.paths: {nodes} nodes, and a tree has at most {MOST_NODES}; list fewer paths"
+            )
+        if max(map(len, self.shape), default=0) > MOST_LEVELS:
+            raise ValueError(
+                f"tree.paths: {max(map(len, self.shape))} levels, and a tree has at most "
+                f"{MOST_LEVELS}; list shorter paths"
+            )
         super().__init__(budget=nodes if budget is None else budget, children=children)
         if 0 < self.budget < nodes:
             raise ValueError(
@@ -122,13 +129,11 @@ def measured_rates(
         ValueError: a setting out of range, or no such rates.
     """
     check_basics(budget, children)
-    check_positive(depth=depth)
+    check_depth(depth, "tree.depth")
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"tree.temperature={temperature}: must be 0 or positive")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"tree.top_p={top_p}: must be in (0, 1], or null")
-    if budget > MOST_NODES:
-        raise ValueError(f"tree.budget={budget}: must be at most {MOST_NODES} to be searched for")
     return AcceptanceRates.load(
         rates, children=children, temperature=temperature, top_p=top_p, setting="tree.rates"
     )

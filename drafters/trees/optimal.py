@@ -4,6 +4,7 @@ from specdec.drafters.trees.fixed import FixedShape, measured_rates
 from specdec.drafters.trees.shapes import Shape, optimal
 from specdec.protocols import Loaded
 from specdec.rates import AcceptanceRates
+from specdec.tree import MOST_LEVELS
 
 
 class Optimal(FixedShape):
@@ -14,7 +15,7 @@ class Optimal(FixedShape):
         rates: file of `AcceptanceRates`, or the name of one in `specdec/data/acceptance`. They
             should be of the same models and the same kind of text.
         budget: nodes drafted per sequence at most, the root not counted; 0 turns drafting off.
-        depth: levels at most; None for no limit.
+        depth: levels at most; None for as many as a tree may have.
         temperature, top_p: of the target; the rates of the nearest ones count.
         children: how children are chosen.
 
@@ -40,13 +41,14 @@ class Optimal(FixedShape):
             temperature=temperature,
             top_p=top_p,
         )
-        super().__init__(shape=self.search(found, budget, depth, children), children=children)
+        shape = self.search(found, budget, depth or MOST_LEVELS, children)
+        super().__init__(shape=shape, children=children)
         self.rates = found
 
     def fit(self, run: Loaded) -> None:
         self.notes = {"rates": self.rates.origin(run)}
 
     @staticmethod
-    def search(rates: AcceptanceRates, budget: int, depth: int | None, children: str) -> Shape:
+    def search(rates: AcceptanceRates, budget: int, depth: int, children: str) -> Shape:
         """The shape that these rates make the most of."""
         return optimal(rates, budget, depth)

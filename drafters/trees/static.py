@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from specdec.protocols import MOST_NODES, TreePolicy
+from specdec.protocols import TreePolicy
+from specdec.tree import MOST_LEVELS, MOST_NODES
 
 
 class Static(TreePolicy):
@@ -31,6 +32,11 @@ class Static(TreePolicy):
             level *= width
             nodes += level
         nodes -= 1
+        if len(widths) > MOST_LEVELS:
+            raise ValueError(
+                f"tree.widths={list(widths)}: {len(widths)} levels, and a tree has at most "
+                f"{MOST_LEVELS}; shorten the widths"
+            )
         if nodes > MOST_NODES:
             raise ValueError(
                 f"tree.widths={list(widths)}: {nodes} nodes, and a tree has at most {MOST_NODES}; "

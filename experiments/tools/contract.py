@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.drafters.growth import DEAD, Frontier, GrowingDrafter, grow, levels_of
+from specdec.drafters.growth import DEAD, Frontier, GrowingDrafter, grow
 from specdec.drafters.host import HostDrafter
 from specdec.experiments.studies.rule_laws import context_for
 from specdec.experiments.tools.rule_contract import check_rule, require
@@ -36,7 +36,7 @@ from specdec.lab.method import Method
 from specdec.lab.settings import settings_of
 from specdec.models.load import Models
 from specdec.models.placement import Placement
-from specdec.protocols import Drafter, Growth, StepContext, TreePolicy
+from specdec.protocols import Drafter, Growth, StepContext, TreePolicy, levels_of
 from specdec.request import Capacity, Request
 from specdec.sampling import DRAFT_STREAM, SamplingParams, race
 from specdec.tree import Children, TokenTree

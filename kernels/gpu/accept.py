@@ -23,6 +23,7 @@ from specdec.kernels.gpu.softmax import NOTHING
 from specdec.kernels.layout import DraftedTrees
 
 NO_TOKEN = tl.constexpr(2**31 - 1)
+TILE = 1024  # chunks of nodes that a program looks at together, more would not fit its registers
 
 
 def greedy_accept(
@@ -41,10 +42,13 @@ def greedy_accept(
     batch, nodes, _ = logits.shape
     tops, choices, _ = scan(logits, tree.size, 1.0, torch.int32)
     path, length, next_token = results(tree)
+    c_block = triton.next_power_of_2(tops.shape[2])
+    n_block = triton.next_power_of_2(nodes)
     _greedy_kernel[(batch,)](
         path,
         length,
         next_token,
+        torch.empty(batch, nodes, dtype=torch.int32, device=logits.device),
         tops,
         choices,
         tree.tokens,
@@ -53,8 +57,9 @@ def greedy_accept(
         nodes,
         tops.shape[2],
         tree.depth,
-        N_BLOCK=triton.next_power_of_2(nodes),
-        C_BLOCK=triton.next_power_of_2(tops.shape[2]),
+        N_BLOCK=n_block,
+        N_TILE=min(n_block, max(1, TILE // c_block)),
+        C_BLOCK=c_block,
         num_warps=4,
     )
     return path, length, next_token
@@ -139,6 +144,7 @@ def _greedy_kernel(
     path_ptr,  # [B, edges + 1]
     length_ptr,
     next_token_ptr,
+    under_ptr,  # [B, N], scratch, as `_chosen_under` returns it
     tops_ptr,  # [B, N, C]
     choices_ptr,  # [B, N, C]
     tokens_ptr,
@@ -148,32 +154,57 @@ def _greedy_kernel(
     chunks,
     edges,
     N_BLOCK: tl.constexpr,
+    N_TILE: tl.constexpr,
     C_BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     size = tl.load(size_ptr + row)
     offs_n = tl.arange(0, N_BLOCK)
     offs_c = tl.arange(0, C_BLOCK)
-    real = offs_n < size
-    parents = tl.load(parents_ptr + row * nodes + offs_n, mask=real, other=-2)  # [N]
-    tokens = tl.load(tokens_ptr + row * nodes + offs_n, mask=real, other=-1)
-    of_parent = (row * nodes + parents)[:, None] * chunks + offs_c  # [N, C]
-    known = (parents >= 0)[:, None] & (offs_c < chunks)
-    tops = tl.load(tops_ptr + of_parent, mask=known, other=NOTHING)
-    choices = tl.load(choices_ptr + of_parent, mask=known, other=0)
-    largest = tl.max(tops, axis=1)[:, None]
-    # Chunks are in the order of the vocabulary: of equal logits the first token is chosen.
-    wanted = tl.min(tl.where((tops == largest) & known, choices, NO_TOKEN), axis=1)
-    taken = tokens == wanted  # [N]
+    if N_TILE == N_BLOCK:
+        under = _chosen_under(
+            tops_ptr,
+            choices_ptr,
+            tokens_ptr,
+            parents_ptr,
+            row,
+            nodes,
+            chunks,
+            size,
+            offs_n,
+            offs_c,
+        )
+    else:  # a few nodes at a time
+        under_ptr += row * nodes
+        for first in range(0, size, N_TILE):
+            some = first + tl.arange(0, N_TILE)
+            found = _chosen_under(
+                tops_ptr,
+                choices_ptr,
+                tokens_ptr,
+                parents_ptr,
+                row,
+                nodes,
+                chunks,
+                size,
+                some,
+                offs_c,
+            )
+            tl.store(under_ptr + some, found, mask=some < size)
+        tl.debug_barrier()
+        under = tl.load(under_ptr + offs_n, mask=offs_n < size, other=-2)  # [N]
 
     node = tl.zeros([], tl.int32)
     length = (size > 0).to(tl.int64)
     path_ptr += row * (edges + 1)
     tl.store(path_ptr, 0)
+    going = size > 0
     for i in range(edges):
-        child = tl.min(tl.where(taken & (parents == node), offs_n, N_BLOCK))
-        node = tl.where(child < N_BLOCK, child, node)
-        length += (child < N_BLOCK).to(tl.int64)
+        if going:
+            child = tl.min(tl.where(under == node, offs_n, N_BLOCK))
+            going = child < N_BLOCK
+            node = tl.where(going, child, node)
+            length += going.to(tl.int64)
         tl.store(path_ptr + i + 1, node)
     tl.store(length_ptr + row, length)
     last = (row * nodes + node) * chunks + offs_c
@@ -183,3 +214,30 @@ def _greedy_kernel(
     choice = tl.min(tl.where(tops == tl.max(tops), choices, NO_TOKEN))
     # Idle rows and logits that are all NaN still get a legal token.
     tl.store(next_token_ptr + row, tl.where(choice < NO_TOKEN, choice, 0))
+
+
+@triton.jit
+def _chosen_under(
+    tops_ptr,
+    choices_ptr,
+    tokens_ptr,
+    parents_ptr,
+    row,
+    nodes,
+    chunks,
+    size,
+    offs_n,
+    offs_c,
+):
+    """Of these nodes [N]: the parent, if its most probable token is the node's; else -2."""
+    real = offs_n < size
+    parents = tl.load(parents_ptr + row * nodes + offs_n, mask=real, other=-2).to(tl.int32)
+    tokens = tl.load(tokens_ptr + row * nodes + offs_n, mask=real, other=-1)
+    of_parent = (row * nodes + parents)[:, None] * chunks + offs_c[None, :]  # [N, C]
+    known = (parents >= 0)[:, None] & (offs_c < chunks)[None, :]
+    tops = tl.load(tops_ptr + of_parent, mask=known, other=NOTHING)
+    choices = tl.load(choices_ptr + of_parent, mask=known, other=0)
+    largest = tl.max(tops, axis=1)[:, None]
+    # Chunks are in the order of the vocabulary: of equal logits the first token is chosen.
+    wanted = tl.min(tl.where((tops == largest) & known, choices, NO_TOKEN), axis=1)
+    return tl.where((tokens == wanted) & (parents >= 0), parents, -2)

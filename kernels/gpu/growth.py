@@ -11,6 +11,7 @@ from torch import Tensor
 BLOCK_NODES = 32  # nodes of a program
 BLOCK_OTHERS = 64  # nodes it compares its own with at a time
 BLOCK_SLOTS = 256
+MOST_TOGETHER = 2048  # nodes that one program moves at a time
 SIGN = tl.constexpr(2**63 - 1)
 LOWEST = tl.constexpr(-(2**63))
 
@@ -141,17 +142,22 @@ def _launch_compact(
     total: int,
     nodes: int,
 ) -> None:
+    block = min(triton.next_power_of_2(total), MOST_TOGETHER)
+    places = None
+    if total > block:
+        places = torch.empty(len(kept), total, dtype=torch.int32, device=kept.device)
     _compact_kernel[(len(kept),)](
         new_tokens,
         new_parents,
         size,
         order,
+        places,
         tokens,
         parents,
         kept.contiguous(),
         total,
         nodes,
-        T_BLOCK=triton.next_power_of_2(total),
+        T_BLOCK=block,
         num_warps=1 if total <= 64 else 4 if total <= 1024 else 8,
     )
 
@@ -162,6 +168,7 @@ def _compact_kernel(
     new_parents_ptr,  # [B, N] int32
     size_ptr,  # [B] int32
     order_ptr,  # [B, N]
+    places_ptr,  # [B, T] int32, scratch; None for what one block holds
     tokens_ptr,  # [B, T]
     parents_ptr,  # [B, T]
     kept_ptr,  # [B, T]
@@ -171,20 +178,41 @@ def _compact_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, T_BLOCK)
-    real = offs < total
-    at = row * total + offs
-    kept = tl.load(kept_ptr + at, mask=real, other=0).to(tl.int32)
-    size = tl.sum(kept)
-    place = tl.cumsum(kept) - 1
-    target = tl.where(kept != 0, place, size + offs - place - 1)  # the dropped ones come last
-    inside = real & (target < nodes)
-    out = row * nodes + target
-    tl.store(order_ptr + out, offs.to(tl.int64), mask=inside)
+    if places_ptr is None:
+        kept = tl.load(kept_ptr + row * total + offs, mask=offs < total, other=0).to(tl.int32)
+        size = tl.sum(kept)
+    else:
+        places_ptr += row * total
+        size = tl.zeros([], tl.int32)
+        for first in range(0, total, T_BLOCK):
+            at = first + offs
+            kept = tl.load(kept_ptr + row * total + at, mask=at < total, other=0).to(tl.int32)
+            tl.store(places_ptr + at, size + tl.cumsum(kept) - 1, mask=at < total)
+            size += tl.sum(kept)
+        tl.debug_barrier()
+
+    for first in range(0, total, T_BLOCK):
+        at = first + offs
+        real = at < total
+        if places_ptr is None:
+            place = tl.cumsum(kept) - 1
+        else:
+            kept = tl.load(kept_ptr + row * total + at, mask=real, other=0).to(tl.int32)
+            place = tl.load(places_ptr + at, mask=real, other=0)
+        target = tl.where(kept != 0, place, size + at - place - 1)  # the dropped ones come last
+        inside = real & (target < nodes)
+        out = row * nodes + target
+        tl.store(order_ptr + out, at.to(tl.int64), mask=inside)
+        if new_tokens_ptr is not None:
+            tokens = tl.load(tokens_ptr + row * total + at, mask=real, other=0)
+            parents = tl.load(parents_ptr + row * total + at, mask=real, other=-1).to(tl.int32)
+            known = tl.minimum(tl.maximum(parents, 0), total - 1)
+            if places_ptr is None:
+                moved = tl.gather(place, known, 0)
+            else:
+                moved = tl.load(places_ptr + known, mask=real, other=0)
+            moved = tl.where(parents == -1, -1, moved)
+            tl.store(new_tokens_ptr + out, tokens, mask=inside)
+            tl.store(new_parents_ptr + out, tl.where(kept != 0, moved, -2), mask=inside)
     if new_tokens_ptr is not None:
-        tokens = tl.load(tokens_ptr + at, mask=real, other=0)
-        parents = tl.load(parents_ptr + at, mask=real, other=-1).to(tl.int32)
-        known = tl.minimum(tl.maximum(parents, 0), T_BLOCK - 1)
-        moved = tl.where(parents == -1, -1, tl.gather(place, known, 0))
-        tl.store(new_tokens_ptr + out, tokens, mask=inside)
-        tl.store(new_parents_ptr + out, tl.where(kept != 0, moved, -2), mask=inside)
         tl.store(size_ptr + row, size)

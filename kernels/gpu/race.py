@@ -177,10 +177,12 @@ def race_kernel(
     path_ptr += row * (edges + 1)
     if chunk == 0:
         tl.store(path_ptr, 0)
+    going = busy
     for i in range(edges):
-        child = tl.load(enter_ptr + row * nodes + node, mask=busy, other=-1)
-        node = tl.where(child >= 0, child, node)
-        length += (child >= 0).to(tl.int64)
+        child = tl.load(enter_ptr + row * nodes + node, mask=going, other=-1)
+        going = child >= 0  # where the path has ended nothing is waited for
+        node = tl.where(going, child, node)
+        length += going.to(tl.int64)
         if chunk == 0:
             tl.store(path_ptr + i + 1, node)
     if chunk == 0:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.drafters.growth import Frontier, grow, levels_of
+from specdec.drafters.growth import Frontier, grow
 from specdec.drafters.host import HostDrafter
-from specdec.protocols import StepContext, TreePolicy
+from specdec.protocols import StepContext, TreePolicy, levels_of
 from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams, uniforms
 from specdec.tree import TokenTree

@@ -9,13 +9,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from specdec.drafters.growth import Frontier, grow, levels_of
+from specdec.drafters.growth import Frontier, grow
 from specdec.drafters.ngram import NGram
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.paths import Paths
 from specdec.drafters.trees.static import Static
-from specdec.protocols import TreePolicy
+from specdec.protocols import TreePolicy, levels_of
 from specdec.sampling import uniforms
 from tests.decoding import prepared
 from tests.drafters.scripted import (

@@ -48,7 +48,7 @@ class Window:
 
 @pytest.mark.parametrize(("columns", "n"), [(1, 2), (4, 2), (3, 3), (6, 4), (2, 5)])
 def test_the_pool_is_that_of_the_paper(columns: int, n: int) -> None:
-    guesses, tree = 3, Dynamic(budget=400, width=8, depth=n)
+    guesses, tree = 3, Dynamic(budget=256, width=8, depth=n)
     drafter = spied(
         Lookahead,
         window=columns,

@@ -89,11 +89,11 @@ def test_keys_and_values_take_what_is_free_and_not_a_byte_more(
 def test_logits_of_all_nodes_take_what_is_free_and_not_a_byte_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    needed = 2 * (500 + 1) * VOCABULARY * 4  # float32, two rows, the root too
-    capacity, tree = Capacity(rows=2, max_tokens=8, page_size=4), Chain(budget=500)
+    needed = 2 * (250 + 1) * VOCABULARY * 4  # float32, two rows, the root too
+    capacity, tree = Capacity(rows=2, max_tokens=8, page_size=4), Dynamic(budget=250)
     monkeypatch.setattr(fit, "free_memory", lambda device: needed)
     check_memory(target(), tree, capacity)
     monkeypatch.setattr(fit, "free_memory", lambda device: needed - 1)
-    with pytest.raises(ValueError, match=r"^batch_size=2: the logits of 1002 nodes") as refused:
+    with pytest.raises(ValueError, match=r"^batch_size=2: the logits of 502 nodes") as refused:
         check_memory(target(), tree, capacity)
-    assert "(tree.budget=500) take 0.0 GiB" in str(refused.value)
+    assert "(tree.budget=250) take 0.0 GiB" in str(refused.value)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from specdec.drafters.growth import Frontier, grow, levels_of
+from specdec.drafters.growth import Frontier, grow
 from specdec.drafters.host import Trie
 from specdec.drafters.trees import fixed
 from specdec.drafters.trees.accuracy import Accuracy
@@ -25,6 +25,7 @@ from specdec.drafters.trees.shapes import (
 )
 from specdec.drafters.trees.static import Static
 from specdec.drafters.trees.threshold import Threshold
+from specdec.protocols import levels_of
 from specdec.tree import TokenTree
 from tests.decoding import prepared
 from tests.drafters.scripted import (
