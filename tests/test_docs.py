@@ -59,9 +59,9 @@ def test_first_pages_stay_short(page: str, lines: int) -> None:
     assert len((ROOT / f"{page}.md").read_text().splitlines()) <= lines
 
 
-def test_two_blocks_of_the_readme_are_generated() -> None:
+def test_three_blocks_of_the_readme_are_generated() -> None:
     marks = re.findall(r"<!-- (.*?) -->", README.read_text())
-    assert marks == ["results", "/results", "verdict", "/verdict"]
+    assert marks == ["results", "/results", "verdict", "/verdict", "learned", "/learned"]
 
 
 # --- commands and programs

@@ -17,7 +17,7 @@ from specdec.experiments.figures.comparison import comparison, verdict
 from specdec.experiments.figures.decoding import calibrate, cpu_speed
 from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, lookup_speed
 from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
-from specdec.experiments.figures.learned import learned
+from specdec.experiments.figures.learned import learned, learned_summary
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
 from specdec.experiments.figures.trees_and_rules_plot import tree_lengths, tree_speed
 from specdec.lab.command import run_main
@@ -169,7 +169,12 @@ def documents() -> dict[Path, str]:
     }
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for name, lines in {"results": summary(), "verdict": verdict(read("by_category"))}.items():
+    blocks = {
+        "results": summary(),
+        "verdict": verdict(read("by_category")),
+        "learned": learned_summary(read("learned")),
+    }
+    for name, lines in blocks.items():
         pattern = rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
         text = re.sub(pattern, rf"\g<1>\n{lines}\n\g<2>", text, flags=re.DOTALL)
     return found | {readme: text}
