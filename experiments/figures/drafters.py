@@ -1,5 +1,6 @@
 """Tables of what drafters are worth, and of what a look-up takes."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from specdec.experiments.figures.markdown import Result, device, interval, piece, source, table
@@ -73,22 +74,46 @@ def drafter_lengths(result: Result) -> str:
     return "\n".join([*lines, *table(["drafter", "T", *groups], by_group)])
 
 
-def drafter_speed(result: Result) -> str:
-    """The table of `drafters.py --grid speed`: the fastest tree of each drafter."""
-    settings, groups = result["settings"], groups_of(result)
+def drafter_speed(*results: Result, files: Sequence[str] = ("drafter_speed",)) -> str:
+    """The table of `drafters.py --grid speed`: the fastest tree of each drafter. Several results
+    are of other batches; `files` hold them."""
+    first = results[0]
+    settings, groups = first["settings"], groups_of(first)
+    if min(map(len, groups.values())) < 2:
+        groups = {}  # a column of one prompt says little
+    batches = " and ".join(str(one["settings"]["batch"]) for one in results)
+    used = {entry["drafter"] for part in first["parts"].values() for entry in part.values()}
+    other = ""
+    if "translated" in used:
+        other = (
+            ", but that `translated` drafts with a built-in model of 2.4 M parameters and another "
+            "tokenizer"
+        )
     lines = [
-        f"`{settings['target']}` in {settings['dtype']} on one {device(result)}, batch "
-        f"{settings['batch']}, {settings['tokens']} new tokens for each of "
-        f"{sum(map(len, groups.values()))} prompts; models of `{settings['draft']}`, but that "
-        f"`translated` drafts with a built-in model of 2.4 M parameters and another tokenizer. "
-        f"Of each drafter the fastest tree of its grid; by device time of all steps, over `none` "
-        f"in the same turns, with 95 % jackknife intervals over prompts, and by prompts "
-        f"({source(result, 'drafter_speed')}). Identical: "
-        f"outputs equal to those of `none`; every other one parts at a gap of logits within the "
-        f'rounding bound of `specdec/lab/lossless.py` where "explained" says so:',
+        f"`{settings['target']}` in {settings['dtype']} on one {device(first)}, batch {batches}, "
+        f"{settings['tokens']} new tokens for each of {sum(map(len, groups_of(first).values()))} "
+        f"prompts; models of `{settings['draft']}`{other}. Of each drafter the fastest tree of "
+        f"its grid; by device time of all steps, over `none` in the same turns, with 95 % "
+        f"jackknife intervals over prompts{', and by prompts' if groups else ''} "
+        f"({'; '.join(map(source, results, files))}). Identical: outputs equal to those of "
+        f"`none`; every other one parts at a gap of logits within the rounding bound of "
+        f'`specdec/lab/lossless.py` where "explained" says so:',
         "",
     ]
-    rows = []
+    several = len(results) > 1
+    rows = [
+        [str(one["settings"]["batch"]), *row] if several else row
+        for one in results
+        for row in _speeds(one, groups)
+    ]
+    heads = ["batch"] if several else []
+    heads += ["T", "drafter", "tokens/s", "accepted length", "over `none`", *groups]
+    lines += table([*heads, "identical", "explained"], rows)
+    return "\n".join([*lines, *_resumed(first)])
+
+
+def _speeds(result: Result, groups: Mapping[str, list[str]]) -> Iterator[list[str]]:
+    """The fastest tree of each drafter at each temperature, also by groups of prompts."""
     for name, part in result["parts"].items():
         plain = plain_of(part)
         every = list(plain["prompts"])
@@ -104,7 +129,7 @@ def drafter_speed(result: Result) -> str:
             own = [summary(entry, plain, of)["speedup"] for of in groups.values()]
             checked = entry["agreement"]
             explained = sum(one["explained"] for one in checked["divergences"])
-            cells = [
+            yield [
                 name.removeprefix("T="),
                 f"`{title.replace(':', '`:')}" if drafter != "none" else "`none`",
                 f"{total['tokens_per_second']:.0f}",
@@ -114,10 +139,6 @@ def drafter_speed(result: Result) -> str:
                 f"{checked['identical']} of {checked['checked']}" if checked["checked"] else "",
                 f"{explained} of {len(checked['divergences'])}" if checked["divergences"] else "",
             ]
-            rows.append(cells)
-    heads = ["T", "drafter", "tokens/s", "accepted length", "over `none`", *groups]
-    lines += table([*heads, "identical", "explained"], rows)
-    return "\n".join([*lines, *_resumed(result)])
 
 
 def _resumed(result: Result) -> list[str]:

@@ -55,6 +55,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         [
             ("drafter_lengths", drafter_lengths, {}),
             ("drafter_speed", drafter_speed, {}),
+            ("learned_speed", lambda _: learned_speed(), {}),
             ("learned", learned, {}),
             ("learned_cpu", partial(learned, file="learned_cpu"), {}),
             ("lookup_speed", lookup_speed, {}),
@@ -103,6 +104,13 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         ],
     ),
 }
+
+
+def learned_speed() -> str:
+    """Speed of learned drafters, of every batch that has a file."""
+    files = [path.stem for path in RESULTS.glob("learned_speed*.json")]
+    files.sort(key=lambda file: int(read(file)["settings"]["batch"]))
+    return drafter_speed(*map(read, files), files=files)
 
 
 @cache

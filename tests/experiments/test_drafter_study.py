@@ -135,3 +135,35 @@ def test_mistakes_are_named(
 ) -> None:
     assert drafters.main([*more, f"out={tmp_path}/o.json"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_results_of_several_batches_make_one_table() -> None:
+    def result(batch: int, seconds: float) -> dict[str, Any]:
+        prompts = {one: {"tokens": 8, "steps": 4, "seconds": seconds} for one in ("a", "b")}
+        agreement = {"checked": 2, "identical": 2, "divergences": []}
+        head = {"drafter": "head", "verbs": {}, "prompts": prompts, "agreement": agreement}
+        slow = {one: {"tokens": 8, "steps": 8, "seconds": 4.0} for one in ("a", "b")}
+        plain = {**head, "drafter": "none", "prompts": slow}
+        return {
+            "settings": {"target": "t", "draft": "d", "dtype": "float32", "tokens": 8}
+            | {"batch": batch},
+            "hardware": {"cpu": "c"},
+            "command": f"python batch={batch}",
+            "sets": {"humaneval": ["a", "b"]},
+            "parts": {"T=0": {"none: chain 1": plain, "head: chain 4": head}},
+        }
+
+    one, eight = result(1, 1.0), result(8, 2.0)
+    page = tables.drafter_speed(one, eight, files=("one", "eight"))
+    assert "batch 1 and 8, " in page
+    for file in ("one", "eight"):
+        assert f"results/{file}.json" in page
+    rows = [line.split(" | ") for line in page.splitlines() if "`head`" in line]
+    assert [(row[0], row[3], row[5]) for row in rows] == [
+        ("| 1", "8", "4.00 (4.00 to 4.00)"),
+        ("| 8", "4", "2.00 (2.00 to 2.00)"),
+    ]
+    assert "translated" not in page
+    assert "| T | drafter |" in tables.drafter_speed(one)
+    one["sets"] = {"humaneval": ["a"], "gsm8k": ["b"]}
+    assert "gsm8k" not in tables.drafter_speed(one), "a column of one prompt says little"
