@@ -72,6 +72,13 @@ def copies_beyond_cache(size: int) -> int:
     return max(2, -(-4 * cache // size))
 
 
+@torch.inference_mode()
+def spoil(output: Tensor) -> None:
+    """Fill a tensor with what no call gives. What a model's pass gives torch lets be written in
+    inference mode alone; every other tensor may be written there too."""
+    output.fill_(float("nan") if output.is_floating_point() else -1)
+
+
 class GraphClock:
     """Times calls inside CUDA graphs.
 
@@ -124,7 +131,7 @@ class GraphClock:
         torch.cuda.synchronize()
         us = [a.elapsed_time(b) * 1e3 / calls for a, b in pairwise(events)]
         if output is not None:  # a replay that writes nothing must not pass for a right one
-            output.fill_(float("nan") if output.is_floating_point() else -1)
+            spoil(output)
         graph.replay()
         torch.cuda.synchronize()
         return Timing(statistics.median(us), min(us), max(us), output)

@@ -3,7 +3,7 @@
     python -m specdec.experiments.bench.run taps batches=[1,32]
 
 One pass of the target over trees of `nodes` nodes, in a CUDA graph, with `taps` and without, in
-turns. Everything else is equal: pages, trees, kernels.
+turns, of which each side begins every other one. Everything else is equal: pages, trees, kernels.
 """
 
 import statistics
@@ -36,7 +36,8 @@ class Options(Timed):
     nodes: Positive = option(64, "of each tree")
     context: Positive = option(1024, "committed tokens of each sequence")
     batches: tuple[Positive, ...] = option((1, 32), "sequences together", varies=True)
-    turns: Positive = option(5, "of both sides")
+    turns: Positive = option(4, "of both sides")
+    replays: Positive = option(6, "of a graph; the median counts")  # a pass is long
     out: Path = option(Path("taps.json"), "result file")
 
 
@@ -49,10 +50,13 @@ def taps(options: Options, result: dict[str, Any], save: Callable[[], None]) -> 
     clock = GraphClock(calls=4, replays=options.replays, longest=0.1)
     for batch in options.batches:
         times: dict[str, list[float]] = {side: [] for side in SIDES}
-        for _ in range(options.turns):
-            for side, wanted in zip(SIDES, ((), chosen), strict=True):
-                call = passes(lm, batch, options, wanted)
-                times[side].append(clock.time(partial(_same, call), 1).us)
+        for turn in range(options.turns):
+            for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
+                call = passes(lm, batch, options, chosen if side == "with" else ())
+                timing = clock.time(partial(_same, call), 1)
+                if timing.output.isnan().any():
+                    raise RuntimeError(f"batch {batch}, {side} states: a replay gives no logits")
+                times[side].append(timing.us)
         without, with_ = (statistics.median(times[side]) for side in SIDES)
         record = {"batch": batch, "nodes": options.nodes, "taps": list(chosen), "us": times}
         result.setdefault("batches", []).append({**record, "ratio": with_ / without})
