@@ -60,7 +60,7 @@ SHAPES = tuple(
 GRID = tuple(
     Shape(batch=batch, context=context, nodes=nodes, heads=heads)
     for heads, batch, context, nodes in product(
-        (32, 64), (1, 8, 32), (1024, 4096, 8192, 32768, 131072), (1, 16, 32, 64, 128)
+        (32, 64), (1, 8, 32), (1024, 4096, 8192, 32768, 131072), (1, 16, 32, 64, 128, 256)
     )
 )
 

@@ -41,13 +41,23 @@ LONGEST_CHAIN = 16
 
 # The trees of a budget, for all drafters; and for models above temperature 0.
 DYNAMIC = {
-    n: tree("dynamic", n, *of) for n, of in {8: (3, 4), 16: (4, 6), 32: (6, 7), 64: (8, 8)}.items()
+    n: tree("dynamic", n, *of)
+    for n, of in {
+        8: (3, 4),
+        16: (4, 6),
+        32: (6, 7),
+        64: (8, 8),
+        127: (12, 8),  # with the root, as many rows as a power of two
+        255: (16, 8),
+    }.items()
 }
 SAMPLED = {
     8: (tree("static", 2, 1, 1), tree("static", 4, 1)),
     16: (tree("static", 3, 2, 1), tree("static", 4, 2)),
     32: (tree("static", 4, 2, 2), tree("static", 3, 2, 1, 1, 1)),
     64: (tree("static", 4, 2, 2, 1), tree("static", 6, 3, 2)),
+    127: (tree("static", 5, 3, 2, 1, 1), tree("static", 8, 3, 2)),
+    255: (tree("static", 6, 3, 2, 2, 1), tree("static", 8, 4, 3)),
 }
 CHAIN, LONG = tree("chain", 4), tree("chain", 16)
 WIDE, DEEP = tree("dynamic", 63, 8, 8), tree("dynamic", 32, 4, 12)

@@ -66,9 +66,11 @@ class Options:
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of both models")
     batches: Axis = option((1, 8, 32), "sequences together")
-    nodes: Axis = option((1, 2, 4, 8, 16, 32, 64), "of a tree, the root included")
+    nodes: Axis = option(
+        (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256), "of a tree, the root included"
+    )
     contexts: Axis = option((128, 1024, 4096), "tokens before the tree")
-    widths: Axis = option((1, 2, 4, 8, 16), "nodes of a level")
+    widths: Axis = option((1, 2, 4, 8, 16, 32, 64), "nodes of a level")
     draft_context: Positive = option(1024, "tokens before the tree of a draft")
     replays: Positive = option(15, "of which the median counts", varies=True)
     only: tuple[Literal["draft", "verify", "loop"], ...] = option(

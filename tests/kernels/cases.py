@@ -105,12 +105,15 @@ def random_case(
     temperature: float = 1.0,
     bushy: float = 0.5,
     star: bool = False,
+    fan: int = 0,
 ) -> Case:
     """Trees of these sizes whose children are drawn from the drafts, in one padded batch.
 
     Args:
         bushy: how often a node grows on any earlier node instead of the last.
         star: all nodes grow on the root.
+        fan: so many children of every node instead, level by level, but for the last eight nodes,
+            each of which grows on the one before it.
     """
     generator = np.random.default_rng(seed)
     batch, nodes = len(sizes), max(sizes)
@@ -131,6 +134,10 @@ def random_case(
                 continue
             parent = int(generator.integers(node)) if generator.random() < bushy else node - 1
             parent = 0 if star else parent
+            if fan and node < size - 8:
+                parent = (node - 1) // fan
+            elif fan:
+                parent = node - 1
             while left[parent].sum() == 0:  # no token is left to draw
                 parent = int(generator.integers(node))
             token = generator.choice(vocab, p=left[parent] / left[parent].sum())

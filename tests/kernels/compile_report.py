@@ -35,6 +35,7 @@ from specdec.kernels import gpu
 from specdec.kernels.gpu.linear import gate
 from specdec.kernels.gpu.stream import choose_stream
 from specdec.kernels.layout import DraftedTrees
+from specdec.tree import MOST_NODES
 from tests.kernels.attention_cases import random_case
 from tests.kernels.memory import DEVICE
 
@@ -203,9 +204,11 @@ def structure(
     return list(kernels.tree_structure(parents))
 
 
-def accept(rule: str, dtype: torch.dtype, repeats: bool = False) -> list[Tensor]:
+def accept(
+    rule: str, dtype: torch.dtype, repeats: bool = False, *, nodes: int = 16, vocab: int = 32_000
+) -> list[Tensor]:
     """Of a chain of tokens 0 .. 15, which a target that is sure of each accepts to the end."""
-    batch, nodes, vocab, support = 2, 16, 32_000, 64
+    batch, support = 2, 64
     count = torch.arange(nodes, device=DEVICE)
     ids = torch.arange(support, device=DEVICE).repeat(batch, nodes, 1)
     tree = DraftedTrees(
@@ -229,10 +232,12 @@ def judge(
     repeats: bool = False,
     kernels: ModuleType = gpu,
     device: torch.device = DEVICE,
+    *,
+    nodes: int = 16,
 ) -> list[Tensor]:
     """What rules compute that are not one kernel, once each, of a tree of 16 nodes with three
     children each; and of an idle row."""
-    batch, nodes, vocab = 2, 16, 32_000
+    batch, vocab = 2, 32_000
     generator = torch.Generator().manual_seed(support)
     node = torch.arange(nodes)
     parents = (node - 1) // 3
@@ -299,6 +304,13 @@ def draft(count: int, dtype: torch.dtype) -> list[Tensor]:
     nodes = gpu.compact(ids.view(1, -1), ids.view(1, -1), chosen, 3)
     keys = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
     return [*nodes, gpu.places(chosen, 3), gpu.uniforms(keys, 2, 3 * count)]
+
+
+def grow(offered: int, nodes: int) -> list[Tensor]:
+    """What makes a tree of so many offered nodes."""
+    tokens = torch.zeros(2, offered, dtype=torch.int64, device=DEVICE)
+    chosen = gpu.best(tokens.double(), nodes)
+    return [*gpu.compact(tokens, tokens - 1, chosen, nodes), gpu.places(chosen, nodes)]
 
 
 def product(
@@ -371,8 +383,16 @@ def calls() -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {
         f"attention: {name}": call for name, call in attention_calls().items()
     }
-    for nodes in (1, 64, 256):
+    for nodes in (1, 64, 256, MOST_NODES + 1):
         found[f"trees: {nodes} nodes"] = partial(structure, nodes)
+    for nodes in (256, MOST_NODES + 1):
+        for rule in gpu.RULES:
+            for dtype in (torch.bfloat16, torch.float32):
+                call = partial(accept, rule, dtype, nodes=nodes, vocab=128_256)
+                found[f"accept: {rule}, {dtype}, {nodes} nodes"] = call
+        found[f"rules: {nodes} nodes"] = partial(judge, 64, torch.bfloat16, nodes=nodes)
+    for offered in (1 << 8, 1 << 11, 1 << 13, 1 << 15):
+        found[f"draft: {offered} offered"] = partial(grow, offered, MOST_NODES)
     for stored in (None, torch.float8_e4m3fn, torch.int8):
         found[f"cache: pages of {stored}"] = partial(move, stored)
     for rule in gpu.RULES:

@@ -192,6 +192,26 @@ def test_sizes_at_the_edges(
     check(case, rule, 1.0, support=support)
 
 
+@pytest.mark.parametrize(
+    "nodes", [129, *(pytest.param(n, marks=pytest.mark.slow) for n in (65, 128, 255, 256, 257))]
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_wide_trees(rule: str, nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily, the nodes do not fit one tile."""
+    monkeypatch.setattr(accept, "TILE", 64)
+    case = random_case(
+        nodes,
+        sizes=[nodes],
+        vocab=20,
+        support=12,
+        repeats=nodes % 2 == 0,
+        dtype=torch.float32,
+        fan=8,
+    )
+    lengths = check(case, rule, 1.0)
+    assert max(lengths) > 1
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_equal_logits_choose_the_first_token() -> None:
     logits = torch.zeros(1, 2, 101)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specdec.kernels import gpu, reference
+from specdec.kernels.gpu import growth
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEAD = float("-inf")
@@ -162,7 +163,9 @@ def test_the_best_and_the_places_they_have(
 
 
 @both
-@pytest.mark.parametrize("total", [255, 500, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "total", [65, 128, 129, 255, 256, 257, 500, pytest.param(4096, marks=pytest.mark.slow)]
+)
 def test_the_best_of_many(kernels: ModuleType, total: int) -> None:
     generator = torch.Generator().manual_seed(total)
     numbers = -torch.rand(2, total, generator=generator, dtype=torch.float64)
@@ -170,6 +173,31 @@ def test_the_best_of_many(kernels: ModuleType, total: int) -> None:
     found = kernels.best(numbers.to(DEVICE), 60)
     order = numbers.sort(dim=1, descending=True, stable=True).indices[:, :60]
     assert found.cpu().nonzero()[:, 1].view(2, 60).tolist() == order.sort(dim=1).values.tolist()
+
+
+@pytest.mark.parametrize("total", [65, 129, 256, 257, 3000])
+@pytest.mark.parametrize("block", [64, 2048])
+def test_nodes_are_moved_block_by_block(
+    total: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same places as all at once, and nothing beyond them."""
+    monkeypatch.setattr(growth, "MOST_TOGETHER", block)
+    generator = torch.Generator().manual_seed(total)
+    share = torch.rand(3, total, generator=generator)
+    parents = (share * torch.arange(total)).long()
+    parents[:, 0] = -1
+    kept = torch.rand(3, total, generator=generator) < torch.tensor([[0.1], [0.9], [0.0]])
+    kept[:, 0] = True
+    for node in range(1, total):  # with each node its parent
+        kept[:, node] &= kept[torch.arange(3), parents[:, node]]
+    tokens = torch.arange(3 * total).view(3, total)
+    nodes = int(kept.sum(1).max())
+    expected = reference.compact(tokens, parents, kept, nodes)
+    given = tokens.to(DEVICE), parents.to(DEVICE), kept.to(DEVICE)
+    for found, right in zip(gpu.compact(*given, nodes), expected, strict=True):
+        assert torch.equal(found.cpu(), right)
+    listed = gpu.places(given[2], min(total, 256))
+    assert torch.equal(listed.cpu(), reference.places(kept, min(total, 256)))
 
 
 @both

@@ -195,6 +195,32 @@ def test_a_rule_keeps_the_same_with_and_without_kernels(
     assert kept > 1
 
 
+@pytest.mark.some(2)
+@pytest.mark.parametrize("nodes", [128, 129, 256, 257])
+@pytest.mark.parametrize(("rule", "children", "bushy"), RULES, ids=RULE_NAMES)
+def test_a_rule_keeps_the_same_of_a_wide_tree(
+    rule: AcceptanceRule, children: Children, bushy: float, nodes: int
+) -> None:
+    """Of a chain, as deep as may be, in a batch padded to that size."""
+    case = random_case(
+        nodes,
+        sizes=[nodes] if bushy else [65],
+        vocab=20,
+        support=12,
+        repeats=children == "sample_with_replacement",
+        dtype=torch.float32,
+        bushy=bushy,
+        fan=8 if bushy else 0,
+    )
+    tree = tree_of(case, children).padded(1, nodes)
+    logits = torch.nn.functional.pad(case.logits, (0, 0, 0, nodes - case.logits.shape[1]))
+    params = SamplingParams(temperature=0.8, seed=3)
+    plain = rule.accept(context_for(params, 1, 0, reference), tree, logits)
+    found = rule.accept(context_for(params, 1, 0, gpu), tree, logits)
+    assert rows_that_differ(found, plain, tree) == 0
+    assert found.path.shape == (1, 65)
+
+
 @pytest.mark.parametrize("children", ["sample", "sample_with_replacement", None])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_kernel_is_handed_the_trees_and_how_they_were_drawn(

@@ -162,6 +162,24 @@ def test_traversal_of_34_nodes_and_40_candidates() -> None:
         assert judged > 8
 
 
+@pytest.mark.parametrize("repeats", [False, True], ids=["sample", "with_replacement"])
+@pytest.mark.parametrize(
+    "nodes", [129, *(pytest.param(n, marks=pytest.mark.slow) for n in (65, 128, 255, 256, 257))]
+)
+def test_traversal_of_wide_trees(nodes: int, repeats: bool) -> None:
+    case = random_case(
+        nodes,
+        sizes=[nodes],
+        vocab=20,
+        support=9,
+        repeats=repeats,
+        dtype=torch.float32,
+        fan=8,
+    )
+    judged, _ = check_traversal(case, low=0.9)
+    assert judged > 1
+
+
 @pytest.mark.parametrize(
     "siblings", [[3, 2, 5], [3, 3, 5], [3, 7, 5], [3, 5, 3]], ids=["all", "twins", "stranger", ""]
 )

@@ -14,7 +14,7 @@ from specdec.kernels.reference import tree_structure
 from tests.kernels.reference_cases import ancestors_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 256]
+SIZES = [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257]
 GUARD = 1024
 both = pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
 
@@ -153,7 +153,7 @@ def test_a_captured_graph_follows_new_parents() -> None:
 @st.composite
 def padded_trees(draw: st.DrawFn) -> list[list[int]]:
     """A batch of parents with padding; long chains are as likely as bushes."""
-    nodes = draw(st.integers(1, 70))
+    nodes = draw(st.integers(1, 70) | st.sampled_from([127, 128, 129, 255, 256, 257]))
     batch = []
     for _ in range(draw(st.integers(1, 3))):
         size = draw(st.integers(0, nodes))
