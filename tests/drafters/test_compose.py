@@ -142,6 +142,27 @@ def test_rows_of_a_batch_draft_as_if_alone(target: PagedLM, mode: str, children:
         assert sum(sources[name][0] for _, sources in found[0][1]) > 0
 
 
+def test_children_are_drawn_of_as_many_candidates_whoever_is_asked(target: PagedLM) -> None:
+    """Draws depend on the number, and which parts are asked on who else is in the batch."""
+    parts = {"ngram": NGram(), "model": SmallLlama(path="zoo:draft", candidates=9)}
+    drafter = spied(Compose, parts=parts, mode="cascade", min_match=2)
+    used: list[tuple[int, ...]] = []
+    look = drafter.look
+
+    def noted(*arguments: Any) -> Any:
+        variant = look(*arguments)
+        used.append(variant[0])
+        return variant
+
+    drafter.look = noted
+    tree = Static(widths=[2, 1], children="sample")
+    decode(target, drafter, tree, batch_size=2, temperature=1.0)
+    assert len({*used}) > 1
+    support = sum(part.candidates for part in parts.values())
+    proposals = [tree.proposal for tree in drafter.trees]
+    assert {one.ids.shape[2] for one in proposals if one is not None} == {support}
+
+
 def test_a_model_that_waits_reads_what_others_have_drafted(target: PagedLM) -> None:
     """Its trees are those of the model alone, whatever happened in between."""
     tree = Dynamic(budget=6)

@@ -118,6 +118,28 @@ def test_another_pace_needs_plain_decoding_of_its_own(specdec, tmp_path, clock, 
             )
 
 
+def test_the_job_that_decodes_it_keeps_plain_decoding_of_an_unsteady_pace(
+    specdec, tmp_path, clock, monkeypatch
+):
+    """As a run without a sweep does; for the others it has no pace."""
+    measure, count = baselines.Anchor.measure, 0
+
+    def measured(anchor: baselines.Anchor) -> float:
+        nonlocal count
+        count += 1
+        clock.pace = 1.0 if count == 1 else 1.05
+        return measure(anchor)
+
+    monkeypatch.setattr(baselines.Anchor, "measure", measured)
+    words = ("-m", *SHORT, "drafter=ngram", "tree.budget=2,3", f"out={tmp_path}/s")
+    code, printed, _ = specdec(*words)
+    found = jobs_by(tmp_path / "s", "tree.budget")
+    assert (code, own(tmp_path / "s")) == (0, [found[3].name])
+    assert printed.count("this run decodes its own") == 1
+    assert summary_of(found[2])["anchor"]["used"]
+    assert (found[2] / summary_of(found[2])["baseline_from"]).is_dir()
+
+
 def test_the_jobs_of_a_sweep_load_their_target_once(specdec, tmp_path, monkeypatch):
     loaded: list[str] = []
     load_model = load.load_model
@@ -197,6 +219,18 @@ def test_methods_in_turns_are_what_they_are_alone(specdec, tmp_path, monkeypatch
         assert summary["lossless"].get("identical") == (2 if cold else None)
     assert own(tmp_path / "s") == []
     assert not any(job.shared for job in jobs_of(tmp_path / "s"))
+
+
+def test_methods_take_turns_without_plain_decoding(specdec, tmp_path):
+    words = (*SHORT, "drafter=ngram,pld", "tree.budget=3", "baseline=false")
+    assert specdec(*TURNS, *words, f"out={tmp_path}/s")[0] == 0
+    found = jobs(tmp_path / "s")
+    assert len(found) == 2
+    for job in found:
+        assert len(lines(job / "generations.jsonl")) == 2
+        assert summary_of(job)["in_turns"]
+        assert "baseline" not in summary_of(job)
+    assert not list((tmp_path / "s").glob("**/baseline*"))
 
 
 def configs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

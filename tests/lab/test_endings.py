@@ -20,6 +20,8 @@ from transformers import AutoTokenizer
 
 from specdec.lab import experiment
 from specdec.lab.interrupts import SIGNALS, interruptible
+from specdec.lab.progress import Live
+from specdec.lab.runs import of_requests
 from specdec.lab.tracking import NoTracker
 from specdec.models import load
 from specdec.models.load import zoo_path
@@ -47,6 +49,25 @@ def usual_signals() -> Iterator[None]:
     yield
     for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
+
+
+def test_a_text_is_on_the_disk_with_all_its_steps(specdec, tmp_path, monkeypatch):
+    """Else a run that is killed would decode it again."""
+    out, finished, seen = tmp_path / "o", Live.finished, []
+    files = ("generations.jsonl", "steps.jsonl", "trees.jsonl")
+
+    def noted(live: Live, tokens: int) -> None:
+        finished(live, tokens)
+        seen.append([lines(out / file) for file in files])
+
+    monkeypatch.setattr(Live, "finished", noted)
+    assert specdec(*SHORT, "record.trees=2", f"out={out}")[0] == 0
+    assert [len(texts) for texts, _, _ in seen] == [1, 2]
+    for texts, steps, trees in seen:
+        done = {one["request"] for one in texts}
+        assert steps == of_requests(lines(out / "steps.jsonl"), done)
+        assert trees == [one for one in lines(out / "trees.jsonl") if one["request"] in done]
+        assert trees
 
 
 def left(folder: Path) -> list[str]:
