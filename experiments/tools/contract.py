@@ -55,7 +55,6 @@ TREES = {
     "chain": ("tree=chain", "tree.budget=3"),
     "static": ("tree=static", "tree.widths=[2,2,1]"),
     "dynamic": ("tree=dynamic", "tree.budget=8", "tree.width=3", "tree.depth=4"),
-    "wide": ("tree=dynamic", "tree.budget=256", "tree.width=16", "tree.depth=6"),
 }
 SAMPLED = ("sampling=sample", "tree.children=sample")
 VOCAB = 6  # of made-up drafts

@@ -195,8 +195,8 @@ def test_a_rule_keeps_the_same_with_and_without_kernels(
     assert kept > 1
 
 
-@pytest.mark.some(2)
-@pytest.mark.parametrize("nodes", [128, 129, 256, 257])
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [129, 257])
 @pytest.mark.parametrize(("rule", "children", "bushy"), RULES, ids=RULE_NAMES)
 def test_a_rule_keeps_the_same_of_a_wide_tree(
     rule: AcceptanceRule, children: Children, bushy: float, nodes: int
