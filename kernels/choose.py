@@ -24,26 +24,18 @@ class Kernels:
     Args:
         impl: auto is triton on an NVIDIA GPU of one of the `GENERATIONS` and reference elsewhere;
             a choice made by name never falls back.
-        fixed_splits: pieces the context of every sequence is read in, so that a row's result does
-            not depend on its batch to the last bit, as long as its tree is padded to the same
-            size; None chooses what fills the GPU. Of no concern to the reference, like what
-            follows.
+        exact: the bits of a token's hidden states, keys, values and logits are a function of its
+            own prefix alone, whatever batch or tree it stands in.
         shared_prefix: read full pages that neighbouring rows of a batch share once for all of
-            them.
+            them. Of no concern to the reference, like what follows.
         graphs: capture steps in CUDA graphs.
 
-    Raises:
-        ValueError: a value out of range.
     """
 
     impl: Literal["auto", "triton", "reference"] = "auto"
-    fixed_splits: int | None = None
+    exact: bool = False
     shared_prefix: bool = False
     graphs: bool = True
-
-    def __post_init__(self) -> None:
-        if self.fixed_splits is not None and self.fixed_splits < 1:
-            raise ValueError(f"kernels.fixed_splits={self.fixed_splits}: must be at least 1")
 
     def settled(self, device: torch.device, dtype: torch.dtype = torch.float32) -> "Kernels":
         """The same settings, with what auto stands for on a device and for models of a type.
@@ -52,11 +44,20 @@ class Kernels:
             ValueError: the chosen implementation cannot run there.
         """
         obstacle = _obstacle(device, dtype)
-        if self.impl == "auto":
-            able = device.type == "cuda" and obstacle is None
-            return replace(self, impl="triton" if able else "reference")
         if self.impl == "triton" and obstacle is not None:
             raise ValueError(f"kernels.impl=triton: {obstacle}; use kernels=auto")
+        able = device.type == "cuda" and obstacle is None
+        if self.exact and (self.impl == "reference" or (self.impl == "auto" and not able)):
+            reason = (
+                "" if self.impl == "reference" or obstacle is None else f" (Triton {obstacle})"
+            )
+            raise ValueError(
+                "kernels.exact=true: products of plain torch round by the number of rows, and "
+                f"kernels=reference would compute here{reason}; use kernels=triton on a GPU, or "
+                "kernels.exact=false"
+            )
+        if self.impl == "auto":
+            return replace(self, impl="triton" if able else "reference")
         return self
 
     def on(self, device: torch.device) -> ModuleType:
@@ -66,6 +67,8 @@ class Kernels:
             ValueError: the chosen implementation cannot run on this device.
         """
         name = {"triton": "gpu", "reference": "reference"}[self.settled(device).impl]
+        if self.exact:
+            name = "exact"
         return importlib.import_module(f"specdec.kernels.{name}")
 
 

@@ -58,6 +58,7 @@ class PagedKVCache:
         kv_dtype: what the pages hold them as, float8_e4m3fn or int8, with a scale for each token
             and head; None for `dtype`, which the scratch keeps in any case.
         kernels: the implementation that moves them, `specdec.kernels.reference` or `gpu`.
+        exact: what it holds was computed with `Kernels.exact`.
 
     Raises:
         ValueError: a size below 1, or another `kv_dtype`.
@@ -75,6 +76,7 @@ class PagedKVCache:
         device: torch.device,
         kv_dtype: torch.dtype | None = None,
         kernels: ModuleType = reference,
+        exact: bool = False,
     ) -> None:
         for name, value in {"page_size": page_size, "pages": pages, "rows": rows}.items():
             if value < 1:
@@ -84,7 +86,7 @@ class PagedKVCache:
         self.shape, self.page_size, self.max_tokens = shape, page_size, max_tokens
         self.pages, self.idle_row = pages, rows
         self.kv_dtype = kv_dtype
-        self._kernels = kernels
+        self._kernels, self.exact = kernels, exact
         self._like = torch.empty(0, dtype=dtype, device=device)
         # Zeros, not empty: a stray NaN in a page nobody has written would survive a weight of
         # zero.

@@ -19,6 +19,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from specdec.experiments.bench.clock import (
 )
 from specdec.experiments.bench.peers import Contender
 from specdec.kernels import gpu
+from specdec.kernels.gpu import plan
 from specdec.kernels.layout import TreeLayout
 from specdec.lab.command import Positive, option
 
@@ -129,8 +131,18 @@ def ours(
             **options,
         )
 
-    def shared(**options: Any) -> Call:
-        return partial(attend, case.layout(), options)
+    def shared() -> Call:
+        return partial(attend, case.layout(), {})
+
+    def unsplit() -> Call:
+        call = shared()
+
+        def attend_whole(copy: int) -> Tensor:
+            # So small a GPU is full with one program for every sequence and head.
+            with mock.patch.object(plan, "processors", return_value=1):
+                return call(copy)
+
+        return attend_whole
 
     def itself(out: Tensor) -> Tensor:
         return out
@@ -138,7 +150,7 @@ def ours(
     return {
         "ours": [Contender("one plan", shared, itself)],
         "ours + plan": [Contender("a plan for each", lambda: partial(attend, None, {}), itself)],
-        "ours, no split": [Contender("fixed_splits 1", partial(shared, fixed_splits=1), itself)],
+        "ours, no split": [Contender("one piece", unsplit, itself)],
     }
 
 

@@ -42,7 +42,6 @@ def tree_attention(
     sinks: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
-    fixed_splits: int | None = None,
     shared_prefix: bool = False,
     blocks: Blocks | None = None,
 ) -> Tensor:
@@ -57,12 +56,12 @@ def tree_attention(
     """
     batch, query_heads, nodes, _ = query.shape
     kv_heads, page_size, value_dim = key_pages.shape[1], key_pages.shape[2], value_pages.shape[3]
-    _check(query.dtype, scale)
+    check(query.dtype, scale)
     out = query.new_empty(batch, nodes, query_heads, value_dim)
     if not out.numel():
         return out
     rows = query_heads // kv_heads * nodes
-    blocks = blocks or _blocks(query, key_pages, value_pages, rows)
+    blocks = blocks or blocks_for(query, key_pages, value_pages, rows)
     pieces, planned = _pieces(
         layout,
         blocks=blocks,
@@ -70,7 +69,6 @@ def tree_attention(
         kv_heads=kv_heads,
         page_size=page_size,
         window=window,
-        fixed_splits=fixed_splits,
         shared_prefix=shared_prefix,
     )
     row_blocks = triton.cdiv(rows, blocks.rows)
@@ -89,8 +87,8 @@ def tree_attention(
             out,
             *(partials or (None, None)),
             *read[:3],
-            _descriptor(key_pages, blocks),
-            _descriptor(value_pages, blocks),
+            descriptor(key_pages, blocks),
+            descriptor(value_pages, blocks),
             *read[3:],
             key_scales,
             value_scales,
@@ -116,11 +114,11 @@ def tree_attention(
             **constants,
         )
     if partials is not None:
-        merge(out, *partials, sinks, pieces)
+        merge(out, *partials, sinks, spans=pieces.spans, most=pieces.most)
     return out
 
 
-def _check(dtype: torch.dtype, scale: float) -> None:
+def check(dtype: torch.dtype, scale: float) -> None:
     if dtype not in TYPES:
         raise ValueError(f"kernels.impl=triton: no kernels for {dtype}; use kernels=reference")
     if scale <= 0:
@@ -145,7 +143,7 @@ def _tables(layout: TreeLayout) -> tuple[Tensor | None, ...]:
     )
 
 
-def _blocks(query: Tensor, key_pages: Tensor, value_pages: Tensor, rows: int) -> Blocks:
+def blocks_for(query: Tensor, key_pages: Tensor, value_pages: Tensor, rows: int) -> Blocks:
     """Launch parameters by the shape."""
     plain = key_pages.dtype == query.dtype and all(
         pages.is_contiguous() and pages.stride(2) * pages.itemsize % BULK_ALIGNMENT == 0
@@ -221,7 +219,7 @@ def _constants(
     }
 
 
-def _descriptor(pages: Tensor, blocks: Blocks) -> TensorDescriptor | None:
+def descriptor(pages: Tensor, blocks: Blocks) -> TensorDescriptor | None:
     """The rows of all pages for the bulk copy engine."""
     if not blocks.bulk:
         return None

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.gpu.ring import ring_descriptor, ring_kernel
 from specdec.kernels.gpu.stream import (
+    SPLIT_COLUMNS,
     STREAM_ROWS,
     Stream,
     choose_stream,
@@ -33,14 +34,17 @@ from specdec.kernels.gpu.stream import (
 BULK_ALIGNMENT = 16  # bytes, of the rows the bulk copy engine reads
 
 
-def linear(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, *, blocks: Stream | None = None, exact: bool = False
+) -> Tensor:
     """As `specdec.kernels.reference.linear`: float32 parts for up to `STREAM_ROWS` rows, one part
     in the type of x beyond.
 
     Args:
         blocks: launch parameters, for tuning; None chooses them by the shape.
+        exact: float32 parts for any number of rows, whose bits do not depend on it.
     """
-    blocks = blocks or _choose(x, weight)
+    blocks = blocks or _choose(x, weight, exact=exact)
     if blocks is None:
         return torch.mm(x, weight.T)[None]
     chunk, splits = _chunks(x.shape[1], blocks)
@@ -49,9 +53,12 @@ def linear(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor
     return parts
 
 
-def project(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor:
-    """As `specdec.kernels.reference.project`; `blocks` as in `linear`, of one split."""
-    blocks = blocks or _choose(x, weight, whole=True)
+def project(
+    x: Tensor, weight: Tensor, *, blocks: Stream | None = None, exact: bool = False
+) -> Tensor:
+    """As `specdec.kernels.reference.project`; `blocks`, of one split, and `exact` as in
+    `linear`."""
+    blocks = blocks or _choose(x, weight, whole=True, exact=exact)
     if blocks is None:
         return torch.mm(x, weight.T)
     out = x.new_empty(len(x), len(weight))
@@ -59,10 +66,14 @@ def project(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tenso
     return out
 
 
-def gated_linear(x: Tensor, weight: Tensor, *, blocks: Stream | None = None) -> Tensor:
-    """As `specdec.kernels.reference.gated_linear`; `blocks` as in `linear`, where splits leave
-    the gate to a second kernel."""
-    blocks = blocks or _choose(x, weight, gated=True)
+def gated_linear(
+    x: Tensor, weight: Tensor, *, blocks: Stream | None = None, exact: bool = False
+) -> Tensor:
+    """As `specdec.kernels.reference.gated_linear`; `blocks` and `exact` as in `linear`, where
+    splits, or many rows, leave the gate to a second kernel."""
+    if blocks is None and exact and len(x) > STREAM_ROWS:
+        return gate(project(x, weight, exact=True)[None])
+    blocks = blocks or _choose(x, weight, gated=True, exact=exact)
     if blocks is None:
         return gate(torch.mm(x, weight.T)[None])
     if blocks.splits > 1:
@@ -94,15 +105,21 @@ def gate(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _choose(
-    x: Tensor, weight: Tensor, *, whole: bool = False, gated: bool = False
+    x: Tensor, weight: Tensor, *, whole: bool = False, gated: bool = False, exact: bool
 ) -> Stream | None:
     """How to read the weight; None leaves the product to torch, in the interpreter too, which
     would take minutes for those of a model."""
-    if len(x) > STREAM_ROWS or triton.knobs.runtime.interpret:
+    if not exact and (len(x) > STREAM_ROWS or triton.knobs.runtime.interpret):
         return None
     outputs, inputs = weight.shape
     return choose_stream(
-        rows=len(x), outputs=outputs, inputs=inputs, dtype=x.dtype, whole=whole, gated=gated
+        rows=len(x),
+        outputs=outputs,
+        inputs=inputs,
+        dtype=x.dtype,
+        whole=whole,
+        gated=gated,
+        exact=exact,
     )
 
 
@@ -113,8 +130,8 @@ def _on_hopper(device: torch.device) -> bool:
 
 
 def _chunks(inputs: int, blocks: Stream) -> tuple[int, int]:
-    """Columns of a split, a multiple of those of an iteration, and how many splits that makes."""
-    chunk = triton.cdiv(triton.cdiv(inputs, blocks.splits), blocks.columns) * blocks.columns
+    """Columns of a split, and how many splits that makes."""
+    chunk = triton.cdiv(triton.cdiv(inputs, blocks.splits), SPLIT_COLUMNS) * SPLIT_COLUMNS
     return chunk, triton.cdiv(inputs, chunk)
 
 
@@ -138,7 +155,8 @@ def _stream(
     block_m = padded_rows(rows)
     bulk = blocks.bulk and _aligned(x) and _aligned(weight)
     interpreting = triton.knobs.runtime.interpret
-    grid = (triton.cdiv(width, blocks.rows), triton.cdiv(inputs, chunk))
+    x_tiles = triton.cdiv(rows, block_m)
+    grid = (triton.cdiv(width, blocks.rows) * x_tiles, triton.cdiv(inputs, chunk))
     shared = {
         "WIDTH": width,
         "DEPTH": inputs,
@@ -154,7 +172,7 @@ def _stream(
     tiles = ((x, [block_m, blocks.columns]), (weight, [blocks.rows, blocks.columns]))
     if bulk and blocks.ring and not interpreting and _on_hopper(x.device):
         descriptors = [ring_descriptor(tensor, tile) for tensor, tile in tiles]
-        ring_kernel[grid](out, *descriptors, rows, **shared)
+        ring_kernel[grid](out, *descriptors, rows, x_tiles, **shared)
         return
     stream_kernel[grid](
         out,
@@ -162,6 +180,7 @@ def _stream(
         weight,
         *(TensorDescriptor.from_tensor(*tile) if bulk else None for tile in tiles),
         rows,
+        x_tiles,
         x.stride(0),
         BULK=bulk,
         PRECISION="ieee" if x.dtype == torch.float32 else None,
@@ -194,9 +213,10 @@ def gate_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    opening = tl.zeros([BLOCK], tl.float32)
-    up = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
+    here = parts_ptr + row * (2 * WIDTH) + offs  # one part as it is: zero and -0.0 make 0.0
+    opening = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(here + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
         here = parts_ptr + (split * rows + row) * (2 * WIDTH) + offs
         opening += tl.load(here, mask=inside, other=0.0).to(tl.float32)
         up += tl.load(here + WIDTH, mask=inside, other=0.0).to(tl.float32)

@@ -6,39 +6,53 @@ from torch import Tensor
 
 from specdec.kernels.gpu.attention import LOG2_E
 from specdec.kernels.gpu.blocks import padded
-from specdec.kernels.gpu.plan import Pieces
 
 
 def merge(
-    out: Tensor, partial: Tensor, partial_lse: Tensor, sinks: Tensor | None, pieces: Pieces
+    out: Tensor,
+    partial: Tensor,
+    partial_lse: Tensor,
+    sinks: Tensor | None,
+    *,
+    spans: Tensor,
+    most: int,
+    always: bool = False,
 ) -> None:
     """Weigh partial results by the exponential of their log-sum-exp, into `out`.
 
+    They are added up one after the other, and one without keys changes no bit. (Long for what it
+    hands to the kernel.)
+
     Args:
-        out: [B, N, HQ, DV]; rows of sequences in one piece are left as they are.
+        out: [B, N, HQ, DV], dense but for B.
         partial, partial_lse: [slots, HKV, R, DV] and [slots, HKV, R], base 2, where R is at least
             the number of nodes times query heads of a group.
         sinks: [HQ].
+        spans: [B, 2] int32: where those of each sequence begin, and how many it has.
+        most: no sequence has more.
+        always: False leaves rows of sequences with one partial result as they are.
     """
     batch, nodes, query_heads, value_dim = out.shape
     kv_heads, padded_rows = partial_lse.shape[1:]
     group = query_heads // kv_heads
     rows = group * nodes
     # Few rows of a program when there are few in all: they come sooner.
-    block = max(1, min(16, triton.next_power_of_2(min(batch * kv_heads * rows // 2048, rows))))
+    interpreting = triton.knobs.runtime.interpret
+    many = rows if interpreting else min(batch * kv_heads * rows // 2048, rows)
+    block = max(1, min(16, triton.next_power_of_2(many)))
     width = padded(value_dim)
     warps = max(1, min(4, block * width // 128))
     elements = max(4, block * width // (32 * warps))  # of a thread and piece
-    most = triton.next_power_of_2(pieces.most)
-    interpreting = triton.knobs.runtime.interpret
+    most = triton.next_power_of_2(most)
     merge_kernel[(triton.cdiv(rows, block), kv_heads, batch)](
         out,
         partial,
         partial_lse,
         sinks,
-        pieces.spans,
+        spans,
         rows,
         padded_rows,
+        out.stride(0),
         KV_HEADS=kv_heads,
         GROUP=group,
         VALUE_DIM=value_dim,
@@ -46,13 +60,14 @@ def merge(
         PIECES=most,
         AT_ONCE=min(max(1, 64 // elements), most),
         BLOCK_R=block,
+        LEAST=1 if always else 2,
         OVERLAP=not interpreting,
         num_warps=warps,
         launch_pdl=not interpreting,
     )
 
 
-@triton.jit(do_not_specialize=["rows", "padded_rows"])
+@triton.jit(do_not_specialize=["rows", "padded_rows", "stride_out_b"])
 def merge_kernel(
     out_ptr,
     partial_ptr,
@@ -61,6 +76,7 @@ def merge_kernel(
     span_ptr,
     rows,
     padded_rows,
+    stride_out_b,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -68,6 +84,7 @@ def merge_kernel(
     PIECES: tl.constexpr,
     AT_ONCE: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    LEAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Weigh the partial results of some rows of a sequence by the exponential of their
@@ -79,7 +96,7 @@ def merge_kernel(
         tl.extra.cuda.gdc_wait()
     slot = tl.load(span_ptr + 2 * sequence).to(tl.int64)
     pieces = tl.load(span_ptr + 2 * sequence + 1)
-    if pieces == 1:
+    if pieces < LEAST:
         return
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_v = tl.arange(0, VALUE_PAD)
@@ -98,9 +115,15 @@ def merge_kernel(
         sink = tl.load(sink_ptr + query_head, mask=real, other=0.0).to(tl.float32) * LOG2_E
         peak = tl.maximum(peak, sink)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(tl.exp2(lse - peak), 0)
+    mass = tl.zeros([BLOCK_R], tl.float32)
     if sink_ptr is not None:
         mass += tl.exp2(sink - peak)
+    # One by one: a sum over a tile would be added up as its width, and that of its padding, want.
+    for base in range(0, pieces, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            there = real & (tl.full([BLOCK_R], base + i, tl.int32) < pieces)
+            here = lse_ptr + place + (base + i) * step
+            mass += tl.exp2(tl.load(here, mask=there, other=float("-inf")) - peak)
     total = peak + tl.log2(tl.where(mass > 0, mass, 1.0))
     acc = tl.zeros([BLOCK_R, VALUE_PAD], tl.float32)
     for base in range(0, pieces, AT_ONCE):
@@ -113,11 +136,12 @@ def merge_kernel(
                 mask=there[:, None] & (offs_v < VALUE_DIM),
                 other=0.0,
             )
-            acc += tl.exp2(share - total)[:, None] * partial
+            share = tl.broadcast_to(tl.exp2(share - total)[:, None], [BLOCK_R, VALUE_PAD])
+            acc = tl.fma(share, partial, acc)
     node = (offs_r // GROUP).to(tl.int64)
-    out_rows = (sequence * (rows // GROUP) + node) * (KV_HEADS * GROUP) + query_head
+    out_rows = node * (KV_HEADS * GROUP) + query_head
     tl.store(
-        out_ptr + out_rows[:, None] * VALUE_DIM + offs_v,
+        out_ptr + sequence * stride_out_b + out_rows[:, None] * VALUE_DIM + offs_v,
         acc.to(out_ptr.dtype.element_ty),
         mask=real[:, None] & (offs_v < VALUE_DIM),
     )

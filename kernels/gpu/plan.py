@@ -51,7 +51,6 @@ def plan_pieces(
     kv_heads: int,
     page_size: int,
     window: int | None,
-    fixed_splits: int | None,
     shared_prefix: bool,
 ) -> Pieces:
     """Divide the keys of all sequences into pieces that keep the GPU busy; nothing is read back.
@@ -59,21 +58,17 @@ def plan_pieces(
 
     Args:
         rows: query rows of a sequence and key-value head.
-        fixed_splits: pieces of every sequence; None chooses what fills the GPU.
         shared_prefix: read what neighbouring sequences share once for all of them.
     """
     batch, device = len(layout.context_lens), layout.context_lens.device
     tree_units = triton.cdiv(layout.key_positions.shape[1], blocks.keys) * blocks.tree_cost
     programs = kv_heads * triton.cdiv(rows, blocks.rows)  # of a piece
     slots = processors(device) * blocks.per_processor
-    if fixed_splits is None:
-        waves = triton.cdiv(batch * programs, slots)
-        target = max(batch, waves * slots // programs)
-        longest = triton.cdiv(layout.max_context, blocks.keys) + tree_units
-        most = max(1, min(target - batch + 1, longest))
-        target = min(target, batch * most)
-    else:
-        target, most = batch * fixed_splits, fixed_splits
+    waves = triton.cdiv(batch * programs, slots)
+    target = max(batch, waves * slots // programs)
+    longest = triton.cdiv(layout.max_context, blocks.keys) + tree_units
+    most = max(1, min(target - batch + 1, longest))
+    target = min(target, batch * most)
     items = torch.empty(target, FIELDS.value, dtype=torch.int32, device=device)
     spans = torch.empty(batch, 2, dtype=torch.int32, device=device)
     shared, shared_items, shared_pieces = None, None, 0
@@ -88,7 +83,6 @@ def plan_pieces(
         target,
         tree_units,
         window or 0,
-        fixed_splits or 0,
         B_PAD=triton.next_power_of_2(batch),
         W_PAD=triton.next_power_of_2(target),
         BLOCK_N=blocks.keys,
@@ -139,7 +133,7 @@ def _share(
     return shared, items, pieces
 
 
-@triton.jit(do_not_specialize=["batch", "target", "tree_units", "window", "fixed"])
+@triton.jit(do_not_specialize=["batch", "target", "tree_units", "window"])
 def _plan_kernel(
     items_ptr,
     spans_ptr,
@@ -149,7 +143,6 @@ def _plan_kernel(
     target,
     tree_units,
     window,
-    fixed,
     B_PAD: tl.constexpr,
     W_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,15 +157,12 @@ def _plan_kernel(
         begin = tl.load(shared_ptr + offs_b, mask=real, other=0)
         elsewhere = tl.where(begin > 0, SHARED_PIECES, 0)
     length = tl.where(real, tl.cdiv(context, BLOCK_N) - begin + tree_units, 0)
-    if fixed > 0:
-        pieces = tl.minimum(length, fixed)
-    else:
-        # The smallest piece with which the list does not outgrow what runs at the same time.
-        longest = tl.max(length, 0)
-        piece = tl.maximum(tl.cdiv(tl.sum(length, 0), target), 1)
-        while (tl.sum(tl.cdiv(length, piece), 0) > target) & (piece < longest):
-            piece += tl.maximum(piece // 16, 1)
-        pieces = tl.cdiv(length, piece)
+    # The smallest piece with which the list does not outgrow what runs at the same time.
+    longest = tl.max(length, 0)
+    piece = tl.maximum(tl.cdiv(tl.sum(length, 0), target), 1)
+    while (tl.sum(tl.cdiv(length, piece), 0) > target) & (piece < longest):
+        piece += tl.maximum(piece // 16, 1)
+    pieces = tl.cdiv(length, piece)
     pieces = tl.where(real, tl.maximum(pieces, 1), 0)  # a row without keys still wants its zeros
     item = tl.cumsum(pieces, 0) - pieces
     count = pieces + elsewhere
@@ -234,6 +224,49 @@ def _share_kernel(
     Stores for each sequence the key blocks its group shares (0: none), and the list of pieces:
     every row block of a group, times PIECES.
     """
+    offs_b = tl.arange(0, B_PAD)
+    real = offs_b < batch
+    leader, members, common = find_groups(
+        page_table_ptr,
+        context_lens_ptr,
+        batch,
+        columns,
+        stride_table_b,
+        LEAST * BLOCK_N,
+        B_PAD,
+        PAGE,
+    )
+    common = common // BLOCK_N
+    tl.store(shared_ptr + offs_b, common, mask=real)
+
+    leads = real & (leader == offs_b) & (members > 1)
+    tiles = tl.where(leads, tl.cdiv(members * rows, BLOCK_M), 0)
+    first = (tl.cumsum(tiles, 0) - tiles) * PIECES
+    _clear(items_ptr, tl.sum(tiles, 0) * PIECES, target, W_PAD)
+    for tile in range(tl.max(tiles, 0)):
+        has = leads & (tile < tiles)
+        for piece in range(PIECES):
+            item = first + piece * tiles + tile
+            begin = piece * common // PIECES
+            end = (piece + 1) * common // PIECES
+            count = PIECES + 1
+            _put(items_ptr, item, offs_b, begin, end, count, 0, members, tile, piece, has)
+
+
+@triton.jit
+def find_groups(
+    page_table_ptr,
+    context_lens_ptr,
+    batch,
+    columns,
+    stride_table_b,
+    least,
+    B_PAD: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """(the first sequence of the group of each, [B]; how many its group has; keys in full pages
+    that all of them begin with, 0 in a group of one.) Neighbours with fewer than `least` in common
+    are of different groups."""
     COLUMNS: tl.constexpr = 32
     offs_b = tl.arange(0, B_PAD)
     offs_p = tl.arange(0, COLUMNS)
@@ -250,27 +283,13 @@ def _share_kernel(
         other = tl.load(table_ptr[:, None] + page - stride_table_b, mask=compared, other=0)
         differs = tl.where(compared & (own != other), page[None, :], columns)
         same = tl.minimum(same, tl.min(differs, 1))
-    blocks = tl.where(later, same * PAGE // BLOCK_N, 0)
-    linked = blocks >= LEAST
+    keys = tl.where(later, same * PAGE, 0)
+    linked = keys >= least
     # [B, B]: a sequence, and a candidate for the first of its group or another member of it
     heads = (offs_b[None, :] <= offs_b[:, None]) & (tl.where(linked, 0, 1)[None, :] > 0)
     leader = tl.max(tl.where(heads, offs_b[None, :], 0), 1)
-    real = offs_b < batch
-    together = (leader[:, None] == leader[None, :]) & real[None, :]
+    together = (leader[:, None] == leader[None, :]) & (offs_b < batch)[None, :]
     members = tl.sum(together.to(tl.int32), 1)
-    least = tl.where(together & (blocks[None, :] >= LEAST), blocks[None, :], columns * PAGE)
-    common = tl.where(members > 1, tl.min(least, 1), 0)
-    tl.store(shared_ptr + offs_b, common, mask=real)
-
-    leads = real & (leader == offs_b) & (members > 1)
-    tiles = tl.where(leads, tl.cdiv(members * rows, BLOCK_M), 0)
-    first = (tl.cumsum(tiles, 0) - tiles) * PIECES
-    _clear(items_ptr, tl.sum(tiles, 0) * PIECES, target, W_PAD)
-    for tile in range(tl.max(tiles, 0)):
-        has = leads & (tile < tiles)
-        for piece in range(PIECES):
-            item = first + piece * tiles + tile
-            begin = piece * common // PIECES
-            end = (piece + 1) * common // PIECES
-            count = PIECES + 1
-            _put(items_ptr, item, offs_b, begin, end, count, 0, members, tile, piece, has)
+    shared = tl.where(together & linked[None, :], keys[None, :], columns * PAGE)
+    common = tl.where(members > 1, tl.min(shared, 1), 0)
+    return leader, members, common

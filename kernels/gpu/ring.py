@@ -29,12 +29,13 @@ def ring_descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, block, layout)
 
 
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit(do_not_specialize=["rows", "x_tiles"])
 def ring_kernel(
     out_ptr,  # [S, M, N]
     x_desc,  # [M, K]
     weight_desc,  # [N, K], with a gate [2 N, K]
     rows,
+    x_tiles,
     WIDTH: gl.constexpr,  # N
     DEPTH: gl.constexpr,  # K
     CHUNK: gl.constexpr,
@@ -45,7 +46,7 @@ def ring_kernel(
     STAGES: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """One program for some rows of the weight and one split of its columns."""
+    """One program for a tile of rows of the weight, one split of its columns and a tile of x."""
     HALVES: gl.constexpr = 2 if WITH_GATE else 1
     dtype: gl.constexpr = weight_desc.dtype
     weights = gl.allocate_shared_memory(
@@ -55,7 +56,8 @@ def ring_kernel(
     barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(barriers.index(slot), count=1)
-    first = gl.program_id(0) * BLOCK_N
+    first = gl.program_id(0) // x_tiles * BLOCK_N
+    first_x = gl.program_id(0) % x_tiles * BLOCK_M  # neighbours read the same weights
     begin = gl.program_id(1) * CHUNK
     end = gl.minimum(begin + CHUNK, DEPTH)
     steps = gl.cdiv(end - begin, BLOCK_K)
@@ -66,7 +68,7 @@ def ring_kernel(
     gdc_wait()
     for slot in gl.static_range(STAGES):
         k = begin + slot * BLOCK_K
-        load(x_desc, [0, k], barriers.index(slot), inputs.index(slot), pred=k < end)
+        load(x_desc, [first_x, k], barriers.index(slot), inputs.index(slot), pred=k < end)
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -87,7 +89,7 @@ def ring_kernel(
         ahead = begin + (step + STAGES - 1) * BLOCK_K
         more = (step > 0) & (ahead < end)
         _weight(weight_desc, weights, barriers, inputs, first, ahead, freed, more, HALVES, WIDTH)
-        load(x_desc, [0, ahead], barriers.index(freed), inputs.index(freed), pred=more)
+        load(x_desc, [first_x, ahead], barriers.index(freed), inputs.index(freed), pred=more)
     if WITH_GATE:
         acc, up = warpgroup_mma_wait(num_outstanding=0, deps=(acc, up))
         acc = acc.to(out_ptr.dtype.element_ty).to(gl.float32)
@@ -98,7 +100,7 @@ def ring_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.invalidate(barriers.index(slot))
     offs_n = first + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
-    offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
+    offs_m = first_x + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
     target = (gl.program_id(1) * rows + offs_m)[None, :].to(gl.int64) * WIDTH + offs_n[:, None]
     gl.store(
         out_ptr + target,

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 STREAM_ROWS = 64  # of x; beyond, products are bound by arithmetic and cuBLAS is as good
+TILE_ROWS = 256  # of x to a program, at most
+SPLIT_COLUMNS = 128  # columns of a split are a multiple of these
 PROGRAMS = 132  # about as many as a GPU has multiprocessors
 RING = 200 * 1024  # bytes of shared memory for tiles on their way to one multiprocessor
 
@@ -43,37 +45,46 @@ MANY_ROWS = Stream(rows=128, columns=128, warps=8, stages=4)
 GATED = Stream(rows=64, columns=128, stages=5)
 GATED_MANY_ROWS = Stream(rows=64, columns=128, stages=2)
 GATED_SMALL = Stream(rows=64, columns=64, stages=10)
+WIDE = Stream(rows=64, columns=64, stages=8)
+WIDE_WHOLE = Stream(rows=128, columns=64, warps=8, stages=8)
 
 
 def choose_stream(
-    *, rows: int, outputs: int, inputs: int, dtype: torch.dtype, whole: bool, gated: bool = False
+    *,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    whole: bool,
+    gated: bool = False,
+    exact: bool = False,
 ) -> Stream:
     """How to read a weight [outputs, inputs] for a product with `rows` rows.
 
-    Up to 16 rows it does not matter how many: neither does the order in which a result is summed
-    up.
+    The order in which a result is summed up follows from its splits alone: tensor cores add to a
+    result column after column, however large the tile.
 
     Args:
         whole: the result is wanted in one part.
         gated: one half of the outputs is the gate of the other.
+        exact: as many splits whatever the rows; up to 16 rows it makes no difference.
     """
     if dtype == torch.float32:  # no tensor cores: exactness is the point, not speed
         return replace(EXACT, rows=EXACT.rows // 2) if gated else EXACT
-    if gated:
+    if rows > STREAM_ROWS:
+        stream = WIDE_WHOLE if whole else WIDE
+    elif gated:
         few = GATED if rows <= 16 else GATED_MANY_ROWS
         stream = few if outputs >= PROGRAMS * GATED.rows else GATED_SMALL
     else:
         stream = MANY_ROWS if whole and rows > 16 else FEW_ROWS
     splits, together = 1, 1  # programs to a multiprocessor
-    if whole or stream is GATED_MANY_ROWS:  # one starts while the other is at work
+    if rows > STREAM_ROWS:
+        splits = 1 if whole else _splits(outputs, inputs, crowded=True)[0]
+    elif whole or stream is GATED_MANY_ROWS:  # one starts while the other is at work
         together = 2
     elif not gated:
-        tiles = triton.cdiv(outputs, stream.rows)
-        splits = max(1, min(PROGRAMS // tiles, inputs // (2 * stream.columns)))
-        crowd = 3 * PROGRAMS // tiles
-        uneven = not 0.9 * PROGRAMS <= tiles * splits <= PROGRAMS
-        if rows <= 16 and uneven and crowd > splits and inputs >= 8 * crowd * stream.columns:
-            splits, together = crowd, 3
+        splits, together = _splits(outputs, inputs, crowded=exact or rows <= 16)
     room = RING // together
     lines = (2 if gated else 1) * stream.rows + padded_rows(rows)
     stages = min(stream.stages, room // (lines * stream.columns * dtype.itemsize))
@@ -81,12 +92,29 @@ def choose_stream(
     return replace(stream, splits=splits, stages=max(2, min(stages, steps)))
 
 
+def _splits(outputs: int, inputs: int, crowded: bool) -> tuple[int, int]:
+    """Parts of the sum over the inputs, and programs that run at the same time on one
+    multiprocessor.
+
+    Args:
+        crowded: three of them, where one each would leave many without work.
+    """
+    columns = FEW_ROWS.columns
+    tiles = triton.cdiv(outputs, FEW_ROWS.rows)
+    splits = max(1, min(PROGRAMS // tiles, inputs // (2 * columns)))
+    crowd = 3 * PROGRAMS // tiles
+    uneven = not 0.9 * PROGRAMS <= tiles * splits <= PROGRAMS
+    if crowded and uneven and crowd > splits and inputs >= 8 * crowd * columns:
+        return crowd, 3
+    return splits, 1
+
+
 def padded_rows(rows: int) -> int:
     """Columns of the tile that holds x, transposed."""
-    return max(16, triton.next_power_of_2(rows))
+    return min(max(16, triton.next_power_of_2(rows)), TILE_ROWS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "x_tiles"])
 def stream_kernel(
     out_ptr,  # [S, M, N]
     x_ptr,  # [M, K]
@@ -94,6 +122,7 @@ def stream_kernel(
     x_desc,
     weight_desc,
     rows,
+    x_tiles,
     stride_x_row,
     WIDTH: tl.constexpr,  # N
     DEPTH: tl.constexpr,  # K
@@ -108,11 +137,12 @@ def stream_kernel(
     UPCAST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One program for some rows of the weight and one split of its columns."""
-    first = tl.program_id(0) * BLOCK_N
+    """One program for a tile of rows of the weight, one split of its columns and a tile of x."""
+    first = tl.program_id(0) // x_tiles * BLOCK_N
+    first_x = tl.program_id(0) % x_tiles * BLOCK_M  # neighbours read the same weights
     begin = tl.program_id(1) * CHUNK
     end = min(begin + CHUNK, DEPTH)
-    offs_m = tl.arange(0, BLOCK_M)
+    offs_m = first_x + tl.arange(0, BLOCK_M)
     offs_n = first + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     inside = offs_n < WIDTH
@@ -129,7 +159,7 @@ def stream_kernel(
     for k in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         if BULK:
             weight = weight_desc.load([first, k])
-            x = x_desc.load([0, k])
+            x = x_desc.load([first_x, k])
         else:
             near = (k + offs_k < DEPTH)[None, :]
             weight = _read(weight_rows + k, near, DEPTH, BLOCK_K)

@@ -22,7 +22,6 @@ def tree_attention(
     sinks: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
-    fixed_splits: int | None = None,
     shared_prefix: bool = False,
 ) -> Tensor:
     """Attention of tree nodes over the committed pages of their sequence and their ancestors in
@@ -40,8 +39,7 @@ def tree_attention(
         sinks: [HQ], one learned logit per head that takes part in the softmax and has no value
             (gpt-oss).
         key_scales, value_scales: [pages, HKV, S], factors of pages that hold a quantised type.
-        fixed_splits, shared_prefix: how a kernel divides its work, as in `Kernels`; no matter
-            here.
+        shared_prefix: how a kernel divides its work, as in `Kernels`; no matter here.
 
     Returns:
         [B, N, HQ, D] in the type of `query`. A query that sees nothing gives zeros.

@@ -35,7 +35,7 @@ class PagedHead:
             key_dim=attention.head_dim,
             value_dim=attention.head_dim,
         )
-        self._begin = passes(target.kernels, kernels)
+        self._begin, self._exact = passes(target.kernels, kernels), target.kernels.exact
         self.cache: PagedKVCache
 
     def prepare(self, capacity: Capacity) -> None:
@@ -55,6 +55,7 @@ class PagedHead:
             dtype=self.dtype,
             device=self.device,
             kernels=self.kernels,
+            exact=self._exact,
         )
 
     @torch.inference_mode()

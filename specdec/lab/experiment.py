@@ -188,6 +188,7 @@ class Experiment:
             **({"own": dict(self.method.own)} if self.method.own else {}),
             "target": self.label,
             "kernels": self.target.kernels.impl,
+            "exact": self.target.kernels.exact,
             "temperature": sampling.temperature,
             "seed": sampling.seed,
             "generation_config": self.own,
@@ -221,6 +222,7 @@ class Experiment:
                 sampling,
                 baseline=None if plain is None else plain[0],
                 lossy=rule.lossy(self.method.tree.children, sampling),
+                exact=self.target.kernels.exact,
             )
         except torch.OutOfMemoryError:
             return _not_checked("no memory is left for passes over the texts")

@@ -22,6 +22,7 @@ def verdict(
     *,
     baseline: Sequence[Record] | None = None,
     lossy: str | None = None,
+    exact: bool = False,
 ) -> dict[str, Any]:
     """Whether texts are what the target would have decoded alone.
 
@@ -34,6 +35,8 @@ def verdict(
         witness: reads them.
         baseline: generations of plain decoding, to compare with at temperature 0.
         lossy: why the texts need not be the target's; they are then described and fail in nothing.
+        exact: logits do not depend on batch or tree (`kernels.exact`): rounding explains nothing
+            between the texts and the baseline's.
 
     Returns:
         verdict: passed, failed, lossy, or not checked.
@@ -44,7 +47,7 @@ def verdict(
     if sampling.greedy and baseline is not None:
         report |= compare(texts, baseline, witness)
     report |= read(texts, witness, sampling)
-    faults, said = _faults(report), "; ".join(_said(report))
+    faults, said = _faults(report, exact), "; ".join(_said(report, exact))
     if not report["tokens"]:
         result, reason = "not checked", "there is no output"
     elif lossy is not None:
@@ -56,12 +59,13 @@ def verdict(
     return {"verdict": result, "reason": reason, **report}
 
 
-def _faults(report: Record) -> list[str]:
+def _faults(report: Record, exact: bool) -> list[str]:
     """What speaks against the texts, in words."""
     found = []
-    parted = sum(not one["explained"] for one in report.get("divergences", ()))
+    parted = sum(exact or not one["explained"] for one in report.get("divergences", ()))
     if parted:
-        found.append(f"{parted} outputs part from the baseline's by more than rounding")
+        why = ", and kernels.exact=true leaves no rounding" if exact else " by more than rounding"
+        found.append(f"{parted} outputs part from the baseline's{why}")
     if report["impossible"]:
         found.append(f"{report['impossible']} tokens are none that the target could choose")
     if report["p_value"] is not None and report["p_value"] < ALARM:
@@ -71,7 +75,7 @@ def _faults(report: Record) -> list[str]:
     return found
 
 
-def _said(report: Record) -> list[str]:
+def _said(report: Record, exact: bool) -> list[str]:
     """What was looked at, in words."""
     said = []
     if "checked" in report:
@@ -79,6 +83,8 @@ def _said(report: Record) -> list[str]:
             f"{report['identical']} of {report['checked']} outputs equal the baseline, token for "
             f"token"
         )
+        if exact and report["identical"] == report["checked"]:
+            said[-1] += ": equal bits"
         if report["left_out"]:
             said[-1] += f", {report['left_out']} left out whose conversations had parted before"
     line = f"{report['tokens']:,} tokens of {report['texts']} texts read by the model's own pass"

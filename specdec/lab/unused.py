@@ -7,7 +7,7 @@ from specdec.lab.method import Method
 
 FILTERS = ("top_k", "top_p", "min_p")
 NEVER_IDLE = ("allow_lossy", "_target_")
-TRITON = ("fixed_splits", "shared_prefix")
+TRITON = ("shared_prefix",)
 
 
 def without_effect(

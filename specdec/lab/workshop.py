@@ -148,6 +148,7 @@ class StudyOptions:
     tokens: Positive = option(64, "new ones, for each prompt")
     prompts: Positive = option(8, "of each set or category")
     batch: Positive = option(1, "sequences together")
+    exact: bool = option(False, "kernels.exact of all models")
 
     def __post_init__(self) -> None:
         """Refuse to begin without prompts."""
@@ -162,7 +163,8 @@ class StudyOptions:
     def workshop(self, *words: str) -> Workshop:
         """With these models, and settings beside them."""
         placed = f"device={self.device} dtype={self.dtype} batch_size={self.batch}"
-        return Workshop(word("target.path", self.target), placed, *words)
+        exact = ["kernels.exact=true"] if self.exact else []
+        return Workshop(word("target.path", self.target), placed, *exact, *words)
 
     def read(self, shop: Workshop) -> dict[str, list[Asked]]:
         """Prompts by set."""

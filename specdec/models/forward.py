@@ -68,12 +68,7 @@ def passes(
     `kernels.on`)."""
     if module.LOOKS:
         return GatheredPass
-    return partial(
-        PagedPass,
-        module,
-        fixed_splits=kernels.fixed_splits,
-        shared_prefix=kernels.shared_prefix,
-    )
+    return partial(PagedPass, module, shared_prefix=kernels.shared_prefix)
 
 
 def layout_of(

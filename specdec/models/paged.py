@@ -66,6 +66,12 @@ class PagedLM:
             ) from None
         except NotFiniteError:
             raise ValueError(f"{name}: {self.not_finite}") from None
+        if self.kernels.exact and self._direct is None:
+            raise ValueError(
+                f"kernels.exact=true: {name} is a {type(model).__name__}, which is not run by our "
+                f"own products; choose one of {', '.join(FAMILIES)} with plain linear layers, or "
+                f"kernels.exact=false"
+            )
         self.layers: int = self.config.num_hidden_layers
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         readable = model.get_input_embeddings().weight.shape[0]
@@ -136,6 +142,7 @@ class PagedLM:
             device=self.device,
             kv_dtype=kv_dtype,
             kernels=self._kernels,
+            exact=self.kernels.exact,
         )
 
     @torch.inference_mode()
@@ -234,6 +241,11 @@ class PagedLM:
         key_offsets: Tensor | None,
     ) -> TreeLayout:
         """As `layout_of`, for this model."""
+        if cache.exact != self.kernels.exact:
+            raise ValueError(
+                f"kernels.exact={str(self.kernels.exact).lower()}: {self.name} was given a cache "
+                f"that is filled with the other setting; make it with new_cache"
+            )
         if self._direct is not None:
             self._direct.angles.cover(cache, first + offsets.shape[1])
         return layout_of(

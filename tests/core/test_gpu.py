@@ -171,7 +171,11 @@ def test_greedy_equals_generate(
     assert (sum(sum(step.accepted) for step in steps) > 0) == (kind != "none")
 
 
-@pytest.mark.parametrize("settings", [{"fixed_splits": 3}, {"shared_prefix": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"exact": True}, {"exact": True, "shared_prefix": True}, {"shared_prefix": True}],
+    ids=str,
+)
 @pytest.mark.parametrize(("kind", "tree"), [("none", "chain"), ("small_llama", "dynamic")])
 def test_however_the_work_is_divided(
     generated: list[list[int]], kind: str, tree: str, settings: dict[str, Any]

@@ -19,6 +19,7 @@ from specdec.experiments.bench.cases import Case, Shape, ancestors_of
 from specdec.experiments.bench.clock import GraphClock
 from specdec.experiments.bench.peers import Contender
 from specdec.kernels import reference
+from specdec.kernels.gpu import plan
 from specdec.tree import RANDOM_DEPTH, random_parents
 from tests.experiments.benched import DEVICE, ScriptedClock, small_case
 
@@ -44,7 +45,7 @@ def test_roof(shape: Shape, us: float) -> None:
 
 
 def test_grid_covers_every_combination() -> None:
-    assert len(set(kernel_attention.GRID)) == 2 * 3 * 5 * 5
+    assert len(set(kernel_attention.GRID)) == 2 * 3 * 5 * 6
     assert Shape.of((32, 131072, 128, 64)) in kernel_attention.GRID
 
 
@@ -306,13 +307,16 @@ def test_a_single_node_needs_no_mask() -> None:
 
 def test_layers_share_a_plan_and_calls_do_not() -> None:
     layouts = []
+    alone = []
 
     def attention(*inputs: Any, **options: Any) -> Tensor:
         layouts.append(inputs[5])
+        alone.append(plan.processors(DEVICE) == 1)
         return inputs[0]
 
     for name, (variant,) in kernel_attention.ours(small_case(context=16), attention).items():
         layouts.clear()
+        alone.clear()
         call = variant.start()
         call(0)
         call(1)
@@ -320,6 +324,7 @@ def test_layers_share_a_plan_and_calls_do_not() -> None:
         shared = name != "ours + plan"
         assert (layouts[0] is layouts[1]) == shared
         assert layouts[0] is not layouts[2]
+        assert alone == [name == "ours, no split"] * 3
 
 
 @pytest.mark.parametrize(("context", "nodes"), [(256, 64), (192, 9), (128, 1), (64, 5)])

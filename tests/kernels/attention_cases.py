@@ -8,9 +8,11 @@ Legend: B sequences, N queries, M scratch rows, HKV key-value heads, G query hea
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ import triton
 from torch import Tensor
 
 from specdec.kernels import gpu, reference
+from specdec.kernels.gpu import plan
+from specdec.kernels.gpu.attend import blocks_for
 from specdec.kernels.layout import TreeLayout
 from tests.kernels.memory import DEVICE, bits, guarded, part_of_wider, poison, poisoned_allocations
 
@@ -79,20 +83,40 @@ class Case:
         parts["parents"] = [self.parents[row] for row in chosen]
         return replace(self, **parts)
 
-    def attend(self, layout: TreeLayout | None = None, **options: Any) -> Tensor:
-        """What the kernels make of it. `scale` is 1 / sqrt(D) unless given."""
+    def attend(
+        self,
+        layout: TreeLayout | None = None,
+        *,
+        kernels: ModuleType = gpu,
+        splits: int | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """What the kernels make of it. `scale` is 1 / sqrt(D) unless given.
+
+        Args:
+            splits: pieces of every context on average, as a GPU would make that runs as many
+                programs as that takes; None is the GPU there is. Of no concern to exact kernels.
+        """
         options.setdefault("scale", self.query.shape[-1] ** -0.5)
-        return gpu.tree_attention(
-            self.query,
-            self.key_pages,
-            self.value_pages,
-            self.key_tree,
-            self.value_tree,
-            self.layout() if layout is None else layout,
-            key_scales=self.key_scales,
-            value_scales=self.value_scales,
-            **options,
-        )
+        runs = self._processors(splits) if splits else plan.processors
+        read = self.query, self.key_pages, self.value_pages, self.key_tree, self.value_tree
+        with mock.patch.object(plan, "processors", runs):
+            found: Tensor = kernels.tree_attention(
+                *read,
+                self.layout() if layout is None else layout,
+                key_scales=self.key_scales,
+                value_scales=self.value_scales,
+                **options,
+            )
+        return found
+
+    def _processors(self, splits: int) -> Callable[[torch.device], int]:
+        """A machine on which every context is read in `splits` pieces."""
+        (batch, heads, nodes, _), kv_heads = self.query.shape, self.key_pages.shape[1]
+        rows = heads // kv_heads * nodes
+        blocks = blocks_for(self.query, self.key_pages, self.value_pages, rows)
+        programs = splits * batch * kv_heads * -(-rows // blocks.rows)
+        return lambda device: -(-programs // blocks.per_processor)
 
 
 # Answers
@@ -245,8 +269,7 @@ def random_case(
     """
     generator = torch.Generator().manual_seed(seed)
     batch, nodes = len(contexts), max(sizes)
-    value_dim = key_dim if value_dim is None else value_dim
-    max_context = max(contexts) if max_context is None else max_context
+    dims = (key_dim, key_dim if value_dim is None else value_dim)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
@@ -256,30 +279,70 @@ def random_case(
         for size in sizes
     ]
     parents = [tree + [-2] * spare for tree in parents]
+    contents = [[normal(context, kv_heads, dim) for context in contexts] for dim in dims]
+    trees = [normal(batch, kv_heads, nodes + spare, dim) for dim in dims]
+    return assemble(
+        query=normal(batch, nodes - first, kv_heads * group, key_dim),
+        contents=contents,
+        trees=trees,
+        parents=parents,
+        first=first,
+        chain=chain,
+        page_size=page_size,
+        alike=alike,
+        max_context=max_context,
+        stored=stored,
+        deck_seed=deck_seed,
+    )
+
+
+def assemble(
+    *,
+    query: Tensor,
+    contents: list[list[Tensor]],
+    trees: list[Tensor],
+    parents: list[list[int]],
+    first: int = 0,
+    chain: bool = False,
+    page_size: int = 16,
+    alike: list[int] | None = None,
+    max_context: int | None = None,
+    stored: torch.dtype | None = None,
+    deck_seed: int = 0,
+) -> Case:
+    """A case of given numbers; the other arguments are those of `random_case`.
+
+    Args:
+        query: [B, N, HQ, D].
+        contents: keys and values of the committed tokens of each sequence, [context, HKV, D].
+        trees: keys and values of scratch rows, [B, HKV, M, D] each; where nobody sees one, it
+            becomes NaN.
+        parents: [B][M], see `Case`.
+    """
+    contexts = [len(content) for content in contents[0]]
+    batch, queries = query.shape[:2]
+    nodes, rows = first + queries, trees[0].shape[2]
+    max_context = max(contexts) if max_context is None else max_context
     table, pages = _deal(contexts, page_size, alike or [0] * batch, max_context, deck_seed)
     places = [
         [(table[row][p // page_size], p % page_size) for p in range(context)]
         for row, context in enumerate(contexts)
     ]
-    pools = []
-    for dim in (key_dim, value_dim):
-        rows = [normal(context, kv_heads, dim) for context in contexts]
-        pools.append(_pool(rows, places, pages, page_size, stored))
-    trees = [normal(batch, kv_heads, nodes + spare, dim) for dim in (key_dim, value_dim)]
-    lines = [[line_of(tree, node) for node in range(nodes + spare)] for tree in parents]
+    pools = [_pool(numbers, places, pages, page_size, stored) for numbers in contents]
+    lines = [[line_of(tree, node) for node in range(rows)] for tree in parents]
     for row, tree_lines in enumerate(lines):
         seen = {node for line in tree_lines[first:nodes] for node in line}
-        unseen = sorted(set(range(nodes + spare)) - seen)
+        unseen = sorted(set(range(rows)) - seen)
         for tree in trees:
             tree[row, :, unseen] = math.nan
     offsets = torch.tensor([[len(line) - 1 for line in tree] for tree in lines])
     positions = torch.tensor(contexts)[:, None] + offsets.view(batch, -1)
-    words = max(1, -(-(nodes + spare) // 32))
+    words = max(1, -(-rows // 32))
     numbers = [[_pack(line, words) for line in tree[first:nodes]] for tree in lines]
-    query = part_of_wider(normal(batch, nodes - first, kv_heads * group, key_dim))
+    ancestors = torch.tensor(numbers, dtype=torch.int32)
     (keys, key_scales), (values, value_scales) = pools
     return Case(
-        query=query.transpose(1, 2),
+        query=part_of_wider(query).transpose(1, 2),
         key_pages=keys,
         value_pages=values,
         key_tree=part_of_wider(trees[0]),
@@ -290,9 +353,7 @@ def random_case(
         context_lens=guarded(torch.tensor(contexts, dtype=torch.int32)),
         positions=part_of_wider(positions[:, first:nodes].T).T,
         key_positions=part_of_wider(positions.T).T,
-        ancestors=part_of_wider(
-            torch.tensor(numbers, dtype=torch.int32).view(batch, nodes - first, words)
-        ),
+        ancestors=part_of_wider(ancestors.view(batch, queries, words)),
         contexts=contexts,
         parents=parents,
         max_context=max_context,
@@ -370,9 +431,14 @@ def attend(case: Case, **options: Any) -> Tensor:
 
 
 def assert_right(
-    case: Case, *, fixed_splits: int | None = None, shared_prefix: bool = False, **options: Any
+    case: Case,
+    *,
+    kernels: ModuleType = gpu,
+    splits: int | None = None,
+    shared_prefix: bool = False,
+    **options: Any,
 ) -> None:
-    found = attend(case, fixed_splits=fixed_splits, shared_prefix=shared_prefix, **options)
+    found = attend(case, kernels=kernels, splits=splits, shared_prefix=shared_prefix, **options)
     batch, heads, queries, _ = case.query.shape
     assert found.shape == (batch, queries, heads, case.value_tree.shape[3])
     assert found.dtype == case.query.dtype

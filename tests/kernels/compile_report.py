@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,11 +32,10 @@ from triton.runtime.jit import JITFunction
 
 from specdec.kernels import gpu
 from specdec.kernels.gpu.linear import gate
-from specdec.kernels.gpu.stream import choose_stream
 from specdec.kernels.layout import DraftedTrees
 from specdec.tree import MOST_NODES
-from tests.kernels.attention_cases import random_case
 from tests.kernels.memory import DEVICE
+from tests.kernels.sized_calls import attention_calls, exact_calls, product_calls
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
@@ -113,60 +111,6 @@ def _constants(compiled: Any) -> dict[str, int]:
 
 
 # What is compiled
-
-
-def attend(*, nodes: int, options: dict[str, Any] | None = None, **shape: Any) -> None:
-    """One call of tree attention, of a model with 128 columns and 4 query heads in a group."""
-    case = random_case(
-        **{
-            "contexts": [200, 130],
-            "sizes": [nodes, nodes],
-            "group": 4,
-            "kv_heads": 2,
-            "key_dim": 128,
-            "page_size": 64,
-            "dtype": torch.bfloat16,
-            **shape,
-        }
-    )
-    options = dict(options or {})
-    if options.pop("sinks", False):
-        options["sinks"] = torch.zeros(case.query.shape[1], dtype=case.query.dtype, device=DEVICE)
-    case.attend(**options)
-
-
-def attention_calls() -> dict[str, Callable[[], None]]:
-    everything = {"window": 100, "softcap": 30.0, "sinks": True}
-    few, many = {"nodes": 8}, {"nodes": 64}
-    shapes: dict[str, dict[str, Any]] = {
-        f"{nodes} nodes": {"nodes": nodes} for nodes in (1, 8, 16, 64, 256)
-    }
-    for size in (few, many):
-        name = f"{size['nodes']} nodes"
-        shapes |= {f"{name}, page {page}": {**size, "page_size": page} for page in (16, 128)}
-        shapes |= {f"{name}, dim {dim}": {**size, "key_dim": dim} for dim in (64, 256)}
-        shapes |= {f"{name}, group {group}": {**size, "group": group} for group in (1, 8)}
-        shapes |= {
-            f"{name}, pages of {stored}": {**size, "stored": stored}
-            for stored in (torch.float8_e4m3fn, torch.int8)
-        }
-        shapes[f"{name}, float16"] = {**size, "dtype": torch.float16}
-        shapes[f"{name}, every option"] = {**size, "options": everything}
-        shapes[f"{name}, shared prefix"] = {
-            **size,
-            "alike": [0, 2],
-            "options": {"shared_prefix": True},
-        }
-    shapes["float32"] = {**few, "dtype": torch.float32}
-    shapes["200 pieces"] = {**few, "options": {"fixed_splits": 200}}
-    shapes["chain of 256"] = {"nodes": 256, "chain": True}
-    shapes["chain of 256, dim 256, window"] = {
-        "nodes": 256,
-        "chain": True,
-        "key_dim": 256,
-        "options": {"window": 100},
-    }
-    return {name: partial(attend, **shape) for name, shape in shapes.items()}
 
 
 def move(
@@ -313,51 +257,6 @@ def grow(offered: int, nodes: int) -> list[Tensor]:
     return [*gpu.compact(tokens, tokens - 1, chosen, nodes), gpu.places(chosen, nodes)]
 
 
-def product(
-    name: str, rows: int, outputs: int, inputs: int, dtype: torch.dtype, **change: Any
-) -> Tensor:
-    """One product with a weight, with some launch parameters changed."""
-    x = torch.empty(rows, inputs, dtype=dtype, device=DEVICE)
-    weight = torch.empty(outputs, inputs, dtype=dtype, device=DEVICE)
-    blocks = choose_stream(
-        rows=rows,
-        outputs=outputs,
-        inputs=inputs,
-        dtype=dtype,
-        whole=name == "project",
-        gated=name == "gated_linear",
-    )
-    found: Tensor = getattr(gpu, name)(x, weight, blocks=replace(blocks, **change))
-    return found
-
-
-def product_calls() -> dict[str, Callable[[], object]]:
-    """The products of an 8B and of a 160M Llama, and every way to read a weight."""
-    found: dict[str, Callable[[], object]] = {}
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for rows in (1, 64):
-        for outputs, inputs in ((6144, 4096), (4096, 14336), (1152, 768)):
-            name = f"product: {outputs} x {inputs}, {rows} rows"
-            found[name] = partial(product, "linear", rows, outputs, inputs, bf16)
-        for outputs, inputs in ((28672, 4096), (6144, 768)):
-            name = f"product: gated {outputs} x {inputs}, {rows} rows"
-            found[name] = partial(product, "gated_linear", rows, outputs, inputs, bf16)
-        found[f"product: whole, {rows} rows"] = partial(
-            product, "project", rows, 128_256, 4096, bf16
-        )
-        for way, change in {
-            "pipeline": {"ring": False},
-            "pointers": {"ring": False, "bulk": False, "stages": 4},
-        }.items():
-            for kind in ("linear", "gated_linear"):
-                call = partial(product, kind, rows, 28672, 4096, bf16, **change)
-                found[f"product: {kind}, {way}, {rows} rows"] = call
-    found["product: float16"] = partial(product, "linear", 16, 6144, 4096, fp16)
-    found["product: float32"] = partial(product, "linear", 16, 6144, 4096, fp32)
-    found["product: gated float32"] = partial(product, "gated_linear", 16, 6144, 4096, fp32)
-    return found
-
-
 def between(splits: int, stored: torch.dtype | None, **norms: Tensor) -> list[Tensor]:
     """What stands between products, once each."""
     kv_heads, heads, nodes, dim = 8, 32, 5, 128
@@ -407,7 +306,7 @@ def calls() -> dict[str, Callable[[], object]]:
     for count in (1, 8, 64):
         found[f"draft: {count} tokens"] = partial(draft, count, torch.bfloat16)
     found["draft: float32"] = partial(draft, 8, torch.float32)
-    found |= product_calls()
+    found |= product_calls() | exact_calls()
     head = torch.ones(128, dtype=torch.bfloat16, device=DEVICE)
     found["between: plain"] = partial(between, 1, None)
     found["between: norms"] = partial(

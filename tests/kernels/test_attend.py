@@ -5,6 +5,7 @@ Every input is surrounded by NaN, and so is every workspace and output; see `att
 
 import math
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from specdec.kernels import exact, gpu
 from tests.kernels.attention_cases import (
     BF16,
     FP16,
@@ -88,7 +90,7 @@ def test_head_sizes(dtype: torch.dtype, key_dim: int, value_dim: int, nodes: int
 @each_dtype
 def test_trees_of_any_size(dtype: torch.dtype, nodes: int, group: int, splits: int | None) -> None:
     case = random_case(contexts=[20, 0], sizes=[nodes, nodes // 2], group=group, dtype=dtype)
-    assert_right(case, fixed_splits=splits)
+    assert_right(case, splits=splits)
 
 
 @pytest.mark.parametrize("first", [0, 4])
@@ -138,7 +140,7 @@ def test_options_and_views(
     case = random_case(contexts=[66, 0, 21], dtype=dtype, **VIEWS[view])
     if "sinks" in options:
         options = options | {"sinks": torch.tensor([-1.5, 2.5], dtype=dtype, device=DEVICE)}
-    assert_right(case, fixed_splits=splits, **options)
+    assert_right(case, splits=splits, **options)
 
 
 @pytest.mark.some(3)
@@ -167,7 +169,7 @@ def test_without_scores_the_output_is_the_mean_of_what_is_visible(
         case.value_scales.copy_(case.value_scales.log2().floor().exp2())
     rounding = torch.finfo(dtype).eps * (1.0 if cuts_off(dtype) else 0.5)
     torch.testing.assert_close(
-        attend(case, window=window, fixed_splits=splits).double(),
+        attend(case, window=window, splits=splits).double(),
         answer(case, window=window),
         rtol=1.01 * rounding,
         atol=1e-5,
@@ -180,7 +182,7 @@ def test_without_scores_the_output_is_the_mean_of_what_is_visible(
 def test_a_query_that_sees_nothing_gives_zeros(sinks: Tensor | None, splits: int) -> None:
     case = random_case(contexts=[0, 40], sizes=[70, 5], group=1)
     case.ancestors[0, 3] = 0
-    found = attend(case, sinks=None if sinks is None else sinks.to(DEVICE), fixed_splits=splits)
+    found = attend(case, sinks=None if sinks is None else sinks.to(DEVICE), splits=splits)
     assert (found[0, 3] == 0).all()
     assert found.isfinite().all()
     assert (found[0, :3] != 0).all()
@@ -213,8 +215,8 @@ def test_quantised_pages(dtype: torch.dtype, page_size: int, stored: torch.dtype
         stored=stored,
         dtype=dtype,
     )
-    assert_right(case, fixed_splits=1)
-    assert_right(case, fixed_splits=2, window=50, softcap=2.0)
+    assert_right(case, splits=1)
+    assert_right(case, splits=2, window=50, softcap=2.0)
 
 
 @pytest.mark.parametrize("stored", QUANTISED, ids=str)
@@ -228,7 +230,7 @@ def test_small_values_in_quantised_pages(page_size: int, stored: torch.dtype) ->
     small = replace(
         case, value_scales=case.value_scales * 2.0**-12, value_tree=case.value_tree * 2.0**-12
     )
-    assert_right(small, fixed_splits=1)
+    assert_right(small, splits=1)
 
 
 # Calls
@@ -301,7 +303,7 @@ def calls(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
         "seed": draw(st.integers(0, 99)),
     }
     options = {
-        "fixed_splits": draw(st.sampled_from([1, 1, 4, None])),
+        "splits": draw(st.sampled_from([1, 1, 4, None])),
         "shared_prefix": draw(st.booleans()),
         "window": draw(st.sampled_from([None, None, 1, 7, 64, 100])),
         "softcap": draw(st.sampled_from([None, None, 2.0])),
@@ -361,13 +363,14 @@ def test_page_numbers_beyond_32_bits_of_elements(
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("shared_prefix", [False, True])
-@pytest.mark.parametrize("options", [{}, {"window": 100}, {"fixed_splits": 5}], ids=str)
+@pytest.mark.parametrize("kernels", [gpu, exact], ids=["gpu", "exact"])
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"splits": 5}], ids=str)
 @pytest.mark.parametrize("view", ["tree", "chain"])
 def test_a_captured_graph_follows_its_inputs(
-    view: str, options: dict[str, Any], shared_prefix: bool
+    view: str, options: dict[str, Any], kernels: ModuleType, shared_prefix: bool
 ) -> None:
     """Contexts, tables, trees and all numbers change in place; six replays reuse workspaces."""
-    options = options | {"shared_prefix": shared_prefix}
+    options = options | {"shared_prefix": shared_prefix, "kernels": kernels}
 
     def case_of(seed: int, contexts: list[int], sizes: list[int]) -> Case:
         return random_case(

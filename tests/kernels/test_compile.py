@@ -12,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SPILLED = 8  # bytes: a word or two set aside outside of all loops cost nothing
+# Of exact attention over long chains in quantised pages or wide heads: a prefill's keys of the
+# scratch, read in the loop behind that of the pages.
+SPILLED_BY_PREFILL = 64
 SHARED_MEMORY = 227 * 1024  # bytes a program may have on an H100
+ATTENTION = ("attention_kernel", "context_kernel")  # what reads whole blocks of pages
 TENSOR_ROWS = 64  # of a product by a warp group, the fastest way of a Hopper GPU
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler needs Linux")
@@ -48,6 +52,8 @@ def test_all_kinds_of_kernels_are_compiled(reports: list[dict[str, Any]]) -> Non
         "between",
         "cache",
         "draft",
+        "exact",
+        "exact product",
         "process",
         "product",
         "rules",
@@ -57,7 +63,11 @@ def test_all_kinds_of_kernels_are_compiled(reports: list[dict[str, Any]]) -> Non
 
 
 def test_registers_suffice(reports: list[dict[str, Any]]) -> None:
-    assert [name(report) for report in reports if report["stack"] > SPILLED] == []
+    def allowed(report: dict[str, Any]) -> int:
+        chain = report["kernel"] == "context_kernel" and report["constants"].get("CAUSAL")
+        return SPILLED_BY_PREFILL if chain else SPILLED
+
+    assert [name(report) for report in reports if report["stack"] > allowed(report)] == []
 
 
 def test_shared_memory_suffices(reports: list[dict[str, Any]]) -> None:
@@ -66,11 +76,11 @@ def test_shared_memory_suffices(reports: list[dict[str, Any]]) -> None:
 
 
 def products(reports: list[dict[str, Any]], *, wide: bool) -> list[dict[str, Any]]:
-    """Launches of the attention kernel in a 16-bit type, with large or with small row blocks."""
+    """Launches of attention kernels in a 16-bit type, with large or with small row blocks."""
     return [
         report
         for report in reports
-        if report["kernel"] == "attention_kernel"
+        if report["kernel"] in ATTENTION
         and "float32" not in report["call"]
         and (report["constants"]["BLOCK_M"] >= TENSOR_ROWS) == wide
     ]
@@ -90,7 +100,7 @@ def test_few_rows_are_multiplied_by_tensor_cores_too(reports: list[dict[str, Any
 
 
 def test_pages_are_on_their_way_while_others_are_multiplied(reports: list[dict[str, Any]]) -> None:
-    attention = [report for report in reports if report["kernel"] == "attention_kernel"]
+    attention = [report for report in reports if report["kernel"] in ATTENTION]
     assert [name(report) for report in attention if not report["async_copies"]] == []
 
 
@@ -108,7 +118,7 @@ def test_weights_are_multiplied_by_warp_groups_for_any_number_of_rows(
 ) -> None:
     found = streams(reports)
     assert {report["kernel"] for report in found} == {"stream_kernel", "ring_kernel"}
-    assert {report["constants"]["BLOCK_M"] for report in found} == {16, 64}
+    assert {report["constants"]["BLOCK_M"] for report in found} == {16, 64, 128, 256}
     assert [name(report) for report in found if not report["wgmma"]] == []
 
 
@@ -131,6 +141,8 @@ def test_weights_are_sent_for_before_earlier_kernels_have_ended(
 
 def test_kernels_of_a_layer_start_early(reports: list[dict[str, Any]]) -> None:
     found = [
-        report for report in reports if report["call"].split(":")[0] in ("product", "between")
+        report
+        for report in reports
+        if report["call"].split(":")[0] in ("product", "exact product", "between")
     ]
     assert [name(report) for report in found if not report["launch_pdl"]] == []

@@ -191,6 +191,17 @@ def test_outputs_that_part_from_the_baseline_fail_beyond_rounding_alone():
     assert far["reason"].startswith("1 outputs part from the baseline's by more than rounding; ")
 
 
+def test_exact_outputs_that_part_from_the_baseline_fail_however_near():
+    told = Told({0: torch.tensor([[1.0, 0.95, 0.5]]).double()})
+    near, same = (
+        verdict([text(0, [0])], told, GREEDY, baseline=[text(0, [i])], exact=True) for i in (1, 0)
+    )
+    assert (near["verdict"], near["divergences"][0]["explained"]) == ("failed", True)
+    assert "baseline's, and kernels.exact=true leaves no rounding; " in near["reason"]
+    assert same["verdict"] == "passed"
+    assert "1 of 1 outputs equal the baseline, token for token: equal bits" in same["reason"]
+
+
 @pytest.mark.parametrize(
     ("filters", "chances"),
     [

@@ -36,7 +36,10 @@ from specdec.lab.unused import without_effect
             "acceptance=typical acceptance.delta=0.1",
             ["acceptance.delta=0.1: has no effect, at te"],
         ),
-        ("kernels.fixed_splits=8", ["kernels.fixed_splits=8: has no effect, Triton does not run"]),
+        (
+            "kernels.shared_prefix=true",
+            ["kernels.shared_prefix=True: has no effect, Triton does not run"],
+        ),
     ],
 )
 def test_settings_without_effect_are_named(words: str, expected: list[str]) -> None:

@@ -1,0 +1,64 @@
+"""Exact mode from the first embedding to the logits, and what it refuses."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.kernels.choose import Kernels
+from specdec.models.paged import PagedLM
+from tests.kernels.memory import DEVICE
+from tests.models.tiny import VOCABULARY, tiny
+
+EXACT = Kernels(impl="triton", exact=True)
+TEXT = [3 * i % 89 + 1 for i in range(26)]
+COMMITTED = 22
+#       0 - 2 - 3 - 5     is the text, 1 and 4 are others
+PARENTS = [-1, 0, 0, 2, 0, 3]
+PATH = [0, 2, 3, 5]
+
+
+def ready(lm: PagedLM, committed: int) -> object:
+    cache = lm.new_cache(rows=2, pages=8, page_size=16, max_tokens=40)
+    for row in range(2):
+        cache.open(row, tokens=40)
+    lm.prefill(cache, [0, 1], [TEXT[:committed], TEXT[5:committed]], chunk=16)
+    return cache
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ordered_products")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_logits_of_a_token_alone_and_in_a_tree_have_equal_bits(family: str) -> None:
+    lm = PagedLM(tiny(family).to(DEVICE), kernels=EXACT)
+    alone: list[Tensor] = []
+    cache = ready(lm, COMMITTED)
+    for token in TEXT[COMMITTED:]:
+        given = torch.tensor([[token]], device=DEVICE)
+        one = torch.ones(1, dtype=torch.int64, device=DEVICE)
+        alone.append(lm.append(cache, torch.zeros_like(one), given, one)[0])  # type: ignore[arg-type]
+    cache = ready(lm, COMMITTED)
+    parents = torch.tensor([PARENTS, [-1, 0, 1, 2, 3, 4]], dtype=torch.int32, device=DEVICE)
+    structure = lm.kernels.on(lm.device).tree_structure(parents)
+    tokens = torch.arange(12, device=DEVICE).view(2, 6)
+    tokens[0, PATH] = torch.tensor(TEXT[COMMITTED:], device=DEVICE)
+    logits = lm.forward(cache, [0, 1], tokens, structure.depths, ancestors=structure.ancestors)  # type: ignore[arg-type]
+    assert logits is not None
+    assert logits.shape == (2, 6, VOCABULARY)
+    for node, wanted in zip(PATH, alone, strict=True):
+        assert torch.equal(logits[0, node], wanted)
+
+
+def test_models_of_the_general_way_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"kernels\.exact=true: model is a Gemma2ForCausalLM, .*"):
+        PagedLM(tiny("gemma2").to(DEVICE), kernels=EXACT)
+
+
+def test_caches_of_the_other_setting_are_refused() -> None:
+    exact, other = (
+        PagedLM(tiny("llama").to(DEVICE), kernels=kernels)
+        for kernels in (EXACT, Kernels(impl="triton"))
+    )
+    for mine, theirs in ((exact, other), (other, exact)):
+        cache = theirs.new_cache(rows=1, pages=2, page_size=16, max_tokens=20)
+        with pytest.raises(ValueError, match=r"kernels\.exact=.*: model was given a cache"):
+            mine.prefill(cache, [0], [[1, 2]])
