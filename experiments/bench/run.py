@@ -7,6 +7,7 @@
     python -m specdec.experiments.bench.run elementwise  what torch.compile leaves to be gained
     python -m specdec.experiments.bench.run anatomy      where the time of a whole step goes
     python -m specdec.experiments.bench.run taps         what keeping hidden states costs
+    python -m specdec.experiments.bench.run exact        bits and times of exact mode
 
 `--help` after a part shows its options. Each writes a JSON file, anew after every shape or case,
 and ends with a table; `specdec.experiments.figures.draw` draws the plots.
@@ -35,6 +36,7 @@ PARTS = {  # module and options; a function of the part's name measures
     "elementwise": ("elementwise", "Options"),
     "anatomy": ("anatomy", "Options"),
     "taps": ("taps", "Options"),
+    "exact": ("exact", "Options"),
 }
 RECORDS = ("shapes", "batches", "rows", "cases")
 

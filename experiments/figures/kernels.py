@@ -139,6 +139,32 @@ def taps(result: Result) -> str:
     return piece(about, ["batch", "nodes", "states after", "without", "with", "ratio"], rows)
 
 
+def exact(result: Result) -> str:
+    """Bits of exact mode, and what it costs."""
+    settings = result["settings"]
+    about = (
+        f"`kernels.exact=true` on `{settings['target']}` in {settings['dtype']}, on one "
+        f"{device(result)}. Microseconds of a pass over trees, {settings['context']} tokens of "
+        f"context, medians, sides in turns; and the share that the larger of two roofs, weights "
+        f"over read rate and operations over product rate, has of each "
+        f"({source(result, 'exact')}):"
+    )
+    rows = []
+    for name, case in result["cases"].items():
+        us = [statistics.median(case["us"][side]) for side in ("plain", "exact")]
+        shares = [f"{case['roof_us'] / one:.2f}" for one in us]
+        times = [f"{one:.0f}" for one in us]
+        rows.append([name, times[0], times[1], f"{case['ratio']:.3f}", *shares])
+    heads = ["batch x nodes", "plain", "exact", "ratio", "roof: plain", "roof: exact"]
+    bits = piece(
+        "Hashes of logits that were compared with those of the same tokens decoded one by one, in "
+        "one batch, and how many of them differ:",
+        ["kind", "compared", "different"],
+        [[kind, f"{a:,}", str(b)] for kind, (a, b) in result["bits"].items()],
+    )
+    return "\n\n".join([piece(about, heads, rows), bits])
+
+
 def _operations(records: list[dict[str, Any]], key: str) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: a line for each operation, a column for each record: ours (torch)."""
     rows = []
@@ -316,6 +342,7 @@ TABLES: dict[str, Callable[[Result], str]] = {  # by part of the benchmark
     "elementwise": elementwise,
     "anatomy": anatomy,
     "taps": taps,
+    "exact": exact,
 }
 PLOTS: dict[str, Callable[[Result, Path], None]] = {
     "attention": plot_attention,

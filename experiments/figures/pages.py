@@ -55,7 +55,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         [
             ("drafter_lengths", drafter_lengths, {}),
             ("drafter_speed", drafter_speed, {}),
-            ("learned_speed", lambda _: learned_speed(), {}),
+            ("learned_speed", lambda _: of_batches("learned_speed"), {}),
             ("learned", learned, {}),
             ("learned_cpu", partial(learned, file="learned_cpu"), {}),
             ("lookup_speed", lookup_speed, {}),
@@ -101,14 +101,16 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("kernel_grid", kernels.grid, {"By batch, context, tree and heads": "kernel_grid"}),
             ("kernel_steps", kernels.steps, {}),
             ("kernel_elementwise", kernels.elementwise, {}),
+            ("exact", kernels.exact, {}),
+            ("exact_texts", lambda _: of_batches("exact_texts"), {}),
         ],
     ),
 }
 
 
-def learned_speed() -> str:
-    """Speed of learned drafters, of every batch that has a file."""
-    files = [path.stem for path in RESULTS.glob("learned_speed*.json")]
+def of_batches(name: str) -> str:
+    """Speed of drafters, of every batch that has a file of this name."""
+    files = [path.stem for path in RESULTS.glob(f"{name}*.json")]
     files.sort(key=lambda file: int(read(file)["settings"]["batch"]))
     return drafter_speed(*map(read, files), files=files)
 

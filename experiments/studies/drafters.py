@@ -102,7 +102,7 @@ MODEL_DEPTH = 8  # of the model in a composition
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    grid: Literal["budgets", "speed"] = option(about="what is compared")
+    grid: Literal["budgets", "speed", "texts"] = option(about="what is compared")
     other_draft: str | None = option(None, "as draft, with another tokenizer; for translated")
     datastore: Path | None = option(None, "folder; for rest")
     exit_layer: int | None = option(None, "of early_exit")
@@ -156,6 +156,10 @@ def methods(
     """(the budget, or 0; words of a tree) of a drafter."""
     sampled = bool(temperature) and drafter in MODELS
     children = " tree.children=sample" if sampled else ""
+    if grid == "texts":
+        for shape in FAST[drafter][bool(temperature)][:1] if drafter not in TIMED else ():
+            yield 0, shape + children
+        return
     if grid == "speed":
         for shape in (SMALL if batch >= LARGE else FAST[drafter])[bool(temperature)]:
             yield 0, shape + children
@@ -197,7 +201,7 @@ def work(options: Options) -> None:
         )
         # At equal budgets one method after the other, else all in turns.
         (study.in_turns if options.grid == "speed" else study.one_by_one)(ways)
-    show((drafter_speed if options.grid == "speed" else drafter_lengths)(result))
+    show((drafter_lengths if options.grid == "budgets" else drafter_speed)(result))
 
 
 def contents(datastore: Path) -> Entry:
