@@ -1,5 +1,6 @@
-"""Are tokens draws from the laws they are said to be drawn from? Statistics whose law is known for
-any number of tokens, however peaked: nothing is said to be normal.
+"""Are tokens draws from the laws they are said to be drawn from? Bets (`bets.py`) find what a rule
+does wrong; two statistics stand beside them, whose law is known for any number of tokens, however
+peaked: nothing is said to be normal.
 
 A token is looked at in two ways. With the tokens of a vocabulary in the order of their
 probability, the mass before a drawn token plus a uniform share of its own is uniform in [0, 1] and
@@ -27,11 +28,14 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from specdec.lab.bets import Bets
+
 ALARM = 1e-4  # of all statistics together
 STEP = 1 / 4  # nats: surprisals are multiples of it, in data and laws alike
 LEVELS = 128  # the last one stands for all beyond
 GROUPS = {"0": range(1), "1": range(1, 2), "2-3": range(2, 4), "4-7": range(4, 8)}
 DEEPER = "8+"
+BETS = "bets"  # among the tests
 
 Array = NDArray[np.float64]
 
@@ -44,8 +48,16 @@ class Draws:
     levels: list[NDArray[np.int64]] = field(default_factory=list)  # [n] of the surprisal
     laws: list[Array] = field(default_factory=list)  # [n, LEVELS] chances of all levels
     places: list[NDArray[np.int64]] = field(default_factory=list)  # [n] in the step
+    bets: Bets = field(default_factory=Bets)
 
-    def add(self, law: Tensor, drawn: Tensor, share: Array, place: NDArray[np.int64]) -> None:
+    def add(
+        self,
+        law: Tensor,
+        drawn: Tensor,
+        share: Array,
+        place: NDArray[np.int64],
+        draft: Tensor | None = None,
+    ) -> None:
         """Add tokens.
 
         Args:
@@ -53,6 +65,7 @@ class Draws:
             drawn: [n] int64, of positive probability.
             share: [n] uniform numbers.
             place: [n] of each token in its step.
+            draft: [n, V] float64, what a draft says there; None if it is not known.
         """
         own = law.gather(1, drawn[:, None])
         first = law > own
@@ -64,13 +77,14 @@ class Draws:
         self.levels.append(level.gather(1, drawn[:, None])[:, 0].cpu().numpy())
         self.laws.append(chances.cpu().numpy())
         self.places.append(place)
+        self.bets.add(law, drawn, share, [*map(group_of, place)], draft)
 
     def __len__(self) -> int:
         return sum(map(len, self.shares))
 
     def tests(self) -> dict[str, float]:
-        """How often each statistic would be as far off by chance, if all is well; {} without
-        tokens."""
+        """How often the bets would win as much, or a statistic be as far off, by chance, if all is
+        well; {} without tokens."""
         if not len(self):
             return {}
         levels, laws = np.concatenate(self.levels), np.concatenate(self.laws)
@@ -81,7 +95,8 @@ class Draws:
             for name in (*GROUPS, DEEPER)
             if (groups == name).any()
         }
-        found = {"uniform": float(stats.kstest(np.concatenate(self.shares), "uniform").pvalue)}
+        found = {BETS: self.bets.found(ALARM).p_value}
+        found["uniform"] = float(stats.kstest(np.concatenate(self.shares), "uniform").pvalue)
         found["surprisal"] = reduce(Sum.with_other, sums.values()).tails()
         if len(sums) > 1:
             found |= {f"surprisal {name}": one.tails() for name, one in sums.items()}
@@ -138,8 +153,12 @@ def period_of(laws: Array) -> int:
 
 
 def together(tests: Mapping[str, float]) -> float:
-    """One number of several that may depend on each other (Bonferroni)."""
-    return min(1.0, len(tests) * min(tests.values()))
+    """One number of several that may depend on each other (Bonferroni): half of it is the bets',
+    if there are any, the other half of all other tests together."""
+    others = [value for name, value in tests.items() if name != BETS]
+    if BETS not in tests:
+        return min(1.0, len(others) * min(others))
+    return min(1.0, 2.0 * min([tests[BETS], *(len(others) * value for value in others)]))
 
 
 def group_of(place: int) -> str:

@@ -218,7 +218,7 @@ class Experiment:
         try:
             return verdict(
                 side.generations.records,
-                Witness(self.target, self.capacity.kv_dtype, self.processors),
+                self._witness(),
                 sampling,
                 baseline=None if plain is None else plain[0],
                 lossy=rule.lossy(self.method.tree.children, sampling),
@@ -226,6 +226,10 @@ class Experiment:
             )
         except torch.OutOfMemoryError:
             return _not_checked("no memory is left for passes over the texts")
+
+    def _witness(self) -> Witness:
+        draft = None if self.method.sampling.greedy else self.method.drafter.own_model
+        return Witness(self.target, self.capacity.kv_dtype, self.processors, draft)
 
 
 def _not_checked(reason: str) -> Record:

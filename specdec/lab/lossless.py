@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from specdec.lab.draws import ALARM, Draws, places_of, together
+from specdec.lab.draws import ALARM, BETS, Draws, places_of, together
 from specdec.lab.witness import Seen, Witness
 from specdec.sampling import SEEDS, SamplingParams, probabilities
 
@@ -71,6 +71,9 @@ def _faults(report: Record, exact: bool) -> list[str]:
     if report["p_value"] is not None and report["p_value"] < ALARM:
         tests = report["tests"]
         worst = min(tests, key=lambda name: tests[name])
+        if worst == BETS:
+            won = report["bets"]
+            worst = f"a bet on {won['bet']} at place {won['place']} of a step"
         found.append(f"tokens are no draws from the target's distributions ({worst})")
     return found
 
@@ -108,6 +111,7 @@ def read(
             so by no more than rounding (`Witness.units`).
         p_value: of all statistics together, and tests: of each (see `draws.py`); None and {} at
             temperature 0 or without tokens.
+        bets: `Found` of `bets.py`, whose p_value is one of the tests.
     """
     draws, chosen = Draws(), _sample(texts, sample)
     tokens = impossible = edge = 0
@@ -129,7 +133,10 @@ def read(
             if not sampling.greedy:
                 kept = legal.cpu().numpy()
                 share, place = shares[start:end][kept], places[start:end][kept]
-                draws.add(law[legal], seen.drawn[legal], share, place)
+                draft = seen.draft
+                if draft is not None:
+                    draft = probabilities(draft[legal], sampling)
+                draws.add(law[legal], seen.drawn[legal], share, place, draft)
             start = end
         tokens += start
     tests = draws.tests()
@@ -140,6 +147,7 @@ def read(
         "edge": edge,
         "p_value": together(tests) if tests else None,
         "tests": tests,
+        "bets": draws.bets.found(ALARM)._asdict() if tests else None,
     }
 
 

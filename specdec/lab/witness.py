@@ -29,10 +29,12 @@ class Seen(NamedTuple):
     Attributes:
         drawn: [n] int64.
         scores: [n, V] float64, processed logits, of which sampling parameters make the law.
+        draft: [n, V] float64 logits of a draft model; None if there is none.
     """
 
     drawn: Tensor
     scores: Tensor
+    draft: Tensor | None = None
 
 
 class Witness:
@@ -43,6 +45,8 @@ class Witness:
         kv_dtype: of the cache it decoded over, as in `PagedKVCache`, whose rounding of keys and
             values is shared.
         processors: of its logits.
+        draft: a model that drafted, of the same vocabulary; only where bets are placed depends on
+            what it says.
     """
 
     def __init__(
@@ -50,7 +54,10 @@ class Witness:
         target: PagedLM,
         kv_dtype: torch.dtype | None = None,
         processors: Processors = NO_PROCESSORS,
+        draft: PagedLM | None = None,
     ) -> None:
+        same = draft is not None and draft.vocab_size == target.vocab_size
+        self.draft = draft if same else None
         self.target, self.kv_dtype, self.processors = target, kv_dtype, processors
         self._read: list[int] = []  # a text to measure rounding with
 
@@ -59,11 +66,21 @@ class Witness:
         prompt, output = text["prompt_ids"], text["output_ids"]
         self._read = self._read or [*prompt, *output]
         start = 0
+        drafts = self._drafts(prompt, output)
         for logits in own_logits(self.target, prompt, output, kv_dtype=self.kv_dtype):
             drawn = torch.tensor(output[start : start + len(logits)], device=logits.device)
             scores = self.processors.of_text(logits.double(), prompt, output, start)
             start += len(drawn)
-            yield Seen(drawn, scores)
+            yield Seen(drawn, scores, next(drafts, None))
+
+    def _drafts(self, prompt: Sequence[int], output: Sequence[int]) -> Iterator[Tensor]:
+        """What the draft says of the tokens of `follow`, in the same parts; nothing if it cannot
+        read a text so long."""
+        draft = self.draft
+        if draft is None or len(prompt) + len(output) > draft.max_context:
+            return
+        for logits in own_logits(draft, prompt, output):
+            yield logits.to(self.target.device).double()
 
     @cached_property
     def units(self) -> float:
