@@ -133,9 +133,8 @@ def read(
             if not sampling.greedy:
                 kept = legal.cpu().numpy()
                 share, place = shares[start:end][kept], places[start:end][kept]
-                draft = seen.draft
-                if draft is not None:
-                    draft = probabilities(draft[legal], sampling)
+                said = seen.draft
+                draft = None if said is None else probabilities(said[legal], sampling)
                 draws.add(law[legal], seen.drawn[legal], share, place, draft)
             start = end
         tokens += start
