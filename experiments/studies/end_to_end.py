@@ -77,6 +77,7 @@ class Options:
     )
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of all models")
+    exact: bool = option(False, "kernels.exact of all models")
     tokens: Annotated[int, Field(ge=2)] = option(128, "new ones, for each prompt")
     prompts: Positive = option(6, "of each file, at batch 1")
     repeats: Positive = option(2, "of all jobs", varies=True)
@@ -187,7 +188,9 @@ def work(options: Options) -> int:
     torch.manual_seed(0)
     every = list(parts(options))
     shop = Workshop(
-        word("target.path", options.target), f"device={options.device} dtype={options.dtype}"
+        word("target.path", options.target),
+        f"device={options.device} dtype={options.dtype}",
+        word("kernels.exact", options.exact),
     )
     result = begin(options, shop.models.placement.device)
     result.pop("fault", None)

@@ -8,7 +8,7 @@ from specdec.kernels.exact.pieces import (
     piece_start,
     tail_begin,
 )
-from specdec.kernels.gpu.attention import _absorb, _load
+from specdec.kernels.gpu.attention import absorb, load_block
 from specdec.kernels.gpu.plan import FIELDS
 
 
@@ -133,7 +133,7 @@ def context_kernel(
         + query_head.to(tl.int64) * stride_query_h
         + node * stride_query_n
     )
-    query = _load(query_rows[:, None] + offs_k, real[:, None], offs_k, KEY_DIM)  # [BM, DK]
+    query = load_block(query_rows[:, None] + offs_k, real[:, None], offs_k, KEY_DIM)  # [BM, DK]
     if UPCAST:
         query = query.to(tl.float32)
     page_table_ptr += sequence * stride_table_b
@@ -172,8 +172,8 @@ def context_kernel(
                 else:
                     key_block_ptr = key_rows_ptr[:, None] + offs_k
                     value_block_ptr = value_rows_ptr[:, None] + offs_v
-                keys = _load(key_block_ptr, None, offs_k, KEY_DIM)
-                values = _load(value_block_ptr, None, offs_v, VALUE_DIM)
+                keys = load_block(key_block_ptr, None, offs_k, KEY_DIM)
+                values = load_block(value_block_ptr, None, offs_v, VALUE_DIM)
             key_scales, value_scales = None, None
             if key_scale_ptr is not None:
                 if PAGE % BLOCK_N == 0:
@@ -184,7 +184,7 @@ def context_kernel(
             seen = block < reach[:, None]
             if WINDOW:
                 seen &= block * BLOCK_N + offs_n[None, :] > position[:, None] - window
-            acc, peak, mass = _absorb(
+            acc, peak, mass = absorb(
                 acc,
                 peak,
                 mass,
@@ -233,7 +233,7 @@ def context_kernel(
                 seen = block < reach[:, None]
                 if WINDOW:
                     seen &= index[None, :] > position[:, None] - window
-                acc, peak, mass = _absorb(
+                acc, peak, mass = absorb(
                     acc,
                     peak,
                     mass,
@@ -334,7 +334,7 @@ def _either(
 ):
     """[K, PAD], zeros in rows that are nowhere."""
     columns = tl.arange(0, PAD)
-    block = _load(page_rows[:, None] + columns, in_pages[:, None], columns, DIM)
+    block = load_block(page_rows[:, None] + columns, in_pages[:, None], columns, DIM)
     if scales is not None:
         dtype: tl.constexpr = tree_rows.dtype.element_ty
         # Powers of two: the product is exact in the type itself, if that has their range.

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.gpu.blocks import Blocks, processors
-from specdec.kernels.gpu.plan import FIELDS, _clear, _put, find_groups
+from specdec.kernels.gpu.plan import FIELDS, clear, find_groups, put
 from specdec.kernels.layout import TreeLayout
 
 REACH = 64  # nodes of a path beside its root: keys this near to a query are read by itself
@@ -206,14 +206,14 @@ def plan_kernel(
         length += tl.maximum(length // 16, 1)
     count = tl.cdiv(units, length)
     item = tl.cumsum(count, 0) - count
-    _clear(items_ptr, tl.sum(count, 0), target, W_PAD)
+    clear(items_ptr, tl.sum(count, 0), target, W_PAD)
     for i in range(tl.max(count, 0)):
         has = real & (i < count)
         from_piece = pieces_until(begin + i * units // tl.maximum(count, 1) * ALIGNED)
         to_piece = pieces_until(begin + (i + 1) * units // tl.maximum(count, 1) * ALIGNED)
         from_piece, to_piece = tl.maximum(from_piece, first), tl.maximum(to_piece, first)
         # The last pieces are the largest: they come first.
-        _put(items_ptr, item + count - 1 - i, offs_b, from_piece, to_piece, 0, 0, 1, 0, 0, has)
+        put(items_ptr, item + count - 1 - i, offs_b, from_piece, to_piece, 0, 0, 1, 0, 0, has)
 
 
 @triton.jit(do_not_specialize=["batch", "rows", "columns", "target"])
@@ -250,9 +250,9 @@ def share_kernel(
     tiles = tl.where(leads, tl.cdiv(members * rows, BLOCK_M), 0)
     items = tiles * pieces
     first = tl.cumsum(items, 0) - items
-    _clear(items_ptr, tl.sum(items, 0), target, W_PAD)
+    clear(items_ptr, tl.sum(items, 0), target, W_PAD)
     for i in range(tl.max(items, 0)):
         has = leads & (i < items)
         piece = i // tl.maximum(tiles, 1)
         tile = i % tl.maximum(tiles, 1)
-        _put(items_ptr, first + i, offs_b, piece, piece + 1, 0, 0, members, tile, 0, has)
+        put(items_ptr, first + i, offs_b, piece, piece + 1, 0, 0, members, tile, 0, has)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from specdec.kernels.exact.context import gather
 from specdec.kernels.exact.pieces import tail_begin
-from specdec.kernels.gpu.attention import _absorb, _load
+from specdec.kernels.gpu.attention import absorb, load_block
 
 NOWHERE = tl.constexpr(-1)
 
@@ -159,7 +159,7 @@ def tail_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     query_ptr += sequence * stride_query_b + at * stride_query_n
     query_rows = query_ptr + (head * GROUP + offs_g).to(tl.int64) * stride_query_h
-    query = _load(query_rows[:, None] + offs_k, real[:, None], offs_k, KEY_DIM)  # [G, DK]
+    query = load_block(query_rows[:, None] + offs_k, real[:, None], offs_k, KEY_DIM)  # [G, DK]
     if UPCAST:
         query = query.to(tl.float32)
     acc = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
@@ -204,7 +204,7 @@ def tail_kernel(
             PAGE,
             UPCAST,
         )
-        acc, peak, mass = _absorb(
+        acc, peak, mass = absorb(
             acc,
             peak,
             mass,

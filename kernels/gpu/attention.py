@@ -143,7 +143,7 @@ def attention_kernel(
         + query_head.to(tl.int64) * stride_query_h
         + node * stride_query_n
     )
-    query = _load(query_rows[:, None] + offs_k, real[:, None], offs_k, KEY_DIM)  # [BM, DK]
+    query = load_block(query_rows[:, None] + offs_k, real[:, None], offs_k, KEY_DIM)  # [BM, DK]
     if UPCAST:
         query = query.to(tl.float32)
     position = tl.zeros([BLOCK_M], tl.int64)
@@ -182,8 +182,8 @@ def attention_kernel(
             else:
                 key_block_ptr = key_rows_ptr[:, None] + offs_k
                 value_block_ptr = value_rows_ptr[:, None] + offs_v
-            keys = _load(key_block_ptr, None, offs_k, KEY_DIM)
-            values = _load(value_block_ptr, None, offs_v, VALUE_DIM)
+            keys = load_block(key_block_ptr, None, offs_k, KEY_DIM)
+            values = load_block(value_block_ptr, None, offs_v, VALUE_DIM)
         key_scales, value_scales = None, None
         if key_scale_ptr is not None:
             if PAGE % BLOCK_N == 0:
@@ -194,7 +194,7 @@ def attention_kernel(
         seen = None
         if WINDOW:
             seen = block * BLOCK_N + offs_n[None, :] > position[:, None] - window
-        acc, peak, mass = _absorb(
+        acc, peak, mass = absorb(
             acc,
             peak,
             mass,
@@ -221,9 +221,11 @@ def attention_kernel(
             page = tl.load(page_table_ptr + index // PAGE, mask=inside, other=0).to(tl.int64)
             within = index % PAGE
             key_rows_ptr = key_ptr + page * stride_key_page + within * KEY_STEP
-            keys = _load(key_rows_ptr[:, None] + offs_k, inside[:, None], offs_k, KEY_DIM)
+            keys = load_block(key_rows_ptr[:, None] + offs_k, inside[:, None], offs_k, KEY_DIM)
             value_rows_ptr = value_ptr + page * stride_value_page + within * VALUE_STEP
-            values = _load(value_rows_ptr[:, None] + offs_v, inside[:, None], offs_v, VALUE_DIM)
+            values = load_block(
+                value_rows_ptr[:, None] + offs_v, inside[:, None], offs_v, VALUE_DIM
+            )
             key_scales, value_scales = None, None
             if key_scale_ptr is not None:
                 scale_rows = page * stride_scale_page + head * stride_scale_h + within
@@ -232,7 +234,7 @@ def attention_kernel(
             seen = inside[None, :]
             if WINDOW:
                 seen = seen & (index[None, :] > position[:, None] - window)
-            acc, peak, mass = _absorb(
+            acc, peak, mass = absorb(
                 acc,
                 peak,
                 mass,
@@ -280,10 +282,10 @@ def attention_kernel(
                 )
                 seen = seen & (key_position[None, :] > position[:, None] - window)
             key_rows_ptr = key_tree_ptr + index[:, None] * KEY_TREE_STEP
-            keys = _load(key_rows_ptr + offs_k, used[:, None], offs_k, KEY_DIM)
+            keys = load_block(key_rows_ptr + offs_k, used[:, None], offs_k, KEY_DIM)
             value_rows_ptr = value_tree_ptr + index[:, None] * VALUE_TREE_STEP
-            values = _load(value_rows_ptr + offs_v, used[:, None], offs_v, VALUE_DIM)
-            acc, peak, mass = _absorb(
+            values = load_block(value_rows_ptr + offs_v, used[:, None], offs_v, VALUE_DIM)
+            acc, peak, mass = absorb(
                 acc,
                 peak,
                 mass,
@@ -325,7 +327,7 @@ def attention_kernel(
 
 
 @triton.jit
-def _load(pointers, rows, columns, WIDTH: tl.constexpr):
+def load_block(pointers, rows, columns, WIDTH: tl.constexpr):
     """A block of rows of WIDTH elements; rows is a mask [R, 1] or None for all."""
     PADDED: tl.constexpr = columns.shape[0]
     if rows is None:
@@ -339,7 +341,7 @@ def _load(pointers, rows, columns, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _absorb(
+def absorb(
     acc,
     peak,
     mass,

@@ -169,16 +169,16 @@ def _plan_kernel(
     slot = tl.cumsum(count, 0) - count
     tl.store(spans_ptr + 2 * offs_b, slot, mask=real)
     tl.store(spans_ptr + 2 * offs_b + 1, count, mask=real)
-    _clear(items_ptr, tl.sum(pieces, 0), target, W_PAD)
+    clear(items_ptr, tl.sum(pieces, 0), target, W_PAD)
     for i in range(tl.max(pieces, 0)):
         from_unit = begin + i * length // tl.maximum(pieces, 1)
         to_unit = begin + (i + 1) * length // tl.maximum(pieces, 1)
         has = real & (i < pieces)
-        _put(items_ptr, item + i, offs_b, from_unit, to_unit, count, slot + i, 1, 0, i, has)
+        put(items_ptr, item + i, offs_b, from_unit, to_unit, count, slot + i, 1, 0, i, has)
 
 
 @triton.jit
-def _put(items_ptr, item, sequence, begin, end, count, slot, sequences, row_block, piece, mask):
+def put(items_ptr, item, sequence, begin, end, count, slot, sequences, row_block, piece, mask):
     """Write items [B]; the fields are those of FIELDS."""
     item_ptr = items_ptr + FIELDS * item
     tl.store(item_ptr, sequence, mask=mask)
@@ -192,7 +192,7 @@ def _put(items_ptr, item, sequence, begin, end, count, slot, sequences, row_bloc
 
 
 @triton.jit
-def _clear(items_ptr, used, target, W_PAD: tl.constexpr):
+def clear(items_ptr, used, target, W_PAD: tl.constexpr):
     """Mark what is left of the list as no work."""
     offs_w = tl.arange(0, W_PAD)
     unused = (offs_w >= used) & (offs_w < target)
@@ -242,7 +242,7 @@ def _share_kernel(
     leads = real & (leader == offs_b) & (members > 1)
     tiles = tl.where(leads, tl.cdiv(members * rows, BLOCK_M), 0)
     first = (tl.cumsum(tiles, 0) - tiles) * PIECES
-    _clear(items_ptr, tl.sum(tiles, 0) * PIECES, target, W_PAD)
+    clear(items_ptr, tl.sum(tiles, 0) * PIECES, target, W_PAD)
     for tile in range(tl.max(tiles, 0)):
         has = leads & (tile < tiles)
         for piece in range(PIECES):
@@ -250,7 +250,7 @@ def _share_kernel(
             begin = piece * common // PIECES
             end = (piece + 1) * common // PIECES
             count = PIECES + 1
-            _put(items_ptr, item, offs_b, begin, end, count, 0, members, tile, piece, has)
+            put(items_ptr, item, offs_b, begin, end, count, 0, members, tile, piece, has)
 
 
 @triton.jit

@@ -63,6 +63,14 @@ def test_grids_keep_budgets_and_lose_nothing(grid: str, temperature: float) -> N
     assert {name for name, _, _ in found} == wanted
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_are_of_one_tree_of_each_drafter(temperature: float) -> None:
+    for name, shapes in drafters.FAST.items():
+        found = list(drafters.methods("texts", temperature, name, 32))
+        wanted = () if name in drafters.TIMED else shapes[bool(temperature)][:1]
+        assert [shape.split(" tree.children")[0] for _, shape in found] == list(wanted)
+
+
 @pytest.mark.slow
 def test_from_prompts_to_tables(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -127,7 +135,7 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
         (["grid=speed"], "no prompts: give a file for one of"),
         (["grid=speed", "humaneval=x", "drafters=rest"], "drafters=rest: needs datastore"),
         (["grid=speed", "humaneval=x", "drafters=nobody"], "drafters=nobody: there are"),
-        (["grid=none", "humaneval=x"], "grid=none: must be 'budgets' or 'speed'"),
+        (["grid=none", "humaneval=x"], "grid=none: must be 'budgets', 'speed' or 'texts'"),
     ],
 )
 def test_mistakes_are_named(
