@@ -8,6 +8,7 @@
     python -m specdec.experiments.bench.run anatomy      where the time of a whole step goes
     python -m specdec.experiments.bench.run taps         what keeping hidden states costs
     python -m specdec.experiments.bench.run exact        bits and times of exact mode
+    python -m specdec.experiments.bench.run products     products by rows, beside cuBLAS
 
 `--help` after a part shows its options. Each writes a JSON file, anew after every shape or case,
 and ends with a table; `specdec.experiments.figures.draw` draws the plots.
@@ -37,8 +38,9 @@ PARTS = {  # module and options; a function of the part's name measures
     "anatomy": ("anatomy", "Options"),
     "taps": ("taps", "Options"),
     "exact": ("exact", "Options"),
+    "products": ("products", "Options"),
 }
-RECORDS = ("shapes", "batches", "rows", "cases")
+RECORDS = ("shapes", "batches", "rows", "cases", "products")
 
 
 def work(name: str, measure: Any, options: Any) -> int:

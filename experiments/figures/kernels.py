@@ -165,6 +165,26 @@ def exact(result: Result) -> str:
     return "\n\n".join([piece(about, heads, rows), bits])
 
 
+def products(result: Result) -> str:
+    """Products by rows, and what launch parameters that were tried are worth."""
+    about = (
+        f"Microseconds of products with the weights of an 8B Llama, bfloat16, on one "
+        f"{device(result)}; `roof` is the larger of weights over read rate and operations over "
+        f"product rate ({source(result, 'products')}):"
+    )
+    rows = []
+    for record in result["products"]:
+        us = dict(record["us"])
+        named = [us.pop(way, None) for way in ("cuBLAS", "ours")]
+        best = min(us, key=lambda way: us[way], default=None)
+        tried = "" if best is None else f"{us[best]:.1f}: {best.removeprefix('ours: ')}"
+        cells = ("" if one is None else f"{one:.1f}" for one in named)
+        rows.append(
+            [record["weight"], str(record["rows"]), f"{record['roof_us']:.1f}", *cells, tried]
+        )
+    return piece(about, ["weight", "rows", "roof", "cuBLAS", "ours", "best of others"], rows)
+
+
 def _operations(records: list[dict[str, Any]], key: str) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: a line for each operation, a column for each record: ours (torch)."""
     rows = []
@@ -343,6 +363,7 @@ TABLES: dict[str, Callable[[Result], str]] = {  # by part of the benchmark
     "anatomy": anatomy,
     "taps": taps,
     "exact": exact,
+    "products": products,
 }
 PLOTS: dict[str, Callable[[Result, Path], None]] = {
     "attention": plot_attention,
