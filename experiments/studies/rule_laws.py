@@ -22,7 +22,15 @@ from torch import Tensor
 from specdec.protocols import StepContext
 from specdec.sampling import SamplingParams, uniforms
 from specdec.tree import Children, Proposal, TokenTree
-from specdec.verifier import block, k_seq, multi_path, recursive_rejection, target_only, traversal
+from specdec.verifier import (
+    block,
+    hsd,
+    k_seq,
+    multi_path,
+    recursive_rejection,
+    target_only,
+    traversal,
+)
 from specdec.verifier.coins import CoinRule
 from specdec.verifier.support import Trial
 
@@ -219,6 +227,8 @@ def coin_chances(
             return recursive_rejection.try_children(trial)[0]
         case "block":
             return block.chances(trial)[0]
+        case "hsd":
+            return hsd.judge_lines(trial)[0]
         case "k_seq":
             return k_seq.chances(trial)[0]
         case "multi_path":

@@ -21,6 +21,7 @@ from specdec.sampling import SamplingParams, probabilities
 from specdec.tree import Children, TokenTree
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
+from specdec.verifier.hsd import Hsd
 from specdec.verifier.k_seq import KSeq
 from specdec.verifier.multi_path import MultiPath
 from specdec.verifier.recursive_rejection import RecursiveRejection
@@ -37,6 +38,7 @@ RULES = (
     KSeq(),
     Block(),
     Traversal(),
+    Hsd(),
     MultiPath(),
 )
 
