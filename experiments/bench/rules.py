@@ -30,6 +30,7 @@ from specdec.sampling import SamplingParams, random_keys
 from specdec.tree import Children, Proposal, TokenTree, random_parents
 from specdec.verifier.block import Block
 from specdec.verifier.greedy import Greedy
+from specdec.verifier.hsd import Hsd
 from specdec.verifier.k_seq import KSeq
 from specdec.verifier.multi_path import MultiPath
 from specdec.verifier.recursive_rejection import RecursiveRejection
@@ -47,6 +48,7 @@ RULES: tuple[tuple[AcceptanceRule, str, Children], ...] = (
     (KSeq(), "bush", "sample_with_replacement"),
     (Block(), "chain", "sample"),
     (Traversal(), "bush", "sample"),
+    (Hsd(), "bush", "sample"),
     (MultiPath(), "bush", "sample_with_replacement"),
     (Typical(), "bush", "sample"),
     (Relaxed(), "bush", "sample"),

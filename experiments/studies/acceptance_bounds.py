@@ -43,6 +43,7 @@ from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.tree import Children
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
+from specdec.verifier.hsd import Hsd
 from specdec.verifier.k_seq import KSeq
 from specdec.verifier.multi_path import MultiPath
 from specdec.verifier.recursive_rejection import RecursiveRejection
@@ -73,12 +74,17 @@ PANELS = {
             "top_k": (TargetOnly(),),
         },
     ),
+    "fork": Panel(
+        (1, 2),
+        {"sample": (Traversal(), Hsd(), RecursiveRejection()), "top_k": (TargetOnly(),)},
+    ),
 }
 LINES = {  # what the plot shows: title, colour and style
     "block, sample": ("block", COLOURS[0], "o-"),
     "tokenwise, sample": ("tokenwise", COLOURS[1], "s-"),
     "traversal, sample": ("traversal", COLOURS[2], "o-"),
     "recursive_rejection, sample": ("recursive_rejection", COLOURS[3], "s-"),
+    "hsd, sample": ("hsd", COLOURS[4], "D-"),
     "k_seq, sample_with_replacement": ("k_seq, with replacement", COLOURS[5], "D:"),
     "multi_path, sample_with_replacement": ("multi_path, with replacement", COLOURS[4], "^:"),
     "recursive_rejection, sample_with_replacement": (
@@ -185,7 +191,7 @@ def measure(panel: Panel, worlds: Iterable[int], steps: int) -> dict[str, Any]:
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Accepted tokens by distance, a part for each shape."""
-    figure, (parts,) = canvas(10.5, 4.2, 1, len(result["panels"]))
+    figure, (parts,) = canvas(5.25 * len(result["panels"]), 4.2, 1, len(result["panels"]))
     for axes, (name, panel) in zip(parts, result["panels"].items(), strict=True):
         lines = [line for line in LINES if line in panel["accepted"]]
         for line in lines:

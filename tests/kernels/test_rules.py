@@ -22,6 +22,7 @@ from specdec.sampling import ACCEPT_STREAM, TOKEN_STREAM, SamplingParams
 from specdec.tree import Acceptance, Children, Proposal, TokenTree
 from specdec.verifier.block import Block
 from specdec.verifier.greedy import Greedy
+from specdec.verifier.hsd import Hsd
 from specdec.verifier.k_seq import KSeq
 from specdec.verifier.multi_path import MultiPath
 from specdec.verifier.recursive_rejection import RecursiveRejection
@@ -130,6 +131,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVID
 RULES: list[tuple[AcceptanceRule, Children, float]] = [
     (Traversal(), "sample", 0.5),
     (Traversal(), "sample_with_replacement", 0.5),
+    (Hsd(), "sample", 0.5),
+    (Hsd(), "sample_with_replacement", 0.5),
     (Block(), "sample", 0.0),
     (KSeq(), "sample_with_replacement", 0.5),
     (MultiPath(), "sample_with_replacement", 0.5),

@@ -25,6 +25,7 @@ from specdec.tree import Children, TokenTree
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
 from specdec.verifier.greedy import Greedy
+from specdec.verifier.hsd import Hsd
 from specdec.verifier.k_seq import KSeq
 from specdec.verifier.likely import LikelyRule
 from specdec.verifier.multi_path import MultiPath
@@ -44,6 +45,7 @@ from tests.verifier.worlds import COLD, DRAWN, SHAPES, WARM, uneven, worlds
         (Tokenwise(), "chain_of_two", "top_k"),
         (Block(), "chain_of_two", "top_k"),
         (Traversal(), "two_one", "top_k"),
+        (Hsd(), "two_one", "top_k"),
         (KSeq(), "two_one", "top_k"),
         (KSeq(), "two_one", "sample"),
         (MultiPath(), "two_one", "top_k"),
