@@ -93,7 +93,7 @@ def _end(trial: Trial, taken: Tensor) -> Tensor:
     reach = torch.full_like(head, -1).scatter_reduce(1, head, kept, "amax")
     last = reach[:, 0].clamp(min=0)
     for _ in range(tree.depth):
-        lines = (parents == last[:, None]) & ~eldest & (reach >= 0)
+        lines = (parents == last[:, None]) & (reach >= 0)  # reach is of heads alone
         further = reach[rows, lines.int().argmax(1)]
         last = torch.where(lines.any(1), further, last)
     return last

@@ -74,10 +74,7 @@ PANELS = {
             "top_k": (TargetOnly(),),
         },
     ),
-    "fork": Panel(
-        (1, 2),
-        {"sample": (Traversal(), Hsd(), RecursiveRejection()), "top_k": (TargetOnly(),)},
-    ),
+    "fork": Panel((1, 2), {"sample": (Traversal(), Hsd(), RecursiveRejection())}),
 }
 LINES = {  # what the plot shows: title, colour and style
     "block, sample": ("block", COLOURS[0], "o-"),
