@@ -53,9 +53,9 @@ class Decoder:
         capacity: of the caches of target and draft.
         stop_tokens: a sequence ends after the first of these.
         stop_strings: and after the token that completes one of these; None: there are none.
-        processors: what is done to the target's logits before the rule sees them. A drafter goes
-            on observing what the model says itself.
+        processors: what is done to logits before the rule sees them; a drafter sees raw ones.
         trees: of the first so many steps of each sequence the trees are recorded.
+        evidence: whether sequences get theirs (`specdec.evidence`).
 
     Raises:
         ValueError: a setting out of range, or trees that the drafter cannot draft.
@@ -74,11 +74,13 @@ class Decoder:
         stop_strings: StopStrings | None = None,
         processors: Processors = NO_PROCESSORS,
         trees: int = 0,
+        evidence: bool = False,
     ) -> None:
         self.verifier, self.drafter, self.rule, self.sampling = verifier, drafter, rule, sampling
         self.device, self.capacity, self._recorded = verifier.device, capacity, trees
         self._kernels = verifier.kernels.on(self.device)
         self.stop_tokens, self.stop_strings = frozenset(stop_tokens), stop_strings
+        self._evidence = evidence
         self._processing: Processing | None = None
         if processors:
             self._processing = Processing(
@@ -389,7 +391,7 @@ class Decoder:
         if processing is not None:
             processing.advance(context.rows, tree, acceptance)
         told = Observation() if self.drafter.on_device else seen
-        return acceptance, Yield.of(tree, acceptance, told, logits)
+        return acceptance, Yield.of(tree, acceptance, told, logits, evidence=self._evidence)
 
     def _commit(
         self, context: StepContext, batch: Batch, acceptance: Acceptance, seen: Observation

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.evidence import evidence_of
 from specdec.observation import Observation
 from specdec.protocols import StepContext
 from specdec.request import Decoding
@@ -49,7 +50,8 @@ class Yield:
     Args:
         packed: [B, W] int64, the parts of `widths` side by side.
         widths: of new tokens, nodes and next token; parents; path; tokens; where there are any,
-            sources and observed tokens of the N nodes; two float64 that are finite if all is well.
+            sources and observed tokens of the N nodes, and evidence; two float64 that are finite
+            if all is well.
     """
 
     packed: Tensor
@@ -57,10 +59,16 @@ class Yield:
 
     @classmethod
     def of(
-        cls, tree: TokenTree, acceptance: Acceptance, seen: Observation, logits: Tensor
+        cls,
+        tree: TokenTree,
+        acceptance: Acceptance,
+        seen: Observation,
+        logits: Tensor,
+        *,
+        evidence: bool = False,
     ) -> "Yield":
         """Pack it, with what the host is to know of what was seen, and whether it can be relied
-        on."""
+        on; and the `evidence` of new tokens, if it is recorded."""
         numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token], dim=1)
         nothing = numbers[:, :0]
         parts = [
@@ -70,6 +78,7 @@ class Yield:
             acceptance.new_tokens(tree),
             nothing if tree.source is None else tree.source,
             nothing if seen.tokens is None else seen.tokens.flatten(1),
+            _evidence(tree, acceptance, logits) if evidence else nothing,
             _sums(tree, acceptance, logits).view(torch.int64),
         ]
         widths = tuple(part.shape[1] for part in parts)
@@ -94,9 +103,15 @@ class Yield:
         sums = self.parts(batch)[-1].view(torch.float64)
         return sums.isfinite().tolist()
 
+    def evidence(self, batch: int) -> list[list[list[float]]]:
+        """Of the first sequences: the four numbers of each new token; none, if not recorded."""
+        numbers: list[list[list[float]]]
+        numbers = self.parts(batch)[-2].view(torch.float64).unflatten(1, (-1, 4)).tolist()
+        return numbers
+
     def acceptance(self, batch: int) -> tuple[Acceptance, Observation]:
         """What a drafter that works on the host is told."""
-        numbers, parents, path, _, _, observed, _ = self.parts(batch)
+        numbers, parents, path, _, _, observed, *_ = self.parts(batch)
         tokens = observed.unflatten(1, (parents.shape[1], -1)) if observed.shape[1] else None
         kept = Acceptance(path=path, length=numbers[:, 0], next_token=numbers[:, 2])
         return kept, Observation(tokens=tokens)
@@ -144,6 +159,7 @@ class Flight:
         names = ("requests", "nodes", "depths", "accepted", "tokens", "sources", "trees")
         step: dict[str, list[Any]] = {name: [] for name in names}
         parts = self.results.parts(len(self.sequences))[:5]
+        evidence = self.results.evidence(len(self.sequences))
         rows = zip(self.sequences, *(part.tolist() for part in parts), strict=True)
         for place, (sequence, numbers, parents, path, new, source) in enumerate(rows):
             if sequence.finish_reason:
@@ -160,6 +176,7 @@ class Flight:
                 )
                 step["trees"].append(record)
             finish(sequence, new[:length])
+            sequence.evidence += evidence[place][: sequence.accepted_lengths[-1]]
             sequence.steps += 1
             sequence.drafted += size - 1
             step["requests"].append(sequence.request.id)
@@ -185,6 +202,10 @@ def to_host(tensor: Tensor) -> Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     return host
+
+
+def _evidence(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:
+    return evidence_of(tree, acceptance, logits).flatten(1).view(torch.int64)
 
 
 def _sums(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class Decoding:
     drafted: int = 0  # nodes proposed, the root not counted
     accepted_lengths: list[int] = field(default_factory=list)  # new tokens of each step
     finish_reason: str | None = None  # "stop", "length" or "context"
+    evidence: list[list[float]] = field(default_factory=list)  # of each new token, if recorded
 
     @property
     def output_ids(self) -> list[int]:

@@ -177,7 +177,7 @@ class Experiment:
             capacity = replace(capacity, max_tokens=longest)
         ends = (self.stop_tokens, self._ends) if stops else ((), None)
         trees = self.record.trees if method is self.method else 0  # plain ones are roots alone
-        return OurSession(method, self.target, capacity, *ends, trees)
+        return OurSession(method, self.target, capacity, *ends, trees, self.record.evidence)
 
     def summarise(self, side: Side, plain: Records | None) -> Record:
         """The figures of what a side holds, beside those of plain decoding."""

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from specdec.evidence import evidence_line
 from specdec.flight import Step
 from specdec.lab.conversations import Conversations, number_of
 from specdec.lab.energy import Meter
@@ -87,6 +88,8 @@ class Lane:
             side.generations.append(generation)
         with self._meter.running() if self._meter else nullcontext():
             for sequence in decoder.run(on_step=record):
+                if sequence.evidence:
+                    side.evidence.append(evidence_line(sequence), flush=False)
                 side.flush()
                 for generation in queue.finish(decoder, sequence):
                     side.generations.append(generation)

@@ -92,6 +92,7 @@ class Method:
         stop_tokens: Collection[int] = (),
         stop_strings: StopStrings | None = None,
         trees: int = 0,
+        evidence: bool = False,
     ) -> Decoder:
         """A decoder of its own; one made before is of no use any more. The tree policy is fitted
         before. Arguments are those of `Decoder`.
@@ -114,5 +115,5 @@ class Method:
             )
 
         self.tree.fit(Loaded(target=target, drafter=self.drafter, capacity=capacity, decoder=made))
-        rest = {"stop_tokens": stop_tokens, "stop_strings": stop_strings, "trees": trees}
-        return made(self.tree, capacity, **rest)
+        rest = {"stop_tokens": stop_tokens, "stop_strings": stop_strings}
+        return made(self.tree, capacity, trees=trees, evidence=evidence, **rest)

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError, field_validator
 
+from specdec.evidence import numbers_in
 from specdec.flight import Step
 from specdec.lab.files import replace_file, to_json, writing
 from specdec.tree_records import TreeRecord
@@ -22,6 +23,7 @@ class RecordSettings:
     Args:
         trees: of the first so many steps of each text, the tree.
         energy: what the GPU uses.
+        evidence: what the verifying pass said where each token was chosen.
 
     Raises:
         ValueError: a setting out of range.
@@ -29,6 +31,7 @@ class RecordSettings:
 
     trees: int = 0
     energy: bool = False
+    evidence: bool = False
 
     def __post_init__(self) -> None:
         if self.trees < 0:
@@ -54,6 +57,20 @@ class GenerationLine(BaseModel):
     accepted_lengths: list[int] = []
 
 
+class EvidenceLine(BaseModel):
+    """What a line of evidence.jsonl has."""
+
+    request: int
+    row: int
+    numbers: str
+
+    @field_validator("numbers")
+    @classmethod
+    def _whole(cls, letters: str) -> str:
+        numbers_in(letters)
+        return letters
+
+
 def _even(step: Step) -> Step:
     lists = step.requests, step.nodes, step.depths, step.accepted, step.tokens
     if len({len(values) for values in lists}) > 1:
@@ -65,6 +82,7 @@ Kind = TypeAdapter[Any]  # of the lines of a file
 GENERATIONS: Kind = TypeAdapter(GenerationLine)
 STEPS: Kind = TypeAdapter(Annotated[Step, AfterValidator(_even)])
 TREES: Kind = TypeAdapter(TreeRecord)
+EVIDENCE: Kind = TypeAdapter(EvidenceLine)
 
 
 def step_record(step: Step) -> Record:

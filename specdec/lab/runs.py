@@ -4,6 +4,7 @@ continue.
 generations.jsonl   one line for each decoded prompt (for each turn of a conversation)
 steps.jsonl         one line for each step
 trees.jsonl         one line for each tree that is recorded
+evidence.jsonl      one line for each text whose evidence is recorded
 energy.jsonl        one line for each process that measured what the GPU uses
 baseline/           the same two files for plain decoding
 config.yaml         every setting, resolved
@@ -30,19 +31,19 @@ from specdec.lab.energy import ENERGY
 from specdec.lab.files import read_object, replace_file, to_json, writing
 from specdec.lab.identity import IDENTITY, Identity
 from specdec.lab.lock import Lock
-from specdec.lab.records import GENERATIONS, STEPS, TRACKING, TREES, Record, RecordFile
+from specdec.lab.records import EVIDENCE, GENERATIONS, STEPS, TRACKING, TREES, Record, RecordFile
 
 SCHEMA = 2  # of these files, as docs/outputs.md has them
 CONFIG, ERROR = "config.yaml", "error.txt"
 OWN = (
-    *(CONFIG, IDENTITY, "generations.jsonl", "steps.jsonl", "trees.jsonl", "energy.jsonl"),
-    *("baseline", "summary.json", "wandb", TRACKING),
+    *(CONFIG, IDENTITY, "generations.jsonl", "steps.jsonl", "trees.jsonl"),
+    *("evidence.jsonl", "energy.jsonl", "baseline", "summary.json", "wandb", TRACKING),
 )
 
 
 class Side:
-    """The records of one decoder: `generations`, `steps`, and `trees` and `energy`, of which there
-    are files if some are recorded."""
+    """The records of one decoder: `generations`, `steps`, and `trees`, `evidence` and `energy`, of
+    which there are files if some are recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,14 +55,18 @@ class Side:
         self.energy = RecordFile(
             folder / "energy.jsonl", ENERGY, lost="what it measured is missing then"
         )
+        self.evidence = RecordFile(
+            folder / "evidence.jsonl", EVIDENCE, lost="its text is not audited then"
+        )
         self.files = self.generations, self.steps
+        self.others = self.trees, self.evidence, self.energy
 
     def read(self) -> list[str]:
         """Take over what was finished; returns what became of records that cannot stay.
 
         A text counts once, if all its steps are there, and all turns before it.
         """
-        for file in (*self.files, self.trees, self.energy):
+        for file in (*self.files, *self.others):
             file.read()
         lengths: dict[int, list[int]] = defaultdict(list)
         for step in self.steps.records:
@@ -99,17 +104,20 @@ class Side:
         self.steps.rewrite(kept)
         if self.trees.path.exists():
             self.trees.rewrite([tree for tree in self.trees.records if tree["request"] in done])
+        if self.evidence.path.exists():
+            known = {line["request"]: line for line in self.evidence.records}
+            self.evidence.rewrite([line for n, line in known.items() if n in done])
         if self.energy.path.exists():
             self.energy.rewrite(self.energy.records)
 
     def flush(self) -> None:
         """What was added without waiting for the disk is there."""
-        for file in (self.trees, self.steps):
+        for file in (self.trees, self.evidence, self.steps):
             file.flush()
 
     def close(self) -> None:
         with ExitStack() as last:  # all of it, whatever a full disk says of one file
-            for file in (*self.files, self.trees, self.energy):
+            for file in (*self.files, *self.others):
                 last.callback(file.close)
 
 

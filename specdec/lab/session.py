@@ -63,6 +63,7 @@ class OurSession:
         capacity: of its caches; what a batch has more than rows waits for its turn.
         stop_tokens, stop_strings: none for outputs of equal length.
         trees: of the first so many steps of each sequence the trees are recorded.
+        evidence: whether sequences get theirs.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class OurSession:
         stop_tokens: Collection[int] = (),
         stop_strings: StopStrings | None = None,
         trees: int = 0,
+        evidence: bool = False,
     ) -> None:
         self.method, self.device = method, target.device
-        self.decoder = method.decoder(target, capacity, stop_tokens, stop_strings, trees)
+        self.decoder = method.decoder(target, capacity, stop_tokens, stop_strings, trees, evidence)
 
     def warm_up(self, tokens: Sequence[int], new: int = WARM_UP_TOKENS) -> None:
         self.decoder.warm_up(tokens, new)
