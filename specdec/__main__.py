@@ -11,6 +11,7 @@ from specdec.lab.options import nearest
 COMMANDS = {  # whose modules are imported when they are asked for
     "run": "specdec.run",
     "compare": "specdec.compare.command",
+    "audit": "specdec.audit",
     "sync": "specdec.sync",
     "train": "specdec.train",
 }

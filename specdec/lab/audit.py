@@ -125,6 +125,22 @@ def audit(
     return report
 
 
+def told(report: Record) -> str:
+    """What was found, in words."""
+    if report["stops"]:
+        return f"{report['stops']} texts go on after a stop token"
+    line = (
+        f"the verifying pass differs from the model's own by up to {report['largest']:.2g} times "
+        f"what rounding was measured to do"
+    )
+    if not report["suspects"]:
+        return f"{line}, in {report['tokens']:,} tokens"
+    where = ", ".join(
+        f"{s['name']} ({s['faulty']} of {s['tokens']})" for s in report["strata"][:3]
+    )
+    return f"{line}, at {report['suspects']} of {report['tokens']:,} tokens: {where}"
+
+
 def apart_of(text: Record, numbers: Array, witness: Witness) -> Array:
     """[n] how far the evidence [n, 4] of a text lies from what the witness says: the largest
     difference of the four numbers, in units in the last place of the largest of them."""
@@ -167,8 +183,8 @@ def rounding_of(witness: Witness, texts: Sequence[Record]) -> float:
     fed = [prompt, *([token] for token in output[:-1])]
     mine = torch.stack([target.extend(cache, [0], [tokens])[0] for tokens in fed])
     theirs = torch.cat([*own_logits(target, prompt, output, kv_dtype=kv_dtype)])
-    pair = (numbers_of(one.float(), drawn).double().cpu() for one in (mine, theirs))
-    apart = float(units_between(*pair, target.dtype).max())
+    ours, others = (numbers_of(one.float(), drawn).double().cpu() for one in (mine, theirs))
+    apart = float(units_between(ours, others, target.dtype).max())
     shapes = max(1.0, noise(target, [*prompt, *output], kv_dtype=kv_dtype))
     return max(1.0, min(apart, APART * shapes))
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from specdec.lab.audit import audit
 from specdec.lab.baselines import SharedBaseline
 from specdec.lab.conversations import check_numbers
 from specdec.lab.course import Course
 from specdec.lab.environment import describe_environment
 from specdec.lab.fit import check_fit, check_memory
-from specdec.lab.lossless import verdict
+from specdec.lab.lossless import SAMPLE, verdict
 from specdec.lab.method import MARKS, Method
 from specdec.lab.metrics import speedup_interval, summarise
 from specdec.lab.progress import Live
@@ -223,9 +224,23 @@ class Experiment:
                 baseline=None if plain is None else plain[0],
                 lossy=rule.lossy(self.method.tree.children, sampling),
                 exact=self.target.kernels.exact,
+                evidence=self._audited(side),
             )
         except torch.OutOfMemoryError:
             return _not_checked("no memory is left for passes over the texts")
+
+    def _audited(self, side: Side) -> Record | None:
+        """What evidence says, if it is recorded."""
+        if not self.record.evidence:
+            return None
+        return audit(
+            side.generations.records,
+            side.evidence.records,
+            self._witness(),
+            page_size=self.capacity.page_size,
+            stop_tokens=self.stop_tokens,
+            most=SAMPLE,
+        )
 
     def _witness(self) -> Witness:
         draft = None if self.method.sampling.greedy else self.method.drafter.own_model

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from specdec.lab.audit import told
 from specdec.lab.draws import ALARM, BETS, Draws, places_of, together
 from specdec.lab.witness import Seen, Witness
 from specdec.sampling import SEEDS, SamplingParams, probabilities
@@ -23,6 +24,8 @@ def verdict(
     baseline: Sequence[Record] | None = None,
     lossy: str | None = None,
     exact: bool = False,
+    evidence: Record | None = None,
+    sample: int = SAMPLE,
 ) -> dict[str, Any]:
     """Whether texts are what the target would have decoded alone.
 
@@ -37,16 +40,22 @@ def verdict(
         lossy: why the texts need not be the target's; they are then described and fail in nothing.
         exact: logits do not depend on batch or tree (`kernels.exact`): rounding explains nothing
             between the texts and the baseline's.
+        evidence: what `audit` found, if evidence was recorded. A bug fails; where the verifying
+            pass was wrong, no divergence is explained.
+        sample: tokens that are read, prompts included.
 
     Returns:
-        verdict: passed, failed, lossy, or not checked.
+        verdict: passed, suspect (passed, but evidence lies further apart than rounding is thought
+            to do), failed, lossy, or not checked.
         reason: why, in words.
         At temperature 0 with a baseline what `compare` returns, and always what `read` does.
     """
     report: dict[str, Any] = {}
     if sampling.greedy and baseline is not None:
         report |= compare(texts, baseline, witness)
-    report |= read(texts, witness, sampling)
+    report |= read(texts, witness, sampling, sample)
+    if evidence is not None:
+        report["evidence"] = evidence
     faults, said = _faults(report, exact), "; ".join(_said(report, exact))
     if not report["tokens"]:
         result, reason = "not checked", "there is no output"
@@ -55,7 +64,8 @@ def verdict(
     elif faults:
         result, reason = "failed", f"{'; '.join(faults)}; {said}"
     else:
-        result, reason = "passed", said
+        suspect = evidence is not None and evidence["verdict"] == "suspect"
+        result, reason = "suspect" if suspect else "passed", said
     return {"verdict": result, "reason": reason, **report}
 
 
@@ -66,6 +76,8 @@ def _faults(report: Record, exact: bool) -> list[str]:
     if parted:
         why = ", and kernels.exact=true leaves no rounding" if exact else " by more than rounding"
         found.append(f"{parted} outputs part from the baseline's{why}")
+    if report.get("evidence", {}).get("verdict") == "bug":
+        found.append(told(report["evidence"]))
     if report["impossible"]:
         found.append(f"{report['impossible']} tokens are none that the target could choose")
     if report["p_value"] is not None and report["p_value"] < ALARM:
@@ -95,6 +107,9 @@ def _said(report: Record, exact: bool) -> list[str]:
         line += f", p = {report['p_value']:.2g}"
     if report["edge"]:
         line += f"; rounding alone decided about {report['edge']} of them"
+    evidence = report.get("evidence")
+    if evidence is not None and evidence["verdict"] in ("clean", "suspect"):
+        line += f"; {told(evidence)}"
     return [*said, line]
 
 

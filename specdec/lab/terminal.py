@@ -110,7 +110,11 @@ def _share(part: float, whole: float) -> str:
 
 def _lossless_line(summary: Summary) -> str:
     lossless = summary["lossless"]
-    loud = {"failed": "[bold red]FAILED[/]", "lossy": "LOSSY"}
+    loud = {
+        "failed": "[bold red]FAILED[/]",
+        "suspect": "[bold yellow]SUSPECT[/]",
+        "lossy": "LOSSY",
+    }
     verdict = loud.get(lossless["verdict"], lossless["verdict"])
     line = f"lossless: {verdict}; {lossless['reason']}"
     for d in lossless.get("divergences", ()):
