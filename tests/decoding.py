@@ -64,6 +64,7 @@ def decoder_of(
     stop_strings: StopStrings | None = None,
     processors: Processors = NO_PROCESSORS,
     trees: int = 0,
+    evidence: bool = False,
     **capacity: Any,
 ) -> Decoder:
     """A decoder over a model, for which the drafter is loaded, or over a verifier.
@@ -92,6 +93,7 @@ def decoder_of(
         stop_strings=stop_strings,
         processors=processors,
         trees=trees,
+        evidence=evidence,
     )
 
 

@@ -233,7 +233,7 @@ OWN = "tests.golden.repeat.repeat"
 SMALL = "zoo:draft"
 LOSSY = "acceptance=typical acceptance.allow_lossy=true"
 RUNS = {
-    "composed": "drafter=compose tree=dynamic record.trees=2 record.energy=true",
+    "composed": "drafter=compose tree=dynamic record.trees=2 record.energy=true record.evidence=true",
     "sampled": "sampling=sample tree=cost_aware tree.costs=cpu",
     "synthetic": "drafter=synthetic tree=static ignore_eos=true",
     "lossy": f"drafter=user drafter._target_={OWN} {LOSSY} sampling=sample",
@@ -289,7 +289,9 @@ def agrees(title: str, found: list[set[str]]) -> None:
     assert set.union(*found) == set(page) - elsewhere
 
 
-@pytest.mark.parametrize("file", ["generations.jsonl", "steps.jsonl", "trees.jsonl"])
+@pytest.mark.parametrize(
+    "file", ["generations.jsonl", "steps.jsonl", "evidence.jsonl", "trees.jsonl"]
+)
 def test_fields_of_lines_are_those_listed(runs: list[Path], file: str) -> None:
     lines = [line for run in runs if (run / file).exists() for line in records(run / file)]
     agrees(file, [set(fields(line)) for line in lines])

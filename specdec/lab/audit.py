@@ -5,9 +5,10 @@ position or a stale row of the cache moves logits by orders of magnitude more, w
 the tokens, so that nothing waits for a text to part from another. How much rounding does is
 measured here and now, with this model: by decoding a text plainly.
 
-What is beyond it is counted by what was known of a token before it was chosen (`strata`), which
-names most faults: one that is in the mask or the positions of trees leaves roots alone, one in the
-commit begins at the second step of a text, one in pages where a page does.
+The first tokens of texts that are beyond it are counted by what was known of them before they were
+chosen (`strata`), which names most faults: one in the mask or the positions of trees leaves roots
+alone, one in the commit begins at the second step of a text, one in pages where a page does. What
+comes later in a text has met what that one left in the cache.
 """
 
 from collections import Counter
@@ -65,12 +66,23 @@ class Audit:
         self.labels.append(strata(text, row, self.page_size)[: len(apart)])
         self.where += [(text["request"], i) for i in range(len(apart))]
 
+    def _first(self) -> tuple[list[tuple[str, ...]], NDArray[np.bool_]]:
+        """Tokens of each text up to the first that is too far apart, and whether it is that one:
+        what it leaves in the cache is met by all after it."""
+        labels, first = [], []
+        for apart, names in zip(self.apart, self.labels, strict=True):
+            beyond = np.flatnonzero(apart > SUSPECT * self.rounding)
+            end = int(beyond[0]) + 1 if len(beyond) else len(apart)
+            labels += names[:end]
+            first += [False] * (end - 1) + [len(beyond) > 0]
+        return labels, np.array(first, dtype=bool)
+
     def report(self) -> dict[str, Any]:
         """As in `audit`."""
         apart = np.concatenate([np.zeros(0), *self.apart]) / self.rounding
         beyond, bugs = apart > SUSPECT, apart > BUG
         worst = int(apart.argmax()) if len(apart) else None
-        labels = [label for text in self.labels for label in text]
+        labels, first = self._first()
         result = "bug" if bugs.any() else "suspect" if beyond.any() else "clean"
         return {
             "verdict": result if len(apart) else "not checked",
@@ -79,7 +91,7 @@ class Audit:
             "largest": float(apart.max()) if len(apart) else None,
             "suspects": int(beyond.sum()),
             "bugs": int(bugs.sum()),
-            "strata": [s._asdict() for s in named(labels, beyond)],
+            "strata": [s._asdict() for s in named(labels, first)],
             "worst": None if worst is None else list(self.where[worst]),
         }
 
@@ -166,14 +178,24 @@ def units_between(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> Array:
 
 @torch.inference_mode()
 def rounding_of(witness: Witness, texts: Sequence[Record]) -> float:
-    """Units in the last place between plain decoding over pages and the witness, in the longest
-    text; 1 at least, and no more than `APART` times what passes of different shapes differ by,
-    for beyond that plain decoding is wrong itself."""
-    if not texts:
-        return 1.0
-    text = max(texts, key=lambda text: len(text["output_ids"]))
+    """Units in the last place between plain decoding over pages and the witness, at the last
+    tokens of the longest texts; 1 at least, and no more than `APART` times what passes of
+    different shapes differ by, for beyond that plain decoding is wrong itself."""
+    ids = [[*text["prompt_ids"], *text["output_ids"]] for text in texts]
+    ids.sort(key=len, reverse=True)
+    largest, left = 1.0, PLAIN
+    for tokens in ids:
+        count = min(left, len(tokens) - 1)
+        if count > 0:
+            largest = max(largest, _plainly(witness, tokens[:-count], tokens[-count:]))
+            left -= count
+    shapes = max(1.0, noise(witness.target, ids[0], kv_dtype=witness.kv_dtype)) if ids else 1.0
+    return min(largest, APART * shapes)
+
+
+def _plainly(witness: Witness, prompt: list[int], output: list[int]) -> float:
+    """Units in the last place between the two, in one text."""
     target, kv_dtype = witness.target, witness.kv_dtype
-    prompt, output = text["prompt_ids"], text["output_ids"][:PLAIN]
     size = len(prompt) + len(output)
     cache = target.new_cache(
         rows=1, pages=-(-size // 16), page_size=16, max_tokens=size, kv_dtype=kv_dtype
@@ -184,24 +206,28 @@ def rounding_of(witness: Witness, texts: Sequence[Record]) -> float:
     mine = torch.stack([target.extend(cache, [0], [tokens])[0] for tokens in fed])
     theirs = torch.cat([*own_logits(target, prompt, output, kv_dtype=kv_dtype)])
     ours, others = (numbers_of(one.float(), drawn).double().cpu() for one in (mine, theirs))
-    apart = float(units_between(ours, others, target.dtype).max())
-    shapes = max(1.0, noise(target, [*prompt, *output], kv_dtype=kv_dtype))
-    return max(1.0, min(apart, APART * shapes))
+    return float(units_between(ours, others, target.dtype).max())
 
 
 def strata(text: Record, row: int, page_size: int) -> list[tuple[str, ...]]:
     """Of each token what was known of it before it was chosen, in words."""
     lengths = text.get("accepted_lengths") or [1] * len(text["output_ids"])
-    before, found, page = len(text["prompt_ids"]) - 1, [], None
+    before, found = len(text["prompt_ids"]) - 1, []
+    page = kept = None  # of the step before: that of its root, and its tokens
     for step, length in enumerate(lengths):
         mine = before // page_size
         filled = "a page was begun" if page is not None and mine != page else "in the same page"
+        after = (
+            "after drafts were kept" if kept is not None and kept > 1 else "after none was kept"
+        )
         which = ("first step", "second step")[step] if step < 2 else "later step"
         for place in places_of([length]):
             depth = "root" if place == 0 else "below the root"
             deeper = [f"depth {group_of(place)}"] * (place > 0)
-            found.append((depth, *deeper, which, filled, f"page {mine}", f"batch row {row}"))
-        before, page = before + length, mine
+            found.append(
+                (depth, *deeper, which, after, filled, f"page {mine}", f"batch row {row}")
+            )
+        before, page, kept = before + length, mine, length
     return found
 
 
