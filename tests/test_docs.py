@@ -233,7 +233,8 @@ OWN = "tests.golden.repeat.repeat"
 SMALL = "zoo:draft"
 LOSSY = "acceptance=typical acceptance.allow_lossy=true"
 RUNS = {
-    "composed": "drafter=compose tree=dynamic record.trees=2 record.energy=true record.evidence=true",
+    "composed": "drafter=compose tree=dynamic record.trees=2 record.energy=true "
+    "record.evidence=true",
     "sampled": "sampling=sample tree=cost_aware tree.costs=cpu",
     "synthetic": "drafter=synthetic tree=static ignore_eos=true",
     "lossy": f"drafter=user drafter._target_={OWN} {LOSSY} sampling=sample",

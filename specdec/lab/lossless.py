@@ -40,8 +40,7 @@ def verdict(
         lossy: why the texts need not be the target's; they are then described and fail in nothing.
         exact: logits do not depend on batch or tree (`kernels.exact`): rounding explains nothing
             between the texts and the baseline's.
-        evidence: what `audit` found, if evidence was recorded. A bug fails; where the verifying
-            pass was wrong, no divergence is explained.
+        evidence: what `audit` found, if evidence was recorded. A bug fails.
         sample: tokens that are read, prompts included.
 
     Returns:
@@ -56,17 +55,21 @@ def verdict(
     report |= read(texts, witness, sampling, sample)
     if evidence is not None:
         report["evidence"] = evidence
+    result, reason = _judged(report, lossy, exact)
+    return {"verdict": result, "reason": reason, **report}
+
+
+def _judged(report: Record, lossy: str | None, exact: bool) -> tuple[str, str]:
+    """Verdict and reason."""
     faults, said = _faults(report, exact), "; ".join(_said(report, exact))
     if not report["tokens"]:
-        result, reason = "not checked", "there is no output"
-    elif lossy is not None:
-        result, reason = "lossy", f"{lossy}; {'; '.join(faults) or 'no difference seen'}; {said}"
-    elif faults:
-        result, reason = "failed", f"{'; '.join(faults)}; {said}"
-    else:
-        suspect = evidence is not None and evidence["verdict"] == "suspect"
-        result, reason = "suspect" if suspect else "passed", said
-    return {"verdict": result, "reason": reason, **report}
+        return "not checked", "there is no output"
+    if lossy is not None:
+        return "lossy", f"{lossy}; {'; '.join(faults) or 'no difference seen'}; {said}"
+    if faults:
+        return "failed", f"{'; '.join(faults)}; {said}"
+    suspect = report.get("evidence", {}).get("verdict") == "suspect"
+    return "suspect" if suspect else "passed", said
 
 
 def _faults(report: Record, exact: bool) -> list[str]:

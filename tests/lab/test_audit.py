@@ -122,14 +122,13 @@ def test_a_text_that_goes_on_after_a_stop_token_is_found(target, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["none", "residual", "told", "coins", "bonus"])
+@pytest.mark.parametrize("fault", ["none", "residual", "told", "bonus"])
 def test_faults_of_rules_are_found_in_five_thousand_tokens(target, fault):
     texts, _, drafter = decoded(
         target, SAMPLED, prompts=104, new=48, rows=16, rule=planted.Faulty(fault)
     )
     witness = Witness(target, draft=drafter.own_model)
     found = verdict(texts, witness, SAMPLED, sample=10**6)
-    print(fault, found["tokens"], found["bets"], found["tests"])
     assert found["tokens"] <= 5000
     assert (found["verdict"] == "failed") == (fault != "none")
 
