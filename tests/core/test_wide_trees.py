@@ -78,6 +78,7 @@ RULES = {
     "recursive_rejection": "sample",
     "target_only": "top_k",
     "traversal": "sample",
+    "hsd": "sample",
     "k_seq": "sample_with_replacement",
     "multi_path": "sample_with_replacement",
     "typical acceptance.allow_lossy=true": "top_k",

@@ -22,6 +22,7 @@ from specdec.protocols import AcceptanceRule, StepContext, TreePolicy
 from specdec.sampling import SamplingParams
 from specdec.verifier.block import Block
 from specdec.verifier.coins import CoinRule
+from specdec.verifier.hsd import Hsd
 from specdec.verifier.k_seq import KSeq
 from specdec.verifier.multi_path import MultiPath
 from specdec.verifier.recursive_rejection import RecursiveRejection
@@ -124,6 +125,7 @@ NUCLEUS = SamplingParams(temperature=1.0, top_p=0.8, seed=8)
         (KSeq(), Static(widths=[2, 2], children="sample_with_replacement"), WARM, 2),
         (MultiPath(), Static(widths=[2, 2], children="sample_with_replacement"), WARM, 2),
         (Traversal(), Static(widths=[2, 2], children="sample"), WARM, 3),
+        (Hsd(), Static(widths=[1, 2], children="sample"), WARM, 3),
         (
             Traversal(),
             Dynamic(budget=4, width=3, depth=2, children="sample_with_replacement"),
