@@ -14,6 +14,8 @@ COMMANDS = {  # whose modules are imported when they are asked for
     "audit": "specdec.audit",
     "sync": "specdec.sync",
     "train": "specdec.train",
+    "record": "specdec.record",
+    "replay": "specdec.replay.command",
 }
 
 

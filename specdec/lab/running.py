@@ -113,7 +113,7 @@ def opened(
     Raises:
         ValueError: a setting that cannot be used, before a model is loaded where that is possible.
     """
-    checked = _checked(settings, console)
+    checked = check_settings(settings, console)
     method, sharing = checked.method, sweep and checked.general.baseline
     folder = checked.folder(out, sweep=sweep)
     with folder:
@@ -125,7 +125,7 @@ def opened(
         for line in without_effect(settings, method, checked.placement.kernels.impl, words):
             tell(console, line)
         try:
-            experiment = _experiment(checked, console)
+            experiment = experiment_of(checked, console)
             folder.identify(experiment.resolved)
             shown = {**settings, "resolved": experiment.resolved}
             tracker.start(tracked_run(folder.path, shown, method.marks, words))
@@ -169,7 +169,7 @@ class Checked:
         )
 
 
-def _checked(settings: Settings, console: Console) -> Checked:
+def check_settings(settings: Settings, console: Console) -> Checked:
     general, placement = general_of(settings), placement_of(settings)
     method, path = method_of(settings), target_of(settings)
     asked = _asked(settings, method.sampling, console)
@@ -220,7 +220,7 @@ def continued(settings: Settings, words: Sequence[str], out: Path) -> tuple[Sett
     return {**stored, "resume": True, "out": str(folder)}, folder.absolute()
 
 
-def _experiment(checked: Checked, console: Console) -> Experiment:
+def experiment_of(checked: Checked, console: Console) -> Experiment:
     """With the models loaded."""
     settings, general, path = checked.settings, checked.general, checked.path
     method, asked = checked.method, dict(checked.asked)

@@ -1,0 +1,144 @@
+"""The command that records: `specdec record target=zoo drafter=small_llama sampling=sample
+out=records/zoo`. Words are those of `specdec run`; tree and acceptance do not matter, for nothing
+of a draft is kept. Prompts, samples, sampling and processors are part of a record.
+
+Whatever is wrong with the settings ends in one line on stderr and exit code 2, an interruption in
+130; resume=true continues with the next shard.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from specdec.lab.build import baseline_of
+from specdec.lab.environment import describe_environment
+from specdec.lab.experiment import Experiment
+from specdec.lab.files import read_object
+from specdec.lab.identity import NO_PART
+from specdec.lab.interrupts import interruptible
+from specdec.lab.lines import tell
+from specdec.lab.lock import Lock
+from specdec.lab.options import usage
+from specdec.lab.running import Checked, check_settings, experiment_of
+from specdec.lab.settings import Settings, folders_of, out_of, settings_of, split
+from specdec.replay.record import DONE, PLAN, SCHEMA, Record, shard_path, write_json, write_shard
+from specdec.replay.recording import RECORDED, check_drafter, record_prompts, watching
+from specdec.replay.rates import write_rates
+
+SHARD = 8  # prompts
+NOT_RECORDED = ("tree", "acceptance", "batch_size", *NO_PART)
+
+
+def main() -> None:
+    """Console entry point."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    sys.exit(command(sys.argv[1:]))
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Do what was typed; returns the exit code."""
+    try:
+        words, flags = split(list(arguments))
+        if {"--help", "-h"} & set(flags):
+            print(usage(folders_of(flags), "run", __doc__ or ""))
+            return 0
+        settings = settings_of([*words, "tracker=none", "kernels.graphs=false", *flags])
+        with interruptible():
+            make(settings, out_of(settings), Console())
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def make(settings: Settings, out: Path, console: Console) -> Record:
+    """Record what is not recorded yet.
+
+    Raises:
+        ValueError: a setting that cannot be used, or a folder that holds something else.
+    """
+    check_drafter(settings["choices"]["drafter"])
+    settings = {**settings, "baseline": False}
+    checked = check_settings(settings, console)
+    plan = _plan(settings, checked)
+    lock = Lock(out / "lock", f"out={out}")
+    try:
+        if (out / DONE).exists() or (out / PLAN).exists():
+            _continue(settings, out, plan)
+        if not (out / DONE).exists():
+            write_json(out / PLAN, plan)
+            experiment = experiment_of(checked, console)
+            _record(settings, experiment, out, plan, console)
+    finally:
+        lock.release()
+    tell(console, f"record in {out}")
+    return Record.open(out)
+
+
+def _plan(settings: Settings, checked: Checked) -> dict[str, Any]:
+    parts = checked.identity
+    kept = {
+        name: value
+        for name, value in parts.settings.items()
+        if name.partition(".")[0] not in NOT_RECORDED
+    }
+    return {"schema": SCHEMA, "identity": [kept, dict(parts.contents), dict(parts.prompts)]}
+
+
+def _continue(settings: Settings, out: Path, plan: dict[str, Any]) -> None:
+    """Raise ValueError unless the folder's record is this one, and may go on."""
+    if settings["resume"] not in (True, "auto"):
+        raise ValueError(f"out={out}: holds a record already; resume=true continues it")
+    if read_object(out / PLAN) != plan:
+        raise ValueError(
+            f"out={out}: holds a record of other settings, models or prompts; choose another folder"
+        )
+
+
+def _record(
+    settings: Settings, experiment: Experiment, out: Path, plan: dict[str, Any], console: Console
+) -> None:
+    method, watch = watching(experiment.method, baseline_of(settings).rule)
+    experiment.method = method
+    session = experiment.session(method)
+    prompts = list(experiment.prompts)
+    parts = [prompts[first : first + SHARD] for first in range(0, len(prompts), SHARD)]
+    for number, part in enumerate(parts):
+        path = shard_path(out, number)
+        if path.exists():
+            continue
+        arrays, categories = record_prompts(experiment, session, watch, part)
+        write_json(path.with_suffix(".json"), {"categories": categories})
+        write_shard(path, arrays)
+        tell(console, f"{min((number + 1) * SHARD, len(prompts))} of {len(prompts)} prompts")
+    names = [
+        category
+        for number in range(len(parts))
+        for category in (read_object(shard_path(out, number).with_suffix(".json")) or {}).get(
+            "categories", []
+        )
+    ]
+    about = {
+        "schema": SCHEMA,
+        "shards": len(parts),
+        "drafts": method.drafter_name in RECORDED,
+        "categories": names,
+        "settings": {name: v for name, v in settings.items() if name not in ("tracker", "out")},
+        "identity": plan["identity"],
+        "resolved": experiment.resolved,
+        "vocab_size": experiment.target.vocab_size,
+        **describe_environment(experiment.target.device),
+    }
+    write_rates(Record(path=out, about=about), method.drafter, experiment.target)
+    write_json(out / DONE, about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The portable acceptance profile of NVIDIA's Model-Optimizer (pull request 2247, schema 1.0),
+which simulators read: conditional rates (Dynamo), marginal ones (vLLM), both means, a check."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specdec.lab.files import read_object
+
+VERSION = "1.0"
+TOLERANCE = 0.02  # of the mean, as the schema has it
+DIGITS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Of steps of one method.
+
+    Args:
+        marginal: of the first i + 1 drafted tokens all being kept, never rising.
+        mean: tokens of a step.
+        mean_per_request: the mean over requests of their means; None if it is not known.
+    """
+
+    marginal: tuple[float, ...]
+    mean: float
+    mean_per_request: float | None = None
+
+    @property
+    def conditional(self) -> tuple[float, ...]:
+        """Of drafted token i + 1 being kept if all before it are; 0 where none is."""
+        before = (1.0, *self.marginal[:-1])
+        return tuple(m / b if b > 0 else 0.0 for m, b in zip(self.marginal, before, strict=True))
+
+    @property
+    def implied(self) -> float:
+        """The mean that the rates say."""
+        return 1.0 + sum(self.marginal)
+
+    def write(
+        self, *, method: str, target: str, draft: str | None, tree: bool, conditions: Any
+    ) -> dict[str, Any]:
+        """As the schema has it. `tree`: a node may have several children, so that rates at another
+        number of tokens do not follow from these."""
+        tokens = len(self.marginal)
+        rises = [
+            {"position": i, "value": self.marginal[i], "previous": self.marginal[i - 1]}
+            for i in range(1, tokens)
+            if self.marginal[i] > self.marginal[i - 1] + 1e-9
+        ]
+        gap = abs(self.implied - self.mean)
+        return {
+            "schema_version": VERSION,
+            "measured": True,
+            "method": method,
+            "draft_checkpoint": None if draft is None else {"id": draft},
+            "target_model": {"id": target},
+            "num_speculative_tokens": tokens,
+            "block_size": None,
+            "max_supported_k": tokens,
+            "verification_method": "longest_prefix",
+            "conditional_accept_rates": _rounded(self.conditional),
+            "marginal_accept_rates": _rounded(self.marginal),
+            "mean_accept_length": round(self.mean, DIGITS),
+            "mean_accept_length_per_request": (
+                None if self.mean_per_request is None else round(self.mean_per_request, DIGITS)
+            ),
+            "accept_length_model": "measured_per_k" if tree else "chain_analytic",
+            "accept_length_by_k": {str(tokens): round(self.mean, DIGITS)},
+            "acceptance_length_histogram": None,
+            "per_category": None,
+            "measurement_conditions": conditions,
+            "validation": {
+                "mean_consistency": {
+                    "implied_mean_accept_length": round(self.implied, DIGITS),
+                    "reported_mean_accept_length": round(self.mean, DIGITS),
+                    "abs_delta": round(gap, DIGITS),
+                    "tolerance": TOLERANCE,
+                    "passed": gap <= TOLERANCE,
+                },
+                "marginal_monotonicity": {"passed": not rises, "violations": rises},
+            },
+        }
+
+
+def read_profile(path: Path) -> Profile:
+    """Of a file; its own check is made again.
+
+    Raises:
+        ValueError: no such profile, an unmeasured one, or one that contradicts itself.
+    """
+    data = read_object(path)
+    if data is None or str(data.get("schema_version", "")).split(".")[0] != "1":
+        raise ValueError(f"profile={path}: must be a speculation_profile.json of schema 1")
+    if data.get("measured") is not True:
+        raise ValueError(f"profile={path}: measured={data.get('measured')}, it holds no rates")
+    marginal, conditional = (_rates(path, data, f"{kind}_accept_rates") for kind in KINDS)
+    mean = data.get("mean_accept_length")
+    if not isinstance(mean, int | float):
+        raise ValueError(f"profile={path}: mean_accept_length={mean} must be a number")
+    own = data.get("mean_accept_length_per_request")
+    found = Profile(marginal=marginal, mean=float(mean), mean_per_request=own)
+    if max((b - a for a, b in zip(marginal, marginal[1:], strict=False)), default=0.0) > 1e-6:
+        raise ValueError(f"profile={path}: marginal_accept_rates rise; they must not")
+    far = [abs(a - b) for a, b in zip(found.conditional, conditional, strict=True)]
+    if max(far, default=0.0) > 1e-3 or abs(found.implied - found.mean) > TOLERANCE:
+        raise ValueError(
+            f"profile={path}: its rates say {found.implied:.4f} tokens a step, and "
+            f"mean_accept_length is {found.mean:.4f}; it contradicts itself"
+        )
+    return found
+
+
+KINDS = ("marginal", "conditional")
+
+
+def _rates(path: Path, data: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    rates = data.get(name)
+    count = data.get("num_speculative_tokens")
+    good = isinstance(rates, list) and len(rates) == count
+    if not good or not all(isinstance(r, int | float) and 0 <= r <= 1 for r in rates or []):
+        raise ValueError(
+            f"profile={path}: {name} must be {count} numbers from 0 to 1, as "
+            f"num_speculative_tokens says"
+        )
+    return tuple(float(rate) for rate in rates or [])
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, DIGITS) for value in values]

@@ -1,0 +1,81 @@
+"""Acceptance rates of a record, for tree policies that choose shapes by them."""
+
+from typing import Any
+
+import numpy as np
+
+from specdec.models.fingerprint import fingerprint
+from specdec.models.paged import PagedLM
+from specdec.protocols import Drafter
+from specdec.replay.chain import starts
+from specdec.replay.record import Record, write_json
+from specdec.replay.survival import Along, Array, place_factors, survival
+from specdec.sampling import SamplingParams
+
+RATES = "rates.json"
+RANKS, LEVELS, ADVANCE = 8, 8, 4
+CHAIN = frozenset((0,) * depth for depth in range(1, ADVANCE + 1))
+
+
+def sampling_of_record(record: Record) -> SamplingParams:
+    settings = record.settings
+    options = {name: v for name, v in settings["sampling"].items() if name != "_target_"}
+    return SamplingParams(**options, seed=settings["seed"])
+
+
+def rates_of(along: Along, children: str) -> Array:
+    """[D, R] as in `AcceptanceRates`, of places where steps with a chain begin."""
+    again = children == "sample_with_replacement"
+    if children == "top_k":
+        rule = "target_only"
+        factor = (along.own[..., None] == np.arange(RANKS)).astype(np.float64)
+    else:
+        rule = "recursive_rejection"
+        random = np.random.default_rng(0)
+        factor = place_factors(rule, along, [RANKS], again, histories=8, random=random)[RANKS]
+    kept = survival(rule, CHAIN, along, children=children)
+    reached = starts(kept, along.count)
+    found = np.zeros((LEVELS, RANKS))
+    for depth in range(LEVELS):
+        here = np.zeros_like(factor)
+        here[:, : max(0, factor.shape[1] - depth)] = factor[:, depth:]
+        inside = np.arange(factor.shape[1]) + depth < along.count[:, None]
+        reached = reached * inside
+        mass = float(reached.sum())
+        if mass > 0:
+            found[depth] = (reached[..., None] * here).sum((0, 1)) / mass
+        elif depth:
+            found[depth] = found[depth - 1]
+        reached = reached * here.sum(-1)
+    found = found.clip(0.0, 1.0)
+    return found / np.maximum(found.sum(-1, keepdims=True), 1.0)
+
+
+def write_rates(record: Record, drafter: Drafter, target: PagedLM) -> None:
+    """`rates.json` in the folder of a record, for tree.rates; none without a drafter's law."""
+    if not record.drafts:
+        return
+    sampling = sampling_of_record(record)
+    candidates = int(getattr(drafter, "candidates", 64))
+    kinds = ["top_k"] if sampling.greedy else ["top_k", "sample", "sample_with_replacement"]
+    cases: list[dict[str, Any]] = []
+    for children in kinds:
+        try:
+            along = record.along(sampling, candidates=candidates, children=children)
+        except ValueError:  # filters that a record cannot follow
+            continue
+        rates = rates_of(along, children)
+        cases.append(
+            {
+                "children": children,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "rates": np.round(rates, 6).tolist(),
+            }
+        )
+    lm = drafter.own_model
+    about = {
+        "settings": {"drafter": drafter.name, "target": target.name, "draft": lm and lm.name},
+        "models": {"target": fingerprint(target), "draft": lm and fingerprint(lm)},
+    }
+    write_json(record.path / RATES, {"cases": cases, **about})

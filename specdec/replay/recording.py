@@ -1,0 +1,161 @@
+"""Recording: the target decodes plainly, and what it and a drafter say of every next token is
+kept. Both do what they do in a run: the drafter drafts one node a step from its candidates, of
+which nothing is kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specdec.lab.conversations import Conversations
+from specdec.lab.experiment import Experiment
+from specdec.lab.method import Method
+from specdec.lab.prompts import Prompt
+from specdec.lab.session import OurSession
+from specdec.protocols import AcceptanceRule, Growth, StepContext, TreePolicy
+from specdec.replay.record import CANDIDATES, FINISHES, WIDEST, Arrays
+from specdec.sampling import SamplingParams, filtered
+from specdec.tree import Acceptance, Children, TokenTree
+
+RECORDED = ("small_llama", "translated", "early_exit")  # whose law depends on the tokens alone
+SEARCHING = ("ngram", "pld", "retriever", "rest", "suffix_decoding")  # functions of the tokens
+Row = tuple[NDArray[Any], ...]
+
+
+def check_drafter(name: str) -> None:
+    """Raise ValueError for a drafter whose drafts along a text are not known from the text."""
+    if name in (*RECORDED, *SEARCHING, "none"):
+        return
+    raise ValueError(
+        f"drafter={name}: what it drafts depends on more than the tokens of a text, so a record "
+        f"cannot answer for it; use one of {', '.join((*RECORDED, *SEARCHING))}, or run it"
+    )
+
+
+class OneNode(TreePolicy):
+    """A node, and as many candidates as a record holds; with `none`, nothing."""
+
+    def __init__(self, *, budget: int = 1) -> None:
+        super().__init__(budget=budget, children="top_k")
+
+    def levels(self, depth: int | None) -> int:
+        return min(1, self.budget)
+
+    def width(self, level: int) -> int:
+        return CANDIDATES
+
+    def select(self, at: Growth, scores: Tensor) -> Tensor:
+        return (torch.arange(scores.shape[2], device=scores.device) == 0).expand_as(scores)
+
+
+@dataclass
+class Watch(AcceptanceRule):
+    """Keeps nothing of a tree, goes on as plain decoding does, and takes down what is said of the
+    next token.
+
+    Args:
+        plain: the rule of plain decoding.
+        sampling: how tokens are chosen.
+        rows: by request, what was seen of each of its tokens.
+    """
+
+    plain: AcceptanceRule
+    sampling: SamplingParams
+    rows: dict[int, list[Row]] = field(default_factory=dict)
+    needs_proposal = True
+    name = "watch"
+
+    def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
+        return None
+
+    def accept(self, context: StepContext, tree: TokenTree, logits: Tensor) -> Acceptance:
+        own = self.plain.accept(context, TokenTree.roots(tree.tokens[:, 0]), logits[:, :1])
+        self._note(context, tree, logits[:, 0], own.next_token)
+        path = torch.zeros(
+            len(tree.tokens), tree.depth + 1, dtype=torch.int64, device=logits.device
+        )
+        return Acceptance(path=path, length=own.length, next_token=own.next_token)
+
+    def _note(
+        self, context: StepContext, tree: TokenTree, logits: Tensor, chosen: Tensor
+    ) -> None:
+        law = replace(self.sampling, temperature=1.0) if self.sampling.greedy else self.sampling
+        if self.sampling.greedy:
+            law = replace(law, top_k=None, top_p=None, min_p=None)
+        logs = filtered(logits, law).double().log_softmax(-1)  # [B, V]
+        width = min(WIDEST, logs.shape[1])
+        best = logs.topk(width)
+        rest = logs.exp().scatter(1, best.indices, 0.0).sum(-1).log()
+        own = logs.gather(1, chosen[:, None])[:, 0]
+        found = [best.indices.int(), best.values.float(), rest.float(), own.float()]
+        if tree.proposal is not None:
+            ids, probs = tree.proposal.ids[:, 0], tree.proposal.probs[:, 0]
+            found += [ids.int(), probs.double().log().float(), logs.gather(1, ids).float()]
+        host = [one.cpu().numpy() for one in found]
+        for row, sequence in enumerate(context.sequences):
+            self.rows.setdefault(sequence.request.id, []).append(tuple(one[row] for one in host))
+
+
+def watching(method: Method, plain: AcceptanceRule) -> tuple[Method, Watch]:
+    """A method that is recorded with, and its rule.
+
+    Raises:
+        ValueError: a drafter that cannot be recorded.
+    """
+    check_drafter(method.drafter_name)
+    recorded = method.drafter_name in RECORDED
+    watch = Watch(plain=plain, sampling=method.sampling)
+    tree = OneNode(budget=int(recorded))
+    return replace(method, tree=tree, rule=watch), watch
+
+
+def record_prompts(
+    experiment: Experiment, session: OurSession, watch: Watch, prompts: Sequence[Prompt]
+) -> tuple[Arrays, list[str]]:
+    """The arrays of a shard; and the category of each of its texts."""
+    watch.rows.clear()
+    queue = Conversations(
+        experiment.target.tokenizer,
+        prompts,
+        vocab_size=experiment.target.vocab_size,
+        samples=experiment.samples,
+        chat=experiment.chat,
+        max_new_tokens=experiment.max_new_tokens,
+        finished=[],
+        marks={},
+    )
+    texts = list(queue.begin(session.decoder))
+    for sequence in session.decoder.run():
+        texts += queue.finish(session.decoder, sequence)
+    texts.sort(key=lambda text: text["request"])
+    return arrays_of(texts, watch.rows), [text["category"] or "" for text in texts]
+
+
+def arrays_of(texts: Sequence[dict[str, Any]], rows: dict[int, list[Row]]) -> Arrays:
+    """Of texts as `Conversations` has them, and what was seen of each token."""
+    outputs, prompts = ([text[name] for text in texts] for name in ("output_ids", "prompt_ids"))
+    # What a step saw after the end of a text is none of it.
+    seen = [
+        row
+        for text, output in zip(texts, outputs, strict=True)
+        for row in rows.get(text["request"], [])[: len(output)]
+    ]
+    found: Arrays = {
+        "request": np.array([text["request"] for text in texts], np.int64),
+        "finish": np.array([FINISHES.index(text["finish_reason"]) for text in texts], np.int32),
+    }
+    for name, lists in (("output", outputs), ("prompt", prompts)):
+        found[f"{name}_ids"] = np.concatenate(
+            [np.array(one, np.int32) for one in lists] or [np.zeros(0, np.int32)]
+        )
+        place = "offsets" if name == "output" else "prompt_offsets"
+        found[place] = np.cumsum([0, *map(len, lists)]).astype(np.int32)
+    names = ["target_ids", "target_logs", "target_tail", "own_log"]
+    names += ["draft_ids", "draft_logs", "draft_target_logs"]
+    for name, part in zip(names, zip(*seen, strict=True), strict=False):
+        found[name] = np.stack(part)
+    return found
