@@ -24,9 +24,9 @@ from specdec.lab.lock import Lock
 from specdec.lab.options import usage
 from specdec.lab.running import Checked, check_settings, experiment_of
 from specdec.lab.settings import Settings, folders_of, out_of, settings_of, split
+from specdec.replay.rates import write_rates
 from specdec.replay.record import DONE, PLAN, SCHEMA, Record, shard_path, write_json, write_shard
 from specdec.replay.recording import RECORDED, check_drafter, record_prompts, watching
-from specdec.replay.rates import write_rates
 
 SHARD = 8  # prompts
 NOT_RECORDED = ("tree", "acceptance", "batch_size", *NO_PART)
@@ -98,7 +98,8 @@ def _continue(settings: Settings, out: Path, plan: dict[str, Any]) -> None:
         raise ValueError(f"out={out}: holds a record already; resume=true continues it")
     if read_object(out / PLAN) != plan:
         raise ValueError(
-            f"out={out}: holds a record of other settings, models or prompts; choose another folder"
+            f"out={out}: holds a record of other settings, models or prompts; choose another "
+            f"folder"
         )
 
 

@@ -6,8 +6,8 @@
     specdec replay records/zoo policies=[chain,optimal,cost_aware] costs=cpu oracle=true
     specdec replay records/plain drafter="ngram drafter.min_match=2" policies=[chain,dynamic]
 
-Exact in expectation for every lossless rule and every tree of one shape (`docs/replay.md`), without
-a model. Policies whose trees follow the draft, and drafters that search, draft along the texts:
+Exact in expectation for every lossless rule and every tree of one shape (`docs/replay.md`), and
+without a model. Policies whose trees follow the draft, and drafters that search, draft along the texts:
 of those the accepted lengths are the very ones of a run. Prints the best, and writes replay.csv,
 replay.json and speculation_profile.json, of the best method, into the record's folder or `out`.
 """
@@ -40,7 +40,7 @@ from specdec.replay.rates import RATES, sampling_of_record
 from specdec.replay.record import Record, write_json
 from specdec.replay.recording import RECORDED, SEARCHING
 from specdec.replay.replaying import Outcome, Replayer
-from specdec.replay.walk import walk
+from specdec.replay.walk import Walked, walk
 from specdec.request import Request
 
 SHOWN = 20  # rows of the table
@@ -169,7 +169,12 @@ class _Walker:
             self._drafter = drafter
         return self._drafter
 
-    def replay(self, configuration: Configuration) -> Outcome:
+    def walked(self, configuration: Configuration) -> Walked:
+        """Along the texts that have tokens.
+
+        Raises:
+            ValueError: trees that the drafter cannot draft.
+        """
         drafter, record = self._loaded(), self.record
         drafter.check(configuration.tree)
         ids, categories = record.read("request"), record.about["categories"]
@@ -180,13 +185,17 @@ class _Walker:
             )
             if output
         ]
-        walked = walk(
+        return walk(
             requests,
             [output for output in record.outputs if output],
             drafter=drafter,
             tree=configuration.tree,
             sampling=sampling_of_record(record),
         )
+
+    def replay(self, configuration: Configuration) -> Outcome:
+        record, walked = self.record, self.walked(configuration)
+        ids = record.read("request")
         steps, nodes = np.zeros(len(ids)), np.zeros(len(ids))
         some = np.array([bool(output) for output in record.outputs])
         steps[some] = [len(lengths) for lengths in walked.lengths]

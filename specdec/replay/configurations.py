@@ -136,9 +136,9 @@ class Asked:
         kind = pkgutil.resolve_name(file["_target_"])
         if policy in FOLLOWING:
             own = {k: v for k, v in file.items() if k not in ("_target_", "budget", "children")}
-            return build(kind, "tree", {**own, "budget": budget, "children": children})  # type: ignore[no-any-return]
+            return build(kind, "tree", {**own, "budget": budget, "children": children})
         if policy == "chain":
-            return build(kind, "tree", {"budget": budget, "children": children})  # type: ignore[no-any-return]
+            return build(kind, "tree", {"budget": budget, "children": children})
         if self.rates is None:
             raise ValueError(
                 f"policies={policy}: chooses its shapes by rates, and the record has none of a "
@@ -146,12 +146,12 @@ class Asked:
             )
         if policy == "static":
             widths = self._widths(budget, children)
-            return build(kind, "tree", {"widths": widths, "children": children})  # type: ignore[no-any-return]
+            return build(kind, "tree", {"widths": widths, "children": children})
         given: dict[str, Any] = {"rates": self.rates, "budget": budget, "children": children}
         given |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
         if policy == "cost_aware":
             given |= {"costs": self.costs, "batch": self.batch}
-        return build(kind, "tree", given)  # type: ignore[no-any-return]
+        return build(kind, "tree", given)
 
     def _widths(self, budget: int, children: str) -> list[int]:
         """Of tree=static, the best that the budget allows by these rates, never wider below."""
@@ -164,16 +164,14 @@ class Asked:
         )
         by_width = [[rates.row(d)[: w + 1].sum() for w in range(WIDEST)] for d in range(DEEPEST)]
 
-        def expected(widths: Sequence[int]) -> float:
+        def expected(widths: tuple[int, ...]) -> float:
             total, reach = 0.0, 1.0
             for depth, width in enumerate(widths):
-                reach *= by_width[depth][width - 1]
+                reach *= float(by_width[depth][width - 1])
                 total += reach
             return total
 
         return list(max(_static(budget), key=expected))
-
-
 
 
 @cache

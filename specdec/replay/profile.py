@@ -3,6 +3,7 @@ which simulators read: conditional rates (Dynamo), marginal ones (vLLM), both me
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def read_profile(path: Path) -> Profile:
         raise ValueError(f"profile={path}: mean_accept_length={mean} must be a number")
     own = data.get("mean_accept_length_per_request")
     found = Profile(marginal=marginal, mean=float(mean), mean_per_request=own)
-    if max((b - a for a, b in zip(marginal, marginal[1:], strict=False)), default=0.0) > 1e-6:
+    if max((b - a for a, b in pairwise(marginal)), default=0.0) > 1e-6:
         raise ValueError(f"profile={path}: marginal_accept_rates rise; they must not")
     far = [abs(a - b) for a, b in zip(found.conditional, conditional, strict=True)]
     if max(far, default=0.0) > 1e-3 or abs(found.implied - found.mean) > TOLERANCE:

@@ -70,7 +70,7 @@ def write_rates(record: Record, drafter: Drafter, target: PagedLM) -> None:
                 "children": children,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
-                "rates": np.round(rates, 6).tolist(),
+                "rates": (np.floor(rates * 1e6) / 1e6).tolist(),  # never above 1 in all
             }
         )
     lm = drafter.own_model

@@ -80,9 +80,7 @@ class Watch(AcceptanceRule):
         )
         return Acceptance(path=path, length=own.length, next_token=own.next_token)
 
-    def _note(
-        self, context: StepContext, tree: TokenTree, logits: Tensor, chosen: Tensor
-    ) -> None:
+    def _note(self, context: StepContext, tree: TokenTree, logits: Tensor, chosen: Tensor) -> None:
         law = replace(self.sampling, temperature=1.0) if self.sampling.greedy else self.sampling
         if self.sampling.greedy:
             law = replace(law, top_k=None, top_p=None, min_p=None)

@@ -178,7 +178,8 @@ class Replayer:
         for place in reversed(range(longest)):
             best = np.full(len(count), np.inf)
             for outcome in outcomes:
-                assert outcome.survivals is not None and outcome.costs is not None
+                assert outcome.survivals is not None
+                assert outcome.costs is not None
                 here = outcome.survivals[:, place]
                 stops = here - np.pad(here[:, 1:], ((0, 0), (0, 1)))
                 later = least[:, place + 1 : place + 1 + here.shape[1]]

@@ -6,8 +6,8 @@ goes on as the target has it (`docs/acceptance.md`). So, given the text, at leas
 are kept with probability S_d = K / (p(y1) ... p(yd)), a function of the distributions along the
 text alone, if the shape of the tree does not depend on what is drawn.
 
-Legend: P texts, n tokens of the longest, T = P * n places, K candidates of the draft, A places with
-their histories, D levels. A history is what was drawn and rejected among elder siblings.
+Legend: P texts, n tokens of the longest, T = P * n places, K candidates of the draft, A places
+with their histories, D levels. A history is what was drawn and rejected among elder siblings.
 """
 
 from collections.abc import Iterator, Sequence
@@ -351,9 +351,7 @@ def _without(values: Array, place: NDArray[np.int64]) -> Array:
     return found
 
 
-def _branched(
-    trial: _Trial, law: Array, histories: int, random: np.random.Generator
-) -> _Trial:
+def _branched(trial: _Trial, law: Array, histories: int, random: np.random.Generator) -> _Trial:
     """A history for each token that may have been rejected, by [A, K] the mass of each; or for
     some of them, drawn in strata."""
     candidates = law.shape[1]
@@ -395,9 +393,7 @@ def _by_path(
     texts = [along.shifted(depth).text.reshape(-1) for depth in range(len(levels))]
     places = along.text.size
 
-    def enter(
-        node: Node, place: NDArray[np.int64], drawn: Array, weight: Array
-    ) -> None:
+    def enter(node: Node, place: NDArray[np.int64], drawn: Array, weight: Array) -> None:
         """Children of a node that was drawn with these masses, over the target's probability."""
         depth, count = len(node), widths.get(node, 0)
         if not count or not len(place):
@@ -414,7 +410,9 @@ def _by_path(
             found[..., depth + 1] += kept.reshape(shapes)
             if widths.get((*node, rank)):
                 some = np.flatnonzero(mass * own > 0)
-                enter((*node, rank), *_fewer(where[some], mass[some], own[some], histories, random))
+                enter(
+                    (*node, rank), *_fewer(where[some], mass[some], own[some], histories, random)
+                )
 
     enter((), np.arange(places), found[..., 0].reshape(-1).copy(), np.ones(places))
     for depth in range(1, len(levels) + 1):
@@ -435,7 +433,7 @@ def _fewer(
     score = np.log1p(-random.random(len(place))) / np.maximum(mass, TINY)  # an exponential race
     order = np.lexsort((-score, place))
     first = np.unique(place[order], return_index=True)[1]
-    total = np.bincount(place, mass)
+    total: Array = np.bincount(place, mass).astype(np.float64)
     chosen = order[first]
     return place[chosen], total[place[chosen]], own[chosen]
 
