@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from specdec.replay.survival import Array
+from specdec.replay.siblings import Array
 
 
 def starts(survivals: Array, count: np.ndarray) -> Array:

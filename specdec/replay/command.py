@@ -7,9 +7,10 @@
     specdec replay records/plain drafter="ngram drafter.min_match=2" policies=[chain,dynamic]
 
 Exact in expectation for every lossless rule and every tree of one shape (`docs/replay.md`), and
-without a model. Policies whose trees follow the draft, and drafters that search, draft along the texts:
-of those the accepted lengths are the very ones of a run. Prints the best, and writes replay.csv,
-replay.json and speculation_profile.json, of the best method, into the record's folder or `out`.
+without a model. Policies whose trees follow the draft, and drafters that search, draft along the
+texts: of those the accepted lengths are the very ones of a run. Prints the best, and writes
+replay.csv, replay.json and speculation_profile.json, of the best method, into the record's folder
+or `out`.
 """
 
 import csv

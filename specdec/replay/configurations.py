@@ -7,6 +7,7 @@ from functools import cache
 from itertools import product
 from typing import Any
 
+import numpy as np
 import yaml
 
 from specdec.lab.build import build
@@ -171,7 +172,8 @@ class Asked:
                 total += reach
             return total
 
-        return list(max(_static(budget), key=expected))
+        known = _static(budget)
+        return list(known[int(np.argmax([expected(widths) for widths in known]))])
 
 
 @cache

@@ -9,7 +9,8 @@ from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter
 from specdec.replay.chain import starts
 from specdec.replay.record import Record, write_json
-from specdec.replay.survival import Along, Array, place_factors, survival
+from specdec.replay.siblings import Along, Array
+from specdec.replay.survival import place_factors, survival
 from specdec.sampling import SamplingParams
 
 RATES = "rates.json"

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from specdec.lab.files import read_object, replace_file, to_json, writing
-from specdec.replay.survival import Along, Array
+from specdec.replay.siblings import Along, Array
 from specdec.sampling import SamplingParams
 
 SCHEMA = 1

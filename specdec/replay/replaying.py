@@ -1,7 +1,7 @@
 """Replaying: what a record says of ways to decode."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,9 @@ from specdec.lab.statistics import Ratio, ratio
 from specdec.replay.chain import starts
 from specdec.replay.configurations import Configuration, Shape
 from specdec.replay.record import Record
+from specdec.replay.siblings import Along, Array
 from specdec.replay.survival import (
     BY_PLACE,
-    Along,
-    Array,
     add_products,
     place_factors,
     survival,
@@ -70,6 +69,7 @@ class Replayer:
     most: int = 8
     keep: bool = False
     _along: dict[str, Along] = field(default_factory=dict, init=False)
+    _known: dict[tuple[str, str, Shape], Outcome] = field(default_factory=dict, init=False)
     _factors: dict[tuple[str, str, int], Array] = field(default_factory=dict, init=False)
 
     @property
@@ -93,8 +93,16 @@ class Replayer:
         """Of a configuration whose trees have one shape."""
         shape = configuration.shape
         assert shape is not None
+        # On a chain recursive rejection has another name, and policies may agree on a shape.
+        rule = configuration.rule if configuration.rule != "tokenwise" else "recursive_rejection"
+        key = rule, configuration.children, shape
+        if key not in self._known:
+            self._known[key] = self._replayed(configuration, rule, shape)
+        return replace(self._known[key], configuration=configuration)
+
+    def _replayed(self, configuration: Configuration, rule: str, shape: Shape) -> Outcome:
         along = self.along(configuration.children)
-        survivals = self._survival(configuration.rule, shape, along, configuration.children)
+        survivals = self._survival(rule, shape, along, configuration.children)
         begun = starts(survivals, along.count)
         costs = self.step_seconds(shape, begun.shape[1])
         steps = begun.sum(1)
@@ -114,12 +122,11 @@ class Replayer:
         widths = widths_of(shape)
         factors = {}
         for width in set(widths.values()):
-            own = rule if rule != "tokenwise" else "recursive_rejection"
-            key = own, children, width if rule == "k_seq" else max(self.most, width)
+            key = rule, children, width if rule == "k_seq" else max(self.most, width)
             if key not in self._factors:
                 again, random = children != "sample", np.random.default_rng(0)
                 self._factors[key] = place_factors(
-                    own, along, [key[2]], again, histories=self.histories, random=random
+                    rule, along, [key[2]], again, histories=self.histories, random=random
                 )[key[2]]
             factors[width] = self._factors[key][..., :width]
         deepest = max(map(len, shape))

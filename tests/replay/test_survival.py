@@ -13,7 +13,8 @@ from specdec.experiments.studies.rule_laws import (
     token_trees,
 )
 from specdec.replay.chain import starts
-from specdec.replay.survival import EXACT, SAMPLED, Along, check, survival
+from specdec.replay.siblings import EXACT, Along
+from specdec.replay.survival import SAMPLED, check, survival
 from specdec.tree import Children
 from tests.verifier.laws import RULES
 
