@@ -84,7 +84,7 @@ def work(options: Options) -> None:
         histories=options.histories,
         keep=options.oracle,
     )
-    walker = _Walker(record, name, settings)
+    walker = Walker(record, name, settings)
     outcomes = [
         replayer.replay(one) if one.shape is not None and name in RECORDED else walker.replay(one)
         for one in configurations
@@ -144,7 +144,7 @@ def _asked(record: Record, options: Options, name: str) -> Asked:
     )
 
 
-class _Walker:
+class Walker:
     """Replays what is a function of the tokens. The drafter is loaded when it is first needed."""
 
     def __init__(self, record: Record, name: str, settings: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from specdec.lab.running import run
 from specdec.lab.settings import settings_of
 from specdec.record import make
 from specdec.replay.chain import starts
-from specdec.replay.command import _Walker
 from specdec.replay.configurations import Asked
 from specdec.replay.rates import RATES, sampling_of_record
 from specdec.replay.record import CANDIDATES, Record
@@ -21,7 +20,7 @@ from specdec.replay.recording import RECORDED
 from specdec.replay.replaying import Replayer
 
 WORK = "device=cpu dtype=float32 kernels=reference tracker=none ignore_eos=true baseline=false"
-SMALL = f"{WORK} prompts.limit=3 max_new_tokens=24"
+SMALL = f"{WORK} prompts.limit=2 max_new_tokens=24"
 QUIET = partial(Console, quiet=True)
 
 
@@ -55,7 +54,7 @@ def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[i
     )
     (one,) = asked.configurations()
     if one.shape is None or name not in RECORDED:
-        outcome = _Walker(record, name, record.settings).walked(one)
+        outcome = Walker(record, name, record.settings).walked(one)
         return outcome.lengths
     replayer = Replayer(record=record, sampling=sampling, candidates=CANDIDATES, keep=True)
     survivals = replayer.replay(one).survivals
@@ -68,14 +67,14 @@ def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[i
     ]
 
 
-CASES = [
-    ("small_llama", ("chain", "static", "optimal", "dynamic")),
-    ("early_exit", ("chain", "static", "optimal")),
-    ("ngram", ("chain", "dynamic")),
-    ("pld", ("chain",)),
-    ("suffix_decoding", ("dynamic",)),
+CASES: list[Any] = [
+    ("small_llama", ("static", "dynamic")),
+    ("ngram", ("dynamic",)),
+    pytest.param("small_llama", ("chain", "optimal"), marks=pytest.mark.slow),
+    pytest.param("early_exit", ("chain", "static", "optimal"), marks=pytest.mark.slow),
+    pytest.param("pld", ("chain",), marks=pytest.mark.slow),
+    pytest.param("suffix_decoding", ("dynamic",), marks=pytest.mark.slow),
 ]
-WIDTHS = {4: "[2,1]", 8: "[2,1,1,1]"}
 
 
 def words_of(record: Record, policy: str, budget: int) -> str:

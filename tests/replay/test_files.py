@@ -1,0 +1,172 @@
+"""Profiles, records on disk, and the command lines."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from specdec.lab.command import run_main
+from specdec.record import SHARD, command
+from specdec.replay.command import Options, work
+from specdec.replay.profile import Profile, read_profile
+from specdec.replay.record import Record, drawn_from, shard_path
+from specdec.sampling import SamplingParams, probabilities
+
+# Steps by tokens, of a draft head of NVIDIA's, and what their module makes of it.
+HISTOGRAM = {1: 8611, 2: 7814, 3: 5337, 4: 8891}
+MEAN = 2.4733
+WORDS = "device=cpu dtype=float32 prompts.turns=1 max_new_tokens=8 ignore_eos=true"
+
+
+def profile() -> Profile:
+    steps = sum(HISTOGRAM.values())
+    marginal = [sum(n for k, n in HISTOGRAM.items() if k > d) / steps for d in (1, 2, 3)]
+    mean = sum(k * n for k, n in HISTOGRAM.items()) / steps
+    return Profile(marginal=tuple(marginal), mean=mean, mean_per_request=2.5467)
+
+
+def written(path: Path, **changes: object) -> Path:
+    data = profile().write(
+        method="eagle3", target="t", draft=None, tree=False, conditions={"dataset": "x"}
+    )
+    path.write_text(json.dumps({**data, **changes}))
+    return path
+
+
+def test_profile_has_both_conventions_and_comes_back(tmp_path: Path) -> None:
+    path = written(tmp_path / "speculation_profile.json")
+    data = json.loads(path.read_text())
+    assert data["mean_accept_length"] == pytest.approx(MEAN, abs=1e-3)
+    assert data["conditional_accept_rates"][1] == pytest.approx((5337 + 8891) / 22042, abs=1e-6)
+    assert data["marginal_accept_rates"][1] == pytest.approx((5337 + 8891) / 30653, abs=1e-6)
+    assert data["validation"]["mean_consistency"]["passed"]
+    again = read_profile(path)
+    assert again.marginal == pytest.approx(profile().marginal, abs=1e-6)
+    assert again.mean_per_request == 2.5467
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schema_version": "2.0"}, "schema 1"),
+        ({"measured": False}, "holds no rates"),
+        ({"mean_accept_length": 3.1}, "contradicts itself"),
+        ({"num_speculative_tokens": 4}, "must be 4 numbers"),
+        ({"marginal_accept_rates": [0.2, 0.5, 0.1]}, "rise"),
+        ({"conditional_accept_rates": [0.719, 0.4, 0.6]}, "contradicts itself"),
+    ],
+)
+def test_profile_that_contradicts_itself(
+    changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_profile(written(tmp_path / "p.json", **changes))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=1.0, top_p=0.8),
+        SamplingParams(temperature=1.0, top_k=5, top_p=0.9, min_p=0.05),
+    ],
+)
+def test_draft_law_is_worked_out_from_what_is_stored(sampling: SamplingParams) -> None:
+    """As `drafters.logits` does it from all logits."""
+    import torch
+
+    logits = torch.randn(20, 200, dtype=torch.float64, generator=torch.manual_seed(0)) * 2
+    probs, _ = probabilities(logits, sampling).topk(16)
+    expected = (probs / probs.sum(-1, keepdim=True)).numpy()
+    logs = logits.log_softmax(-1).topk(64)
+    found = drawn_from(logs.values.numpy(), sampling, 16)
+    np.testing.assert_allclose(found[:, :16], expected, atol=1e-9)
+    assert (found[:, 16:] == 0).all()
+
+
+def test_filters_at_another_temperature_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sampling.temperature=0.7"):
+        drawn_from(np.zeros((1, 4)), SamplingParams(temperature=0.7, top_p=0.9), 4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("record") / "zoo"
+    words = f"{WORDS} drafter=small_llama sampling=sample prompts.limit={SHARD + 1} out={out}"
+    assert command(words.split()) == 0
+    return out
+
+
+def test_record_goes_on_shard_by_shard(folder: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(folder, half)
+    (half / "record.json").unlink()
+    shard_path(half, 1).unlink()
+    stamp = shard_path(half, 0).stat().st_mtime_ns
+    words = f"{WORDS} drafter=small_llama sampling=sample prompts.limit={SHARD + 1} out={half}"
+    assert command(words.split()) == 2  # without resume
+    assert command([*words.split(), "seed=5", "resume=true"]) == 2  # another record
+    assert command([*words.split(), "resume=true"]) == 0
+    assert shard_path(half, 0).stat().st_mtime_ns == stamp
+    one, two = Record.open(folder), Record.open(half)
+    assert one.outputs == two.outputs
+    np.testing.assert_allclose(one.read("draft_logs"), two.read("draft_logs"), atol=1e-4)
+
+
+def test_record_is_small_and_holds_laws(folder: Path) -> None:
+    record = Record.open(folder)
+    tokens = int(record.offsets[-1])
+    bytes_ = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert bytes_ / tokens < 8e6 / (32 * 64)  # of what a record of that size may have
+    along = record.along(SamplingParams(temperature=1.0), candidates=64, children="sample")
+    inside = np.arange(along.text.shape[1]) < along.count[:, None]
+    np.testing.assert_allclose(along.draft.sum(-1)[inside], 1.0, atol=1e-5)
+    assert (along.target.sum(-1) <= 1.0 + 1e-5).all()
+    mass = np.exp(record.read("target_logs").astype(float)).sum(-1)
+    mass += np.exp(record.read("target_tail").astype(float))
+    np.testing.assert_allclose(mass, 1.0, atol=1e-5)
+
+
+def test_replay_writes_its_files(folder: Path, tmp_path: Path) -> None:
+    words = [str(folder), "budgets=[2,4]", "costs=cpu", "oracle=true", f"out={tmp_path}"]
+    assert run_main(Options, work, words, doc=None) == 0
+    rows = list(csv.DictReader((tmp_path / "replay.csv").open()))
+    found = json.loads((tmp_path / "replay.json").read_text())
+    assert len(rows) == len(found["rows"]) > 40
+    best = max(row["tokens_per_second"] for row in found["rows"])
+    assert found["oracle"]["tokens_per_second"] >= best
+    assert min(found["oracle"]["regret"].values()) == pytest.approx(
+        1 - best / found["oracle"]["tokens_per_second"]
+    )
+    read_profile(tmp_path / "speculation_profile.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["policies=[staic]"], "did you mean static"),
+        (["policies=[cost_aware]"], "needs costs"),
+        (["oracle=true"], "needs costs"),
+        (["rules=[k_seq]", "children=[sample]"], "none of them goes"),
+        (["drafter=lookahead"], "the record is of small_llama"),
+        (["policies=[dynamic]", "children=[sample]"], "none of them goes"),
+    ],
+)
+def test_replay_refuses_in_one_line(
+    words: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(Options, work, [str(folder), *words], doc=None) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("drafter", ["token_recycling", "lookahead"])
+def test_drafters_that_a_record_cannot_answer_for(
+    drafter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command([f"drafter={drafter}", f"out={tmp_path / 'x'}"]) == 2
+    assert "cannot answer" in capsys.readouterr().err
