@@ -13,6 +13,7 @@ from specdec.lab.running import run
 from specdec.lab.settings import settings_of
 from specdec.record import make
 from specdec.replay.chain import starts
+from specdec.replay.command import Walker
 from specdec.replay.configurations import Asked
 from specdec.replay.rates import RATES, sampling_of_record
 from specdec.replay.record import CANDIDATES, Record
