@@ -135,7 +135,7 @@ def test_a_misspelled_command_is_named(typed) -> None:
     assert code == 2
     assert err == (
         "error: comapre: no such command; the nearest is compare; there are run, compare, sync, "
-        "train, and settings are name=value\n"
+        "train, record, replay, and settings are name=value\n"
     )
 
 
