@@ -147,7 +147,7 @@ def test_replay_writes_its_files(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["policies=[staic]"], "did you mean static"),
+        (["policies=[staic]"], "the nearest is static"),
         (["policies=[cost_aware]"], "needs costs"),
         (["oracle=true"], "needs costs"),
         (["rules=[k_seq]", "children=[sample]"], "none of them goes"),
