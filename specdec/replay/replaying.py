@@ -157,13 +157,13 @@ class Replayer:
         found: list[float] = np.bincount(self.conversations, values).tolist()
         return found
 
-    def ratio(self, above: Array, below: Array) -> Ratio:
+    def over(self, above: Array, below: Array) -> Ratio:
         return ratio(self.by_conversation(above), self.by_conversation(below))
 
     def figures(self, outcome: Outcome) -> dict[str, Any]:
         """A row of the table."""
         tokens = self.count.astype(float)
-        length = self.ratio(tokens, outcome.steps)
+        length = self.over(tokens, outcome.steps)
         low, high = length.ends or (None, None)
         found: dict[str, Any] = {
             **outcome.configuration.labels,
