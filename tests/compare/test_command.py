@@ -134,8 +134,8 @@ def test_a_misspelled_command_is_named(typed) -> None:
     code, _, err = typed("comapre", "runs")
     assert code == 2
     assert err == (
-        "error: comapre: no such command; the nearest is compare; there are run, compare, sync, "
-        "train, record, replay, and settings are name=value\n"
+        "error: comapre: no such command; the nearest is compare; there are run, compare, audit, "
+        "sync, train, record, replay, and settings are name=value\n"
     )
 
 
