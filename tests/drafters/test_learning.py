@@ -115,7 +115,7 @@ def test_warming_up_teaches_nothing(name: str) -> None:
         ("token_recycling", {"decay": 1.1}, "drafter.decay=1.1: must be"),
         ("token_recycling", {"reset": "daily"}, "drafter.reset=daily: must be one of"),
         ("token_recycling", {"depth": 0}, "drafter.depth=0: must be at least 1"),
-        ("lookahead", {"window": 0}, "drafter.window=0: must be from 1 to 1024"),
+        ("lookahead", {"window": 0}, "drafter.window=0: must be from 1 to 64"),
         ("lookahead", {"ngram": 1}, "drafter.ngram=1: must be from 2"),
         ("lookahead", {"guesses": 0}, "drafter.guesses=0: must be at least 1"),
         ("lookahead", {"reset": "daily"}, "drafter.reset=daily: must be one of"),

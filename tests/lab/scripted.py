@@ -16,6 +16,7 @@ from specdec.cache import KVShape
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.flight import Step
+from specdec.kernels.choose import Kernels
 from specdec.lab.experiment import Experiment
 from specdec.lab.identity import Identity
 from specdec.lab.method import Method
@@ -129,7 +130,7 @@ def experiment(record: RecordSettings = NOTHING_MORE) -> Experiment:
         device=torch.device("cpu"),
         dtype=torch.float32,
         kv_shape=KVShape(layers=1, kv_heads=1, key_dim=1, value_dim=1),
-        kernels=SimpleNamespace(impl="reference"),
+        kernels=Kernels(impl="reference"),
     )
     method = Method(
         drafter=NoDrafter(),
