@@ -41,6 +41,7 @@ from specdec.replay.rates import RATES, sampling_of_record
 from specdec.replay.record import Record, write_json
 from specdec.replay.recording import RECORDED, SEARCHING
 from specdec.replay.replaying import Outcome, Replayer
+from specdec.replay.survival import BY_PATH
 from specdec.replay.walk import Walked, walk
 from specdec.request import Request
 
@@ -257,6 +258,7 @@ def _profile(
         target=settings["target"]["path"],
         draft=settings["drafter"].get("path"),
         tree=shape is None or any(node[-1] for node in shape),
+        blockwise=outcome.configuration.rule in BY_PATH,
         conditions={"replayed_from": replayer.record.path.name, **row},
     )
 

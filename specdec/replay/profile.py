@@ -40,17 +40,23 @@ class Profile:
         return 1.0 + sum(self.marginal)
 
     def write(
-        self, *, method: str, target: str, draft: str | None, tree: bool, conditions: Any
+        self,
+        *,
+        method: str,
+        target: str,
+        draft: str | None,
+        tree: bool,
+        blockwise: bool,
+        conditions: Any,
     ) -> dict[str, Any]:
-        """As the schema has it. `tree`: a node may have several children, so that rates at another
-        number of tokens do not follow from these."""
+        """As the schema has it.
+
+        Args:
+            tree: a node may have several children, so that rates at another number of tokens do
+                not follow from these.
+            blockwise: what is kept is decided of whole paths, not node by node.
+        """
         tokens = len(self.marginal)
-        rises = [
-            {"position": i, "value": self.marginal[i], "previous": self.marginal[i - 1]}
-            for i in range(1, tokens)
-            if self.marginal[i] > self.marginal[i - 1] + 1e-9
-        ]
-        gap = abs(self.implied - self.mean)
         return {
             "schema_version": VERSION,
             "measured": True,
@@ -60,7 +66,7 @@ class Profile:
             "num_speculative_tokens": tokens,
             "block_size": None,
             "max_supported_k": tokens,
-            "verification_method": "longest_prefix",
+            "verification_method": "block" if blockwise else "longest_prefix",
             "conditional_accept_rates": _rounded(self.conditional),
             "marginal_accept_rates": _rounded(self.marginal),
             "mean_accept_length": round(self.mean, DIGITS),
@@ -72,16 +78,26 @@ class Profile:
             "acceptance_length_histogram": None,
             "per_category": None,
             "measurement_conditions": conditions,
-            "validation": {
-                "mean_consistency": {
-                    "implied_mean_accept_length": round(self.implied, DIGITS),
-                    "reported_mean_accept_length": round(self.mean, DIGITS),
-                    "abs_delta": round(gap, DIGITS),
-                    "tolerance": TOLERANCE,
-                    "passed": gap <= TOLERANCE,
-                },
-                "marginal_monotonicity": {"passed": not rises, "violations": rises},
+            "validation": self._validation(),
+        }
+
+    def _validation(self) -> dict[str, Any]:
+        """The schema's check of itself."""
+        rises = [
+            {"position": i, "value": self.marginal[i], "previous": self.marginal[i - 1]}
+            for i in range(1, len(self.marginal))
+            if self.marginal[i] > self.marginal[i - 1] + 1e-9
+        ]
+        gap = abs(self.implied - self.mean)
+        return {
+            "mean_consistency": {
+                "implied_mean_accept_length": round(self.implied, DIGITS),
+                "reported_mean_accept_length": round(self.mean, DIGITS),
+                "abs_delta": round(gap, DIGITS),
+                "tolerance": TOLERANCE,
+                "passed": gap <= TOLERANCE,
             },
+            "marginal_monotonicity": {"passed": not rises, "violations": rises},
         }
 
 

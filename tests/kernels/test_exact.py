@@ -94,7 +94,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("view", VIEWS)
 @each_dtype
@@ -211,7 +211,7 @@ def test_layers_share_a_layout() -> None:
 # Equal bits
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("page_size", "stored"), [(16, None), *((48, s) for s in QUANTISED)])
 @pytest.mark.parametrize("dtype", BOTH, ids=str)
@@ -306,7 +306,7 @@ def places(draw: st.DrawFn) -> tuple[Text, int, list[Row], int, int, dict[str, A
     return text, position, rows, row, node, how
 
 
-@settings(max_examples=100 if ON_GPU else 7, deadline=None, derandomize=True)
+@settings(max_examples=100 if ON_GPU else 4, deadline=None, derandomize=True)
 @given(place=places())
 def test_a_token_is_the_same_anywhere(
     place: tuple[Text, int, list[Row], int, int, dict[str, Any]],

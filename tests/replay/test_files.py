@@ -30,7 +30,12 @@ def profile() -> Profile:
 
 def written(path: Path, **changes: object) -> Path:
     data = profile().write(
-        method="eagle3", target="t", draft=None, tree=False, conditions={"dataset": "x"}
+        method="eagle3",
+        target="t",
+        draft=None,
+        tree=False,
+        blockwise=True,
+        conditions={"dataset": "x"},
     )
     path.write_text(json.dumps({**data, **changes}))
     return path
@@ -43,6 +48,7 @@ def test_profile_has_both_conventions_and_comes_back(tmp_path: Path) -> None:
     assert data["conditional_accept_rates"][1] == pytest.approx((5337 + 8891) / 22042, abs=1e-6)
     assert data["marginal_accept_rates"][1] == pytest.approx((5337 + 8891) / 30653, abs=1e-6)
     assert data["validation"]["mean_consistency"]["passed"]
+    assert data["verification_method"] == "block"
     again = read_profile(path)
     assert again.marginal == pytest.approx(profile().marginal, abs=1e-6)
     assert again.mean_per_request == 2.5467
