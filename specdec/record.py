@@ -23,7 +23,7 @@ from specdec.lab.lines import tell
 from specdec.lab.lock import Lock
 from specdec.lab.options import usage
 from specdec.lab.running import Checked, check_settings, experiment_of
-from specdec.lab.settings import Settings, folders_of, out_of, settings_of, split
+from specdec.lab.settings import Settings, find_own_code, folders_of, out_of, settings_of, split
 from specdec.replay.rates import write_rates
 from specdec.replay.record import DONE, PLAN, SCHEMA, Record, shard_path, write_json, write_shard
 from specdec.replay.recording import RECORDED, check_drafter, record_prompts, watching
@@ -34,9 +34,7 @@ NOT_RECORDED = ("tree", "acceptance", "batch_size", *NO_PART)
 
 def main() -> None:
     """Console entry point."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    find_own_code()
     sys.exit(command(sys.argv[1:]))
 
 

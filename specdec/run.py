@@ -46,6 +46,7 @@ from specdec.lab.settings import (
     SweepFolder,
     check_words,
     continuing,
+    find_own_code,
     folders_of,
     in_one_line,
     message_of,
@@ -63,9 +64,7 @@ def main() -> None:
     """Console entry point."""
     _codes.clear()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors through to the handler below
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does, for drafters of the user's own
+    find_own_code()
     try:
         code = _command()
         if SweepFolder.ledger is not None:

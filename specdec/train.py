@@ -6,7 +6,6 @@ else, with a traceback. One training, no sweep: `-m` is refused.
 """
 
 import sys
-from pathlib import Path
 
 import transformers
 from rich.console import Console
@@ -14,7 +13,15 @@ from rich.console import Console
 from specdec import __version__
 from specdec.lab.interrupts import interruptible
 from specdec.lab.options import usage
-from specdec.lab.settings import FOLDERS, continuing, folders_of, out_of, settings_of, split
+from specdec.lab.settings import (
+    FOLDERS,
+    continuing,
+    find_own_code,
+    folders_of,
+    out_of,
+    settings_of,
+    split,
+)
 from specdec.training.run import train
 
 HELP = """\
@@ -29,9 +36,7 @@ Of a group one option counts; its settings follow, with their defaults. ??? must
 
 def main() -> None:
     """Console entry point."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does, for methods of the user's own
+    find_own_code()
     sys.exit(_command(sys.argv[1:]))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from specdec.lab.build import sampling_of
 from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.prompts import Asked as Prompt
 from specdec.lab.prompts import ask
@@ -29,7 +30,7 @@ from specdec.lab.statistics import holm, product, ratio
 from specdec.lab.workshop import Workshop, word
 from specdec.record import make
 from specdec.replay.configurations import Asked, Configuration
-from specdec.replay.rates import RATES, sampling_of_record
+from specdec.replay.rates import RATES
 from specdec.replay.record import CANDIDATES, Record
 from specdec.replay.replaying import Replayer
 
@@ -80,7 +81,7 @@ def work(options: Options) -> None:
         budgets=options.budgets,
         rules=("all",),
         children=("all",),
-        sampling=sampling_of_record(record),
+        sampling=sampling_of(record.settings),
         rates=str(record.path / RATES),
         costs=None,
         batch=1,

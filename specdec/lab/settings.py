@@ -4,6 +4,7 @@ them from the files in `configs/`. Beside `run.py` the only file that knows Hydr
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -98,6 +99,14 @@ def _jobs_ahead(config: DictConfig) -> list[list[str]]:
         overrides = OverridesParser.create().parse_overrides(words)
         return BasicSweeper.split_arguments(overrides, None)[0]
     return []
+
+
+def find_own_code() -> None:
+    """Let classes of the user's own be imported from the folder in which a command is typed, as
+    with `python -m`."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def out_of(config: Mapping[Any, Any]) -> Path:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specdec.costs import CostTable
-from specdec.lab.build import build, group_of, imported, placement_of
+from specdec.lab.build import build, group_of, imported, placement_of, sampling_of
 from specdec.lab.command import Positive, option, run_main
 from specdec.lab.files import replace_file
 from specdec.lab.lines import tell
@@ -37,7 +37,7 @@ from specdec.models.load import Models
 from specdec.protocols import Drafter
 from specdec.replay.configurations import Asked, Configuration
 from specdec.replay.profile import Profile
-from specdec.replay.rates import RATES, sampling_of_record
+from specdec.replay.rates import RATES
 from specdec.replay.record import Record, write_json
 from specdec.replay.recording import RECORDED, SEARCHING
 from specdec.replay.replaying import Outcome, Replayer
@@ -138,7 +138,7 @@ def _asked(record: Record, options: Options, name: str) -> Asked:
         budgets=options.budgets,
         rules=options.rules,
         children=("top_k",) if searching else options.children,
-        sampling=sampling_of_record(record),
+        sampling=sampling_of(record.settings),
         rates=str(rates) if rates.is_file() and not searching else None,
         costs=options.costs,
         batch=options.batch,
@@ -192,7 +192,7 @@ class Walker:
             [output for output in record.outputs if output],
             drafter=drafter,
             tree=configuration.tree,
-            sampling=sampling_of_record(record),
+            sampling=sampling_of(record.settings),
         )
 
     def replay(self, configuration: Configuration) -> Outcome:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from specdec.lab.build import sampling_of
 from specdec.models.fingerprint import fingerprint
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter
@@ -11,17 +12,10 @@ from specdec.replay.chain import starts
 from specdec.replay.record import Record, write_json
 from specdec.replay.siblings import Along, Array
 from specdec.replay.survival import place_factors, survival
-from specdec.sampling import SamplingParams
 
 RATES = "rates.json"
 RANKS, LEVELS, ADVANCE = 8, 8, 4
 CHAIN = frozenset((0,) * depth for depth in range(1, ADVANCE + 1))
-
-
-def sampling_of_record(record: Record) -> SamplingParams:
-    settings = record.settings
-    options = {name: v for name, v in settings["sampling"].items() if name != "_target_"}
-    return SamplingParams(**options, seed=settings["seed"])
 
 
 def rates_of(along: Along, children: str) -> Array:
@@ -56,7 +50,7 @@ def write_rates(record: Record, drafter: Drafter, target: PagedLM) -> None:
     """`rates.json` in the folder of a record, for tree.rates; none without a drafter's law."""
     if not record.drafts:
         return
-    sampling = sampling_of_record(record)
+    sampling = sampling_of(record.settings)
     candidates = int(getattr(drafter, "candidates", 64))
     kinds = ["top_k"] if sampling.greedy else ["top_k", "sample", "sample_with_replacement"]
     cases: list[dict[str, Any]] = []

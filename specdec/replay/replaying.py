@@ -18,6 +18,7 @@ from specdec.replay.siblings import Along, Array
 from specdec.replay.survival import (
     BY_PLACE,
     add_products,
+    nodes_by_level,
     place_factors,
     survival,
     widths_of,
@@ -129,9 +130,7 @@ class Replayer:
                     rule, along, [key[2]], again, histories=self.histories, random=random
                 )[key[2]]
             factors[width] = self._factors[key][..., :width]
-        deepest = max(map(len, shape))
-        levels = [sorted(n for n in shape if len(n) == d) for d in range(1, deepest + 1)]
-        return add_products(levels, widths, factors, along)
+        return add_products(nodes_by_level(shape), widths, factors, along)
 
     def step_seconds(self, shape: Shape, length: int) -> Array | None:
         """[P, n] of a step that begins at each place; None without costs."""

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from specdec.kernels.reference import divisor
 from specdec.replay.siblings import (
     TINY,
     Along,
@@ -93,7 +95,8 @@ def check(rule: str, shape: frozenset[Node], children: str) -> None:
         raise ValueError(f"acceptance={rule}: judges chains alone")
 
 
-def _levels(shape: frozenset[Node]) -> list[list[Node]]:
+def nodes_by_level(shape: frozenset[Node]) -> list[list[Node]]:
+    """The children of the root first."""
     deepest = max(map(len, shape), default=0)
     return [sorted(node for node in shape if len(node) == d) for d in range(1, deepest + 1)]
 
@@ -107,7 +110,7 @@ def _inside(along: Along, depth: int) -> Array:
 
 def _deterministic(shape: frozenset[Node], along: Along) -> Array:
     """Is the path in the tree?"""
-    levels = _levels(shape)
+    levels = nodes_by_level(shape)
     found = np.zeros((*along.text.shape, len(levels) + 1))
     found[..., 0] = _inside(along, 0)
     masses: dict[Node, Array] = {(): found[..., 0]}
@@ -131,7 +134,7 @@ def _by_place(
     histories: int,
     random: np.random.Generator,
 ) -> Array:
-    levels, widths = _levels(shape), widths_of(shape)
+    levels, widths = nodes_by_level(shape), widths_of(shape)
     factors = place_factors(
         rule, along, sorted(set(widths.values())), again, histories=histories, random=random
     )
@@ -190,7 +193,8 @@ def _k_seq(along: Along, count: int) -> Array:
     """A token that was drawn several times is entered at its eldest node, whichever of its coins
     fell well."""
     q, p = along.draft, along.target
-    ratio = divisor(q, p, count)
+    draws = torch.full(q.shape[:-1], count)
+    ratio = divisor(torch.from_numpy(q), torch.from_numpy(p), draws).numpy()
     once = np.minimum(q, p / ratio[..., None])
     any_ = once.sum(-1)
     own_q, own = own_of(q, along.own), own_of(once, along.own)
@@ -205,18 +209,6 @@ def _k_seq(along: Along, count: int) -> Array:
     return shaped
 
 
-def divisor(draft: Array, target: Array, count: int) -> Array:
-    """[P, n], the divisor of K-SEQ (SpecTr, Sun et al. 2023), by bisection."""
-    low, high = np.ones(draft.shape[:-1]), np.full(draft.shape[:-1], float(count))
-    for _ in range(60):
-        middle = (low + high) / 2
-        once = np.minimum(draft, target / middle[..., None]).sum(-1).clip(max=1.0)
-        with np.errstate(divide="ignore"):
-            enough = -np.expm1(count * np.log1p(-once)) <= middle * once
-        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    return high
-
-
 # Rules that judge a node by the path to it
 
 
@@ -228,7 +220,7 @@ def _by_path(
     histories: int,
     random: np.random.Generator,
 ) -> Array:
-    levels, widths = _levels(shape), widths_of(shape)
+    levels, widths = nodes_by_level(shape), widths_of(shape)
     shapes = along.text.shape
     found = np.zeros((*shapes, len(levels) + 1))
     found[..., 0] = _inside(along, 0)

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from specdec.lab.build import sampling_of
 from specdec.lab.running import run
 from specdec.lab.settings import settings_of
 from specdec.record import make
 from specdec.replay.chain import starts
 from specdec.replay.command import Walker
 from specdec.replay.configurations import Asked
-from specdec.replay.rates import RATES, sampling_of_record
+from specdec.replay.rates import RATES
 from specdec.replay.record import CANDIDATES, Record
 from specdec.replay.recording import RECORDED
 from specdec.replay.replaying import Replayer
@@ -42,7 +43,7 @@ def real(folder: Path, words: str) -> list[dict[str, Any]]:
 
 def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[int]]:
     """Tokens of every step of every text, of deterministic trees."""
-    sampling = sampling_of_record(record)
+    sampling = sampling_of(record.settings)
     asked = Asked(
         policies=[policy],
         budgets=[budget],
@@ -81,7 +82,7 @@ CASES: list[Any] = [
 def words_of(record: Record, policy: str, budget: int) -> str:
     """As the command line has it."""
     if policy == "static":
-        sampling = sampling_of_record(record)
+        sampling = sampling_of(record.settings)
         asked = Asked(
             policies=["static"],
             budgets=[budget],
