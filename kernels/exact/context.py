@@ -8,7 +8,7 @@ from specdec.kernels.exact.pieces import (
     piece_start,
     tail_begin,
 )
-from specdec.kernels.gpu.attention import absorb, load_block
+from specdec.kernels.gpu.attention import absorb, load_block, read_block
 from specdec.kernels.gpu.plan import FIELDS
 
 
@@ -152,28 +152,28 @@ def context_kernel(
         stop = tl.minimum(piece_start(piece + 1) // BLOCK_N, end)
         whole = tl.minimum(stop, context // BLOCK_N)
         for block in tl.range(begin, whole, num_stages=STAGES):
-            if PAGE % BLOCK_N == 0:
-                page = tl.load(page_table_ptr + block * BLOCK_N // PAGE)
-                within = block * BLOCK_N % PAGE
-            else:
-                page = tl.load(page_table_ptr + (block * BLOCK_N + offs_n) // PAGE)  # [BN]
-                within = (block * BLOCK_N + offs_n) % PAGE
-            if BULK:
-                keys = key_desc.load([(page * KV_HEADS + head) * PAGE + within, 0])  # [BN, DK]
-                values = value_desc.load([(page * KV_HEADS + head) * PAGE + within, 0])
-                page = page.to(tl.int64)
-            else:
-                page = page.to(tl.int64)
-                key_rows_ptr = key_ptr + page * stride_key_page + within * KEY_STEP
-                value_rows_ptr = value_ptr + page * stride_value_page + within * VALUE_STEP
-                if PAGE % BLOCK_N == 0:  # offsets within a page are constants
-                    key_block_ptr = key_rows_ptr + offs_n[:, None] * KEY_STEP + offs_k
-                    value_block_ptr = value_rows_ptr + offs_n[:, None] * VALUE_STEP + offs_v
-                else:
-                    key_block_ptr = key_rows_ptr[:, None] + offs_k
-                    value_block_ptr = value_rows_ptr[:, None] + offs_v
-                keys = load_block(key_block_ptr, None, offs_k, KEY_DIM)
-                values = load_block(value_block_ptr, None, offs_v, VALUE_DIM)
+            keys, values, page, within = read_block(
+                block,
+                key_ptr,
+                value_ptr,
+                key_desc,
+                value_desc,
+                page_table_ptr,
+                head,
+                offs_n,
+                offs_k,
+                offs_v,
+                stride_key_page,
+                stride_value_page,
+                KEY_STEP,
+                VALUE_STEP,
+                KV_HEADS,
+                KEY_DIM,
+                VALUE_DIM,
+                PAGE,
+                BLOCK_N,
+                BULK,
+            )
             key_scales, value_scales = None, None
             if key_scale_ptr is not None:
                 if PAGE % BLOCK_N == 0:
@@ -340,8 +340,5 @@ def _either(
         # Powers of two: the product is exact in the type itself, if that has their range.
         wide: tl.constexpr = dtype if dtype == tl.bfloat16 and not UPCAST else tl.float32
         block = (block.to(wide) * scales.to(wide)[:, None]).to(dtype)
-    if PAD == DIM:
-        mask = in_scratch[:, None]
-    else:
-        mask = in_scratch[:, None] & (columns < DIM)[None, :]
+    mask = in_scratch[:, None] & (columns < DIM)[None, :]
     return tl.load(tree_rows[:, None] + columns, mask=mask, other=block)

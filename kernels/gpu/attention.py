@@ -162,28 +162,28 @@ def attention_kernel(
     # Whole blocks of the context.
     whole = tl.minimum(end, context // BLOCK_N)
     for block in tl.range(begin, whole, num_stages=STAGES):
-        if PAGE % BLOCK_N == 0:
-            page = tl.load(page_table_ptr + block * BLOCK_N // PAGE)
-            within = block * BLOCK_N % PAGE
-        else:
-            page = tl.load(page_table_ptr + (block * BLOCK_N + offs_n) // PAGE)  # [BN]
-            within = (block * BLOCK_N + offs_n) % PAGE
-        if BULK:
-            keys = key_desc.load([(page * KV_HEADS + head) * PAGE + within, 0])  # [BN, DK]
-            values = value_desc.load([(page * KV_HEADS + head) * PAGE + within, 0])  # [BN, DV]
-            page = page.to(tl.int64)
-        else:
-            page = page.to(tl.int64)
-            key_rows_ptr = key_ptr + page * stride_key_page + within * KEY_STEP
-            value_rows_ptr = value_ptr + page * stride_value_page + within * VALUE_STEP
-            if PAGE % BLOCK_N == 0:  # offsets within a page are constants
-                key_block_ptr = key_rows_ptr + offs_n[:, None] * KEY_STEP + offs_k
-                value_block_ptr = value_rows_ptr + offs_n[:, None] * VALUE_STEP + offs_v
-            else:
-                key_block_ptr = key_rows_ptr[:, None] + offs_k
-                value_block_ptr = value_rows_ptr[:, None] + offs_v
-            keys = load_block(key_block_ptr, None, offs_k, KEY_DIM)
-            values = load_block(value_block_ptr, None, offs_v, VALUE_DIM)
+        keys, values, page, within = read_block(
+            block,
+            key_ptr,
+            value_ptr,
+            key_desc,
+            value_desc,
+            page_table_ptr,
+            head,
+            offs_n,
+            offs_k,
+            offs_v,
+            stride_key_page,
+            stride_value_page,
+            KEY_STEP,
+            VALUE_STEP,
+            KV_HEADS,
+            KEY_DIM,
+            VALUE_DIM,
+            PAGE,
+            BLOCK_N,
+            BULK,
+        )
         key_scales, value_scales = None, None
         if key_scale_ptr is not None:
             if PAGE % BLOCK_N == 0:
@@ -324,6 +324,56 @@ def attention_kernel(
             (acc * inverse[:, None]).to(out_ptr.dtype.element_ty),
             mask=stored,
         )
+
+
+@triton.jit
+def read_block(
+    block,
+    key_ptr,
+    value_ptr,
+    key_desc,
+    value_desc,
+    page_table_ptr,
+    head,
+    offs_n,
+    offs_k,
+    offs_v,
+    stride_key_page,
+    stride_value_page,
+    KEY_STEP: tl.constexpr,
+    VALUE_STEP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BULK: tl.constexpr,
+):
+    """A whole block of the context: keys [BN, DK] and values [BN, DV], in which page it lies and
+    where in that, or [BN] of each where a page is no multiple of a block."""
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(page_table_ptr + block * BLOCK_N // PAGE)
+        within = block * BLOCK_N % PAGE
+    else:
+        page = tl.load(page_table_ptr + (block * BLOCK_N + offs_n) // PAGE)  # [BN]
+        within = (block * BLOCK_N + offs_n) % PAGE
+    if BULK:
+        keys = key_desc.load([(page * KV_HEADS + head) * PAGE + within, 0])
+        values = value_desc.load([(page * KV_HEADS + head) * PAGE + within, 0])
+        page = page.to(tl.int64)
+    else:
+        page = page.to(tl.int64)
+        key_rows_ptr = key_ptr + page * stride_key_page + within * KEY_STEP
+        value_rows_ptr = value_ptr + page * stride_value_page + within * VALUE_STEP
+        if PAGE % BLOCK_N == 0:  # offsets within a page are constants
+            key_block_ptr = key_rows_ptr + offs_n[:, None] * KEY_STEP + offs_k
+            value_block_ptr = value_rows_ptr + offs_n[:, None] * VALUE_STEP + offs_v
+        else:
+            key_block_ptr = key_rows_ptr[:, None] + offs_k
+            value_block_ptr = value_rows_ptr[:, None] + offs_v
+        keys = load_block(key_block_ptr, None, offs_k, KEY_DIM)
+        values = load_block(value_block_ptr, None, offs_v, VALUE_DIM)
+    return keys, values, page, within
 
 
 @triton.jit
