@@ -16,13 +16,22 @@ from torch import Tensor
 from specdec.kernels.exact.context import context_kernel
 from specdec.kernels.exact.pieces import REACH, TAIL, Plan, make_plan
 from specdec.kernels.exact.tail import locate_kernel, tail_kernel
-from specdec.kernels.gpu.attend import EARLY_TOKENS, blocks_for, check, descriptor
-from specdec.kernels.gpu.blocks import Blocks, padded
+from specdec.kernels.gpu.attend import (
+    EARLY_TOKENS,
+    blocks_for,
+    check,
+    constants_of,
+    descriptor,
+    launch_of,
+    strides_of,
+)
+from specdec.kernels.gpu.blocks import Blocks
 from specdec.kernels.gpu.merge import merge
 from specdec.kernels.layout import TreeLayout
 
 MANY = 2**20  # rows: the tile of many serves all
 WORKSPACE = 2**29  # bytes of partial results at a time
+Read = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def tree_attention(
@@ -86,7 +95,7 @@ class Call:
     def __init__(
         self,
         *,
-        tensors: tuple[Tensor, ...],
+        tensors: Read,
         scales: tuple[Tensor | None, Tensor | None],
         layout: TreeLayout,
         options: tuple[float, int, float],
@@ -203,16 +212,12 @@ class Call:
             some.start,
             layout.first + some.stop - 1 if chain else REACH,
             *self._strides(),
-            BLOCK_M=blocks.rows,
-            BLOCK_N=blocks.keys,
-            STAGES=blocks.stages,
-            BULK=blocks.bulk,
             SHARED=shared,
             # A shorter chain reaches no keys of the scratch here.
             CAUSAL=chain and layout.first + some.stop - 1 > REACH,
             EARLY=early,
-            num_warps=blocks.warps,
             launch_pdl=early,
+            **launch_of(blocks),
             **self._constants(),
         )
 
@@ -261,37 +266,13 @@ class Call:
 
     def _strides(self) -> tuple[int, ...]:
         """As both kernels take them, in their order."""
-        query, key_pages, value_pages, key_tree, value_tree = self.tensors
-        key_scales = self.scales[0]
-        return (
-            *query.stride()[:3],
-            *key_pages.stride()[:2],
-            *value_pages.stride()[:2],
-            *key_tree.stride()[:2],
-            *value_tree.stride()[:2],
-            *((0, 0) if key_scales is None else key_scales.stride()[:2]),
-            self.layout.page_table.stride(0),
-            *self.layout.positions.stride(),
-        )
+        return strides_of(*self.tensors, self.scales[0], self.layout)
 
     def _constants(self) -> dict[str, Any]:
         """What both kernels are compiled for."""
-        query, key_pages, value_pages, key_tree, value_tree = self.tensors
         return {
-            "KEY_STEP": key_pages.stride(2),
-            "VALUE_STEP": value_pages.stride(2),
-            "KEY_TREE_STEP": key_tree.stride(2),
-            "VALUE_TREE_STEP": value_tree.stride(2),
-            "KV_HEADS": self.kv_heads,
-            "GROUP": self.group,
-            "KEY_DIM": query.shape[3],
-            "VALUE_DIM": self.value_dim,
-            "KEY_PAD": padded(query.shape[3]),
-            "VALUE_PAD": padded(self.value_dim),
-            "PAGE": self.page_size,
+            **constants_of(*self.tensors),
             "WINDOW": self.options[1] > 0,
             "SOFTCAP": self.options[2] > 0,
-            "PRECISION": "ieee" if query.dtype == torch.float32 else None,
-            "UPCAST": self.interpreting and query.dtype == torch.bfloat16,
             "OVERLAP": not self.interpreting,
         }

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.gpu.blocks import Blocks, processors
-from specdec.kernels.gpu.plan import FIELDS, clear, find_groups, put
+from specdec.kernels.gpu.plan import FIELDS, clear, even_share, find_groups, put
 from specdec.kernels.layout import TreeLayout
 
 REACH = 64  # nodes of a path beside its root: keys this near to a query are read by itself
@@ -199,12 +199,7 @@ def plan_kernel(
         first = tl.load(shared_ptr + offs_b, mask=real, other=0)
     begin = tl.minimum(piece_start(first), end)
     units = (end - begin + ALIGNED - 1) // ALIGNED
-    # The smallest length with which the list does not outgrow what runs at the same time.
-    longest = tl.max(units, 0)
-    length = tl.maximum(tl.cdiv(tl.sum(units, 0), target), 1)
-    while (tl.sum(tl.cdiv(units, length), 0) > target) & (length < longest):
-        length += tl.maximum(length // 16, 1)
-    count = tl.cdiv(units, length)
+    count = tl.cdiv(units, even_share(units, target))
     item = tl.cumsum(count, 0) - count
     clear(items_ptr, tl.sum(count, 0), target, W_PAD)
     for i in range(tl.max(count, 0)):

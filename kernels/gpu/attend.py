@@ -81,7 +81,8 @@ def tree_attention(
         early = False
         passes.insert(0, (pieces.shared_items, 1, True))
     read = query, key_pages, value_pages, key_tree, value_tree
-    strides, constants = _strides(*read, key_scales, layout), _constants(*read, layout, blocks)
+    strides = *strides_of(*read, key_scales, layout), *_tree_strides(layout)
+    constants = constants_of(*read) | launch_of(blocks) | _tree_constants(layout, blocks)
     for items, blocks_of_an_item, shared in passes:
         attention_kernel[(len(items) * kv_heads * blocks_of_an_item,)](
             out,
@@ -158,7 +159,7 @@ def blocks_for(query: Tensor, key_pages: Tensor, value_pages: Tensor, rows: int)
     )
 
 
-def _strides(
+def strides_of(
     query: Tensor,
     key_pages: Tensor,
     value_pages: Tensor,
@@ -167,7 +168,8 @@ def _strides(
     key_scales: Tensor | None,
     layout: TreeLayout,
 ) -> tuple[int, ...]:
-    """As the kernel takes them, in its order."""
+    """As kernels of attention take them, in their order; those that read trees take
+    `_tree_strides` after them."""
     return (
         *query.stride()[:3],
         *key_pages.stride()[:2],
@@ -177,23 +179,24 @@ def _strides(
         *((0, 0) if key_scales is None else key_scales.stride()[:2]),
         layout.page_table.stride(0),
         *layout.positions.stride(),
-        *layout.key_positions.stride(),
-        *((0, 0) if layout.ancestors is None else layout.ancestors.stride()[:2]),
     )
 
 
-def _constants(
-    query: Tensor,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    key_tree: Tensor,
-    value_tree: Tensor,
-    layout: TreeLayout,
-    blocks: Blocks,
+def _tree_strides(layout: TreeLayout) -> tuple[int, ...]:
+    ancestors = (0, 0) if layout.ancestors is None else layout.ancestors.stride()[:2]
+    return (*layout.key_positions.stride(), *ancestors)
+
+
+def _tree_constants(layout: TreeLayout, blocks: Blocks) -> dict[str, Any]:
+    tree = {"TREE_BLOCK": blocks.tree_keys, "TREE_COST": blocks.tree_cost}
+    return {**tree, "CAUSAL": layout.ancestors is None}
+
+
+def constants_of(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, key_tree: Tensor, value_tree: Tensor
 ) -> dict[str, Any]:
-    """What the kernel is compiled for: shapes, types and launch parameters."""
+    """Shapes and types that kernels of attention are compiled for."""
     kv_heads, page_size, value_dim = key_pages.shape[1], key_pages.shape[2], value_pages.shape[3]
-    interpreting = triton.knobs.runtime.interpret
     return {
         "KEY_STEP": key_pages.stride(2),
         "VALUE_STEP": value_pages.stride(2),
@@ -206,15 +209,18 @@ def _constants(
         "KEY_PAD": padded(query.shape[3]),
         "VALUE_PAD": padded(value_dim),
         "PAGE": page_size,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else None,
+        "UPCAST": triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
+    }
+
+
+def launch_of(blocks: Blocks) -> dict[str, Any]:
+    """How a kernel that reads blocks of pages is launched."""
+    return {
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.keys,
-        "TREE_BLOCK": blocks.tree_keys,
-        "TREE_COST": blocks.tree_cost,
         "STAGES": blocks.stages,
         "BULK": blocks.bulk,
-        "CAUSAL": layout.ancestors is None,
-        "PRECISION": "ieee" if query.dtype == torch.float32 else None,
-        "UPCAST": interpreting and query.dtype == torch.bfloat16,
         "num_warps": blocks.warps,
     }
 

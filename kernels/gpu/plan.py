@@ -157,12 +157,7 @@ def _plan_kernel(
         begin = tl.load(shared_ptr + offs_b, mask=real, other=0)
         elsewhere = tl.where(begin > 0, SHARED_PIECES, 0)
     length = tl.where(real, tl.cdiv(context, BLOCK_N) - begin + tree_units, 0)
-    # The smallest piece with which the list does not outgrow what runs at the same time.
-    longest = tl.max(length, 0)
-    piece = tl.maximum(tl.cdiv(tl.sum(length, 0), target), 1)
-    while (tl.sum(tl.cdiv(length, piece), 0) > target) & (piece < longest):
-        piece += tl.maximum(piece // 16, 1)
-    pieces = tl.cdiv(length, piece)
+    pieces = tl.cdiv(length, even_share(length, target))
     pieces = tl.where(real, tl.maximum(pieces, 1), 0)  # a row without keys still wants its zeros
     item = tl.cumsum(pieces, 0) - pieces
     count = pieces + elsewhere
@@ -175,6 +170,16 @@ def _plan_kernel(
         to_unit = begin + (i + 1) * length // tl.maximum(pieces, 1)
         has = real & (i < pieces)
         put(items_ptr, item + i, offs_b, from_unit, to_unit, count, slot + i, 1, 0, i, has)
+
+
+@triton.jit
+def even_share(lengths, target):
+    """The smallest length of an item with which lengths [B] make no more items than `target`."""
+    longest = tl.max(lengths, 0)
+    share = tl.maximum(tl.cdiv(tl.sum(lengths, 0), target), 1)
+    while (tl.sum(tl.cdiv(lengths, share), 0) > target) & (share < longest):
+        share += tl.maximum(share // 16, 1)
+    return share
 
 
 @triton.jit
