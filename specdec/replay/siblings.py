@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 TINY = np.finfo(np.float64).tiny
 EXACT = 1 << 40  # histories that are as good as no limit
+WHOLE = ("traversal", "hsd")  # modes of `ranks` that judge whole paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def ranks(
     node is judged alone, entered; [A] the child's weight; [A] its place)."""
     for rank in range(count):
         p, q = own_of(trial.p, trial.own), own_of(trial.q, trial.own)
-        if mode == "traversal":
+        if mode in WHOLE:
             ratio = trial.chance * p / np.maximum(q, TINY)
             yield trial.weight * q, np.minimum(1.0, ratio), trial.place
         else:
@@ -138,6 +139,8 @@ def _rejected(
             outside=np.where(some, outside / safe, trial.outside),
             chance=np.where(some, mass / np.maximum(mass + 1.0 - trial.chance, TINY), 0.0),
         )
+    if mode == "hsd":  # the coin falls at once, and what is kept is not given up again
+        trial = replace(trial, weight=trial.weight * trial.chance, chance=np.ones_like(mass))
     if again:
         law = law if mode != "target_only" else _without(law, trial.own)
         return replace(trial, weight=trial.weight * law.sum(-1))

@@ -32,7 +32,7 @@ from specdec.replay.siblings import (
 Node = tuple[int, ...]
 
 BY_PLACE = ("tokenwise", "recursive_rejection", "target_only", "k_seq")  # a product of factors
-BY_PATH = ("block", "traversal", "multi_path")  # a weight goes from level to level
+BY_PATH = ("block", "traversal", "hsd", "multi_path")  # a weight goes from level to level
 SAMPLED = (*BY_PLACE, *BY_PATH)
 INDEPENDENT = ("k_seq", "multi_path")  # of draws with replacement alone
 CHAINS = ("tokenwise", "block")
@@ -221,7 +221,7 @@ def _by_path(
     random: np.random.Generator,
 ) -> Array:
     levels, widths = nodes_by_level(shape), widths_of(shape)
-    shapes = along.text.shape
+    shapes, mode = along.text.shape, "hsd" if rule == "hsd" else "traversal"
     found = np.zeros((*shapes, len(levels) + 1))
     found[..., 0] = _inside(along, 0)
     flats = [flat(along.shifted(depth)) for depth in range(len(levels))]
@@ -237,7 +237,7 @@ def _by_path(
         tried = (
             picked(trial, count)
             if rule == "multi_path"
-            else ranks(trial, count, again, "traversal", histories, random)
+            else ranks(trial, count, again, mode, histories, random)
         )
         for rank, (mass, own, where) in enumerate(tried):
             mass = mass / texts[depth][where]

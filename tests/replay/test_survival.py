@@ -106,7 +106,7 @@ def test_draws_of_histories_are_unbiased() -> None:
     texts = [(4, 0, 1), (0, 0, 2), (1, 3, 0)]
     given = along(texts, target, draft)
     shape = frozenset({*SHAPES["youngest"], (1, 0), (1, 0, 0), (0, 1), (0, 2)})
-    for name in ("traversal", "recursive_rejection", "target_only"):
+    for name in ("traversal", "hsd", "recursive_rejection", "target_only"):
         exact = survival(name, shape, given, children="sample", histories=EXACT)
         drawn = [
             survival(name, shape, given, children="sample", histories=2, seed=seed)
