@@ -17,7 +17,7 @@ from specdec.lab.build import baseline_of
 from specdec.lab.environment import describe_environment
 from specdec.lab.experiment import Experiment
 from specdec.lab.files import read_object
-from specdec.lab.identity import NO_PART
+from specdec.lab.identity import NO_PART, code
 from specdec.lab.interrupts import interruptible
 from specdec.lab.lines import tell
 from specdec.lab.lock import Lock
@@ -113,24 +113,20 @@ def _record(
         path = shard_path(out, number)
         if path.exists():
             continue
-        arrays, categories = record_prompts(experiment, session, watch, part)
-        write_json(path.with_suffix(".json"), {"categories": categories})
+        arrays, names = record_prompts(experiment, session, watch, part)
+        write_json(path.with_suffix(".json"), names)
         write_shard(path, arrays)
         tell(console, f"{min((number + 1) * SHARD, len(prompts))} of {len(prompts)} prompts")
-    names = [
-        category
-        for number in range(len(parts))
-        for category in (read_object(shard_path(out, number).with_suffix(".json")) or {}).get(
-            "categories", []
-        )
-    ]
+    kept = [read_object(shard_path(out, n).with_suffix(".json")) or {} for n in range(len(parts))]
     about = {
         "schema": SCHEMA,
         "shards": len(parts),
         "drafts": method.drafter_name in RECORDED,
-        "categories": names,
+        "categories": [name for one in kept for name in one["category"]],
+        "ids": [name for one in kept for name in one["id"]],
         "settings": {name: v for name, v in settings.items() if name not in ("tracker", "out")},
         "identity": plan["identity"],
+        "code": code(),
         "resolved": experiment.resolved,
         "vocab_size": experiment.target.vocab_size,
         **describe_environment(experiment.target.device),

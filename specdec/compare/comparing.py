@@ -2,14 +2,14 @@
 
 import shlex
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from specdec.compare.figures import Comparison, Entry, Estimate, Group
 from specdec.compare.grouping import Workload, settings_that_differ, several, workloads
 from specdec.compare.measure import best_first, chosen, differences, entry
-from specdec.compare.read import Found, Run, find
+from specdec.compare.read import METHOD, Found, Run, find
 from specdec.compare.times import clock_of, pace_of
 from specdec.compare.trees import trees_of
 from specdec.compare.verdict import verdict
@@ -45,7 +45,7 @@ def _group(work: Workload) -> Group:
     methods, keys = work.methods, work.keys
     entries = best_first([entry(one, keys, times=times) for one in methods], pace=pace)
     found = differences(methods, keys, pace=pace)
-    notes = [*work.notes, *_orders(entries), *_clocks(entries)]
+    notes = [*work.notes, *_orders(entries), *_clocks(entries), *_replays(work, entries)]
     return Group(
         name=_title(work),
         workload=_described(work),
@@ -97,14 +97,12 @@ def _title(work: Workload) -> str:
 
 def _orders(entries: Sequence[Entry]) -> list[str]:
     """Pairs of methods whose order depends on how accepted lengths are averaged."""
+    known = [(one, one.accepted_length.value, one.per_request) for one in entries]
     flips = [
-        f"{one.name} has the longer accepted length pooled ({one.accepted_length.value:.2f} and "
-        f"{other.accepted_length.value:.2f}), {other.name} the longer one by request "
-        f"({one.per_request.value:.2f} and {other.per_request.value:.2f})"
-        for first, second in combinations(entries, 2)
-        for one, other in ((first, second), (second, first))
-        if one.accepted_length.value > other.accepted_length.value
-        and one.per_request.value < other.per_request.value
+        f"{one.name} has the longer accepted length pooled ({pooled:.2f} and {less:.2f}), "
+        f"{other.name} the longer one by request ({own.value:.2f} and {theirs.value:.2f})"
+        for (one, pooled, own), (other, less, theirs) in permutations(known, 2)
+        if own and theirs and pooled > less and own.value < theirs.value
     ]
     more = [f"so with {len(flips) - MOST} other pairs"] if len(flips) > MOST else []
     return [*flips[:MOST], *more]
@@ -118,6 +116,38 @@ def _clocks(entries: Sequence[Entry]) -> list[str]:
         for one in entries
         if one.repeats is not None and one.speedup and one.repeats > _half(one.speedup)
     ]
+
+
+def _replays(work: Workload, entries: Sequence[Entry]) -> list[str]:
+    """What is to be known of methods that were not decoded."""
+    told = [run for run in work.runs if run.replayed]
+    if not told:
+        return []
+    said = [
+        f"{len(told)} methods are REPLAYED: expected of the texts of {several(_records(told))}, "
+        f"not decoded; their steps and nodes are expectations, their speeds predictions"
+    ]
+    quick = [one for one in entries if one.expected_speed]
+    if quick:
+        best = max(quick, key=lambda one: one.expected_speed or 0.0)
+        costs = ", ".join(dict.fromkeys(str(run.summary["costs"]) for run in told))
+        said.append(
+            f"by the costs of {costs} {best.name} is the fastest of the replayed, with "
+            f"{best.expected_speed:.1f} tokens/s"
+        )
+    for run in {str(run.folder): run for run in told}.values():
+        if found := run.summary["oracle"]:
+            short = ", ".join(f"{name} {share:.1%}" for name, share in found["regret"].items())
+            said.append(
+                f"oracle: the best choice among them at every place of the text has "
+                f"{found['tokens_per_second']:.1f} tokens/s; the best of each policy falls short "
+                f"of it by {short}"
+            )
+    return said
+
+
+def _records(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(str(run.summary["record"]) for run in runs))
 
 
 def _half(one: Estimate) -> float:
@@ -136,6 +166,8 @@ def _environment(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     same: list[tuple[dict[str, Any], list[str]]] = []
     for run in runs:
         own = {name: run.summary[name] for name in names if run.summary.get(name)}
+        if run.replayed:
+            continue
         for other, folders in same:
             if own == other:
                 folders.append(run.name)
@@ -148,8 +180,14 @@ def _environment(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def _commands(found: Found) -> list[str]:
-    """Those that make the runs again."""
-    return [
-        shlex.join(["python", "-m", "specdec.run", *(run.words or words_of(run))])
-        for run in found.runs
-    ]
+    """Those that make the runs and the replays again, each once."""
+    return list(dict.fromkeys(line for run in found.runs for line in _lines(run)))
+
+
+def _lines(run: Run) -> list[str]:
+    words = run.words or words_of(run)
+    if not run.replayed:
+        return [shlex.join(["python", "-m", "specdec.run", *words])]
+    kept = [word for word in words if word.split("=")[0].split(".")[0] not in METHOD[1:]]
+    recorded = shlex.join(["specdec", "record", *kept, f"out={run.summary['record']}"])
+    return [recorded, run.summary["command"]]

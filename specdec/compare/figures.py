@@ -54,10 +54,11 @@ class Entry:
 
     Args:
         name: what distinguishes it in its group.
-        mark: LOSSY, SYNTHETIC or FAILED (its check), of what is no lossless method.
+        mark: REPLAYED, of what was not decoded; LOSSY, SYNTHETIC or FAILED (its check), of what is
+            no lossless method.
         labels: drafter, tree, children, acceptance, and words that differ.
         folders: its runs, one for each seed.
-        accepted_length: pooled; `per_request` averages requests.
+        accepted_length: pooled; `per_request` averages requests, None of replayed methods.
         unrepetitive: accepted length without texts that repeat themselves; `repetitive` is the
             share of texts that do.
         tokens_per_second, speedup, anatomy (ms of a step by verb), energy (joules for a token),
@@ -69,6 +70,7 @@ class Entry:
         predicted_speedup: what `cost_aware` promised, if it chose the tree.
         by_category: in the order of the categories.
         lossless: verdict and reason of each run.
+        expected_speed: tokens per second of a replayed method by a cost table; None without.
     """
 
     name: str
@@ -80,7 +82,7 @@ class Entry:
     tokens: int
     batch_size: int
     accepted_length: Estimate
-    per_request: Estimate
+    per_request: Estimate | None
     unrepetitive: Estimate | None
     repetitive: float
     tokens_per_second: float | None
@@ -95,6 +97,7 @@ class Entry:
     by_category: Mapping[str, Share]
     lossless: list[Mapping[str, Any]]
     repeats: float | None = None
+    expected_speed: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

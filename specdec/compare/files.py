@@ -15,7 +15,7 @@ SCHEMA = 1
 JSON, CSV, REPORT = "compare.json", "compare.csv", "report.html"
 NUMBERS = (
     *("repetitive", "tokens_per_second", "tokens_per_pass", "nodes_per_step"),
-    *("energy", "idle_watts", "predicted_speedup", "repeats"),
+    *("energy", "idle_watts", "predicted_speedup", "repeats", "expected_speed"),
 )
 ENDS = ("low", "high", "least", "most")
 

@@ -11,7 +11,14 @@ from specdec.compare.read import METHOD, Found, Run, group_of
 from specdec.compare.sums import Conversation, Sums
 from specdec.lab.values import shown
 
-MARKS = ("", "FAILED", "LOSSY", "SYNTHETIC")  # in this order; those of one mark are compared
+MARKS = (
+    "",
+    "REPLAYED",
+    "FAILED",
+    "LOSSY",
+    "SYNTHETIC",
+)  # in this order; those of one mark are compared
+NO_LAW = ("kernels", "cache", "batch_size")  # of a workload, how it is done
 MISSING = "-"
 
 
@@ -90,12 +97,28 @@ def workloads(found: Found) -> list[Workload]:
     """
     by_work: dict[str, list[Run]] = {}
     for run in found.runs:
-        by_work.setdefault(_text(run.workload), []).append(run)
+        if not run.replayed:
+            by_work.setdefault(_text(run.workload), []).append(run)
+    _add_replays(by_work, [run for run in found.runs if run.replayed])
     groups = [part for runs in by_work.values() for part in _overlapping(runs)]
     if not found.sweeps:
         _refuse(groups)
     own = differing([runs[0].workload for runs in groups])
     return [_workload(runs, mine, found) for runs, mine in zip(groups, own, strict=True)]
+
+
+def _add_replays(by_work: dict[str, list[Run]], replays: Sequence[Run]) -> None:
+    """To the runs of their workload; where there are none they stand alone."""
+    decoded = [(runs, _text(_law(runs[0]))) for runs in by_work.values()]
+    for run in replays:
+        alike = [runs for runs, law in decoded if law == _text(_law(run))]
+        for runs in alike or [by_work.setdefault(_text(run.workload), [])]:
+            runs.append(run)
+
+
+def _law(run: Run) -> dict[str, Any]:
+    """Of a workload what the law of its texts depends on."""
+    return {k: v for k, v in run.workload.items() if group_of(k) not in NO_LAW}
 
 
 def _refuse(groups: Sequence[Sequence[Run]]) -> None:
@@ -188,21 +211,28 @@ def _names(runs: Sequence[Run]) -> list[str]:
         for name in ("tree", "acceptance", "children")
         if len({label[name] for label in labels}) > 1 or (len(runs) == 1 and name == "tree")
     ]
-    names = []
+    # Of a setting, in methods of an option; a replay does not know all that a run does.
+    values: dict[tuple[bool, str, str, str], set[str]] = {}
+    for group in METHOD:
+        known = {name for run in runs for name in run.method if group_of(name) == group}
+        for name in known - {group}:
+            for run, label in zip(runs, labels, strict=True):
+                key = run.replayed, group, label[group], name
+                values.setdefault(key, set()).add(_text(run.method.get(name, MISSING)))
+    names, mixed = [], len({run.replayed for run in runs}) > 1
     for place, run in enumerate(runs):
-        words = [labels[place][name] for name in shown_labels]
-        for group in METHOD:
-            alike = [
-                other.method
-                for other, label in zip(runs, labels, strict=True)
-                if label[group] == labels[place][group]
-            ]
-            own = {name: run.method[name] for name in run.method if group_of(name) == group}
-            for name, value in own.items():
-                values = {_text(other.get(name, MISSING)) for other in alike}
-                if len(values) > 1 and not name.endswith("_target_") and name != group:
-                    words.append(f"{name}={shown(value)}")
-        names.append(" ".join(words))
+        label = labels[place]
+        words = [label[name] for name in shown_labels]
+        words += [
+            f"{name}={shown(value)}"
+            for group in METHOD
+            for name, value in run.method.items()
+            if group_of(name) == group
+            and name != group
+            and not name.endswith("_target_")
+            and len(values[run.replayed, group, label[group], name]) > 1
+        ]
+        names.append(" ".join([*words, "replayed"] if run.replayed and mixed else words))
     twice = {name for name in names if names.count(name) > 1}
     return [
         f"{name} #{_hash(run.method)}" if name in twice else name
@@ -234,7 +264,7 @@ def _hash(value: Any) -> str:
 
 def settings_that_differ(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
     """By setting, its value of each run."""
-    every = list(runs)
+    every = [run for run in runs if not run.replayed]
     rows = differing([{**run.settings, "code": run.code} for run in every])
     return {
         name: {run.name: row[name] for run, row in zip(every, rows, strict=True)}

@@ -25,7 +25,7 @@ def entry(method: Contender, keys: Keys, *, times: bool) -> Entry:
     """
     parts = [method.texts[key] for key in keys]
     whole, runs = total(parts), method.runs
-    timed = times and method.timed
+    timed, told = times and method.timed, runs[0].replayed
     energy = _energy(runs) if times else None
     return Entry(
         name=method.name,
@@ -37,14 +37,16 @@ def entry(method: Contender, keys: Keys, *, times: bool) -> Entry:
         tokens=whole.tokens,
         batch_size=int(runs[0].settings.get("batch_size", 1)),
         accepted_length=estimate(_length(parts)),
-        per_request=estimate(_per_request(parts)),
-        unrepetitive=_unrepetitive(parts),
+        per_request=None if told else estimate(_per_request(parts)),
+        unrepetitive=None if told else _unrepetitive(parts),
         repetitive=whole.loops / whole.texts,
         tokens_per_second=whole.tokens / whole.seconds if timed and whole.seconds else None,
         speedup=speedup(method, keys) if times else None,
         tokens_per_pass=_over(whole.tokens, whole.passes),
         nodes_per_step=_over(whole.drafted, whole.steps),
-        acceptance_by_depth=by_depth(whole.depths),
+        acceptance_by_depth=(
+            runs[0].summary["acceptance_by_depth"] if told else by_depth(whole.depths)
+        ),
         anatomy=_anatomy(whole) if timed else None,
         energy=energy and energy[0],
         idle_watts=energy and energy[1],
@@ -52,9 +54,17 @@ def entry(method: Contender, keys: Keys, *, times: bool) -> Entry:
         by_category={
             name: _share(method, own, times=times) for name, own in by_category(keys).items()
         },
-        lossless=[{"run": run.name, **_lossless(run)} for run in runs],
+        lossless=[{"run": run.name, **_lossless(run)} for run in runs if not told],
         repeats=_repeats(method, keys) if timed else None,
+        expected_speed=_expected_speed(method, whole),
     )
+
+
+def _expected_speed(method: Contender, whole: Sums) -> float | None:
+    if not whole.expected_seconds:
+        return None
+    batch = int(method.runs[0].settings.get("batch_size", 1))
+    return batch * whole.tokens / whole.expected_seconds
 
 
 def estimate(found: Ratio) -> Estimate:
@@ -214,15 +224,19 @@ def chosen(methods: Sequence[Contender], keys: Keys, *, times: bool, pace: bool)
         halves[hashlib.sha256(f"{key.name} {key.mark}".encode()).digest()[0] % 2].append(key)
     if not all(halves):
         return []
-    by_drafter: dict[str, list[Contender]] = {}
+    by_drafter: dict[tuple[str, str], list[Contender]] = {}
     for method in methods:
-        if not method.mark:
-            by_drafter.setdefault(labels_of(method.runs[0])["drafter"], []).append(method)
+        if method.mark in ("", "REPLAYED"):
+            drafter = labels_of(method.runs[0])["drafter"]
+            by_drafter.setdefault((method.mark, drafter), []).append(method)
     if max(map(len, by_drafter.values()), default=0) < 2:
         return []
-    quantity = SPEED if pace else LENGTH
-    able = [[m for m in own if not pace or m.timed] for own in by_drafter.values()]
-    best = [max(own, key=lambda m: worth(m, halves[0], quantity)) for own in able if own]
+    best = []
+    for (mark, _), own in by_drafter.items():
+        timed = pace and not mark
+        able = [method for method in own if not timed or method.timed]
+        quantity = SPEED if timed else LENGTH
+        best += [max(able, key=lambda m: worth(m, halves[0], quantity))] if able else []
     found = [entry(method, halves[1], times=times) for method in best]
     return best_first(found, pace=pace)
 
@@ -231,8 +245,8 @@ def best_first(entries: Sequence[Entry], *, pace: bool) -> list[Entry]:
     """By mark, then the fastest, or if speeds cannot be compared the longest."""
 
     def key(one: Entry) -> tuple[int, float, float]:
-        speed = one.tokens_per_second if pace and one.tokens_per_second else 0.0
-        return MARKS.index(one.mark), -speed, -one.accepted_length.value
+        speed = one.tokens_per_second if pace else one.expected_speed
+        return MARKS.index(one.mark), -(speed or 0.0), -one.accepted_length.value
 
     return sorted(entries, key=key)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from specdec.compare.sums import Conversation, Sums, read_side
+from specdec.compare.sums import Conversation, Sums, read_side, replayed_sums
 from specdec.lab.jobs import DONE, FINISHED, Job, differing, jobs_of
 from specdec.lab.values import flat
 
@@ -21,6 +21,8 @@ NO_PART = (
 )
 NO_WORK = (*METHOD, "seed", "device", "prompts")  # of the rest, those that may differ
 SAMPLES = ("prompts.samples", "prompts.turns")  # of prompts, what a conversation consists of
+REPLAY, REPLAY_SCHEMA = "replay.json", 2
+LABELS = ("drafter", "tree", "children", "acceptance")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -81,6 +83,7 @@ class Run:
             **{k: v for k, v in self.settings.items() if group_of(k) in METHOD},
             **{f"contents of {k}": v for k, v in self.contents.items() if group_of(k) in METHOD},
             **{k: v for k, v in self.choices.items() if k in METHOD},
+            **({"replayed": [self.summary[k] for k in LABELS]} if self.replayed else {}),
             "code": self.code,
         }
 
@@ -98,8 +101,15 @@ class Run:
         }
 
     @property
+    def replayed(self) -> bool:
+        """Whether it is what a replay expects, and nothing was decoded."""
+        return bool(self.summary.get("replayed"))
+
+    @property
     def mark(self) -> str:
-        """SYNTHETIC, LOSSY or FAILED, of what is no lossless method."""
+        """REPLAYED; SYNTHETIC, LOSSY or FAILED, of what is no lossless method."""
+        if self.replayed:
+            return "REPLAYED"
         verdict = (self.summary.get("lossless") or {}).get("verdict")
         if self.summary.get("synthetic"):
             return "SYNTHETIC"
@@ -152,6 +162,9 @@ def find(folders: Sequence[Path]) -> Found:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; name those of runs or of a sweep")
+        if (folder / REPLAY).is_file():
+            found.runs += read_replay(folder, str(folder))
+            continue
         if is_run(folder):
             beside = {job.folder: job for job in _ledger(folder.absolute().parent)}
             _add(found, folder, str(folder), beside.get(folder.name))
@@ -159,7 +172,10 @@ def find(folders: Sequence[Path]) -> Found:
         jobs = _ledger(folder)
         inner = sorted(one for one in folder.iterdir() if one.is_dir() and is_run(one))
         if not inner and not jobs:
-            raise ValueError(f"{folder}: holds no run; name folders of runs or of a sweep")
+            raise ValueError(
+                f"{folder}: holds no run and no replay; name folders of runs, of a sweep or of "
+                f"specdec replay"
+            )
         found.sweeps.append(folder)
         several = len(folders) > 1
         by_folder = {job.folder: job for job in jobs}
@@ -173,6 +189,48 @@ def find(folders: Sequence[Path]) -> Found:
             f"{'; '.join(f'{name}: {why}' for name, why in found.left_out.items())}"
         )
     return found
+
+
+def read_replay(folder: Path, name: str) -> list[Run]:
+    """The methods of `specdec replay`, each with expected steps and nodes of every conversation.
+
+    Raises:
+        ValueError: a file of another make, or a broken one.
+    """
+    path = folder / REPLAY
+    found = _json(path)
+    try:
+        if found["schema"] != REPLAY_SCHEMA:
+            raise ValueError(f"it is of schema {found['schema']}, not {REPLAY_SCHEMA}")
+        return [_replayed(folder, name, found, row) for row in found["rows"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be used, {error}; specdec replay writes it anew"
+        ) from None
+
+
+def _replayed(folder: Path, name: str, found: Mapping[str, Any], row: Mapping[str, Any]) -> Run:
+    labels = {key: str(row[key]) for key in LABELS}
+    settings = {k: v for k, v in found["settings"].items() if group_of(k) not in NO_PART}
+    return Run(
+        name=" ".join(
+            (f"{name}:", labels["tree"], str(row["budget"]), *list(labels.values())[2:])
+        ),
+        folder=folder,
+        settings={**settings, "batch_size": found["batch"], "tree.budget": row["budget"]},
+        contents=found["contents"],
+        code=found["code"],
+        config=found["config"],
+        summary={
+            **labels,
+            "replayed": True,
+            "acceptance_by_depth": row["acceptance_by_depth"],
+            **{key: found.get(key) for key in ("oracle", "costs", "record", "command")},
+        },
+        texts=replayed_sums(found["conversations"], row),
+        plain=None,
+        plain_name="",
+    )
 
 
 def is_run(folder: Path) -> bool:

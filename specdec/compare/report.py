@@ -119,24 +119,29 @@ def _cleaned(value: Any) -> Any:
 def _parts(groups: Sequence[Group], place: int, styles: Mapping[str, int]) -> list[Part]:
     """The sections of a group that there is something for, in the order of the report."""
     group, name = groups[place], f"g{place}"
+    replayed = all(entry.mark == "REPLAYED" for entry in group.entries)
     parts = [
         _methods(group, styles),
         _categories(group, styles, name),
         _depths(group, styles, name),
         _batches(groups, place, styles, name),
         _pareto(group, styles, name),
-        _anatomy(group, name),
+        None if replayed else _anatomy(group, name),
         _differences(group, styles, name),
         _predicted(group, styles, name),
-        Part(
-            id="lossless",
-            title="Losslessness",
-            about="Whether each run's own texts passed its check of them.",
-            table=tables.lossless(group, styles),
-        ),
-        _trees(group),
+        None if replayed else _lossless(group, styles),
+        None if replayed else _trees(group),
     ]
     return [part for part in parts if part is not None]
+
+
+def _lossless(group: Group, styles: Mapping[str, int]) -> Part:
+    return Part(
+        id="lossless",
+        title="Losslessness",
+        about="Whether each run's own texts passed its check of them.",
+        table=tables.lossless(group, styles),
+    )
 
 
 def _few(group: Group, styles: Mapping[str, int], table: bool = True) -> str:

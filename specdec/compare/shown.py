@@ -11,7 +11,7 @@ from specdec.compare.figures import Comparison, Difference, Entry, Estimate, Gro
 from specdec.compare.measure import LENGTH, SPEED
 
 WIDE = 19  # characters of a column with a method above it
-LOUD = {"LOSSY": "yellow", "SYNTHETIC": "yellow", "FAILED": "bold red"}
+LOUD = {"REPLAYED": "cyan", "LOSSY": "yellow", "SYNTHETIC": "yellow", "FAILED": "bold red"}
 
 
 def show(comparison: Comparison, console: Console) -> None:
@@ -36,7 +36,8 @@ COLUMNS: Sequence[Column] = (
     ("speedup", lambda one: estimated(one.speedup, "x")),
     ("tok/s", lambda one: _number(one.tokens_per_second, 1)),
     ("accepted", lambda one: estimated(one.accepted_length)),
-    ("request", lambda one: _number(one.per_request.value)),
+    ("expected tok/s", lambda one: _number(one.expected_speed, 1)),
+    ("request", lambda one: _number(getattr(one.per_request, "value", None))),
     ("unlooped", lambda one: _number(getattr(one.unrepetitive, "value", None))),
     ("nodes", lambda one: f"{one.nodes_per_step:.1f}"),
     ("J/token", lambda one: _number(one.energy)),

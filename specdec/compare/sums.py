@@ -1,7 +1,7 @@
 """What a run has spent on each conversation: all turns and samples of one prompt together."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,20 +38,23 @@ class Sums:
         verbs: seconds; a step's time belongs in equal parts to its sequences.
         passes: of the target, shared out likewise.
         depths: how often a tree of that depth had a path of that length accepted.
+        expected_seconds: of replayed methods, by a cost table; their steps and nodes are expected
+            ones as well.
     """
 
     texts: int = 0
     decoded: int = 0
     loops: int = 0
     tokens: int = 0
-    steps: int = 0
-    drafted: int = 0
+    steps: float = 0
+    drafted: float = 0
     lengths: float = 0.0
     loop_tokens: int = 0
-    loop_steps: int = 0
+    loop_steps: float = 0
     passes: float = 0.0
     verbs: Counter[str] = field(default_factory=Counter)
     depths: Counter[tuple[int, int]] = field(default_factory=Counter)
+    expected_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -107,6 +110,25 @@ def read_side(folder: Path, *, plain: bool = False) -> dict[Conversation, Sums]:
         if seen[request] == one["steps"]:
             found[names[one["prompt"]]].add(sums[request])
     return dict(found)
+
+
+def replayed_sums(
+    conversations: Sequence[Record], row: Mapping[str, Any]
+) -> dict[Conversation, Sums]:
+    """What a replay expects of each conversation. Of a text its own accepted length is not known,
+    for that of expected steps is another."""
+    spent = row.get("seconds") or [0.0] * len(conversations)
+    every = zip(conversations, row["steps"], row["nodes"], spent, strict=True)
+    return {
+        Conversation(one["category"], one["id"], one["mark"]): Sums(
+            texts=one["texts"],
+            tokens=one["tokens"],
+            steps=steps,
+            drafted=nodes,
+            expected_seconds=seconds,
+        )
+        for one, steps, nodes, seconds in every
+    }
 
 
 def _of_text(text: Record) -> Sums:

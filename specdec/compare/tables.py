@@ -74,6 +74,7 @@ Column = tuple[str, str, Callable[[Entry], Cell]]
 COLUMNS: tuple[Column, ...] = (
     ("speedup", "over plain", lambda e: estimated(e.speedup, "×")),
     ("tok/s", "", lambda e: _speed(e)),
+    ("expected", "tok/s by costs", lambda e: number(e.expected_speed, 1)),
     ("accepted", "tokens/step", lambda e: estimated(e.accepted_length)),
     ("request", "tokens/step", lambda e: estimated(e.per_request)),
     ("unlooped", "tokens/step", lambda e: estimated(e.unrepetitive)),
@@ -82,7 +83,7 @@ COLUMNS: tuple[Column, ...] = (
         "of texts",
         lambda e: number(100 * e.repetitive, 0, unit=" %") if e.repetitive else NOTHING,
     ),
-    ("per pass", "tokens", lambda e: number(e.tokens_per_pass)),
+    ("per pass", "tokens", lambda e: number(e.tokens_per_pass or None)),
     ("nodes", "per step", lambda e: number(e.nodes_per_step, 1)),
     ("energy", "J/token", lambda e: _energy(e)),
     ("lossless", "", lambda e: _verdict(e)),

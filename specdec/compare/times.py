@@ -10,7 +10,10 @@ from specdec.lab.statistics import PACE
 
 def clock_of(work: Workload) -> tuple[bool, str]:
     """Whether figures have times at all, and what to say of them."""
-    machines = {run.machine for run in work.runs} - {None}
+    decoded = [run for run in work.runs if not run.replayed]
+    if not decoded:
+        return False, "replayed: nothing was decoded; predictions are of a cost table"
+    machines = {run.machine for run in decoded} - {None}
     if len(machines) > 1:
         return False, f"lengths only: runs on different machines or versions ({_apart(machines)})"
     if not machines:

@@ -151,12 +151,17 @@ def _doubts(entries: Sequence[Entry], conversations: int, *, pace: bool) -> str:
     said = [f"{passed} of {count} runs passed the check of losslessness"]
     for verdict, names in by_verdict.items():
         said.append(f"{verdict}: {several(list(dict.fromkeys(names)))}")
-    marked = [one.name for one in entries if one.mark]
+    told = [one.name for one in entries if one.mark == "REPLAYED"]
+    if not count:
+        said = ["Nothing was decoded: all is expected, of recorded texts"]
+    marked = [one.name for one in entries if one.mark and one.name not in told]
     unable = []
     if conversations < FEWEST:
         unable.append(f"{conversations} conversations are too few for intervals")
-    if not pace and len(entries) > 1:
+    if not pace and len(entries) > len(told) + 1:
         unable.append("who is faster is not known")
     if marked and len(marked) < len(entries):
         unable.append(f"{several(marked)} stand apart, for their texts are not the target's")
+    if told and count:
+        unable.append(f"{len(told)} replayed methods stand apart, for they were not decoded")
     return "; ".join([*said, *unable]) + "."

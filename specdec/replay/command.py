@@ -9,43 +9,34 @@
 Exact in expectation for every lossless rule and every tree of one shape (`docs/replay.md`), and
 without a model. Policies whose trees follow the draft, and drafters that search, draft along the
 texts: of those the accepted lengths are the very ones of a run. Prints the best, and writes
-replay.csv, replay.json and speculation_profile.json, of the best method, into the record's folder
-or `out`.
+report.html, replay.csv, replay.json, which `specdec compare` sets beside runs, and
+speculation_profile.json, of the best method, into the record's folder or `out`.
 """
 
-import csv
-import io
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 from rich.console import Console
-from rich.table import Table
 
 from specdec.costs import CostTable
 from specdec.lab.build import build, group_of, imported, placement_of, sampling_of
 from specdec.lab.command import Positive, option, run_main
-from specdec.lab.files import replace_file
 from specdec.lab.lines import tell
 from specdec.lab.settings import settings_of
 from specdec.models.load import Models
-from specdec.protocols import Drafter
+from specdec.protocols import Drafter, TreePolicy, levels_of
+from specdec.replay import results
 from specdec.replay.configurations import Asked, Configuration
-from specdec.replay.profile import Profile
 from specdec.replay.rates import RATES
-from specdec.replay.record import Record, write_json
+from specdec.replay.record import Record
 from specdec.replay.recording import RECORDED, SEARCHING
 from specdec.replay.replaying import Outcome, Replayer
-from specdec.replay.survival import BY_PATH
-from specdec.replay.walk import Walked, walk
+from specdec.replay.walk import Walked, draft_widths, walk
 from specdec.request import Request
-
-SHOWN = 20  # rows of the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,22 +78,18 @@ def work(options: Options) -> None:
     )
     walker = Walker(record, name, settings)
     outcomes = [
-        replayer.replay(one) if one.shape is not None and name in RECORDED else walker.replay(one)
+        replayer.replay(one)
+        if one.shape is not None and name in RECORDED
+        else walker.replay(one, replayer)
         for one in configurations
     ]
     rows = [{"drafter": name, **replayer.figures(one)} for one in outcomes]
-    result: dict[str, Any] = {
-        "schema": 1,
-        "record": str(record.path),
-        "tokens": int(replayer.count.sum()),
-        "costs": options.costs,
-        "rows": rows,
-    }
+    result = results.result_of(replayer, outcomes, rows, settings=settings, options=options)
     if options.oracle:
-        result["oracle"] = _oracle(replayer, outcomes, rows)
-    _write(out, result, rows, _profile(replayer, outcomes, rows, name))
-    _show(rows, result, console)
-    tell(console, f"{len(rows)} configurations in {out / 'replay.csv'}")
+        result["oracle"] = results.oracle(replayer, outcomes, rows)
+    results.write(out, result, rows, results.profile_of(replayer, outcomes, rows, name))
+    results.show(rows, result, console)
+    tell(console, f"{len(rows)} configurations in {out / 'report.html'}")
 
 
 def _drafter_settings(record: Record, words: str | None) -> tuple[str, dict[str, Any]]:
@@ -171,8 +158,11 @@ class Walker:
             self._drafter = drafter
         return self._drafter
 
-    def walked(self, configuration: Configuration) -> Walked:
-        """Along the texts that have tokens.
+    def walked(self, configuration: Configuration, *, everywhere: bool = False) -> Walked:
+        """Along the texts.
+
+        Args:
+            everywhere: as in `walk`.
 
         Raises:
             ValueError: trees that the drafter cannot draft.
@@ -185,117 +175,35 @@ class Walker:
             for i, prompt, output, category in zip(
                 ids, record.prompts, record.outputs, categories, strict=True
             )
-            if output
         ]
         return walk(
             requests,
-            [output for output in record.outputs if output],
+            record.outputs,
             drafter=drafter,
             tree=configuration.tree,
             sampling=sampling_of(record.settings),
+            everywhere=everywhere,
         )
 
-    def replay(self, configuration: Configuration) -> Outcome:
-        record, walked = self.record, self.walked(configuration)
-        ids = record.read("request")
-        steps, nodes = np.zeros(len(ids)), np.zeros(len(ids))
-        some = np.array([bool(output) for output in record.outputs])
-        steps[some] = [len(lengths) for lengths in walked.lengths]
-        nodes[some] = walked.nodes
-        every = [n for lengths in walked.lengths for n in lengths]
-        kept = [sum(n > depth for n in every) for depth in range(max(every))]
-        return Outcome(
-            configuration=configuration,
-            steps=steps,
-            nodes=nodes,
-            seconds=None,
-            kept=np.array(kept, float),
+    def replay(self, configuration: Configuration, replayer: Replayer) -> Outcome:
+        """What comes of it, by the same chain as of trees of one shape."""
+        walked = self.walked(configuration, everywhere=replayer.keep)
+        return replayer.outcome(
+            configuration,
+            walked.survivals,
+            nodes=walked.nodes,
+            widths=self._widths(configuration.tree, replayer.table),
         )
 
-
-def _oracle(
-    replayer: Replayer, outcomes: Sequence[Outcome], rows: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """Beside it by how much every policy's best falls short of it."""
-    known = [one for one in outcomes if one.survivals is not None]
-    if not known:
-        raise ValueError("oracle=true: none of these trees has one shape")
-    best = replayer.oracle(known)
-    pace: dict[str, float] = {}
-    for row in rows:
-        if "tokens_per_second" in row:
-            policy = row["tree"]
-            pace[policy] = max(pace.get(policy, 0.0), row["tokens_per_second"])
-    regret = {policy: 1.0 - found / best for policy, found in pace.items()}
-    return {"tokens_per_second": best, "regret": regret}
-
-
-def _best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    name = "tokens_per_second" if "tokens_per_second" in rows[0] else "tokens_per_step"
-    return sorted(rows, key=lambda row: -row.get(name, 0.0))
-
-
-def _profile(
-    replayer: Replayer,
-    outcomes: Sequence[Outcome],
-    rows: Sequence[dict[str, Any]],
-    name: str,
-) -> dict[str, Any]:
-    place = [id(row) for row in rows].index(id(_best(rows)[0]))
-    outcome, row = outcomes[place], rows[place]
-    marginal = outcome.kept[1:] / outcome.kept[0]
-    tokens = replayer.count.astype(float)
-    some = outcome.steps > 0
-    profile = Profile(
-        marginal=tuple(np.minimum.accumulate(marginal.clip(0.0, 1.0)).tolist()),
-        mean=float(tokens.sum() / outcome.steps.sum()),
-        mean_per_request=float((tokens[some] / outcome.steps[some]).mean()),
-    )
-    settings = replayer.record.settings
-    shape = outcome.configuration.shape
-    return profile.write(
-        method="draft_model" if name == "small_llama" else name,
-        target=settings["target"]["path"],
-        draft=settings["drafter"].get("path"),
-        tree=shape is None or any(node[-1] for node in shape),
-        blockwise=outcome.configuration.rule in BY_PATH,
-        conditions={"replayed_from": replayer.record.path.name, **row},
-    )
-
-
-def _write(
-    out: Path, result: dict[str, Any], rows: Sequence[dict[str, Any]], profile: dict[str, Any]
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_file(out / "replay.csv", text.getvalue())
-    write_json(out / "replay.json", result)
-    write_json(out / "speculation_profile.json", profile)
-
-
-def _show(rows: Sequence[dict[str, Any]], result: dict[str, Any], console: Console) -> None:
-    timed = "tokens_per_second" in rows[0]
-    columns = ["tree", "budget", "children", "acceptance", "tokens/step", "95 %", "nodes/step"]
-    table = Table(*columns, *(["tokens/s"] if timed else []))
-    for row in _best(rows)[:SHOWN]:
-        ends = "" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
-        cells = [row["tree"], row["budget"], row["children"], row["acceptance"]]
-        cells += [f"{row['tokens_per_step']:.3f}", ends, f"{row['nodes_per_step']:.1f}"]
-        if timed:
-            cells.append(f"{row['tokens_per_second']:.1f}" if "tokens_per_second" in row else "")
-        table.add_row(*map(str, cells))
-    console.print(table)
-    if len(rows) > SHOWN:
-        tell(console, f"the best {SHOWN} of {len(rows)}")
-    if "oracle" in result:
-        oracle = result["oracle"]
-        regret = ", ".join(f"{name} {share:.1%}" for name, share in oracle["regret"].items())
-        tell(console, f"best choice at every place: {oracle['tokens_per_second']:.1f} tokens/s")
-        tell(console, f"short of it: {regret}")
+    def _widths(self, tree: TreePolicy, table: CostTable | None) -> list[int]:
+        """Of the passes of a draft. What a search takes is not known from a table of a draft
+        model, and counts as nothing."""
+        levels = levels_of(tree, self._loaded().depth)
+        if self.name in RECORDED:
+            return draft_widths(tree, levels)
+        about = {} if table is None else table.about or {}
+        own = about.get("models", {}).get("draft", "") is None
+        return [1] * levels if own else []
 
 
 main = partial(run_main, Options, work, doc=__doc__)

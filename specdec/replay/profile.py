@@ -2,7 +2,7 @@
 which simulators read: conditional rates (Dynamo), marginal ones (vLLM), both means, a check."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from specdec.lab.files import read_object
 VERSION = "1.0"
 TOLERANCE = 0.02  # of the mean, as the schema has it
 DIGITS = 6
+WITHHELD = "paths are judged as wholes, which gives no longest-prefix rates; see the histogram"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +23,37 @@ class Profile:
         marginal: of the first i + 1 drafted tokens all being kept, never rising.
         mean: tokens of a step.
         mean_per_request: the mean over requests of their means; None if it is not known.
+        histogram: steps by their tokens, as far as they are known.
+        per_category: the mean of each category.
     """
 
     marginal: tuple[float, ...]
     mean: float
     mean_per_request: float | None = None
+    histogram: Mapping[int, float] = field(default_factory=dict)
+    per_category: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_steps(
+        cls,
+        histogram: Mapping[int, float],
+        *,
+        mean_per_request: float | None,
+        per_category: Mapping[str, float],
+    ) -> "Profile":
+        """Of numbers of steps by their tokens."""
+        steps = sum(histogram.values())
+        most = max(histogram, default=1)
+        return cls(
+            marginal=tuple(
+                sum(count for tokens, count in histogram.items() if tokens > depth) / steps
+                for depth in range(1, most)
+            ),
+            mean=sum(tokens * count for tokens, count in histogram.items()) / steps,
+            mean_per_request=mean_per_request,
+            histogram=histogram,
+            per_category=per_category,
+        )
 
     @property
     def conditional(self) -> tuple[float, ...]:
@@ -54,7 +81,8 @@ class Profile:
         Args:
             tree: a node may have several children, so that rates at another number of tokens do
                 not follow from these.
-            blockwise: what is kept is decided of whole paths, not node by node.
+            blockwise: what is kept is decided of whole paths, not node by node; then the schema
+                withholds rates by position, which the histogram still has.
         """
         tokens = len(self.marginal)
         return {
@@ -67,18 +95,34 @@ class Profile:
             "block_size": None,
             "max_supported_k": tokens,
             "verification_method": "block" if blockwise else "longest_prefix",
-            "conditional_accept_rates": _rounded(self.conditional),
-            "marginal_accept_rates": _rounded(self.marginal),
+            **self._vectors(blockwise),
             "mean_accept_length": round(self.mean, DIGITS),
             "mean_accept_length_per_request": (
                 None if self.mean_per_request is None else round(self.mean_per_request, DIGITS)
             ),
-            "accept_length_model": "measured_per_k" if tree else "chain_analytic",
+            "accept_length_model": "measured_per_k" if tree or blockwise else "chain_analytic",
             "accept_length_by_k": {str(tokens): round(self.mean, DIGITS)},
-            "acceptance_length_histogram": None,
-            "per_category": None,
+            "acceptance_length_histogram": {
+                str(length): round(count, DIGITS) for length, count in self.histogram.items()
+            }
+            or None,
+            "per_category": {
+                name: {"mean_accept_length": round(mean, DIGITS)}
+                for name, mean in self.per_category.items()
+            }
+            or None,
             "measurement_conditions": conditions,
             "validation": self._validation(),
+        }
+
+    def _vectors(self, blockwise: bool) -> dict[str, Any]:
+        """Rates by position, or why there are none."""
+        if blockwise:
+            none = dict.fromkeys(("conditional_accept_rates", "marginal_accept_rates"))
+            return {**none, "vectors_unavailable_reason": WITHHELD}
+        return {
+            "conditional_accept_rates": _rounded(self.conditional),
+            "marginal_accept_rates": _rounded(self.marginal),
         }
 
     def _validation(self) -> dict[str, Any]:
@@ -112,12 +156,18 @@ def read_profile(path: Path) -> Profile:
         raise ValueError(f"profile={path}: must be a speculation_profile.json of schema 1")
     if data.get("measured") is not True:
         raise ValueError(f"profile={path}: measured={data.get('measured')}, it holds no rates")
-    marginal, conditional = (_rates(path, data, f"{kind}_accept_rates") for kind in KINDS)
     mean = data.get("mean_accept_length")
     if not isinstance(mean, int | float):
         raise ValueError(f"profile={path}: mean_accept_length={mean} must be a number")
     own = data.get("mean_accept_length_per_request")
-    found = Profile(marginal=marginal, mean=float(mean), mean_per_request=own)
+    steps = _histogram(path, data)
+    if data.get("marginal_accept_rates") is None and steps:
+        found = Profile.of_steps(steps, mean_per_request=own, per_category={})
+        conditional, found = found.conditional, replace(found, mean=float(mean))
+    else:
+        marginal, conditional = (_rates(path, data, f"{kind}_accept_rates") for kind in KINDS)
+        found = Profile(marginal=marginal, mean=float(mean), mean_per_request=own, histogram=steps)
+    marginal = found.marginal
     if max((b - a for a, b in pairwise(marginal)), default=0.0) > 1e-6:
         raise ValueError(f"profile={path}: marginal_accept_rates rise; they must not")
     far = [abs(a - b) for a, b in zip(found.conditional, conditional, strict=True)]
@@ -130,6 +180,19 @@ def read_profile(path: Path) -> Profile:
 
 
 KINDS = ("marginal", "conditional")
+
+
+def _histogram(path: Path, data: Mapping[str, Any]) -> dict[int, float]:
+    given = data.get("acceptance_length_histogram") or {}
+    try:
+        found = {int(tokens): float(count) for tokens, count in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        found = {0: 0.0}
+    if any(tokens < 1 or count < 0 for tokens, count in found.items()):
+        raise ValueError(
+            f"profile={path}: acceptance_length_histogram must have steps by tokens of a step"
+        )
+    return found
 
 
 def _rates(path: Path, data: Mapping[str, Any], name: str) -> tuple[float, ...]:

@@ -33,7 +33,7 @@ from specdec.lab.files import read_object, replace_file, to_json, writing
 from specdec.replay.siblings import Along, Array
 from specdec.sampling import SamplingParams
 
-SCHEMA = 1
+SCHEMA = 2
 WIDEST, CANDIDATES = 256, 64  # of the target's tokens, and of the draft's
 FINISHES = ("stop", "length", "context", "unknown_token")
 PLAN, DONE = "plan.json", "record.json"

@@ -113,8 +113,8 @@ def watching(method: Method, plain: AcceptanceRule) -> tuple[Method, Watch]:
 
 def record_prompts(
     experiment: Experiment, session: OurSession, watch: Watch, prompts: Sequence[Prompt]
-) -> tuple[Arrays, list[str]]:
-    """The arrays of a shard; and the category of each of its texts."""
+) -> tuple[Arrays, dict[str, list[str]]]:
+    """The arrays of a shard; and of its texts the categories, and the ids of their prompts."""
     watch.rows.clear()
     queue = Conversations(
         experiment.target.tokenizer,
@@ -130,7 +130,8 @@ def record_prompts(
     for sequence in session.decoder.run():
         texts += queue.finish(session.decoder, sequence)
     texts.sort(key=lambda text: text["request"])
-    return arrays_of(texts, watch.rows), [text["category"] or "" for text in texts]
+    names = {kind: [text[kind] or "" for text in texts] for kind in ("category", "id")}
+    return arrays_of(texts, watch.rows), names
 
 
 def arrays_of(texts: Sequence[dict[str, Any]], rows: dict[int, list[Row]]) -> Arrays:

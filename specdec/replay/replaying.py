@@ -35,7 +35,7 @@ class Outcome:
     Args:
         steps, nodes: [P], of each text.
         seconds: [P]; None without costs.
-        kept: [D + 1], how many steps yield more than d tokens, so that it adds up to all tokens.
+        kept: [P, D + 1], how many steps yield more than d tokens, so that they add up to all.
         survivals: [P, n, D + 1], if they are wanted, and `costs` [P, n] of a step.
     """
 
@@ -103,16 +103,35 @@ class Replayer:
 
     def _replayed(self, configuration: Configuration, rule: str, shape: Shape) -> Outcome:
         along = self.along(configuration.children)
-        survivals = self._survival(rule, shape, along, configuration.children)
-        begun = starts(survivals, along.count)
-        costs = self.step_seconds(shape, begun.shape[1])
-        steps = begun.sum(1)
+        return self.outcome(
+            configuration,
+            self._survival(rule, shape, along, configuration.children),
+            nodes=np.full(along.text.shape, len(shape)),
+            widths=widths_by_level(shape),
+        )
+
+    def outcome(
+        self,
+        configuration: Configuration,
+        survivals: Array,
+        *,
+        nodes: NDArray[np.int64],
+        widths: Sequence[int],
+    ) -> Outcome:
+        """What comes of survival functions.
+
+        Args:
+            nodes: [P, n], drafted by a step that begins at each place.
+            widths: of the passes of the draft.
+        """
+        begun = starts(survivals, self.count)
+        costs = self.step_seconds(nodes, widths)
         return Outcome(
             configuration=configuration,
-            steps=steps,
-            nodes=steps * len(shape),
+            steps=begun.sum(1),
+            nodes=(begun * nodes).sum(1),
             seconds=None if costs is None else (begun * costs).sum(1),
-            kept=yields(begun, survivals, along.count),
+            kept=yields(begun, survivals, self.count),
             survivals=survivals if self.keep else None,
             costs=costs if self.keep else None,
         )
@@ -132,23 +151,21 @@ class Replayer:
             factors[width] = self._factors[key][..., :width]
         return add_products(nodes_by_level(shape), widths, factors, along)
 
-    def step_seconds(self, shape: Shape, length: int) -> Array | None:
-        """[P, n] of a step that begins at each place; None without costs."""
+    def step_seconds(self, nodes: NDArray[np.int64], widths: Sequence[int]) -> Array | None:
+        """[P, n] of a step that begins at each place; None without costs. (As `outcome`.)"""
         table, batch = self.table, self.batch
         if table is None:
             return None
         prompts = np.array([len(one) for one in self.record.prompts])
-        places = prompts[:, None] + np.arange(length)
+        places = prompts[:, None] + np.arange(nodes.shape[1])
         grid = np.linspace(places.min(), places.max(), CONTEXTS)
-        verify = [table.verify(batch, len(shape) + 1, float(context)) for context in grid]
-        fixed = table.step(batch)
-        if shape:
-            parents = frozenset(node[:-1] for node in shape)
-            levels = max(map(len, parents)) + 1
-            widths = [sum(len(node) == d for node in parents) for d in range(levels)]
-            drafting = (table.draft(batch, width) + table.level(batch) for width in widths)
-            fixed += table.start(batch) + sum(drafting)
-        found: Array = np.interp(places, grid, verify) + fixed
+        found: Array = np.zeros(nodes.shape)
+        for count in np.unique(nodes):
+            verify = [table.verify(batch, int(count) + 1, float(context)) for context in grid]
+            here = nodes == count
+            found[here] = np.interp(places[here], grid, verify)
+        found += table.step(batch) + (table.start(batch) if widths else 0.0)
+        found += sum(table.draft(batch, width) + table.level(batch) for width in widths)
         return found
 
     def by_conversation(self, values: Array) -> list[float]:
@@ -196,9 +213,15 @@ class Replayer:
 
 
 def yields(begun: Array, survivals: Array, count: NDArray[np.int64]) -> Array:
-    """[D + 1], how many steps yield more than d tokens: those that keep d drafted ones, and have
-    another that follows in the text."""
+    """[P, D + 1], how many steps yield more than d tokens: those that keep d drafted ones, and
+    have another that follows in the text."""
     places = np.arange(begun.shape[1])[:, None] + np.arange(survivals.shape[2])
     inside = places < count[:, None, None]
-    found: Array = (begun[..., None] * survivals * inside).sum((0, 1))
+    found: Array = (begun[..., None] * survivals * inside).sum(1)
     return found
+
+
+def widths_by_level(shape: Shape) -> list[int]:
+    """The nodes with children of each level, which a pass of the draft is for."""
+    parents = [len(node) for node in {node[:-1] for node in shape}]
+    return np.bincount(parents).tolist() if parents else []

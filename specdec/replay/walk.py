@@ -2,7 +2,7 @@
 the texts, without a pass of the target. Top-k children alone: what a step keeps is then known."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from specdec.decode import Decoder
 from specdec.kernels.choose import Kernels
 from specdec.observation import Observation, Observes
 from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
+from specdec.replay.siblings import Array
 from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
@@ -49,9 +50,17 @@ class NoTarget:
 
 @dataclass
 class Follow(AcceptanceRule):
-    """Keeps what the texts go on with."""
+    """Keeps what the texts go on with.
+
+    Args:
+        texts: by request.
+        everywhere: a step begins at every token of a text, whatever it keeps.
+        seen: by request and place, drafted tokens that are kept there, and nodes.
+    """
 
     texts: Mapping[int, Sequence[int]]
+    everywhere: bool = False
+    seen: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     name = "follow"
 
     def lossy(self, children: Children, sampling: SamplingParams) -> str | None:
@@ -61,8 +70,10 @@ class Follow(AcceptanceRule):
         path = torch.zeros(len(tree.tokens), tree.depth + 1, dtype=torch.int64)
         length, after = torch.zeros_like(path[:, 0]), torch.zeros_like(path[:, 0])
         parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
+        size = tree.size.tolist()
         for row, sequence in enumerate(context.sequences):
-            rest = self.texts[sequence.request.id][len(sequence.output_ids) :]
+            place = len(sequence.output_ids)
+            rest = self.texts[sequence.request.id][place:]
             children = {
                 (parent, token): node
                 for node, (parent, token) in reversed(
@@ -76,6 +87,8 @@ class Follow(AcceptanceRule):
                     break
                 node = child
                 kept.append(node)
+            self.seen[sequence.request.id, place] = len(kept) - 1, size[row] - 1
+            kept = kept[:1] if self.everywhere else kept
             path[row, : len(kept)] = torch.tensor(kept)
             length[row] = len(kept)
             after[row] = rest[len(kept) - 1] if len(kept) <= len(rest) else 0
@@ -84,15 +97,22 @@ class Follow(AcceptanceRule):
 
 @dataclass(frozen=True, kw_only=True)
 class Walked:
-    """Of each text, in order.
+    """Of each place of each text at which a step began; 0 elsewhere.
 
     Args:
-        lengths: tokens of each step.
-        nodes: drafted in all steps.
+        kept: [P, n], drafted tokens that are kept.
+        nodes: [P, n], drafted.
     """
 
-    lengths: list[list[int]]
-    nodes: NDArray[np.float64]
+    kept: NDArray[np.int64]
+    nodes: NDArray[np.int64]
+
+    @property
+    def survivals(self) -> Array:
+        """[P, n, D + 1], as those of trees of one shape."""
+        depths = np.arange(int(self.kept.max(initial=0)) + 1)
+        found: Array = (self.kept[..., None] >= depths).astype(np.float64)
+        return found
 
 
 @torch.inference_mode()
@@ -103,6 +123,7 @@ def walk(
     drafter: Drafter,
     tree: TreePolicy,
     sampling: SamplingParams,
+    everywhere: bool = False,
     page_size: int = 16,
 ) -> Walked:
     """What steps keep of these texts, one after the other in the order in which they were
@@ -110,21 +131,38 @@ def walk(
 
     Args:
         drafter: loaded.
+        everywhere: as in `Follow`.
     """
-    longest = max(one.max_tokens for one in requests)
+    texts = dict(zip((one.id for one in requests), outputs, strict=True))
+    some = [one for one in requests if texts[one.id]]
+    rule = Follow(texts, everywhere=everywhere)
     decoder = Decoder(
         verifier=NoTarget(),
         drafter=drafter,
         tree=tree,
-        rule=Follow(dict(zip((one.id for one in requests), outputs, strict=True))),
+        rule=rule,
         sampling=sampling,
-        capacity=Capacity(rows=1, max_tokens=longest, page_size=page_size),
+        capacity=Capacity(
+            rows=1, max_tokens=max(one.max_tokens for one in some), page_size=page_size
+        ),
     )
-    done = {sequence.request.id: sequence for sequence in decoder.run(requests)}
-    for request, output in zip(requests, outputs, strict=True):
-        if done[request.id].output_ids != list(output):
-            raise RuntimeError(f"request {request.id}: the walk left the text")
-    return Walked(
-        lengths=[done[one.id].accepted_lengths for one in requests],
-        nodes=np.array([done[one.id].drafted for one in requests], float),
-    )
+    done = {sequence.request.id: sequence for sequence in decoder.run(some)}
+    for one in some:
+        if done[one.id].output_ids != list(texts[one.id]):
+            raise RuntimeError(f"request {one.id}: the walk left the text")
+    longest = max(map(len, outputs))
+    kept, nodes = (np.zeros((len(requests), longest), np.int64) for _ in range(2))
+    rows = {one.id: row for row, one in enumerate(requests)}
+    for (number, place), (length, size) in rule.seen.items():
+        if place < len(texts[number]):
+            kept[rows[number], place], nodes[rows[number], place] = length, size
+    return Walked(kept=kept, nodes=nodes)
+
+
+def draft_widths(tree: TreePolicy, levels: int) -> list[int]:
+    """Nodes of each pass of a draft that grows such trees, of one sequence."""
+    widths = [1]
+    for level in range(levels - 1):
+        grown = widths[-1] * tree.width(level)
+        widths.append(min(grown, getattr(tree, "expanded", grown)))
+    return widths[:levels]

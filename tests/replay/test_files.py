@@ -4,13 +4,16 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from specdec.costs import CostTable
 from specdec.lab.command import run_main
 from specdec.record import SHARD, command
-from specdec.replay.command import Options, work
+from specdec.replay.command import Options, Walker, work
+from specdec.replay.configurations import Asked
 from specdec.replay.profile import Profile, read_profile
 from specdec.replay.record import Record, drawn_from, shard_path
 from specdec.sampling import SamplingParams, probabilities
@@ -22,19 +25,17 @@ WORDS = "device=cpu dtype=float32 prompts.turns=1 max_new_tokens=8 ignore_eos=tr
 
 
 def profile() -> Profile:
-    steps = sum(HISTOGRAM.values())
-    marginal = [sum(n for k, n in HISTOGRAM.items() if k > d) / steps for d in (1, 2, 3)]
-    mean = sum(k * n for k, n in HISTOGRAM.items()) / steps
-    return Profile(marginal=tuple(marginal), mean=mean, mean_per_request=2.5467)
+    steps: dict[int, float] = {tokens: float(count) for tokens, count in HISTOGRAM.items()}
+    return Profile.of_steps(steps, mean_per_request=2.5467, per_category={"code": 2.6})
 
 
-def written(path: Path, **changes: object) -> Path:
+def written(path: Path, *, blockwise: bool = False, **changes: object) -> Path:
     data = profile().write(
         method="eagle3",
         target="t",
         draft=None,
         tree=False,
-        blockwise=True,
+        blockwise=blockwise,
         conditions={"dataset": "x"},
     )
     path.write_text(json.dumps({**data, **changes}))
@@ -48,10 +49,20 @@ def test_profile_has_both_conventions_and_comes_back(tmp_path: Path) -> None:
     assert data["conditional_accept_rates"][1] == pytest.approx((5337 + 8891) / 22042, abs=1e-6)
     assert data["marginal_accept_rates"][1] == pytest.approx((5337 + 8891) / 30653, abs=1e-6)
     assert data["validation"]["mean_consistency"]["passed"]
-    assert data["verification_method"] == "block"
+    assert data["acceptance_length_histogram"] == {str(k): n for k, n in HISTOGRAM.items()}
+    assert data["per_category"] == {"code": {"mean_accept_length": 2.6}}
     again = read_profile(path)
     assert again.marginal == pytest.approx(profile().marginal, abs=1e-6)
     assert again.mean_per_request == 2.5467
+
+
+def test_profile_of_paths_judged_as_wholes_withholds_rates_and_keeps_steps(tmp_path: Path) -> None:
+    path = written(tmp_path / "p.json", blockwise=True)
+    data = json.loads(path.read_text())
+    assert data["verification_method"] == "block"
+    assert data["marginal_accept_rates"] is data["conditional_accept_rates"] is None
+    assert "longest-prefix" in data["vectors_unavailable_reason"]
+    assert read_profile(path).marginal == pytest.approx(profile().marginal)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +73,7 @@ def test_profile_has_both_conventions_and_comes_back(tmp_path: Path) -> None:
         ({"mean_accept_length": 3.1}, "contradicts itself"),
         ({"num_speculative_tokens": 4}, "must be 4 numbers"),
         ({"marginal_accept_rates": [0.2, 0.5, 0.1]}, "rise"),
+        ({"acceptance_length_histogram": {"0": 3}}, "steps by tokens"),
         ({"conditional_accept_rates": [0.719, 0.4, 0.6]}, "contradicts itself"),
     ],
 )
@@ -148,6 +160,56 @@ def test_replay_writes_its_files(folder: Path, tmp_path: Path) -> None:
         1 - best / found["oracle"]["tokens_per_second"]
     )
     read_profile(tmp_path / "speculation_profile.json")
+
+
+def replayed(folder: Path, out: Path, *words: str) -> dict[str, dict[str, Any]]:
+    """Rows of replay.json by tree."""
+    assert run_main(Options, work, [str(folder), *words, f"out={out}"], doc=None) == 0
+    found = json.loads((out / "replay.json").read_text())
+    return {row["tree"]: row for row in found["rows"]}
+
+
+def test_trees_that_follow_the_draft_have_costs(folder: Path, tmp_path: Path) -> None:
+    """Walked from every place, as the oracle wants it, and here step by step, whose seconds are
+    added up by hand."""
+    words = ["policies=[dynamic,chain]", "budgets=[5]", "children=[top_k]", "costs=cpu"]
+    found = replayed(folder, tmp_path, *words, "oracle=true")["dynamic"]
+    result = json.loads((tmp_path / "replay.json").read_text())
+    assert result["oracle"]["tokens_per_second"] >= found["tokens_per_second"]
+    assert set(result["oracle"]["regret"]) == {"dynamic", "chain"}
+    record, table = Record.open(folder), CostTable.load("cpu")
+    (one,) = Asked(
+        policies=["dynamic"],
+        budgets=[5],
+        rules=["all"],
+        children=["top_k"],
+        sampling=SamplingParams(temperature=1.0),
+        rates=None,
+        costs=None,
+        batch=1,
+    ).configurations()
+    walker = Walker(record, "small_llama", record.settings)
+    drafter, seen = walker._loaded(), []
+    begin = drafter.begin  # type: ignore[attr-defined]
+
+    def watched(context: Any) -> Any:
+        expand = begin(context)
+        return lambda frontier: seen.append(frontier.tokens.shape[1]) or expand(frontier)
+
+    drafter.begin = watched  # type: ignore[attr-defined]
+    walked = walker.walked(one)
+    widths = seen[: one.tree.depth]  # type: ignore[attr-defined]
+    drafting = table.start(1) + sum(table.draft(1, n) + table.level(1) for n in widths)
+    total, steps = 0.0, 0
+    for text, (prompt, output) in enumerate(zip(record.prompts, record.outputs, strict=True)):
+        place = 0
+        while place < len(output):
+            nodes = float(walked.nodes[text, place])
+            total += table.verify(1, nodes + 1, len(prompt) + place) + table.step(1) + drafting
+            place, steps = place + int(walked.kept[text, place]) + 1, steps + 1
+    tokens = sum(map(len, record.outputs))
+    assert found["tokens_per_second"] == pytest.approx(tokens / total, rel=1e-3)
+    assert found["tokens_per_step"] == pytest.approx(tokens / steps)
 
 
 @pytest.mark.parametrize(

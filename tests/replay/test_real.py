@@ -56,10 +56,11 @@ def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[i
     )
     (one,) = asked.configurations()
     if one.shape is None or name not in RECORDED:
-        outcome = Walker(record, name, record.settings).walked(one)
-        return outcome.lengths
-    replayer = Replayer(record=record, sampling=sampling, candidates=CANDIDATES, keep=True)
-    survivals = replayer.replay(one).survivals
+        survivals = Walker(record, name, record.settings).walked(one).survivals
+        replayer = Replayer(record=record, sampling=sampling, candidates=CANDIDATES)
+    else:
+        replayer = Replayer(record=record, sampling=sampling, candidates=CANDIDATES, keep=True)
+        survivals = replayer.replay(one).survivals
     assert survivals is not None
     begun = starts(survivals, replayer.count)
     assert np.isin(begun, (0.0, 1.0)).all()
