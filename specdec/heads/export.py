@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
-from specdec.heads.recurrent import Eagle3Head, EagleConfig, RecurrentHead
+from specdec.heads.recurrent import Eagle3Head, EagleConfig
 
 WEIGHTS, MEDUSA_WEIGHTS = "model.safetensors", "medusa_lm_head.safetensors"
 CONFIG = "config.json"
@@ -24,7 +25,7 @@ DRAFTED = 5  # tokens that other engines draft if they are not told
 
 
 def save_head(
-    head: RecurrentHead,
+    head: LayeredHead,
     folder: Path,
     *,
     target_name: str,
@@ -96,7 +97,7 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str
         raise ValueError(f"{folder}: cannot be written, {error.strerror or error}") from error
 
 
-def _tensors(head: RecurrentHead, dtype: torch.dtype, tied: bool) -> dict[str, Tensor]:
+def _tensors(head: LayeredHead, dtype: torch.dtype, tied: bool) -> dict[str, Tensor]:
     lent = ("embed_tokens.", "lm_head.") if tied else ("embed_tokens.",)
     found = {
         name: parameter.detach().to("cpu", dtype).contiguous()
@@ -111,7 +112,7 @@ def _tensors(head: RecurrentHead, dtype: torch.dtype, tied: bool) -> dict[str, T
     return found
 
 
-def _config(head: RecurrentHead, target_name: str, dtype: torch.dtype) -> dict[str, Any]:
+def _config(head: LayeredHead, target_name: str, dtype: torch.dtype) -> dict[str, Any]:
     config = head.config
     kind = "eagle3" if isinstance(head, Eagle3Head) else "eagle"
     flags = {name: asdict(config)[name] for name in FLAGS[kind]}

@@ -112,6 +112,12 @@ class HeadFiles:
             found: Tensor = opened.get_tensor(key)
         return found
 
+    def beside(self, file: str) -> Any:
+        """What torch.save wrote into a further file, tensors and numbers alone; None if there is
+        no such file."""
+        found = self._get(file)
+        return None if found is None else self._loaded(found)
+
     def _get(self, file: str) -> Path | None:
         """A file of the folder, or of the hub; None if there is none."""
         if self._folder is not None:
@@ -174,16 +180,7 @@ class HeadFiles:
 
     def _unpickled(self, file: Path) -> dict[str, Tensor]:
         """A file of torch.save, of which only tensors are read."""
-        try:
-            try:
-                found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError:  # files of torch before 1.6 are no archives
-                found = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # of any class: it can hold anything
-            raise BrokenFilesError(
-                f"{self.name}: {file.name} is cut, or holds more than tensors "
-                f"({first_line(error)}); {AGAIN}, or save its tensors as {WEIGHTS}"
-            ) from None
+        found = self._loaded(file)
         if not isinstance(found, Mapping):
             kind = type(found).__name__
             raise BrokenFilesError(
@@ -197,6 +194,18 @@ class HeadFiles:
                 f"alone, as {WEIGHTS}"
             )
         return {str(key): value for key, value in found.items()}
+
+    def _loaded(self, file: Path) -> Any:
+        try:
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # files of torch before 1.6 are no archives
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of any class: it can hold anything
+            raise BrokenFilesError(
+                f"{self.name}: {file.name} is cut, or holds more than tensors "
+                f"({first_line(error)}); {AGAIN}, or save its tensors as {WEIGHTS}"
+            ) from None
 
     def _look(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
         file = self._places[key]

@@ -5,29 +5,42 @@ with is there, of the shape that follows from config.json and target, and finite
 wrong is one line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from specdec.heads.block import MASK_ROW, BlockHead
+from specdec.heads.block_files import block_config, mask_row, remarks_of, shape_of_block
 from specdec.heads.files import HeadFiles, find_head
 from specdec.heads.filling import EMBEDDING, OUTPUT, fill
 from specdec.heads.host import Host
-from specdec.heads.layouts import Layout, recognise
+from specdec.heads.layered import LayeredHead
+from specdec.heads.layouts import BLOCK_KINDS, Layout, recognise
 from specdec.heads.medusa import MedusaHeads
-from specdec.heads.medusa_files import medusa_config
+from specdec.heads.medusa_files import counts, medusa_config
 from specdec.heads.reading import eagle3_config, eagle_config, unstated
-from specdec.heads.recurrent import Eagle3Head, EagleHead, RecurrentHead
+from specdec.heads.recurrent import Eagle3Head, EagleHead
 from specdec.heads.verifier import check_verifier
 from specdec.heads.widen import moved, widen
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 
-__all__ = ["find_head", "load_head"]
+__all__ = ["find_head", "levels_of", "load_head"]
 
-FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "norms", "tied")
+FLAGS = (
+    "norm_before_residual",
+    "norm_before_fc",
+    "fc_norm",
+    "norm_output",
+    "norms",
+    "tied",
+    "shifted",
+    "own_mask",
+)
 
 
 def load_head(
@@ -44,7 +57,7 @@ def load_head(
 
     Args:
         path: folder, hub id or zoo:NAME.
-        kinds: of "eagle3", "eagle", "medusa", those that the drafter can run.
+        kinds: of `layouts.Kind`, those that the drafter can run.
         setting: the option that gave `path`, for messages.
         taps: which states of the target it reads, instead of what its files say.
         rope_theta: base of its rotary angles, instead of the files'.
@@ -71,7 +84,8 @@ def load_head(
     if layout.kind == "medusa":
         head: Any = _medusa(files, layout, host, taps)
     else:
-        head = _recurrent(files, layout, host, taps, rope_theta)
+        make = _block if layout.kind in BLOCK_KINDS else _recurrent
+        head = make(files, layout, host, taps, rope_theta)
     if small:
         remarks.append(f"widened from {head.width}" if widened else "not widened")
         head = widen(head, target, setting=files.name) if widened else moved(head, target)
@@ -79,6 +93,25 @@ def load_head(
     head.description = ", ".join([*_facts(head, layout, host), *remarks])
     ready: nn.Module = head.eval().requires_grad_(False)
     return ready
+
+
+def levels_of(path: str, setting: str = "drafter.path") -> int | None:
+    """How many levels the head in a folder has answers for; None if it goes on, or if that is not
+    known before it is loaded.
+
+    Raises:
+        ValueError: broken files.
+    """
+    if not Path(find_head(path, setting)).is_dir():
+        return None
+    files = HeadFiles(path, setting)
+    layout = recognise(files.shapes, files.config, files.name)
+    if layout.kind == "medusa":
+        return counts(layout)[0]
+    if layout.kind in BLOCK_KINDS:
+        block, shifted = shape_of_block(files, layout)
+        return block - (not shifted)
+    return None
 
 
 def _is_of_small(files: HeadFiles, layout: Layout, target: PagedLM, widened: bool) -> bool:
@@ -112,19 +145,52 @@ def _recurrent(
     host: Host,
     taps: Sequence[Tap] | None,
     rope_theta: float | None,
-) -> RecurrentHead:
+) -> LayeredHead:
     read: Any = eagle3_config if layout.kind == "eagle3" else eagle_config
     config = read(files, layout, host, taps=taps, rope_theta=rope_theta)
     with torch.device("meta"):
         head: Any = (Eagle3Head if layout.kind == "eagle3" else EagleHead)(config)
     if layout.kind == "eagle":
         head.one = torch.ones(head.width, dtype=host.dtype, device=host.device)
-    head.rotary = LlamaRotaryEmbedding(config.layer).to(host.device)
-    lent = {EMBEDDING: host.embedding} if head.width == host.state_size else {}
-    lent |= _lent_output(files, layout, host, config)
     unused = () if getattr(config, "fc", True) else ("fc.weight",)
-    fill(head, files, layout, host, count=config.vocab_size, lent=lent, unused=unused)
-    made: RecurrentHead = head
+    return _filled(head, files, layout, host, {}, unused)
+
+
+def _block(
+    files: HeadFiles,
+    layout: Layout,
+    host: Host,
+    taps: Sequence[Tap] | None,
+    rope_theta: float | None,
+) -> LayeredHead:
+    row = mask_row(files, int(layout.layer.get("hidden_size") or 0))
+    config = block_config(
+        files, layout, host, taps=taps, rope_theta=rope_theta, own_mask=row is not None
+    )
+    with torch.device("meta"):
+        head = BlockHead(config)
+    own = {} if row is None else {MASK_ROW: row.to(host.device, host.dtype)}
+    return _filled(head, files, layout, host, own, ())
+
+
+def _filled(
+    head: Any,
+    files: HeadFiles,
+    layout: Layout,
+    host: Host,
+    lent: Mapping[str, Tensor],
+    unused: Sequence[str],
+) -> LayeredHead:
+    """A head with layers whose parameters have no memory yet, with what its files and the target
+    give; the target's matrices besides `lent`."""
+    config = head.config
+    head.rotary = LlamaRotaryEmbedding(config.layer).to(host.device)
+    theirs = {EMBEDDING: host.embedding} if head.width == host.state_size else {}
+    theirs |= _lent_output(files, layout, host, config)
+    fill(
+        head, files, layout, host, count=config.vocab_size, lent={**theirs, **lent}, unused=unused
+    )
+    made: LayeredHead = head
     return made
 
 
@@ -132,7 +198,8 @@ def _lent_output(files: HeadFiles, layout: Layout, host: Host, config: Any) -> d
     """The target's output matrix, where the head may do with it. A head of EAGLE-3 that lost its
     own would not be noticed (sglang#27908), so that its config.json must say so."""
     said = files.config.get("draft_vocab_size", 0) is None  # SGLang takes the target's then
-    if config.layer.hidden_size != host.state_size or not (layout.kind == "eagle" or said):
+    may = layout.kind != "eagle3" or said
+    if config.layer.hidden_size != host.state_size or not may or "d2t" in layout.files:
         return {}
     if host.output_bias and OUTPUT not in layout.files:
         raise ValueError(
@@ -163,13 +230,16 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
     theirs = {host.embedding.data_ptr(), host.output.data_ptr()}
     own = sum(w.numel() for w in weights.values() if w.data_ptr() not in theirs)
     once = ("fc.", "fc_norm.", "input_norm.") if layout.kind == "eagle3" else ()
-    level = sum(w.nbytes for k, w in weights.items() if not k.startswith(once))
+    level, per = sum(w.nbytes for k, w in weights.items() if not k.startswith(once)), "step"
     if layout.kind == "medusa":
         size = f"{config.heads} heads of {config.blocks} block{'s' * (config.blocks != 1)}"
-        per = "step"
     else:
         count = config.layer.num_hidden_layers
-        size, per = f"{count} layer{'s' * (count > 1)} of {head.width}", "level"
+        size = f"{count} layer{'s' * (count > 1)} of {head.width}"
+        if isinstance(head, BlockHead):
+            size += f", blocks of {config.block}"
+        else:
+            per = "level"
     facts = [
         f"{layout.label}: {size}",
         f"states {' '.join(map(str, config.taps))} of {host.layers}",
@@ -181,7 +251,8 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
         kind = "" if rope["rope_type"] == "default" else f" {rope['rope_type']}"
         facts.append(f"rope{kind} {rope['rope_theta']:,g}")
         facts.append(f"{config.layer.max_position_embeddings:,} positions")
-    return [*facts, f"{_short(own)} parameters", f"{_short(level)}B read per {per}"]
+    facts += [f"{_short(own)} parameters", f"{_short(level)}B read per {per}"]
+    return facts + (remarks_of(head) if isinstance(head, BlockHead) else [])
 
 
 def _short(number: float) -> str:

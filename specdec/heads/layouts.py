@@ -4,7 +4,8 @@ tensors have here, which are those of `speculators` (of Medusa those of `medusa.
 Sources: SafeAILab/EAGLE `eagle/model/cnets.py` and `cnets1.py`, sgl-project/SpecForge
 `modeling/draft/llama3_eagle.py`, sglang `models/llama_eagle3.py`, deepseek-ai/DeepSpec
 `modeling/eagle3`, vllm-project/speculators `models/eagle3` and `models/eagle.py`, vLLM
-`models/eagle.py` and `models/medusa.py`, FasterDecoding/Medusa `medusa_model.py`.
+`models/eagle.py` and `models/medusa.py`, FasterDecoding/Medusa `medusa_model.py`; those of block
+heads in `block_files.py`.
 """
 
 import re
@@ -15,13 +16,14 @@ from typing import Any, Literal
 from transformers import AutoConfig
 
 from specdec.heads.files import object_in
-from specdec.heads.recurrent import LAYERS
+from specdec.heads.layered import LAYERS
 from specdec.models.weights import BrokenFilesError
 from specdec.reasons import first_line
 
-Kind = Literal["eagle3", "eagle", "medusa"]
+Kind = Literal["eagle3", "eagle", "medusa", "dflash"]
+BLOCK_KINDS = ("dflash",)
 Shapes = Mapping[str, tuple[int, ...]]
-READ = "heads of EAGLE 1 to 3, HASS and Medusa are read"
+READ = "heads of EAGLE 1 to 3, HASS, Medusa and DFlash are read"
 
 REFUSED = {  # tensors that only heads of these kinds have, or their speculators_model_type
     "MTP layers": (r"(model\.)?(mtp|mtp_layers)\.|(.*\.)?eh_proj\.weight", "mtp"),
@@ -29,7 +31,6 @@ REFUSED = {  # tensors that only heads of these kinds have, or their speculators
     "a DFlash 2 head": (r"candidate_selector\.", "dflash2"),
     "a DSpark head": (r"markov_head\.", "dspark"),
     "a Domino head": (r"prefix_gru\.", "domino"),
-    "a DFlash head": (r"hidden_norm\.weight", "dflash"),
     "a Hydra head": (r"hydra_mlp\.|hydra_lm_head\.", "hydra"),
     "an MLP speculator": (r"(speculator\.)?emb\.0\.weight", "mlp_speculator"),
     "a ReDrafter head": (r"(drafter\.)?rnn_w\.weight", "redrafter"),
@@ -60,6 +61,7 @@ class Layout:
         wrapped: whether config.json is that of `speculators`.
         layer: the part of config.json that is about its decoder layers.
         files: names of its tensors in the files, by their names here.
+        shifted: as of `BlockConfig`, if config.json does not say it.
     """
 
     kind: Kind
@@ -67,6 +69,7 @@ class Layout:
     wrapped: bool
     layer: Mapping[str, Any]
     files: Mapping[str, str]
+    shifted: bool = False
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Of its tensors, by their names here."""
@@ -86,6 +89,8 @@ def recognise(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
     if any(re.fullmatch(MEDUSA_OF_VLLM, key.removeprefix("medusa_heads.")) for key in shapes):
         return _medusa_of_vllm(shapes, config, name)
     bare = {key.removeprefix("model.") for key in shapes}
+    if "hidden_norm.weight" in bare:
+        return _dflash(shapes, config, name)
     if any(key.startswith("midlayer.") for key in bare) or "layers.0.hidden_norm.weight" in bare:
         return _eagle3(shapes, config, name)
     if bare & {"fc.weight", "fusion_fc.weight"}:
@@ -182,6 +187,32 @@ def _eagle(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
         wrapped=wrapped,
         layer=layer or nested or config,
         files=files,
+    )
+
+
+def _dflash(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
+    layer = _completed(object_in(config, "transformer_layer_config", name), name)
+    wrapped = "speculators_model_type" in config
+    of_deepspec = "markov_rank" in config or any(
+        "DSpark" in str(one) for one in config.get("architectures") or ()
+    )
+    own = object_in(config, "dflash_config", name)
+    label = (
+        "speculators"
+        if wrapped
+        else "DeepSpec"
+        if of_deepspec
+        else "JetSpec"
+        if own.get("causal_head")
+        else "z-lab"
+    )
+    return Layout(
+        kind="dflash",
+        label=f"DFlash of {label}",
+        wrapped=wrapped,
+        layer=layer or config,
+        files=_names(shapes, name, lambda key: key.removeprefix("model.")),
+        shifted=of_deepspec,
     )
 
 

@@ -2,11 +2,10 @@
 are: published ones say 2 where the files hold 5."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from specdec.heads.files import HeadFiles, find_head
+from specdec.heads.files import HeadFiles
 from specdec.heads.host import Host
-from specdec.heads.layouts import Layout, recognise
+from specdec.heads.layouts import Layout
 from specdec.heads.medusa import MedusaConfig
 from specdec.heads.taps import settled_taps
 from specdec.models.weights import BrokenFilesError
@@ -22,7 +21,7 @@ def medusa_config(
         ValueError: heads that differ, or are made for another target.
     """
     shapes = layout.shapes(files.shapes)
-    heads, blocks = _counts(layout)
+    heads, blocks = counts(layout)
     outputs = sum(key.startswith("lm_heads.") for key in shapes)
     if not heads:
         raise BrokenFilesError(f"{files.name}: {files.file_of('')} holds no block of a head")
@@ -50,20 +49,7 @@ def medusa_config(
     )
 
 
-def heads_of(path: str, setting: str = "drafter.path") -> int | None:
-    """How many Medusa heads a path holds; None if that is not known before they are loaded.
-
-    Raises:
-        ValueError: broken files.
-    """
-    if not Path(find_head(path, setting)).is_dir():
-        return None
-    files = HeadFiles(path, setting)
-    layout = recognise(files.shapes, files.config, files.name)
-    return _counts(layout)[0] if layout.kind == "medusa" else None
-
-
-def _counts(layout: Layout) -> tuple[int, int]:
+def counts(layout: Layout) -> tuple[int, int]:
     """Heads, and blocks of each."""
     places = [key.split(".") for key in layout.files if key.startswith("blocks.")]
     heads, blocks = (1 + max((int(place[i]) for place in places), default=-1) for i in (1, 2))

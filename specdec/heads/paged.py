@@ -1,30 +1,51 @@
-"""PagedHead: a recurrent head over a paged cache of its own, by the kernels of the target."""
+"""PagedHead: a head with layers of its own over a paged cache of its own, by the kernels of the
+target."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from specdec.cache import KVShape, PagedKVCache
 from specdec.cached_model import pages_of
-from specdec.heads.recurrent import RecurrentHead
+from specdec.heads.layered import LayeredHead
+from specdec.kernels.choose import Kernels
+from specdec.kernels.layout import TreeLayout
 from specdec.models.direct import Angles, Layer
-from specdec.models.forward import layout_of, passes
+from specdec.models.forward import ForwardPass, layout_of, passes
 from specdec.models.paged import PagedLM
 from specdec.request import Capacity
 
 
 class PagedHead:
-    """Runs pairs through a head. Its cache holds a pair for each token of the target's cache.
+    """Runs nodes through a head, pairs of a recurrent one. Its cache holds an entry for each token
+    of the target's cache that a state is known of.
 
     Args:
         head: on the device of the target, in its type.
-        target: whose kernels, context and type it shares.
+        target: whose context and type it shares.
+        kernels: which compute; None for the target's.
+        windows: of the attention of each layer; None sees all.
     """
 
-    def __init__(self, head: RecurrentHead, target: PagedLM) -> None:
-        kernels = target.kernels.on(target.device)
-        head.kernels = kernels
-        self.head, self.kernels = head, kernels
-        self.layers = [Layer(layer, None, kernels) for layer in head.layers]
+    def __init__(
+        self,
+        head: LayeredHead,
+        target: PagedLM,
+        *,
+        kernels: Kernels | None = None,
+        windows: Sequence[int | None] | None = None,
+    ) -> None:
+        which = kernels or target.kernels
+        module = which.on(target.device)
+        head.kernels = module
+        self.head, self.kernels = head, module
+        self.layers = [
+            Layer(layer, window, module)
+            for layer, window in zip(
+                head.layers, windows or [None] * len(head.layers), strict=True
+            )
+        ]
         self.angles = Angles(head.rotary, target.max_context, head.lm_head.weight)
         self.device, self.dtype, self.looks = target.device, target.dtype, target.looks
         self.max_context = target.max_context
@@ -35,7 +56,7 @@ class PagedHead:
             key_dim=attention.head_dim,
             value_dim=attention.head_dim,
         )
-        self._begin, self._exact = passes(target.kernels, kernels), target.kernels.exact
+        self._begin, self._exact = passes(which, module), which.exact
         self.cache: PagedKVCache
 
     def prepare(self, capacity: Capacity) -> None:
@@ -62,7 +83,7 @@ class PagedHead:
     def forward(
         self,
         rows: Tensor,
-        tokens: Tensor,
+        embedded: Tensor,
         features: Tensor,
         offsets: Tensor,
         *,
@@ -73,17 +94,30 @@ class PagedHead:
         """One pass over pairs, whose keys and values go to the scratch; may be captured.
 
         Args:
-            tokens: [B, N] int64, of the pairs.
+            embedded: [B, N, D], of the pairs' tokens.
             features: [B, N, D], of the states before them.
             rows, offsets, ancestors, first, key_offsets: as in `PagedLM.forward`, of pairs.
 
         Returns:
             [B, N, D], the features of the pairs that follow; and what the output head reads.
         """
-        cache, head = self.cache, self.head
-        self.angles.cover(cache, first + offsets.shape[1])
-        layout = layout_of(
-            cache,
+        layout = self._layout(rows, offsets, ancestors, first, key_offsets)
+        paged = self._begin(self.cache, layout, range(len(self.layers)))
+        made = self._through(embedded, features, layout.positions, [paged] * len(self.layers))
+        paged.store()
+        return made
+
+    def _layout(
+        self,
+        rows: Tensor,
+        offsets: Tensor,
+        ancestors: Tensor | None = None,
+        first: int = 0,
+        key_offsets: Tensor | None = None,
+    ) -> TreeLayout:
+        self.angles.cover(self.cache, first + offsets.shape[1])
+        return layout_of(
+            self.cache,
             rows,
             offsets,
             ancestors,
@@ -92,21 +126,28 @@ class PagedHead:
             positions=self.max_context,
             looks=self.looks,
         )
-        paged = self._begin(cache, layout, range(len(self.layers)))
-        angles = self.angles.at(layout.positions)
-        embedded, hidden = head.embed(tokens).flatten(0, 1), features.flatten(0, 1)  # [B * N, D]
+
+    def _through(
+        self,
+        embedded: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        passes: Sequence[ForwardPass],
+    ) -> tuple[Tensor, Tensor]:
+        """Nodes [B, N, D] through all layers, as `forward` returns them; a pass for each layer."""
+        head, angles = self.head, self.angles.at(positions)
+        inner, hidden = embedded.flatten(0, 1), features.flatten(0, 1)  # [B * N, D]
         parts, bias = None, None
-        for index, layer in enumerate(self.layers):
+        for index, (layer, paged) in enumerate(zip(self.layers, passes, strict=True)):
             if parts is not None:  # the sum is needed, the norm of it is not
                 norm = layer.inner_norm
                 hidden, _ = self.kernels.add_norm(
                     hidden, parts, norm.weight, norm.variance_epsilon, bias
                 )
-            hidden, inputs = head.enter(index, embedded, hidden)
+            hidden, inputs = head.enter(index, inner, hidden)
             hidden, parts = layer(index, hidden, inputs, angles, paged)
             bias = layer.down_bias
         feature, normal = head.leave(hidden, parts, bias)
-        paged.store()
         return feature.view_as(features), normal.view_as(features)
 
     def logits(self, normal: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.host import Host
-from specdec.heads.layouts import Layout
+from specdec.heads.layouts import BLOCK_KINDS, Layout
 from specdec.heads.recurrent import Eagle3Config, EagleConfig
 from specdec.heads.rope import rope_parameters
 from specdec.heads.taps import settled_taps
@@ -40,7 +40,7 @@ def eagle3_config(
         fc = False  # the files may hold one that is of no use
     columns = shapes.get("fc.weight", (0, 0))[1] if fc else len(where) * width
     stated = int(config.get("target_hidden_size") or 0)
-    _check_states(files, host, stated, columns, len(where))
+    check_states(files, host, stated, columns, len(where))
     pairs = sum(
         shapes.get(f"layers.{index}.self_attn.q_proj.weight", (0, 0))[1] == 2 * width
         for index in range(decoder.num_hidden_layers)
@@ -50,7 +50,7 @@ def eagle3_config(
         taps=where,
         state_size=host.state_size,
         target_vocab=host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding),
-        vocab_size=_named(files, layout, host, shapes),
+        vocab_size=named(files, layout, host, shapes),
         output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         norm_before_residual=bool(config.get("norm_before_residual", layout.wrapped)),
         norm_before_fc=bool(config.get("norm_before_fc", "input_norm.weight" in shapes)),
@@ -86,7 +86,7 @@ def eagle_config(
     """
     config, shapes = files.config, layout.shapes(files.shapes)
     decoder = decoder_config(layout, shapes, files.name, rope_theta=rope_theta)
-    _check_states(files, host, decoder.hidden_size, decoder.hidden_size, 1)
+    check_states(files, host, decoder.hidden_size, decoder.hidden_size, 1)
     where = settled_taps(files, layout, host, taps)
     if len(where) != 1:
         raise ValueError(f"{files.name}: a head of EAGLE-1 reads one state; give drafter.taps one")
@@ -100,7 +100,7 @@ def eagle_config(
         taps=where,
         state_size=host.state_size,
         target_vocab=host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding),
-        vocab_size=_named(files, layout, host, shapes),
+        vocab_size=named(files, layout, host, shapes),
         output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         bias=bias,
         norms=norms,
@@ -126,7 +126,7 @@ def decoder_config(
                 f"{name}: {CONFIG} has {field}={layer.get(field)}, which must be a number of at "
                 f"least 1; take the head's own {CONFIG}"
             )
-    _check_kind(layer, name)
+    _check_kind(layer, name, sliding=layout.kind in BLOCK_KINDS)
     heads = layer["num_attention_heads"]
     rows = shapes.get("layers.0.self_attn.q_proj.weight", (0,))[0]
     if rows % (2 * heads):
@@ -145,7 +145,9 @@ def decoder_config(
             head_dim=rows // heads or 2,
             rms_norm_eps=float(layer.get("rms_norm_eps", 1e-6)),
             max_position_embeddings=int(layer.get("max_position_embeddings") or 2048),
-            rope_parameters=rope_parameters(layer, name, wrapped=layout.wrapped, theta=rope_theta),
+            rope_parameters=rope_parameters(
+                layer, name, wrapped=layout.wrapped or layout.kind in BLOCK_KINDS, theta=rope_theta
+            ),
             attention_bias="layers.0.self_attn.q_proj.bias" in shapes,
         )
         LlamaRotaryEmbedding(made)
@@ -159,12 +161,12 @@ def decoder_config(
     return made
 
 
-def _check_kind(layer: Mapping[str, Any], name: str) -> None:
-    """Refuse what decoder layers here do not do."""
+def _check_kind(layer: Mapping[str, Any], name: str, *, sliding: bool) -> None:
+    """Refuse what decoder layers here do not do, with or without sliding windows."""
     wrong = {
         "hidden_act": layer.get("hidden_act", "silu") != "silu",
         "partial_rotary_factor": layer.get("partial_rotary_factor", 1) != 1,
-        "use_sliding_window": layer.get("use_sliding_window", False) is True,
+        "use_sliding_window": layer.get("use_sliding_window", False) is True and not sliding,
         "mlp_bias": layer.get("mlp_bias", False) is True,
     }
     for field, is_wrong in wrong.items():
@@ -180,7 +182,7 @@ def config_of_states(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return {**config, **object_in(config, "eagle_config", name)}
 
 
-def _check_states(files: HeadFiles, host: Host, stated: int, columns: int, count: int) -> None:
+def check_states(files: HeadFiles, host: Host, stated: int, columns: int, count: int) -> None:
     """Of `count` states of `stated` numbers each, if that is stated, `columns` are read."""
     size = stated or max(columns // count, 1)
     others, rest = divmod(columns, host.state_size)
@@ -196,7 +198,7 @@ def _check_states(files: HeadFiles, host: Host, stated: int, columns: int, count
         )
 
 
-def _named(
+def named(
     files: HeadFiles, layout: Layout, host: Host, shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
     """How many tokens it can name.
@@ -210,7 +212,7 @@ def _named(
             f"{files.name}: is made for a vocabulary of {vocabulary}, and {host.name} has "
             f"{host.vocab_size} tokens: this head belongs to another target"
         )
-    said = files.config.get("draft_vocab_size") if layout.kind == "eagle3" else None
+    said = files.config.get("draft_vocab_size") if layout.kind != "eagle" else None
     if "token_map" in shapes:
         said = shapes["token_map"][0]
     return int(said or shapes.get("lm_head.weight", (host.vocab_size,))[0])

@@ -9,53 +9,16 @@ it made of the parent.
 make of it. `EagleHead`: EAGLE and EAGLE-2 (Li et al. 2024), HASS (Zhang et al. 2025). Names of
 tensors are those of `speculators`; `formats.py` reads all others.
 
-Legend: M pairs in any arrangement, H width of the target's states, D width of the head, V and VD
-tokens of target and head, E layers of the head.
+Legend: as in `layered.py`; M pairs in any arrangement.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from specdec.kernels import reference
-from specdec.observation import Tap
-
-LAYERS = {"llama": LlamaDecoderLayer, "qwen3": Qwen3DecoderLayer}
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, query [B, HQ, T, d], key and value [B, HKV, T, d]) to [B, HQ, T, d]; rotated already."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """What every recurrent head has.
-
-    Args:
-        layer: configuration of its decoder layers in transformers, of a type in `LAYERS`:
-            hidden_size D, num_hidden_layers E, heads, rotary angles.
-        taps: which states of the target it reads, in the order it joins them.
-        state_size: H.
-        target_vocab: V, rows of its embedding.
-        vocab_size: VD, tokens it can name.
-        output_bias: with `layer.attention_bias`, whether o_proj has one beside q, k and v.
-    """
-
-    layer: Any
-    taps: tuple[Tap, ...]
-    state_size: int
-    target_vocab: int
-    vocab_size: int
-    output_bias: bool = True
+from specdec.heads.layered import HeadConfig, LayeredHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,103 +64,7 @@ class EagleConfig(HeadConfig):
     output_norm: bool = False
 
 
-class RecurrentHead(nn.Module):
-    """What both kinds have in common. Parameters are made, not filled.
-
-    Attributes:
-        names: [VD] int64, the target's id of each token it can name, ascending; None: the same.
-        drafts: tokens it may draft, the first so many of its output head's; fewer than VD where
-            the rest is padding.
-        blind: a dimension of the target's states that it takes for zero; None: it sees all.
-        kernels: the module that computes norms.
-        description: a line for the start of a run; of a head that was loaded.
-    """
-
-    blind: int | None = None
-    names: Tensor | None
-    description: str = ""
-    layers: Any  # nn.ModuleList of transformers' decoder layers
-
-    def __init__(self, config: HeadConfig) -> None:
-        super().__init__()
-        self.config, layer = config, config.layer
-        self.kernels: ModuleType = reference
-        self.width: int = layer.hidden_size
-        self.drafts = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.target_vocab, self.width)
-        self.layers = nn.ModuleList(self._layer(index) for index in range(layer.num_hidden_layers))
-        self.lm_head = nn.Linear(self.width, config.vocab_size, bias=False)
-        self.rotary = LlamaRotaryEmbedding(layer)
-        self.register_buffer("names", None)
-
-    def _layer(self, index: int) -> Any:
-        made = LAYERS[self.config.layer.model_type](self.config.layer, index)
-        if not self.config.output_bias:
-            made.self_attn.o_proj.bias = None
-        return made
-
-    def _norm(self, size: int) -> Any:
-        return LlamaRMSNorm(size, eps=self.config.layer.rms_norm_eps)
-
-    def normed(self, norm: Any, x: Tensor) -> Tensor:
-        """What a norm makes of [..., size]."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()  # a piece of joined states is not
-        _, out = self.kernels.add_norm(rows, None, norm.weight, norm.variance_epsilon)
-        same: Tensor = out.view_as(x)
-        return same
-
-    def fuse(self, states: Tensor) -> Tensor:
-        """The feature [..., D] that the target's states [..., taps * H], joined, are to it."""
-        raise NotImplementedError
-
-    def seen(self, states: Tensor) -> Tensor:
-        """States [..., taps * H], joined, without what it is blind to."""
-        if self.blind is None:
-            return states
-        states = states.clone()
-        states.unflatten(-1, (-1, self.config.state_size))[..., self.blind].zero_()
-        return states
-
-    def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What goes into a layer.
-
-        Args:
-            embedded: [M, D], of the pairs' tokens.
-            hidden: [M, D] what comes out of the layer before; of the first, the pairs' features.
-
-        Returns:
-            (residual stream [M, D]; what its attention reads.)
-        """
-        raise NotImplementedError
-
-    def leave(
-        self, hidden: Tensor, parts: Tensor | None = None, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """What the last layer's output means: the next feature [M, D], and what the output head
-        reads. `parts` and `bias` as of `reference.add_norm`."""
-        raise NotImplementedError
-
-    def forward(
-        self, embedded: Tensor, feature: Tensor, angles: tuple[Tensor, Tensor], attend: Attend
-    ) -> tuple[Tensor, Tensor]:
-        """Pairs [B, T, D] through all layers, differentiable, as `leave` has them; drafting goes
-        through `PagedHead`.
-
-        Args:
-            angles: cosine and sine of each pair's position [B, T, d].
-        """
-        hidden = feature
-        for index, layer in enumerate(self.layers):
-            hidden, inputs = self.enter(index, embedded, hidden)
-            hidden = _through(layer, index, hidden, inputs, angles, attend)
-        return self.leave(hidden)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        embedded: Tensor = self.embed_tokens(tokens)
-        return embedded
-
-
-class Eagle3Head(RecurrentHead):
+class Eagle3Head(LayeredHead):
     """EAGLE-3: tapped states are joined by fc; the first layer reads the normed embedding beside
     the normed feature.
 
@@ -260,7 +127,7 @@ class Eagle3Head(RecurrentHead):
         return (normal if self.config.norm_output else hidden), normal
 
 
-class EagleHead(RecurrentHead):
+class EagleHead(LayeredHead):
     """EAGLE-1: fc joins the embedding with the state, of whomever it is."""
 
     config: EagleConfig
@@ -302,28 +169,3 @@ class EagleHead(RecurrentHead):
         weight, eps = (self.one, 1.0) if norm is None else (norm.weight, norm.variance_epsilon)
         hidden, normal = self.kernels.add_norm(hidden, parts, weight, eps, bias)
         return hidden, hidden if norm is None else normal
-
-
-def _through(
-    layer: Any,
-    index: int,
-    hidden: Tensor,
-    inputs: Tensor,
-    angles: tuple[Tensor, Tensor],
-    attend: Attend,
-) -> Tensor:
-    """One decoder layer on [B, T, D]."""
-    attention = layer.self_attn
-    shape = (*inputs.shape[:-1], -1, attention.head_dim)
-    query, key, value = (
-        project(inputs).view(shape)
-        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    if hasattr(attention, "q_norm"):
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    query, key = apply_rotary_pos_emb(query, key, *angles)
-    seen = attend(index, query, key, value).transpose(1, 2).flatten(2)
-    hidden = hidden + attention.o_proj(seen)
-    after: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return after

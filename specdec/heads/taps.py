@@ -6,7 +6,7 @@ from typing import Any
 
 from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.host import Host
-from specdec.heads.layouts import Layout
+from specdec.heads.layouts import BLOCK_KINDS, Layout
 from specdec.models.weights import BrokenFilesError
 from specdec.observation import Tap
 
@@ -19,6 +19,14 @@ def usual_taps(layers: int) -> tuple[int, int, int]:
     return 2, layers // 2, layers - 3
 
 
+def usual_block_taps(layers: int, own: int) -> tuple[Tap, ...]:
+    """What a DFlash head of so many layers of its own reads, if nothing else is said: outputs of
+    layers, spread from the second to the last but two (z-lab/dflash, earlier code)."""
+    if own == 1:
+        return (layers // 2 + 1,)
+    return tuple(2 + round(index * (layers - 4) / (own - 1)) for index in range(own))
+
+
 def settled_taps(
     files: HeadFiles, layout: Layout, host: Host, taps: Sequence[Tap] | None
 ) -> tuple[Tap, ...]:
@@ -27,8 +35,10 @@ def settled_taps(
     Raises:
         ValueError: states that the target does not have, or one twice that no file names twice.
     """
-    n, stated = host.layers, _stated(files, layout)
-    usual: tuple[Tap, ...] = ("normal",) if layout.kind != "eagle3" else usual_taps(n)
+    n, stated = host.layers, _stated(files, layout, host.layers)
+    usual: tuple[Tap, ...] = usual_taps(n) if layout.kind == "eagle3" else ("normal",)
+    if layout.kind in BLOCK_KINDS:
+        usual = usual_block_taps(n, int(layout.layer.get("num_hidden_layers") or 1))
     found = tuple(taps) if taps else stated or usual
     for tap in found:
         if tap != "normal" and (type(tap) is not int or not 0 <= tap <= n):
@@ -44,12 +54,16 @@ def settled_taps(
     return found
 
 
-def _stated(files: HeadFiles, layout: Layout) -> tuple[Tap, ...]:
+def _stated(files: HeadFiles, layout: Layout, layers: int) -> tuple[Tap, ...]:
     """What config.json says, counted as here; empty if it says nothing."""
     states = {**files.config, **object_in(files.config, "eagle_config", files.name)}
     listed = next((found for key in LISTED if (found := _listed(states, key, files.name))), ())
     if layout.wrapped:
         return listed
+    if layout.kind in BLOCK_KINDS:  # outputs of layers; of the last, transformers shows the norm's
+        said = {**files.config, **object_in(files.config, "dflash_config", files.name)}
+        own = _listed(said, "target_layer_ids", files.name)
+        return tuple("normal" if tap == layers - 1 else _next(tap) for tap in own)
     if layout.kind != "eagle3":
         return ()
     if states.get("use_aux_hidden_state") is False:
@@ -58,8 +72,13 @@ def _stated(files: HeadFiles, layout: Layout) -> tuple[Tap, ...]:
     # Raw files hold outputs of layers, counted from 0, or states; outputs begin with layer 1 by
     # custom, states with 2 (sgl-project/sglang pull request 25454).
     if outputs or listed[:1] == (1,):
-        return tuple(tap + 1 for tap in outputs or listed if not isinstance(tap, str))
+        return tuple(map(_next, outputs or listed))
     return listed
+
+
+def _next(tap: Tap) -> Tap:
+    """The output of a layer, counted from 0, as a state."""
+    return tap if tap == "normal" else tap + 1
 
 
 def _listed(config: dict[str, Any], field: str, name: str) -> tuple[Tap, ...]:

@@ -28,8 +28,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from specdec.heads.block import BlockHead
+from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
-from specdec.heads.recurrent import Eagle3Head, EagleHead, RecurrentHead
+from specdec.heads.recurrent import Eagle3Head, EagleHead
 from specdec.models.paged import PagedLM
 from specdec.models.standin import RANDOM_STD, Widening, check_memory, placed_heads
 
@@ -62,9 +64,9 @@ def widen(head: Head, target: PagedLM, *, setting: str = "drafter.path", seed: i
         )
     random = torch.Generator(target.device).manual_seed(seed)
     try:
-        if isinstance(head, RecurrentHead):
+        if isinstance(head, LayeredHead):
             _check_sizes(head, standin)
-            wide: Any = _recurrent(head, target, standin, random)
+            wide: Any = _layered(head, target, standin, random)
         else:
             assert isinstance(head, MedusaHeads)
             wide = _medusa(head, target, standin, random)
@@ -84,7 +86,7 @@ def moved(head: Head, target: PagedLM) -> Head:
     taps = tuple(standin.tap(tap) for tap in wide.config.taps)
     wide.config = replace(wide.config, taps=taps)
     embedding, _ = _weights(target)
-    if isinstance(head, RecurrentHead) and _is_small(head.embed_tokens.weight, embedding):
+    if isinstance(head, LayeredHead) and _is_small(head.embed_tokens.weight, embedding):
         # Of all tokens of the large model, though none beyond the small one's is ever drafted.
         every = embedding[:, : head.width].contiguous()
         wide.config = replace(wide.config, target_vocab=len(every))
@@ -95,15 +97,15 @@ def moved(head: Head, target: PagedLM) -> Head:
     return head
 
 
-# Recurrent heads
+# Heads with layers
 
 
-def _recurrent(
-    head: RecurrentHead, target: PagedLM, standin: Widening, random: torch.Generator
-) -> RecurrentHead:
+def _layered(
+    head: LayeredHead, target: PagedLM, standin: Widening, random: torch.Generator
+) -> LayeredHead:
     embedding, output = _weights(target)
     own = _is_small(head.embed_tokens.weight, embedding)
-    tied = isinstance(head, EagleHead) and _is_small(head.lm_head.weight, output)
+    tied = isinstance(head, EagleHead | BlockHead) and _is_small(head.lm_head.weight, output)
     rows = target.vocab_size if tied else _vocabulary(head.config.vocab_size, target)
     with torch.device("meta"):
         wide: Any = type(head)(_wide_config(head, target, standin, rows)).to(target.dtype)
@@ -123,17 +125,23 @@ def _recurrent(
     else:
         _fill(wide.lm_head, head.lm_head, random=random)
     carried = standin.constant**2 if own else 0.0  # by embeddings, in sum of squares
+    kept = 0.0  # the same of the stream that layers hand on
+    if isinstance(head, BlockHead):
+        carried *= head.config.scale**2
+        kept = carried
     for large, small in zip(wide.layers, head.layers, strict=True):
-        _fill_layer(large, small, standin, random)
-    if isinstance(head, Eagle3Head):
+        _fill_layer(large, small, standin, random, kept)
+    if isinstance(head, BlockHead):
+        _fill_block(wide, head, standin, carried)
+    elif isinstance(head, Eagle3Head):
         _fill_eagle3(wide, head, standin, carried)
     elif isinstance(head, EagleHead):
         _fill_eagle(wide, head, standin, carried)
-    made: RecurrentHead = wide
+    made: LayeredHead = wide
     return made
 
 
-def _check_sizes(head: RecurrentHead, standin: Widening) -> None:
+def _check_sizes(head: LayeredHead, standin: Widening) -> None:
     """Raise ValueError unless it fits into the shape."""
     layer, shape = head.config.layer, standin.shape
     size = head.layers[0].self_attn.head_dim
@@ -156,7 +164,7 @@ def _heads(layer: Any, standin: Widening) -> tuple[list[int], list[tuple[int, in
     )
 
 
-def _wide_config(head: RecurrentHead, target: PagedLM, standin: Widening, rows: int) -> Any:
+def _wide_config(head: LayeredHead, target: PagedLM, standin: Widening, rows: int) -> Any:
     """Of an output head of so many rows."""
     config, shape = head.config, standin.shape
     layer = copy.deepcopy(config.layer)
@@ -172,8 +180,14 @@ def _wide_config(head: RecurrentHead, target: PagedLM, standin: Widening, rows: 
     )
 
 
-def _fill_layer(large: Any, small: Any, standin: Widening, random: torch.Generator) -> None:
-    """All but the norms before the attention, which depend on what is read."""
+def _fill_layer(
+    large: Any, small: Any, standin: Widening, random: torch.Generator, kept: float
+) -> None:
+    """All but the norms before the attention, which depend on what is read.
+
+    Args:
+        kept: sum of squares of what the stream has beside the small one's.
+    """
     mine, theirs = large.self_attn, small.self_attn
     size, width = theirs.head_dim, theirs.config.hidden_size
     queries, pairs = _heads(theirs.config, standin)
@@ -191,7 +205,7 @@ def _fill_layer(large: Any, small: Any, standin: Widening, random: torch.Generat
     _fill(large.mlp.gate_proj, small.mlp.gate_proj, random=random)
     _fill(large.mlp.up_proj, small.mlp.up_proj, random=random)
     _fill(large.mlp.down_proj, small.mlp.down_proj)
-    _fill_norm(large.post_attention_layernorm, small.post_attention_layernorm)
+    _fill_norm(large.post_attention_layernorm, small.post_attention_layernorm, kept)
 
 
 def _fill_eagle3(wide: Eagle3Head, head: Eagle3Head, standin: Widening, carried: float) -> None:
@@ -231,6 +245,25 @@ def _fill_eagle(wide: Any, head: EagleHead, standin: Widening, carried: float) -
             _fill_norm(large.input_layernorm, small.input_layernorm)
     if head.norm is not None:
         _fill_norm(wide.norm, head.norm)
+
+
+def _fill_block(wide: Any, head: BlockHead, standin: Widening, carried: float) -> None:
+    """Its stream begins with embeddings, and keeps their constant."""
+    config = head.config
+    _fill(
+        wide.fc,
+        head.fc,
+        None,
+        _blocks(len(config.taps), config.state_size, standin.shape.hidden_size),
+    )
+    _fill_norm(wide.hidden_norm, head.hidden_norm)
+    for large, small in zip(wide.layers, head.layers, strict=True):
+        _fill_norm(large.input_layernorm, small.input_layernorm, carried)
+    _fill_norm(wide.norm, head.norm, carried)
+    if head.mask_embedding is not None:
+        _place(wide.mask_embedding[:, None], head.mask_embedding[:, None])
+        if carried:
+            wide.mask_embedding[head.width] = standin.constant
 
 
 # Medusa

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from specdec.heads.recurrent import RecurrentHead
+from specdec.heads.layered import LayeredHead
 
 Entries = list[tuple[Tensor, Tensor]]  # keys and values [B, HKV, T, d] of a layer, by step
 
 
-def unroll(head: RecurrentHead, states: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
+def unroll(head: LayeredHead, states: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
     """What the output head reads at every slot, for each step.
 
     Args:

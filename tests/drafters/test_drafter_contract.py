@@ -23,7 +23,7 @@ from specdec.models.placement import Placement
 from specdec.protocols import DraftError, StepContext
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from tests.heads.made import eagle_of, medusa
+from tests.heads.made import dflash, eagle_of, medusa
 
 NAMES = sorted(path.stem for path in Path(CONFIGS, "drafter").glob("*.yaml"))
 DRAFTING = [name for name in NAMES if name != "none"]
@@ -34,6 +34,7 @@ MANY = {  # with many candidates; so few of them that all draws of two can be en
     "token_recycling": ("drafter.successors=4",),
     **dict.fromkeys(
         (
+            "dflash",
             "early_exit",
             "eagle",
             "eagle3",
@@ -81,6 +82,7 @@ def heads(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("heads")
     target = models.load(contract.TARGET)
     medusa(folder / "medusa", target.model, heads=4)
+    dflash(folder / "dflash", target.model, layout="speculators")
     eagle_of(folder / "eagle", target)
     return folder
 
@@ -94,7 +96,7 @@ def make(name: str, datastore: Path, heads: Path) -> contract.Make:
         words.append(f"drafter.mode={mode}")
     if name == "rest":
         words.append(f"drafter.datastore={datastore}")
-    if name in ("eagle", "medusa"):
+    if name in ("dflash", "eagle", "medusa"):
         words.append(f"drafter.path={heads / name}")
     if name == "user":
         words.append(f"drafter._target_={__name__}.echo")

@@ -26,6 +26,8 @@ class Facts:
         taps: which states, numbered as in ARCHITECTURE.
         rope: theta, and type and values of a scaling.
         ids: the target's id of each token of the head.
+        block: of a block head: slots, the mask's embedding, causal and windows of its layers, and
+            what it does to embeddings and logits.
     """
 
     tensors: Mapping[str, Tensor]
@@ -38,6 +40,7 @@ class Facts:
     ids: Tensor
     rope: Mapping[str, Any] = field(default_factory=lambda: {"theta": 10_000.0})
     flags: frozenset[str] = frozenset()
+    block: Mapping[str, Any] = field(default_factory=dict)
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -163,6 +166,57 @@ def eagle(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[
             y = y + mlp(facts, layer, y)
         features = torch.cat([features, y[-1:]])
     return normed(y[-1], "pre_lm_head_layernorm", "norm") @ facts.output.T
+
+
+def among(facts: Facts, layer: str, context: Tensor, x: Tensor, index: int) -> Tensor:
+    """What attention makes of a block [N, D] behind a context [T, D], before the residual."""
+    w, (queries, keys), past = facts.tensors, facts.heads, len(context)
+    every = torch.cat([context, x])
+
+    def project(name: str, rows: Tensor, count: int) -> Tensor:
+        made = rows @ w[f"{layer}.self_attn.{name}_proj.weight"].T
+        made = made + w.get(f"{layer}.self_attn.{name}_proj.bias", 0.0)
+        split = made.view(len(rows), count, -1).transpose(0, 1)
+        norm = w.get(f"{layer}.self_attn.{name}_norm.weight")
+        return split if norm is None else rms(split, norm, facts.eps)
+
+    q = turned(project("q", every, queries), facts.rope)[:, past:]
+    k = turned(project("k", every, keys), facts.rope).repeat_interleave(queries // keys, 0)
+    v = project("v", every, keys).repeat_interleave(queries // keys, 0)
+    scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    window = facts.block["windows"][index]
+    for row in range(len(x)):
+        for column in range(len(every)):
+            later = column > past + row and facts.block["causal"][index]
+            if later or (window is not None and past + row - column >= window):
+                scores[:, row, column] = -torch.inf
+    out = (scores.softmax(-1) @ v).transpose(0, 1).reshape(len(x), -1)
+    out = out @ w[f"{layer}.self_attn.o_proj.weight"].T
+    return out + w.get(f"{layer}.self_attn.o_proj.bias", 0.0)
+
+
+def block(facts: Facts, states: Sequence[Tensor], tokens: list[int]) -> Tensor:
+    """[N, D], what the output head of DFlash reads at every slot of a block that begins with the
+    last of the tokens."""
+    w, eps, how = facts.tensors, facts.eps, facts.block
+    joined = torch.cat([state[: len(tokens) - 1].double() for state in states], dim=-1)
+    context = rms(joined @ w["fc.weight"].T, w["hidden_norm.weight"], eps)
+    root = facts.embedding[tokens[-1]][None]
+    y = torch.cat([root, how["mask"].expand(how["slots"] - 1, -1)]) * how.get("scale", 1.0)
+    for index, layer in enumerate(facts.layers):
+        x = rms(y, w[f"{layer}.input_layernorm.weight"], eps)
+        y = y + among(facts, layer, context, x, index)
+        y = y + mlp(facts, layer, y)
+    return rms(y, w["norm.weight"], eps)
+
+
+def dflash(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
+    """[VD] logits after the path, of which DFlash knows the length."""
+    how = facts.block
+    slot = len(path) if "shifted" in facts.flags else len(path) + 1
+    logits = block(facts, states, tokens)[slot] @ facts.output.T * how.get("multiplier", 1.0)
+    cap = how.get("softcap")
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def medusa(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec.drafters.dflash import DFlash
 from specdec.drafters.eagle import Eagle, Eagle1, Eagle3
 from specdec.drafters.medusa import Medusa
 from specdec.drafters.trees.dynamic import Dynamic
@@ -182,6 +183,64 @@ def test_so_are_medusa_s(tree: str, target: PagedLM, tmp_path: Path) -> None:
     assert watcher.worst < TOLERANCE
 
 
+CAPPED = {"output_multiplier": 0.7, "final_logit_softcapping": 3.0, "input_embedding_scale": 1.5}
+HOW = {"multiplier": 0.7, "softcap": 3.0, "scale": 1.5}
+BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "z-lab": ({}, {}),
+    "one layer, rope": ({"layers": 1, "rope": ({"rope_theta": 50.0}, {"theta": 50.0})}, {}),
+    "windows": ({"layers": 3, "sliding": (0, 2), "prefix": "model."}, {}),
+    "windows, both ways": (
+        {"sliding": (1,), "config": {"is_causal": False}},
+        {"causal": [False, False]},
+    ),
+    "capped, own mask": ({"inner": CAPPED, "own_mask": "dict"}, HOW),
+    "biases": ({"bias": "qkvo", "own_mask": "tensor"}, {}),
+    "jetspec": ({"layout": "jetspec"}, {}),
+    "deepspec": ({"layout": "deepspec"}, {}),
+    "speculators": ({"layout": "speculators", "named": 40, "sliding": (0,)}, {}),
+    "speculators, from the anchor": (
+        {"layout": "speculators", "config": {"sample_from_anchor": True}},
+        {"shifted": True},
+    ),
+    "speculators, both ways": (
+        {
+            "layout": "speculators",
+            "sliding": (0, 1),
+            "config": {"sliding_window_non_causal": True},
+        },
+        {"causal": [False, False]},
+    ),
+}
+
+
+def block_facts(folder: Path, target: PagedLM, case: str) -> oracle.Facts:
+    """Of a DFlash head that is written."""
+    options, how = BLOCKS[case]
+    facts = made.dflash(folder, target.model, **options)
+    flags = facts.flags | ({"shifted"} if how.get("shifted") else set())
+    return replace(facts, block={**facts.block, **how}, flags=flags)
+
+
+@pytest.mark.some(8)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("case", BLOCKS)
+def test_so_are_those_of_blocks(case: str, tree: str, target: PagedLM, tmp_path: Path) -> None:
+    facts = block_facts(tmp_path, target, case)
+    drafter = DFlash(path=str(tmp_path))
+    watcher = watched(target, drafter, facts, partial(oracle.dflash, facts), tree)
+    assert watcher.worst < TOLERANCE
+    assert drafter.head.config.taps == facts.taps
+
+
+class Late(DFlash):
+    """Each state stands one token later than it should."""
+
+    def follow(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
+        path = acceptance.path.clone()
+        path[:, 1:] = acceptance.path[:, :-1]
+        super().follow(context, tree, replace(acceptance, path=path), seen)
+
+
 class Shifted(Eagle3):
     """Pairs each token with the state of the token before the one it should."""
 
@@ -197,6 +256,30 @@ class Unread(Eagle3):
     def follow(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
         super().follow(context, tree, acceptance, seen)
         self._states[context.rows, 1:] = 0
+
+
+@pytest.mark.parametrize("trap", ["late", "layer", "norm", "mask", "slot", "one way", "row"])
+def test_the_traps_of_blocks_are_seen(trap: str, target: PagedLM, tmp_path: Path) -> None:
+    facts = block_facts(tmp_path, target, "capped, own mask")
+    if trap == "row":
+        (tmp_path / "mask_embedding.pt").unlink()
+    kind = Late if trap == "late" else DFlash
+    drafter = kind(path=str(tmp_path), taps=[3, 5, 7] if trap == "layer" else None)
+    load = drafter.load
+
+    def spoilt(*given: Any) -> None:
+        load(*given)
+        head = drafter.head
+        changed = {"slot": {"shifted": True}, "one way": {"causal": (True, True)}}
+        head.config = replace(head.config, **changed.get(trap, {}))
+        if trap == "norm":
+            head.hidden_norm.weight.fill_(1)
+        if trap == "mask":
+            head.mask_embedding.mul_(-1)
+
+    drafter.load = spoilt  # type: ignore[method-assign]
+    watcher = watched(target, drafter, facts, partial(oracle.dflash, facts), "static")
+    assert watcher.worst > 1000 * TOLERANCE
 
 
 @pytest.mark.parametrize("trap", ["shifted", "unread", "layer", "norm", "absolute"])

@@ -18,7 +18,7 @@ from specdec.models.paged import PagedLM
 from tests.heads import made
 from tests.models.tiny import VOCABULARY, tiny
 
-ALL = ("eagle3", "eagle", "medusa")
+ALL = ("eagle3", "eagle", "medusa", "dflash")
 FILE = "model.safetensors"
 Tensors = dict[str, Tensor]
 
@@ -180,7 +180,6 @@ FOREIGN = {
     "MTP layers of MiMo": ["model.mtp_layers.0.input_proj.weight"],
     "MTP layers of DeepSeek": ["model.layers.61.eh_proj.weight"],
     "a P-EAGLE head": ["layers.0.hidden_norm.weight", "fc.weight", "mask_hidden"],
-    "a DFlash head": ["hidden_norm.weight", "layers.0.self_attn.q_norm.weight", "fc.weight"],
     "a DFlash 2 head": ["hidden_norm.weight", "candidate_selector.successor_codebook"],
     "a DSpark head": ["hidden_norm.weight", "markov_head.markov_w1.weight"],
     "a Domino head": ["hidden_norm.weight", "prefix_gru.weight_ih_l0"],
@@ -200,7 +199,7 @@ def test_heads_that_are_not_read_are_named(kind: str, target: PagedLM, tmp_path:
     refused(tmp_path, target, f"holds {what}, which is not read; heads of EAGLE")
 
 
-@pytest.mark.parametrize("kind", ["mtp", "peagle", "dflash", "dflash2", "dspark"])
+@pytest.mark.parametrize("kind", ["mtp", "peagle", "dflash2", "dspark"])
 def test_heads_that_are_not_read_are_known_by_their_wrapper(
     kind: str, target: PagedLM, tmp_path: Path
 ) -> None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaConfig, MedusaHeads
 from specdec.heads.recurrent import (
     Eagle3Config,
     Eagle3Head,
     EagleConfig,
     EagleHead,
-    RecurrentHead,
 )
 from specdec.heads.widen import widen
 from specdec.models.load import load_model, zoo_path
@@ -101,7 +101,7 @@ def fill(head: Any, target: Target) -> Any:
         else:
             parameter.normal_(std=0.05, generator=random)
     embedding = target.lm.model.model.embed_tokens.weight
-    if isinstance(head, RecurrentHead) and head.embed_tokens.weight.shape == embedding.shape:
+    if isinstance(head, LayeredHead) and head.embed_tokens.weight.shape == embedding.shape:
         head.embed_tokens.weight.copy_(embedding)
     if isinstance(head, EagleHead):
         head.lm_head.weight.copy_(target.lm.model.lm_head.weight)
@@ -109,7 +109,7 @@ def fill(head: Any, target: Target) -> Any:
 
 
 @torch.no_grad()
-def drafted(head: RecurrentHead, target: Target) -> Tensor:
+def drafted(head: LayeredHead, target: Target) -> Tensor:
     """[T - 1 + STEPS, drafts] logits: after each pair of the text, then of a chain that goes on
     from the last with the head's own features."""
     kept: list[list[Tensor]] = [[] for _ in head.layers]
@@ -144,7 +144,7 @@ def share(found: Tensor, want: Tensor) -> float:
     return float((found - want).norm() / want.norm())
 
 
-def missed(head: RecurrentHead, small: Target, wide: RecurrentHead, large: Target) -> float:
+def missed(head: LayeredHead, small: Target, wide: LayeredHead, large: Target) -> float:
     """The same of logits, of the head on the small target and the widened one on the large."""
     want, found = drafted(head, small), drafted(wide, large)
     assert torch.equal(found.argmax(-1), want.argmax(-1)) or share(found, want) > FLOAT32_ROUNDING
@@ -228,7 +228,7 @@ def test_medusa_says_the_same(config: MedusaConfig, small: Target, large: Target
 # --- what must not be left out
 
 
-def of_all(wide: RecurrentHead, small: RecurrentHead) -> None:
+def of_all(wide: LayeredHead, small: LayeredHead) -> None:
     """Each norm's epsilon is the small one's."""
     for name, norm in small.named_modules():
         if hasattr(norm, "variance_epsilon"):
@@ -236,18 +236,18 @@ def of_all(wide: RecurrentHead, small: RecurrentHead) -> None:
             mine.variance_epsilon = norm.variance_epsilon
 
 
-def of_constant(wide: RecurrentHead, small: RecurrentHead) -> None:
+def of_constant(wide: LayeredHead, small: LayeredHead) -> None:
     """The norm of the embedding forgets the constant."""
     wide.layers[0].input_layernorm.variance_epsilon = 1e-5 * SMALL / WIDTH
 
 
-def of_width(wide: RecurrentHead, small: RecurrentHead) -> None:
+def of_width(wide: LayeredHead, small: LayeredHead) -> None:
     """The last norm's weights are the small one's."""
     norm: Any = wide.norm
     norm.weight[:SMALL] = small.norm.weight  # type: ignore[union-attr]
 
 
-def of_states(wide: RecurrentHead, small: RecurrentHead) -> None:
+def of_states(wide: LayeredHead, small: LayeredHead) -> None:
     """The dimension that has another meaning in normed states is seen."""
     wide.blind = None
 

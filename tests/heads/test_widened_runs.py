@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec.drafters.dflash import DFlash
 from specdec.drafters.eagle import Eagle1, Eagle3
 from specdec.drafters.medusa import Medusa
 from specdec.drafters.trees.dynamic import Dynamic
@@ -41,11 +42,23 @@ def all_flags(folder: Path, model: Any) -> None:
     made.eagle3(folder, model, layout="speculators", flags=flags)
 
 
+def scaled_block(folder: Path, model: Any) -> None:
+    inner = {"input_embedding_scale": 1.5}
+    made.dflash(folder, model, own_mask="dict", inner=inner, sliding=(1,), bias="qkvo")
+
+
+def trimmed_block(folder: Path, model: Any) -> None:
+    made.dflash(folder, model, layout="speculators", named=40, taps=(2, 7))
+
+
 HEADS: dict[str, tuple[type[Any], Write, bool]] = {
     "eagle3": (Eagle3, made.eagle3, False),
     "eagle3, all flags, sampled": (Eagle3, all_flags, True),
     "eagle": (Eagle1, made.eagle, False),
     "medusa, sampled": (Medusa, made.medusa, True),
+    "dflash": (DFlash, made.dflash, False),
+    "dflash, scaled, sampled": (DFlash, scaled_block, True),
+    "dflash, trimmed": (DFlash, trimmed_block, False),
 }
 
 
@@ -84,7 +97,7 @@ def drafts_of(target: PagedLM, drafter: Drafter, *, sampled: bool) -> Any:
     return done, trees
 
 
-@pytest.mark.some(4)
+@pytest.mark.some(6)
 @pytest.mark.parametrize("widen", [True, False])
 @pytest.mark.parametrize("name", HEADS)
 def test_the_large_pair_drafts_what_the_small_one_drafts(
@@ -101,7 +114,7 @@ def test_the_large_pair_drafts_what_the_small_one_drafts(
             for part, other in zip(found[:3], want[:3], strict=True):
                 assert torch.equal(part, other)
             torch.testing.assert_close(found[3], want[3], rtol=1e-6, atol=1e-9)
-    head = mine.heads if kind is Medusa else mine.head
+    head = mine.head
     note = mine.notes["drafter.path"]
     assert head.width == (SHAPE.hidden_size if widen else 32)
     assert ("widened from 32" if widen else "not widened") in note

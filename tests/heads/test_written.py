@@ -8,7 +8,7 @@ import torch
 
 from specdec.heads.export import save_head
 from specdec.heads.formats import load_head
-from specdec.heads.recurrent import RecurrentHead
+from specdec.heads.layered import LayeredHead
 from specdec.models.paged import PagedLM
 from tests.heads import made
 from tests.heads.test_formats import PATH, TOKENS, drafted, states_of
@@ -40,7 +40,7 @@ def test_a_head_that_is_written_is_read_again(
     make(tmp_path / "published", target.model, **options)
     kinds = ("eagle3", "eagle")
     head: Any = load_head(str(tmp_path / "published"), target, kinds=kinds, taps=taps)
-    assert isinstance(head, RecurrentHead)
+    assert isinstance(head, LayeredHead)
     save_head(head, tmp_path / "own", target_name="tiny", dtype=torch.float32)
     again: Any = load_head(str(tmp_path / "own"), target, kinds=kinds)
     assert again.config.taps == head.config.taps

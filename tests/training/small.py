@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.heads.layered import LayeredHead
 from specdec.heads.recurrent import (
     Eagle3Config,
     Eagle3Head,
     EagleConfig,
     EagleHead,
-    RecurrentHead,
 )
 from specdec.models.paged import PagedLM
 from specdec.training.batches import EXTRA, Batch, Batches
@@ -62,7 +62,7 @@ def filled(head: Any) -> Any:
     return head.eval()
 
 
-def decoded(head: RecurrentHead, states: Tensor, tokens: Tensor, step: int) -> Tensor:
+def decoded(head: LayeredHead, states: Tensor, tokens: Tensor, step: int) -> Tensor:
     """What a head reads at its output head at the end of every chain of `step` own states, each
     decoded token by token over a cache: [T, D] of states [T, S] and tokens [T]; the first `step`
     rows have no chain and are 0. It shares nothing with the parallel form but the head."""

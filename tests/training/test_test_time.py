@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.heads.recurrent import RecurrentHead
+from specdec.heads.layered import LayeredHead
 from specdec.training import test_time
 from specdec.training.test_time import unroll
 from tests.training.small import VOCAB, WIDTH, decoded, eagle, eagle3
 
 SLOTS, STEPS = 7, 4
-HEADS: dict[str, Callable[[], RecurrentHead]] = {
+HEADS: dict[str, Callable[[], LayeredHead]] = {
     "eagle3": eagle3,
     "fc_norm": lambda: eagle3(fc_norm=True),
     "norm_before_fc": lambda: eagle3(norm_before_fc=True),
@@ -26,7 +26,7 @@ HEADS: dict[str, Callable[[], RecurrentHead]] = {
 }
 
 
-def inputs(head: RecurrentHead) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(head: LayeredHead) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     size = len(head.config.taps) * WIDTH
     states = torch.randn(2, SLOTS, size, generator=generator)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from specdec.heads.export import save_head
-from specdec.heads.recurrent import RecurrentHead
+from specdec.heads.layered import LayeredHead
 from specdec.models.paged import PagedLM
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
@@ -61,7 +61,7 @@ def frequent(counts: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def begin(head: RecurrentHead, target: PagedLM, seed: int) -> None:
+def begin(head: LayeredHead, target: PagedLM, seed: int) -> None:
     """Fresh weights: what leads back into the residual stream is small; output head and final norm
     begin as the target's, and the embedding is the target's own, which is not trained."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ class RecurrentTrainee(Drafts):
 
     def __init__(
         self,
-        head: RecurrentHead,
+        head: LayeredHead,
         surroundings: Surroundings,
         *,
         loss: str,

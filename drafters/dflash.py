@@ -1,0 +1,43 @@
+"""drafter=dflash: a head that drafts a block of tokens in one pass over the target's states."""
+
+from torch import Tensor
+
+from specdec.drafters.growth import Expand
+from specdec.drafters.heads import CachedHeadDrafter
+from specdec.heads.block import BlockHead
+from specdec.heads.paged_block import PagedBlock
+from specdec.models.paged import PagedLM
+from specdec.observation import Observation
+from specdec.protocols import StepContext
+
+
+class DFlash(CachedHeadDrafter):
+    """Drafts with a block head (DFlash, Chen et al. 2026), in the layouts of its authors,
+    DeepSpec, SpecForge, JetSpec and speculators.
+
+    One pass answers all levels: it knows nothing of the nodes in between, so that all nodes of a
+    level have the same candidates, each drawing its own children of them; `tree=dynamic` then
+    grows the trees of DDTree. Their probabilities are the head's, so that the rules stay lossless.
+
+    Args, Raises: those of `HeadDrafter`; of `depth` None takes as many levels as a block has, or
+        fewer if the policy likes.
+    """
+
+    kind = "dflash"
+    answers = "drafts at most {} levels, those of a block"
+    model: PagedBlock
+
+    def _use(self, head: BlockHead, target: PagedLM) -> None:
+        self._limit(head.config.levels)
+        super()._use(head, target)
+        self.model = PagedBlock(head, target)
+
+    def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
+        if self.levels:
+            with self.model.cache.scratch_apart(*tokens.shape):
+                self.model.read(rows, self._joined_states(seen), length)
+
+    def begin(self, context: StepContext) -> Expand:
+        self.model.read(context.rows, *self._noted(context.rows))
+        normal = self.model.draft(context.rows, context.roots, self.levels)
+        return self._in_levels(context, self.model.logits(normal))

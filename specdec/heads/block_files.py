@@ -1,0 +1,187 @@
+"""From config.json and tensors to the configuration of a block head.
+
+Sources: z-lab/dflash `dflash/model.py`, hao-ai-lab/JetSpec `jetflow/models/draft_head.py`,
+deepseek-ai/DeepSpec `modeling/dspark`, sgl-project/SpecForge `modeling/draft/dflash.py`,
+vllm-project/speculators `models/dflash`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import Qwen3Config
+
+from specdec.heads.block import MASK_ROW, BlockConfig, BlockHead
+from specdec.heads.files import CONFIG, HeadFiles, object_in
+from specdec.heads.host import Host
+from specdec.heads.layouts import Layout
+from specdec.heads.reading import check_states, decoder_config, named
+from specdec.heads.taps import settled_taps
+from specdec.models.weights import BrokenFilesError
+from specdec.observation import Tap
+from specdec.reasons import first_line
+
+DEFAULT_BLOCK = {False: 16, True: 8}  # of raw files, of those that speculators wrote
+MASK_FILE = f"{MASK_ROW}.pt"  # beside the weights of some
+ZERO = 0.01  # an embedding so much shorter than others was never trained
+
+
+def block_config(
+    files: HeadFiles,
+    layout: Layout,
+    host: Host,
+    *,
+    taps: Sequence[Tap] | None,
+    rope_theta: float | None,
+    own_mask: bool,
+) -> BlockConfig:
+    """Of a head of DFlash.
+
+    Raises:
+        ValueError: fields that are missing, or contradict tensors or target.
+    """
+    shapes, said = layout.shapes(files.shapes), fields(files)
+    decoder = decoder_config(layout, shapes, files.name, rope_theta=rope_theta)
+    where = settled_taps(files, layout, host, taps)
+    columns = shapes.get("fc.weight", (0, 0))[1]
+    check_states(files, host, int(said.get("target_hidden_size") or 0), columns, len(where))
+    block, shifted = shape_of_block(files, layout)
+    rows = shapes.get("embed_tokens.weight", tuple(host.embedding.shape))[0]
+    causal, windows = _attention(files, layout, said, decoder.num_hidden_layers, block)
+    softcap = number(said, "final_logit_softcapping", 0.0, files.name)
+    return BlockConfig(
+        layer=decoder,
+        taps=where,
+        state_size=host.state_size,
+        target_vocab=rows,
+        vocab_size=named(files, layout, host, shapes),
+        output_bias="layers.0.self_attn.o_proj.bias" in shapes,
+        block=block,
+        mask=_mask(said, rows, files.name),
+        own_mask=own_mask,
+        shifted=shifted,
+        causal=causal,
+        windows=windows,
+        scale=number(said, "input_embedding_scale", 1.0, files.name),
+        multiplier=number(said, "output_multiplier", 1.0, files.name),
+        softcap=softcap if softcap > 0 else None,
+    )
+
+
+def fields(files: HeadFiles) -> dict[str, Any]:
+    """What config.json says at its top and in dflash_config, which comes first."""
+    return {**files.config, **object_in(files.config, "dflash_config", files.name)}
+
+
+def shape_of_block(files: HeadFiles, layout: Layout) -> tuple[int, bool]:
+    """Slots of a block, and whether each names the token after its place."""
+    said = fields(files)
+    block = said.get("block_size", DEFAULT_BLOCK[layout.wrapped])
+    shifted = bool(said.get("sample_from_anchor", False) if layout.wrapped else layout.shifted)
+    if type(block) is not int or block < 2 - shifted:
+        raise BrokenFilesError(
+            f"{files.name}: {CONFIG} has block_size={block}, which must be a number of at least "
+            f"{2 - shifted}; take the head's own {CONFIG}"
+        )
+    return block, shifted
+
+
+def mask_row(files: HeadFiles, width: int) -> Tensor | None:
+    """The embedding [D] of the mask token that a file of its own holds; None if there is none.
+
+    Raises:
+        ValueError: it is of another token, size or kind.
+    """
+    found, token = files.beside(MASK_FILE), None
+    if isinstance(found, Mapping):
+        token, found = found.get("mask_token_id"), found.get("embedding")
+    elif found is None:
+        return None
+    if not isinstance(found, Tensor) or found.numel() != width or not found.isfinite().all():
+        raise BrokenFilesError(
+            f"{files.name}: {MASK_FILE} holds no finite embedding of {width} numbers; take that "
+            f"of this head"
+        )
+    if token not in (None, fields(files).get("mask_token_id")):
+        raise BrokenFilesError(
+            f"{files.name}: {MASK_FILE} is of token {token}, and {CONFIG} has mask_token_id="
+            f"{fields(files).get('mask_token_id')}; take that of this head"
+        )
+    return found.flatten()
+
+
+def remarks_of(head: BlockHead) -> list[str]:
+    """What the start of a run should say of the mask's row in the embedding."""
+    config, embedding = head.config, head.embed_tokens.weight
+    some = embedding[:: max(1, len(embedding) // 1000)].float().norm(dim=1).median()
+    row = embedding[config.mask].float().norm()
+    if config.own_mask or row > ZERO * some:
+        return []
+    return [f"whose mask token {config.mask} has an embedding of about zero: drafts may be poor"]
+
+
+def number(said: Mapping[str, Any], field: str, default: float, name: str) -> float:
+    """A field of config.json that is a finite number; `default` if it is not there."""
+    found = said.get(field)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < 1e9:
+        raise BrokenFilesError(
+            f"{name}: {CONFIG} has {field}={found}, which must be a number; take the head's own "
+            f"{CONFIG}"
+        )
+    return float(found)
+
+
+def _mask(said: Mapping[str, Any], rows: int, name: str) -> int:
+    mask = said.get("mask_token_id")
+    if type(mask) is not int:
+        raise BrokenFilesError(
+            f"{name}: {CONFIG} has mask_token_id={mask}, and blocks are filled with that token; "
+            f"take the head's own {CONFIG}"
+        )
+    if not 0 <= mask < rows:
+        raise ValueError(
+            f"{name}: fills blocks with token {mask}, and the embedding has {rows} rows: this "
+            f"head belongs to another target"
+        )
+    return mask
+
+
+def _attention(
+    files: HeadFiles, layout: Layout, said: Mapping[str, Any], layers: int, block: int
+) -> tuple[tuple[bool, ...], tuple[int | None, ...]]:
+    """Of each layer whether it is causal, and its window."""
+    modes = said.get("attention_modes") or [said.get("attention_mode") or "gqa"]
+    other = [mode for mode in modes if mode not in ("gqa", "mha")]
+    if other:
+        raise ValueError(
+            f"{files.name}: {CONFIG} asks for attention_mode={other[0]}, which layers of heads do "
+            f"not have here; take another head"
+        )
+    names = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    stated = {name: layout.layer[name] for name in names if name in layout.layer}
+    try:
+        known: Any = Qwen3Config(num_hidden_layers=layers, **stated)
+        sliding = [{"sliding_attention": 1, "full_attention": 0}[x] for x in known.layer_types]
+        window: int | None = known.sliding_window
+    except Exception as error:  # of any class: config.json can hold anything
+        raise BrokenFilesError(
+            f"{files.name}: the layer_types of {CONFIG} are none of full and sliding attention "
+            f"({first_line(error)}); take the head's own {CONFIG}"
+        ) from None
+    if any(sliding) and (window or 0) < block:
+        raise ValueError(
+            f"{files.name}: {CONFIG} has sliding_window={window}, and a window must hold a block "
+            f"of {block}; take another head"
+        )
+    return _causal(layout, said, sliding), tuple(window if one else None for one in sliding)
+
+
+def _causal(layout: Layout, said: Mapping[str, Any], sliding: Sequence[int]) -> tuple[bool, ...]:
+    if layout.wrapped:  # full attention is always both ways there
+        both = bool(said.get("sliding_window_non_causal", False))
+        return tuple(bool(one) and not both for one in sliding)
+    stated = (said.get(name) for name in ("is_causal", "causal_head", "causal"))
+    every = next((one for one in stated if one is not None), None)
+    return tuple(bool(one if every is None else every) for one in sliding)

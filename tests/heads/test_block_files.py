@@ -1,0 +1,209 @@
+"""What is read of block heads, what the start of a run says of them, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from specdec.drafters.compose import Compose
+from specdec.drafters.dflash import DFlash
+from specdec.drafters.ngram import NGram
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.trees.chain import Chain
+from specdec.drafters.trees.dynamic import Dynamic
+from specdec.drafters.trees.static import Static
+from specdec.heads.formats import levels_of, load_head
+from specdec.models.paged import PagedLM
+from tests.decoding import decoder_of, loaded, outputs_of
+from tests.heads import made
+from tests.models.tiny import texts, tiny
+
+FILE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def target() -> PagedLM:
+    return PagedLM(tiny("llama", num_hidden_layers=8), name="target.path=tiny")
+
+
+def edited(folder: Path, **config: Any) -> None:
+    """Change config.json; None takes a field away."""
+    said = json.loads((folder / "config.json").read_text()) | config
+    said = {key: value for key, value in said.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def test_the_start_of_a_run_says_what_was_read(target: PagedLM, tmp_path: Path) -> None:
+    made.dflash(tmp_path, target.model, own_mask="dict")
+    head: Any = load_head(str(tmp_path), target, kinds=("dflash",))
+    lent = ("embed_tokens.weight", "lm_head.weight")
+    own = sum(p.numel() for name, p in head.named_parameters() if name not in lent)
+    read = sum(p.nbytes for name, p in head.named_parameters() if name != lent[0])
+    assert head.description == (
+        "DFlash of z-lab: 2 layers of 32, blocks of 6, states 2 4 6 of 8, 96 of 96 tokens, "
+        f"own_mask, rope 10,000, 64 positions, {own / 1e3:.3g} k parameters, "
+        f"{read / 1e3:.3g} kB read per step"
+    )
+    for name in ("embed_tokens", "lm_head"):
+        theirs = getattr(target.model.base_model, name, target.model.lm_head)
+        assert head.get_parameter(f"{name}.weight").data_ptr() == theirs.weight.data_ptr()
+
+
+@pytest.mark.parametrize("layout", ["z-lab", "jetspec", "deepspec", "speculators"])
+def test_layouts_are_told_apart(layout: str, target: PagedLM, tmp_path: Path) -> None:
+    made.dflash(tmp_path, target.model, layout=layout)
+    head: Any = load_head(str(tmp_path), target, kinds=("dflash",))
+    names = {"jetspec": "JetSpec", "deepspec": "DeepSpec"}
+    assert str(head.description).startswith(f"DFlash of {names.get(layout, layout)}: ")
+    assert levels_of(str(tmp_path)) == (6 if layout == "deepspec" else 5)
+    assert head.config.levels == levels_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("layers", "taps"), [(1, (5,)), (2, (2, 6)), (3, (2, 4, 6)), (5, (2, 3, 4, 5, 6))]
+)
+def test_states_that_nobody_names_are_spread(
+    layers: int, taps: tuple[int, ...], target: PagedLM, tmp_path: Path
+) -> None:
+    made.dflash(tmp_path, target.model, layers=layers, taps=taps)
+    edited(tmp_path, dflash_config={"mask_token_id": 5})
+    head: Any = load_head(str(tmp_path), target, kinds=("dflash",))
+    assert head.config.taps == taps
+
+
+def test_a_mask_that_was_never_trained_is_said(tmp_path: Path) -> None:
+    model = tiny("llama", num_hidden_layers=8)
+    model.get_input_embeddings().weight.data[5] = 1e-6
+    target = PagedLM(model, name="target.path=tiny")
+    made.dflash(tmp_path, model)
+    head: Any = load_head(str(tmp_path), target, kinds=("dflash",))
+    assert "whose mask token 5 has an embedding of about zero" in head.description
+    made.dflash(tmp_path, model, own_mask="tensor")
+    head = load_head(str(tmp_path), target, kinds=("dflash",))
+    assert "about zero" not in head.description
+
+
+def inner(**fields: Any) -> Callable[[Path], None]:
+    """Change dflash_config."""
+
+    def change(folder: Path) -> None:
+        own = json.loads((folder / "config.json").read_text())["dflash_config"] | fields
+        edited(folder, dflash_config={k: v for k, v in own.items() if v is not None})
+
+    return change
+
+
+def stated(**fields: Any) -> Callable[[Path], None]:
+    return lambda folder: edited(folder, **fields)
+
+
+def beside(content: Any) -> Callable[[Path], None]:
+    return lambda folder: torch.save(content, folder / "mask_embedding.pt")
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        found = load_file(folder / FILE)
+        save_file({k: v for k, v in found.items() if k not in names}, folder / FILE)
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no mask": (inner(mask_token_id=None), "has mask_token_id=None, and blocks are filled"),
+    "mask beyond": (inner(mask_token_id=96), "token 96, and the embedding has 96 rows: this head"),
+    "mask below": (inner(mask_token_id=-1), "token -1, and the embedding has 96 rows"),
+    "block": (stated(block_size=1), "has block_size=1, which must be a number of at least 2"),
+    "block of words": (stated(block_size="16"), "has block_size=16, which must be a number"),
+    "softcap": (inner(final_logit_softcapping="x"), "has final_logit_softcapping=x, which must"),
+    "scale": (inner(input_embedding_scale=True), "has input_embedding_scale=True, which must"),
+    "attention": (inner(attention_mode="mla"), "asks for attention_mode=mla, which layers"),
+    "types": (stated(layer_types=["linear_attention"] * 2), "layer_types of .* are none of full"),
+    "few types": (stated(layer_types=["full_attention"]), "layer_types of .* are none of full"),
+    "window": (
+        stated(layer_types=["sliding_attention"] * 2, use_sliding_window=True, sliding_window=5),
+        "has sliding_window=5, and a window must hold a block of 6",
+    ),
+    "no window": (stated(layer_types=["sliding_attention"] * 2), "has sliding_window=None, and"),
+    "states": (inner(target_layer_ids=[1, 4]), "fc.weight joins 3 states of 32 .* 2 are named"),
+    "state beyond": (inner(target_layer_ids=[1, 3, 8]), "reads state 9, and those of .* 0 to 8"),
+    "states of a word": (inner(target_layer_ids="last"), "target_layer_ids=last, which must be"),
+    "vocabulary": (stated(vocab_size=100), "a vocabulary of 100, and target.path=tiny has 96"),
+    "width": (stated(hidden_size=48), r"has no embed_tokens\.weight \(and 1 more\)"),
+    "no norm": (without("norm.weight"), r"has no norm\.weight, which a head"),
+    "layers": (
+        stated(num_hidden_layers=3, layer_types=None),
+        r"has no layers\.2\.input_layernorm\.weight",
+    ),
+    "size of the mask": (beside(torch.zeros(31)), "holds no finite embedding of 32 numbers"),
+    "no embedding": (beside({"mask_token_id": 5}), "holds no finite embedding of 32"),
+    "infinite": (beside(torch.full((32,), torch.inf)), "holds no finite embedding"),
+    "another mask": (
+        beside({"mask_token_id": 6, "embedding": torch.ones(32)}),
+        r"mask_embedding\.pt is of token 6, and config\.json has mask_token_id=5",
+    ),
+    "broken mask": (
+        lambda folder: (folder / "mask_embedding.pt").write_bytes(b"PK nothing"),
+        r"mask_embedding\.pt is cut, or holds more than tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_does_not_fit_is_refused_in_one_line(
+    damage: Callable[[Path], None], message: str, target: PagedLM, tmp_path: Path
+) -> None:
+    made.dflash(tmp_path, target.model)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_head(str(tmp_path), target, kinds=("dflash",))
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("drafter.path=")
+
+
+def test_fewer_tokens_need_an_output_head(target: PagedLM, tmp_path: Path) -> None:
+    made.dflash(tmp_path, target.model, layout="speculators", named=40)
+    without("lm_head.weight")(tmp_path)
+    with pytest.raises(ValueError, match=r"has no lm_head\.weight"):
+        load_head(str(tmp_path), target, kinds=("dflash",))
+
+
+def test_trees_deeper_than_a_block_are_refused(target: PagedLM, tmp_path: Path) -> None:
+    made.dflash(tmp_path, target.model)
+    deep = Static(widths=[1] * 6)
+    said = r"^drafter\.path=.*: drafts at most 5 levels, those of a block, and the tree has 6"
+    with pytest.raises(ValueError, match=said):
+        decoder_of(target, DFlash(path=str(tmp_path)), deep)
+    drafter = DFlash(path=str(tmp_path))
+    drafter.check(deep)  # nothing is known of the head
+    with pytest.raises(ValueError, match=said):
+        drafter.find()
+    with pytest.raises(ValueError, match=r"^drafter\.depth=6: .* drafts at most 5 levels"):
+        DFlash(path=str(tmp_path), depth=6).find()
+    drafter = DFlash(path=str(tmp_path))
+    decoder_of(target, drafter, Chain(budget=9))
+    assert drafter.levels == 5
+
+
+@pytest.mark.parametrize("layout", ["z-lab", "jetspec"])
+def test_a_causal_block_has_as_many_slots_as_it_needs(
+    layout: str, target: PagedLM, tmp_path: Path
+) -> None:
+    made.dflash(tmp_path, target.model, layout=layout)
+    drafter: Any = loaded(DFlash(path=str(tmp_path)), target)
+    assert drafter.model.head.config.slots(2) == (3 if layout == "jetspec" else 6)
+
+
+def test_it_drafts_in_company(target: PagedLM, tmp_path: Path) -> None:
+    made.dflash(tmp_path, target.model)
+    prompts = [*texts(), texts()[0][:1]]
+    plain = outputs_of(decoder_of(target, NoDrafter()), prompts, 12)
+    parts = {"ngram": NGram(), "head": DFlash(path=str(tmp_path))}
+    tree = Dynamic(budget=12, depth=7)  # deeper than a block
+    drafter = Compose(parts=parts, mode="union")
+    decoder = decoder_of(target, drafter, tree, rows=2, share=False)
+    assert outputs_of(decoder, prompts, 12) == plain
