@@ -2,12 +2,16 @@
 out=records/zoo`. Words are those of `specdec run`; tree and acceptance do not matter, for nothing
 of a draft is kept. Prompts, samples, sampling and processors are part of a record.
 
+    specdec record run=runs/pld drafter=small_llama out=records/small_llama
+
+records the texts of a finished lossless run, whose settings then need not be said.
+
 Whatever is wrong with the settings ends in one line on stderr and exit code 2, an interruption in
 130; resume=true continues with the next shard.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from specdec.lab.build import baseline_of
 from specdec.lab.environment import describe_environment
 from specdec.lab.experiment import Experiment
 from specdec.lab.files import read_object
+from specdec.lab.fingerprints import digest
 from specdec.lab.identity import NO_PART, code
 from specdec.lab.interrupts import interruptible
 from specdec.lab.lines import tell
@@ -24,9 +29,10 @@ from specdec.lab.lock import Lock
 from specdec.lab.options import usage
 from specdec.lab.running import Checked, check_settings, experiment_of
 from specdec.lab.settings import Settings, find_own_code, folders_of, out_of, settings_of, split
+from specdec.replay.finished import Finished
 from specdec.replay.rates import write_rates
 from specdec.replay.record import DONE, PLAN, SCHEMA, Record, shard_path, write_json, write_shard
-from specdec.replay.recording import RECORDED, check_drafter, record_prompts, watching
+from specdec.replay.recording import HEADS, RECORDED, check_drafter, record_prompts, watching
 
 SHARD = 8  # prompts
 NOT_RECORDED = ("tree", "acceptance", "batch_size", *NO_PART)
@@ -45,9 +51,13 @@ def command(arguments: Sequence[str]) -> int:
         if {"--help", "-h"} & set(flags):
             print(usage(folders_of(flags), "run", __doc__ or ""))
             return 0
+        given = [word for word in words if not word.startswith("run=")]
+        runs = [Path(word.removeprefix("run=")) for word in words if word not in given]
+        finished = Finished.read(runs[-1]) if runs else None
+        words = finished.words(given) if finished else given
         settings = settings_of([*words, "tracker=none", "kernels.graphs=false", *flags])
         with interruptible():
-            make(settings, out_of(settings), Console())
+            make(settings, out_of(settings), Console(), finished)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -56,8 +66,13 @@ def command(arguments: Sequence[str]) -> int:
     return 0
 
 
-def make(settings: Settings, out: Path, console: Console) -> Record:
+def make(
+    settings: Settings, out: Path, console: Console, finished: Finished | None = None
+) -> Record:
     """Record what is not recorded yet.
+
+    Args:
+        finished: a run whose texts are recorded, instead of decoding any.
 
     Raises:
         ValueError: a setting that cannot be used, or a folder that holds something else.
@@ -65,7 +80,10 @@ def make(settings: Settings, out: Path, console: Console) -> Record:
     check_drafter(settings["choices"]["drafter"])
     settings = {**settings, "baseline": False}
     checked = check_settings(settings, console)
-    plan = _plan(settings, checked)
+    if finished is not None:
+        finished.check(checked.identity, checked.asked["prompts"], checked.asked["samples"])
+    told = finished.texts if finished else {}
+    plan = {**_plan(settings, checked), **({"texts": digest(told)} if told else {})}
     lock = Lock(out / "lock", f"out={out}")
     try:
         if (out / DONE).exists() or (out / PLAN).exists():
@@ -73,7 +91,7 @@ def make(settings: Settings, out: Path, console: Console) -> Record:
         if not (out / DONE).exists():
             write_json(out / PLAN, plan)
             experiment = experiment_of(checked, console)
-            _record(settings, experiment, out, plan, console)
+            _record(settings, experiment, out, plan, told, console)
     finally:
         lock.release()
     tell(console, f"record in {out}")
@@ -102,7 +120,12 @@ def _continue(settings: Settings, out: Path, plan: dict[str, Any]) -> None:
 
 
 def _record(
-    settings: Settings, experiment: Experiment, out: Path, plan: dict[str, Any], console: Console
+    settings: Settings,
+    experiment: Experiment,
+    out: Path,
+    plan: dict[str, Any],
+    told: Mapping[int, Sequence[int]],
+    console: Console,
 ) -> None:
     method, watch = watching(experiment.method, baseline_of(settings).rule)
     experiment.method = method
@@ -113,7 +136,7 @@ def _record(
         path = shard_path(out, number)
         if path.exists():
             continue
-        arrays, names = record_prompts(experiment, session, watch, part)
+        arrays, names = record_prompts(experiment, session, watch, part, told)
         write_json(path.with_suffix(".json"), names)
         write_shard(path, arrays)
         tell(console, f"{min((number + 1) * SHARD, len(prompts))} of {len(prompts)} prompts")
@@ -121,7 +144,8 @@ def _record(
     about = {
         "schema": SCHEMA,
         "shards": len(parts),
-        "drafts": method.drafter_name in RECORDED,
+        "drafts": method.drafter_name in (*RECORDED, *HEADS),
+        "levels": method.tree.budget if method.drafter_name in HEADS else None,
         "categories": [name for one in kept for name in one["category"]],
         "ids": [name for one in kept for name in one["id"]],
         "settings": {name: v for name, v in settings.items() if name not in ("tracker", "out")},

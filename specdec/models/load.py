@@ -102,6 +102,11 @@ def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def load_tokenizer(path: str, *, setting: str = "path") -> Any:
+    """That of a model alone, as `load_model` has it."""
+    return _tokenizer(find_model(path, setting=setting), f"{setting}={path}")
+
+
 def _tokenizer(where: str, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)

@@ -27,15 +27,15 @@ from specdec.lab.build import build, group_of, imported, placement_of, sampling_
 from specdec.lab.command import Positive, option, run_main
 from specdec.lab.lines import tell
 from specdec.lab.settings import settings_of
-from specdec.models.load import Models
+from specdec.models.load import Models, load_tokenizer
 from specdec.protocols import Drafter, TreePolicy, levels_of
 from specdec.replay import results
 from specdec.replay.configurations import Asked, Configuration
 from specdec.replay.rates import RATES
 from specdec.replay.record import Record
-from specdec.replay.recording import RECORDED, SEARCHING
+from specdec.replay.recording import HEADS, RECORDED, SEARCHING
 from specdec.replay.replaying import Outcome, Replayer
-from specdec.replay.walk import Walked, draft_widths, walk
+from specdec.replay.walk import Spoken, Walked, draft_widths, walk
 from specdec.request import Request
 
 
@@ -79,7 +79,7 @@ def work(options: Options) -> None:
     walker = Walker(record, name, settings)
     outcomes = [
         replayer.replay(one)
-        if one.shape is not None and name in RECORDED
+        if one.shape is not None and name in (*RECORDED, *HEADS)
         else walker.replay(one, replayer)
         for one in configurations
     ]
@@ -110,7 +110,11 @@ def _drafter_settings(record: Record, words: str | None) -> tuple[str, dict[str,
     given = settings_of([*shlex.split(f"drafter={words}"), "tracker=none"])
     fixed = {k: v for k, v in given["drafter"].items() if k not in ("candidates", "depth")}
     before = settings["drafter"]
-    if name == own and name in RECORDED and any(before.get(k) != v for k, v in fixed.items()):
+    if (
+        name == own
+        and name in (*RECORDED, *HEADS)
+        and any(before.get(k) != v for k, v in fixed.items())
+    ):
         raise ValueError(f"drafter={words}: not the drafter of the record; record it anew")
     return name, {**settings, "drafter": given["drafter"], "choices": given["choices"]}
 
@@ -129,6 +133,7 @@ def _asked(record: Record, options: Options, name: str) -> Asked:
         rates=str(rates) if rates.is_file() and not searching else None,
         costs=options.costs,
         batch=options.batch,
+        depth=None if searching else record.levels,
     )
 
 
@@ -141,20 +146,25 @@ class Walker:
 
     def _loaded(self) -> Drafter:
         if self._drafter is None:
-            if self.name == "early_exit":
+            if self.name in ("early_exit", *HEADS):
                 raise ValueError(
-                    "drafter=early_exit: trees that follow the draft need the target; use "
-                    "policies of one shape, or run it"
+                    f"drafter={self.name}: trees that follow the draft need the target; use "
+                    f"policies of one shape, or run it"
                 )
             placed = {**self.settings, "device": "cpu"}
             models = Models(placement_of(placed))
-            target = models.load(self.settings["target"]["path"], setting="target.path")
+            path = self.settings["target"]["path"]
+            target = Spoken(
+                name=path,
+                vocab_size=self.record.about["vocab_size"],
+                tokenizer=load_tokenizer(path, setting="target.path"),
+            )
             group = group_of(self.settings, "drafter")
             kind = imported("drafter", group["_target_"])
             drafter: Drafter = build(kind, "drafter", group)
             drafter.name = self.name
             drafter.find()
-            drafter.load(target, models)
+            drafter.load(target, models)  # type: ignore[arg-type]  # of it they read no more
             self._drafter = drafter
         return self._drafter
 

@@ -57,6 +57,7 @@ class Asked:
     Args:
         rates: file of the rates that policies choose by; None: the record has none.
         costs: file or name; None for no times.
+        depth: levels of a tree at most; None for any.
     """
 
     policies: Sequence[str]
@@ -67,6 +68,7 @@ class Asked:
     rates: str | None
     costs: str | None
     batch: int
+    depth: int | None = None
     made: dict[tuple[str, int, str], TreePolicy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,7 +125,7 @@ class Asked:
             children=children,
             rule=rule,
             tree=tree,
-            shape=None if policy in FOLLOWING else shape_of(tree),
+            shape=None if policy in FOLLOWING else shape_of(tree, self.depth),
         )
 
     def _tree(self, policy: str, budget: int, children: str) -> TreePolicy:
@@ -150,6 +152,8 @@ class Asked:
             return build(kind, "tree", {"widths": widths, "children": children})
         given: dict[str, Any] = {"rates": self.rates, "budget": budget, "children": children}
         given |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        if self.depth is not None:
+            given["depth"] = self.depth
         if policy == "cost_aware":
             given |= {"costs": self.costs, "batch": self.batch}
         return build(kind, "tree", given)
@@ -172,7 +176,7 @@ class Asked:
                 total += reach
             return total
 
-        known = _static(budget)
+        known = [one for one in _static(budget) if self.depth is None or len(one) <= self.depth]
         return list(known[int(np.argmax([expected(widths) for widths in known]))])
 
 
@@ -193,14 +197,14 @@ def _static(budget: int) -> list[tuple[int, ...]]:
     return found
 
 
-def shape_of(tree: TreePolicy) -> Shape:
-    """Of a policy whose trees are alike."""
+def shape_of(tree: TreePolicy, depth: int | None = None) -> Shape:
+    """Of a policy whose trees are alike, of a drafter of that depth."""
     known = getattr(tree, "shape", None)
     if known is not None:
         return frozenset(known) if tree.budget else frozenset()
     shape: set[Node] = set()
     level: list[Node] = [()]
-    for depth in range(tree.levels(None) if tree.budget else 0):
-        level = [(*node, rank) for node in level for rank in range(tree.width(depth))]
+    for place in range(tree.levels(depth) if tree.budget else 0):
+        level = [(*node, rank) for node in level for rank in range(tree.width(place))]
         shape.update(level)
     return frozenset(shape)

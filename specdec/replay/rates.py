@@ -1,5 +1,6 @@
 """Acceptance rates of a record, for tree policies that choose shapes by them."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from specdec.protocols import Drafter
 from specdec.replay.chain import starts
 from specdec.replay.record import Record, write_json
 from specdec.replay.siblings import Along, Array
-from specdec.replay.survival import place_factors, survival
+from specdec.replay.survival import factors_at, place_factors, survival
 
 RATES = "rates.json"
 RANKS, LEVELS, ADVANCE = 8, 8, 4
@@ -21,27 +22,31 @@ CHAIN = frozenset((0,) * depth for depth in range(1, ADVANCE + 1))
 def rates_of(along: Along, children: str) -> Array:
     """[D, R] as in `AcceptanceRates`, of places where steps with a chain begin."""
     again = children == "sample_with_replacement"
-    if children == "top_k":
-        rule = "target_only"
-        factor = (along.own[..., None] == np.arange(RANKS)).astype(np.float64)
-    else:
-        rule = "recursive_rejection"
+    rule = "target_only" if children == "top_k" else "recursive_rejection"
+
+    def factor(depth: int, width: int) -> Array:
+        at = along.shifted(depth)
+        if children == "top_k":
+            return (at.own[..., None] == np.arange(width)).astype(np.float64)
         random = np.random.default_rng(0)
-        factor = place_factors(rule, along, [RANKS], again, histories=8, random=random)[RANKS]
-    kept = survival(rule, CHAIN, along, children=children)
-    reached = starts(kept, along.count)
+        return place_factors(rule, at, [width], again, histories=8, random=random)[width]
+
+    known = LEVELS if along.deeper is None else min(LEVELS, 1 + len(along.deeper))
+    chain = frozenset(node for node in CHAIN if len(node) <= known)
+    reached = starts(survival(rule, chain, along, children=children), along.count)
+    late = factors_at(cache(factor), along)
     found = np.zeros((LEVELS, RANKS))
     for depth in range(LEVELS):
-        here = np.zeros_like(factor)
-        here[:, : max(0, factor.shape[1] - depth)] = factor[:, depth:]
-        inside = np.arange(factor.shape[1]) + depth < along.count[:, None]
-        reached = reached * inside
-        mass = float(reached.sum())
+        mass = 0.0
+        if depth < known:
+            inside = np.arange(along.text.shape[1]) + depth < along.count[:, None]
+            here, reached = late(depth, RANKS), reached * inside
+            mass = float(reached.sum())
         if mass > 0:
             found[depth] = (reached[..., None] * here).sum((0, 1)) / mass
+            reached = reached * here.sum(-1)
         elif depth:
             found[depth] = found[depth - 1]
-        reached = reached * here.sum(-1)
     found = found.clip(0.0, 1.0)
     return found / np.maximum(found.sum(-1, keepdims=True), 1.0)
 

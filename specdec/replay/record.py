@@ -13,13 +13,16 @@ shard (t tokens of output, r prompts' tokens, s texts, K = 64, W = 256):
     draft_ids, draft_logs [t, K]      the draft's, at temperature 1
     draft_target_logs [t, K]  what the target gives to those
 
+Of a learned head the last three are [t, D, K]: what a step that begins there says after the text's
+next d tokens, and what the target gives to it there.
+
 The target's are of the law that tokens are drawn from, after temperature, filters and processors;
 at temperature 0 of temperature 1.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,13 @@ class Record:
         return [part.tolist() for part in parts]
 
     @property
+    def levels(self) -> int | None:
+        """Of drafts that depend on where a step begins, how deep they are known; None of others,
+        which are known at any depth."""
+        found: int | None = self.about.get("levels")
+        return found
+
+    @property
     def drafts(self) -> bool:
         """Whether it holds a drafter's distributions."""
         return bool(self.about["drafts"])
@@ -147,17 +157,29 @@ class Record:
             raise ValueError(
                 f"drafter.candidates={candidates}: a record holds {CANDIDATES}; lower it"
             )
+        logs = self.read("draft_logs").astype(np.float64)
+        draft = drawn_from(logs, sampling, candidates) if children != "top_k" else np.exp(logs)
+        target = np.exp(self.read("draft_target_logs").astype(np.float64))
+        ids = self.read("draft_ids")
+        if ids.ndim == 2:
+            return self._along(ids, draft, target, sampling, 0)
+        levels = [
+            self._along(ids[:, d], draft[:, d], target[:, d], sampling, d)
+            for d in range(ids.shape[1])
+        ]
+        return replace(levels[0], deeper=tuple(levels[1:]))
+
+    def _along(
+        self, ids: NDArray[Any], draft: Array, target: Array, sampling: SamplingParams, by: int
+    ) -> Along:
+        """Of [t, K] that stand `by` tokens before what they are said of."""
         count = np.diff(self.offsets)
-        ids, tokens = self.read("draft_ids"), self.read("output_ids")
-        draft = drawn_from(self.read("draft_logs").astype(np.float64), sampling, candidates)
-        if children == "top_k":
-            draft = np.exp(self.read("draft_logs").astype(np.float64))
+        tokens = _ahead(self.read("output_ids"), count, by, -1)
+        text = _ahead(np.exp(self.read("own_log").astype(np.float64)), count, by, 1.0)
         same = (ids == tokens[:, None]) & (draft > 0)
         own = np.where(same.any(-1), same.argmax(-1), -1)
-        target = np.exp(self.read("draft_target_logs").astype(np.float64))
         if not sampling.greedy:
             target = np.where(draft > 0, target, 0.0)
-        text = np.exp(self.read("own_log").astype(np.float64))
         return Along(
             count=count,
             own=padded(own, count, -1),
@@ -167,8 +189,17 @@ class Record:
         )
 
 
+def _ahead(values: NDArray[Any], count: NDArray[np.int64], by: int, fill: float) -> NDArray[Any]:
+    """[t] what stands `by` tokens later in its text, `fill` past its end."""
+    if not by:
+        return values
+    ends = np.repeat(count.cumsum(), count)
+    place = np.arange(len(values)) + by
+    return np.where(place < ends, values[place.clip(max=len(values) - 1)], fill)
+
+
 def drawn_from(logs: Array, sampling: SamplingParams, candidates: int) -> Array:
-    """[t, K] what sampled children are drawn from, by logs of probabilities [t, K] at temperature
+    """[..., K] what sampled children are drawn from, by logs of probabilities at temperature
     1, the most probable first: as `specdec.drafters.logits`.
 
     Raises:
@@ -185,15 +216,15 @@ def drawn_from(logs: Array, sampling: SamplingParams, candidates: int) -> Array:
     probs = np.exp(logs) if sampling.filters else np.exp(scaled - scaled.max(-1, keepdims=True))
     kept = np.isfinite(logs)
     if sampling.top_k is not None:
-        kept &= np.arange(logs.shape[1]) < sampling.top_k
+        kept &= np.arange(logs.shape[-1]) < sampling.top_k
         probs = probs * kept
-        if sampling.top_k <= logs.shape[1]:
+        if sampling.top_k <= logs.shape[-1]:
             probs = probs / probs.sum(-1, keepdims=True)
     if sampling.top_p is not None:
         kept &= probs.cumsum(-1) - probs < sampling.top_p
     if sampling.min_p is not None:
-        kept &= probs >= sampling.min_p * probs[:, :1]
-    kept[:, candidates:] = False
+        kept &= probs >= sampling.min_p * probs[..., :1]
+    kept[..., candidates:] = False
     probs = probs * kept
     found: Array = probs / probs.sum(-1, keepdims=True)
     return found

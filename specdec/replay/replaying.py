@@ -18,6 +18,7 @@ from specdec.replay.siblings import Along, Array
 from specdec.replay.survival import (
     BY_PLACE,
     add_products,
+    factors_at,
     nodes_by_level,
     place_factors,
     survival,
@@ -71,7 +72,7 @@ class Replayer:
     keep: bool = False
     _along: dict[str, Along] = field(default_factory=dict, init=False)
     _known: dict[tuple[str, str, Shape], Outcome] = field(default_factory=dict, init=False)
-    _factors: dict[tuple[str, str, int], Array] = field(default_factory=dict, init=False)
+    _factors: dict[tuple[str, str, int, int], Array] = field(default_factory=dict, init=False)
 
     @property
     def count(self) -> NDArray[np.int64]:
@@ -139,17 +140,23 @@ class Replayer:
     def _survival(self, rule: str, shape: Shape, along: Along, children: str) -> Array:
         if rule not in BY_PLACE or children == "top_k" or not shape:
             return survival(rule, shape, along, children=children, histories=self.histories)
-        widths = widths_of(shape)
-        factors = {}
-        for width in set(widths.values()):
-            key = rule, children, width if rule == "k_seq" else max(self.most, width)
+
+        def factor(depth: int, width: int) -> Array:
+            key = rule, children, depth, width if rule == "k_seq" else max(self.most, width)
             if key not in self._factors:
                 again, random = children != "sample", np.random.default_rng(0)
                 self._factors[key] = place_factors(
-                    rule, along, [key[2]], again, histories=self.histories, random=random
-                )[key[2]]
-            factors[width] = self._factors[key][..., :width]
-        return add_products(nodes_by_level(shape), widths, factors, along)
+                    rule,
+                    along.shifted(depth),
+                    [key[3]],
+                    again,
+                    histories=self.histories,
+                    random=random,
+                )[key[3]]
+            return self._factors[key][..., :width]
+
+        levels, widths = nodes_by_level(shape), widths_of(shape)
+        return add_products(levels, widths, factors_at(factor, along), along)
 
     def step_seconds(self, nodes: NDArray[np.int64], widths: Sequence[int]) -> Array | None:
         """[P, n] of a step that begins at each place; None without costs. (As `outcome`.)"""

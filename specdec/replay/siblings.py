@@ -26,6 +26,8 @@ class Along:
         text: [P, n], the target's probability of the text's token; 1 where there is none.
         target: [P, n, K], the target's probabilities of the draft's candidates.
         draft: [P, n, K], the draft's, the most probable first; of void entries 0.
+        deeper: of a draft that depends on where a step begins, what it says there after the text's
+            next 1, 2, ... tokens, likewise; None of others.
     """
 
     count: NDArray[np.int64]
@@ -33,11 +35,14 @@ class Along:
     text: Array
     target: Array
     draft: Array
+    deeper: "tuple[Along, ...] | None" = None
 
     def shifted(self, by: int) -> "Along":
         """What stands `by` tokens later; past a text's end no token is in the support."""
         if not by:
             return self
+        if self.deeper is not None:
+            return self.deeper[by - 1]
         own, text = np.full_like(self.own, -1), np.ones_like(self.text)
         target, draft = np.zeros_like(self.target), np.zeros_like(self.draft)
         own[:, :-by], text[:, :-by] = self.own[:, by:], self.text[:, by:]

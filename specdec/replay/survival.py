@@ -10,7 +10,7 @@ Legend: P texts, n tokens of the longest, T = P * n places, K candidates of the 
 with their histories, D levels. A history is what was drawn and rejected among elder siblings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -135,30 +135,52 @@ def _by_place(
     random: np.random.Generator,
 ) -> Array:
     levels, widths = nodes_by_level(shape), widths_of(shape)
-    factors = place_factors(
-        rule, along, sorted(set(widths.values())), again, histories=histories, random=random
-    )
-    return add_products(levels, widths, factors, along)
+    counts = sorted(set(widths.values()))
+    found: dict[int, dict[int, Array]] = {}
+
+    def factor(depth: int, width: int) -> Array:
+        if depth not in found:
+            at = along.shifted(depth)
+            found[depth] = place_factors(
+                rule, at, counts, again, histories=histories, random=random
+            )
+        return found[depth][width]
+
+    return add_products(levels, widths, factors_at(factor, along), along)
+
+
+def factors_at(factor: Callable[[int, int], Array], along: Along) -> Callable[[int, int], Array]:
+    """Factors [P, n, rank] by depth and number of children, of those that `factor` works out: of
+    each depth, where the draft depends on where a step begins, else of depth 0, which then stand
+    later."""
+    if along.deeper is not None:
+        return factor
+
+    def late(depth: int, width: int) -> Array:
+        values = factor(0, width)
+        found = np.zeros_like(values)
+        found[:, : max(0, values.shape[1] - depth)] = values[:, depth:]
+        return found
+
+    return late
 
 
 def add_products(
     levels: Sequence[Sequence[Node]],
     widths: dict[Node, int],
-    factors: dict[int, Array],
+    factor: Callable[[int, int], Array],
     along: Along,
 ) -> Array:
-    """S_d of factors [P, n, rank], by the number of children of the parent."""
+    """S_d of factors [P, n, rank], by depth and the number of children of the parent."""
     found = np.zeros((*along.text.shape, len(levels) + 1))
     found[..., 0] = _inside(along, 0)
     masses: dict[Node, Array] = {(): found[..., 0]}
     for depth, nodes in enumerate(levels, 1):
-        late: dict[int, Array] = {}
-        for width, factor in factors.items():
-            late[width] = np.zeros_like(factor)
-            stop = factor.shape[1] - depth + 1
-            late[width][:, : max(0, stop)] = factor[:, depth - 1 :]
+        known = {
+            width: factor(depth - 1, width) for width in {widths[node[:-1]] for node in nodes}
+        }
         for node in nodes:
-            masses[node] = masses[node[:-1]] * late[widths[node[:-1]]][..., node[-1]]
+            masses[node] = masses[node[:-1]] * known[widths[node[:-1]]][..., node[-1]]
             found[..., depth] += masses[node]
         found[..., depth] *= _inside(along, depth)
     return found

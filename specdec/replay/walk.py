@@ -3,6 +3,7 @@ the texts, without a pass of the target. Top-k children alone: what a step keeps
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,15 @@ from specdec.sampling import SamplingParams
 from specdec.tree import Acceptance, Children, TokenTree
 
 CONTEXT = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """What drafters ask of a target that they do not run: whose tokens these are."""
+
+    name: str
+    vocab_size: int
+    tokenizer: Any
 
 
 class NoTarget:

@@ -12,14 +12,18 @@ from rich.console import Console
 from specdec.lab.build import sampling_of
 from specdec.lab.running import run
 from specdec.lab.settings import settings_of
+from specdec.models.load import load_model
 from specdec.record import make
 from specdec.replay.chain import starts
 from specdec.replay.command import Walker
 from specdec.replay.configurations import Asked
+from specdec.replay.finished import Finished
 from specdec.replay.rates import RATES
-from specdec.replay.record import CANDIDATES, Record
-from specdec.replay.recording import RECORDED
+from specdec.replay.record import CANDIDATES, Record, drawn_from
+from specdec.replay.recording import HEADS, RECORDED
 from specdec.replay.replaying import Replayer
+from tests.compare import folders
+from tests.heads import made
 
 WORK = "device=cpu dtype=float32 kernels=reference tracker=none ignore_eos=true baseline=false"
 SMALL = f"{WORK} prompts.limit=2 max_new_tokens=24"
@@ -50,12 +54,12 @@ def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[i
         rules=["all"],
         children=["top_k"],
         sampling=sampling,
-        rates=str(record.path / RATES) if name in RECORDED else None,
+        rates=str(record.path / RATES) if name in (*RECORDED, *HEADS) else None,
         costs=None,
         batch=1,
     )
     (one,) = asked.configurations()
-    if one.shape is None or name not in RECORDED:
+    if one.shape is None or name not in (*RECORDED, *HEADS):
         survivals = Walker(record, name, record.settings).walked(one).survivals
         replayer = Replayer(record=record, sampling=sampling, candidates=CANDIDATES)
     else:
@@ -73,6 +77,8 @@ def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[i
 CASES: list[Any] = [
     ("small_llama", ("static", "dynamic")),
     ("ngram", ("dynamic",)),
+    ("eagle3", ("chain",)),
+    pytest.param("eagle3", ("static", "optimal"), marks=pytest.mark.slow),
     pytest.param("small_llama", ("chain", "optimal"), marks=pytest.mark.slow),
     pytest.param("early_exit", ("chain", "static", "optimal"), marks=pytest.mark.slow),
     pytest.param("pld", ("chain",), marks=pytest.mark.slow),
@@ -112,3 +118,79 @@ def test_greedy_accepted_lengths_entry_by_entry(
         assert [text["output_ids"] for text in texts] == record.outputs
         expected = [text["accepted_lengths"] for text in texts]
         assert replayed(record, drafter, policy, 8) == expected, policy
+
+
+def head(name: str, folder: Path) -> str:
+    """Words of a drafter with a head."""
+    if name == "eagle3":
+        return "drafter=eagle3"
+    made.medusa(folder, load_model("zoo:target"))
+    return f"drafter=medusa drafter.path={folder}"
+
+
+@pytest.mark.parametrize("name", ["medusa", pytest.param("eagle3", marks=pytest.mark.slow)])
+def test_heads_are_recorded_as_they_draft_in_a_run(name: str, tmp_path: Path) -> None:
+    """A run with sampled chains, and the record of its own texts: what the drafter gave to each
+    token that it drew after a beginning of the text, and the target, is what the record has."""
+    words = f"{SMALL} {head(name, tmp_path / 'head')} sampling=sample max_new_tokens=12"
+    folder = tmp_path / "run"
+    texts = real(folder, f"{words} tree=chain tree.budget=3 record.trees=99")
+    finished = Finished.read(folder)
+    given = settings(" ".join(finished.words([*words.split()[-3:], f"out={tmp_path / 'record'}"])))
+    record = make(given, tmp_path / "record", QUIET(), finished)
+    assert record.outputs == [text["output_ids"] for text in texts]
+    names = ("draft_ids", "draft_logs", "draft_target_logs")
+    ids, logs, target = (record.read(one) for one in names)
+    draft = drawn_from(logs.astype(float), sampling_of(record.settings), CANDIDATES)
+    starts_of = {
+        text["request"]: np.cumsum([0, *text["accepted_lengths"]]) + record.offsets[row]
+        for row, text in enumerate(texts)
+    }
+    count = 0
+    for line in (folder / "trees.jsonl").read_text().splitlines():
+        tree = json.loads(line)
+        place = int(starts_of[tree["request"]][tree["step"]])
+        end = int(starts_of[tree["request"]][-1])
+        for depth in range(min(len(tree["path"]), len(tree["tokens"]) - 1, end - place)):
+            (rank,) = np.flatnonzero(ids[place, depth] == tree["tokens"][depth + 1])
+            found = draft[place, depth, rank], np.exp(target[place, depth, rank])
+            told = tree["draft"][depth + 1], tree["target"][depth + 1]
+            np.testing.assert_allclose(found, told, atol=2e-5)
+            count += 1
+    assert count > len(texts)
+
+
+def test_texts_of_a_run_are_recorded_as_those_of_plain_decoding(tmp_path: Path) -> None:
+    base = f"{SMALL} max_new_tokens=8 drafter=pld"
+    real(tmp_path / "run", base)
+    finished = Finished.read(tmp_path / "run")
+    words = ["drafter=small_llama", f"out={tmp_path / 'told'}"]
+    told = make(settings(finished.words(words)), tmp_path / "told", QUIET(), finished)
+    plain = recorded(tmp_path / "plain", f"{SMALL} max_new_tokens=8 drafter=small_llama")
+    for name in ("output_ids", "prompt_ids", "request", "target_ids", "draft_ids"):
+        np.testing.assert_array_equal(told.read(name), plain.read(name), name)
+    for name in ("own_log", "draft_logs", "draft_target_logs"):
+        np.testing.assert_allclose(told.read(name), plain.read(name), atol=1e-4, err_msg=name)
+    other = settings(finished.words([*words, "max_new_tokens=9"]))
+    more = settings(finished.words([*words, "prompts.limit=3"]))
+    for wrong, said in ((other, "differs in max_new_tokens"), (more, "1 of 3 texts are missing")):
+        with pytest.raises(ValueError, match=said):
+            make(wrong, tmp_path / "other", QUIET(), finished)
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        ({"lossy": True}, "is LOSSY"),
+        ({"synthetic": True}, "is SYNTHETIC"),
+        ({"lossless": {"verdict": "failed", "reason": "x"}}, "is FAILED"),
+    ],
+)
+def test_runs_of_other_laws_are_not_recorded(
+    summary: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = folders.run(tmp_path / "run", folders.texts([2.0] * 3), **summary)
+    with pytest.raises(ValueError, match=f"run=.*{said}"):
+        Finished.read(folder)
+    with pytest.raises(ValueError, match="holds no run"):
+        Finished.read(tmp_path)

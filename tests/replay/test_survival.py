@@ -1,6 +1,7 @@
 """Survival functions against the real rules: K of every path by enumeration of draws and coins."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,28 @@ def test_survival_is_what_the_rule_keeps_of_every_path(
         chance = np.cumprod(given.text[row])
         k = [expected.get(tokens[: d + 1], 0.0) for d in range(depth)]
         np.testing.assert_allclose(found[row, 0, 1:] * chance, k, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["traversal", "recursive_rejection", "k_seq", "multi_path", "hsd"]
+)
+def test_drafts_that_depend_on_where_a_step_begins(name: str) -> None:
+    """Of a head each depth has distributions of its own: what stands at later places, of which
+    steps that begin there make their drafts, is another matter."""
+    target, draft, other = (dirichlet_table(seed, 3) for seed in (5, 6, 7))
+    shape = SHAPES["two_two"]
+    texts = list(itertools.product(range(3), repeat=2))
+    plain = along(texts, target, draft)
+    later, elsewhere = plain.shifted(1), along(texts, target, other)
+    mixed = [
+        replace(one, draft=np.where(np.arange(2)[:, None] == 0, one.draft, two.draft))
+        for one, two in ((plain, elsewhere), (later, elsewhere))
+    ]
+    given = replace(mixed[0], deeper=(mixed[1],))
+    options = {"children": "sample_with_replacement", "histories": EXACT}
+    expected = survival(name, shape, plain, **options)[:, 0]  # type: ignore[arg-type]
+    found = survival(name, shape, given, **options)[:, 0]  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_draws_of_histories_are_unbiased() -> None:
