@@ -1,5 +1,5 @@
-"""Writing heads in published layouts: recurrent ones as `speculators` does, Medusa's as its own
-code."""
+"""Writing heads in published layouts: recurrent ones as `speculators` does, Medusa's and DFlash's
+as their authors' code."""
 
 import json
 from dataclasses import asdict
@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from specdec.heads.block import MASK_ROW, BlockHead
+from specdec.heads.block_files import MASK_FILE
 from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.recurrent import Eagle3Head, EagleConfig
@@ -84,6 +86,58 @@ def save_medusa(
     _write(folder, MEDUSA_WEIGHTS, tensors, stated)
 
 
+def save_block(
+    head: BlockHead,
+    folder: Path,
+    *,
+    target_name: str,
+    target_layers: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a DFlash head that is not causal: config.json and model.safetensors as z-lab has them,
+    without embedding and output head, which are the target's, and a file with the mask's row.
+
+    Args:
+        target_layers: of the target; the state after the last is named by its norm.
+
+    Raises:
+        ValueError: the folder cannot be written to.
+    """
+    config, lent = head.config, ("embed_tokens.", "lm_head.", MASK_ROW)
+    tensors = {
+        name: parameter.detach().to("cpu", dtype).contiguous()
+        for name, parameter in head.named_parameters()
+        if not name.startswith(lent)
+    }
+    outputs = [target_layers - 1 if tap == "normal" else tap - 1 for tap in config.taps]
+    stated = {
+        **_layer_of(head),
+        "architectures": ["DFlashDraftModel"],
+        "block_size": config.block,
+        "num_target_layers": target_layers,
+        "base_model_name_or_path": target_name,
+        "is_causal": False,
+        "dflash_config": {"mask_token_id": config.mask, "target_layer_ids": outputs},
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    _write(folder, WEIGHTS, tensors, stated)
+    if head.mask_embedding is not None:
+        row = head.mask_embedding.detach().to("cpu", dtype)
+        temporary = folder / f"{MASK_FILE}.tmp"
+        torch.save({"mask_token_id": config.mask, "embedding": row}, temporary)
+        temporary.replace(folder / MASK_FILE)
+
+
+def _layer_of(head: LayeredHead) -> dict[str, Any]:
+    """Its decoder layers, as config.json has them."""
+    layer = {
+        key: value
+        for key, value in head.config.layer.to_dict().items()
+        if key not in ("transformers_version", "architectures", "_name_or_path")
+    }
+    return {**layer, "vocab_size": head.config.target_vocab}
+
+
 def _write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,12 +170,6 @@ def _config(head: LayeredHead, target_name: str, dtype: torch.dtype) -> dict[str
     config = head.config
     kind = "eagle3" if isinstance(head, Eagle3Head) else "eagle"
     flags = {name: asdict(config)[name] for name in FLAGS[kind]}
-    layer = {
-        key: value
-        for key, value in config.layer.to_dict().items()
-        if key not in ("transformers_version", "architectures", "_name_or_path")
-    }
-    layer["vocab_size"] = config.target_vocab
     proposal = {"proposal_type": "greedy", "speculative_tokens": DRAFTED}
     return {
         "architectures": ["Eagle3Speculator" if kind == "eagle3" else "EagleSpeculator"],
@@ -133,7 +181,7 @@ def _config(head: LayeredHead, target_name: str, dtype: torch.dtype) -> dict[str
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": target_name, "architectures": []},
         },
-        "transformer_layer_config": layer,
+        "transformer_layer_config": _layer_of(head),
         "draft_vocab_size": config.vocab_size,
         "target_hidden_size": config.state_size,
         "eagle_aux_hidden_state_layer_ids": list(config.taps),

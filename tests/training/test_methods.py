@@ -13,6 +13,7 @@ from specdec.models.paged import PagedLM
 from specdec.training.batches import Batch, Seen
 from specdec.training.measure import look
 from specdec.training.methods import small_llama
+from specdec.training.methods.dflash import DFlash
 from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.early_exit import EarlyExit
 from specdec.training.methods.medusa import Medusa
@@ -27,6 +28,7 @@ METHODS: dict[str, Any] = {
     "eagle": lambda **rates: Eagle(steps=3, **rates),
     "eagle1": lambda **rates: Eagle(loss="eagle1", steps=1, **rates),
     "medusa": lambda **rates: Medusa(heads=3, blocks=2, tied=False, **rates),
+    "dflash": lambda **rates: DFlash(block=4, layers=1, anchors=3, **rates),
     "small_llama": lambda **rates: SmallLlama(**rates),
     "early_exit": lambda **rates: EarlyExit(exit_layer=1, weight=1.0, **rates),
 }
@@ -196,7 +198,7 @@ def test_eagle1_learns_the_next_state() -> None:
     assert found.loss.item() == pytest.approx((wanted + 0.1 * tokens).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["eagle", "medusa"])
+@pytest.mark.parametrize("name", ["dflash", "eagle", "medusa"])
 @torch.no_grad()
 def test_heads_are_read_back(name: str, tmp_path: Path) -> None:
     lm = target()
@@ -240,6 +242,12 @@ def test_a_model_from_scratch_follows_from_the_seed() -> None:
     [
         (lambda: Eagle(loss="l2"), r"^method\.loss=l2: must be one of .*eagle1$"),
         (lambda: Eagle(steps=0), r"^method\.steps=0: must be at least 1$"),
+        (lambda: DFlash(block=1), r"^method\.block=1: must be at least 2"),
+        (lambda: DFlash(anchors=0), r"^method\.anchors=0: must be at least 1$"),
+        (
+            lambda: DFlash(taps=[2]).check(target().model.config),
+            r"^method\.taps=\[2\]: files of DFlash .* use normal instead of 2$",
+        ),
         (lambda: Medusa(heads=0), r"^method\.heads=0: must be at least 1$"),
         (lambda: Medusa(decay=0.0), r"^method\.decay=0\.0: must be above 0"),
         (lambda: SmallLlama(path="zoo:none"), r"^method\.path=zoo:none: no such built-in model"),

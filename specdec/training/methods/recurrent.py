@@ -29,15 +29,16 @@ from specdec.training.trainee import (
 STD = 0.02  # of fresh matrices
 
 
-def layer_config(config: Any, *, layers: int, rope_theta: float) -> LlamaConfig:
+def layer_config(config: Any, *, layers: int, rope_theta: float, make: Any = LlamaConfig) -> Any:
     """Decoder layers of the sizes of a target's.
 
     Args:
         config: of the target.
+        make: configuration of a type in `heads.layered.LAYERS`.
     """
     text = config.get_text_config()
     heads, hidden = text.num_attention_heads, text.hidden_size
-    return LlamaConfig(
+    return make(
         vocab_size=text.vocab_size,
         hidden_size=hidden,
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * hidden,

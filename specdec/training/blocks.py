@@ -1,0 +1,92 @@
+"""Blocks of a block head at many places of a sequence at once (DFlash, Chen et al. 2026).
+
+Slot t of a sequence holds the pair of the state at token t with token t + 1, as everywhere in
+training. A block that is anchored there has token t + 1 for its root and sees the states of tokens
+0 .. t; what it says of level d is about the token that slot t + d - 1 is about. No block sees
+another, so each is as if it were drafted alone.
+
+Legend: B sequences, T slots, A anchors, N slots of a block, L levels, D width of the head.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from specdec.heads.block import BlockHead
+
+SPREAD = 0.6180339887498949  # whose multiples, without their whole parts, are spread evenly
+
+
+def anchors_of(mask: Tensor, tokens: Tensor, count: int, salt: Tensor | float = 0.0) -> Tensor:
+    """[B, A], slots that blocks begin at: spread over those that count, one in each of equal
+    parts. Where in its part follows from tokens and salt alone, so that a training that is
+    continued takes the same.
+
+    Args:
+        mask: [B, T] bool; of a sequence without any slot that counts they are arbitrary.
+        tokens: [B, any] int64.
+        salt: a number that is another one when the same sequence comes again.
+    """
+    ranks = mask.cumsum(1)
+    place = torch.arange(count, device=mask.device)
+    within = ((tokens.sum(1, keepdim=True).double() + place) * SPREAD + salt) % 1
+    wanted = ((place + within) * ranks[:, -1:] / count).long() + 1  # the how manieth of them
+    found = torch.searchsorted(ranks, wanted)
+    return found.clamp(max=mask.shape[1] - 1)
+
+
+def drafted(head: BlockHead, states: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
+    """[B, A, L, D], what the output head reads for every level of blocks at these slots.
+
+    Args:
+        states: [B, T, taps * H] of the target, at tokens 0 .. T - 1.
+        tokens: [B, T] int64, the tokens after them.
+        anchors: [B, A].
+    """
+    config, context = head.config, head.fuse(states)
+    slots, count = config.block, anchors.shape[1]
+    embedded = head.blocks(tokens.gather(1, anchors), slots).flatten(1, 2)  # [B, A * N, D]
+    known = torch.arange(context.shape[1], device=anchors.device)
+    places = (anchors[..., None] + 1 + torch.arange(slots, device=anchors.device)).flatten(1)
+    of_context = head.rotary(context, known[None].expand(len(anchors), -1))
+    masks = [
+        visible(anchors, known, places, causal=causal, window=window)
+        for causal, window in zip(config.causal, config.windows, strict=True)
+    ]
+
+    def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = head.entries(index, context, of_context)
+        return nn.functional.scaled_dot_product_attention(
+            query,
+            torch.cat([keys.to(key.dtype), key], dim=2),
+            torch.cat([values.to(value.dtype), value], dim=2),
+            attn_mask=masks[index],
+            enable_gqa=True,
+        )
+
+    _, read = head(embedded, embedded, head.rotary(embedded, places), attend)
+    first = 0 if config.shifted else 1
+    each: Tensor = read.unflatten(1, (count, slots))[:, :, first : first + config.levels]
+    return each
+
+
+def visible(
+    anchors: Tensor, known: Tensor, places: Tensor, *, causal: bool, window: int | None
+) -> Tensor:
+    """[B, 1, A * N, T + A * N] bool, which keys of context and blocks each slot of them sees.
+
+    Args:
+        anchors: [B, A], last tokens whose states are seen.
+        known: [T], positions of the context.
+        places: [B, A * N], positions of the slots.
+    """
+    slots = places.shape[1] // anchors.shape[1]
+    last = anchors.repeat_interleave(slots, 1)[..., None]  # [B, A * N, 1]
+    block = torch.arange(anchors.shape[1], device=anchors.device).repeat_interleave(slots)
+    own = (block[:, None] == block).expand(len(anchors), -1, -1)
+    if causal:
+        own = own & (places[:, None] <= places[..., None])
+    seen = torch.cat([known <= last, own], dim=2)
+    if window is not None:
+        keys = torch.cat([known.expand(len(anchors), -1), places], dim=1)
+        seen = seen & (keys[:, None] > places[..., None] - window)
+    return seen[:, None]

@@ -1,0 +1,192 @@
+"""method=dflash: a head that drafts a block of tokens in one pass (DFlash, Chen et al. 2026),
+under the target's output head."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config
+
+from specdec.heads.block import BlockConfig, BlockHead
+from specdec.heads.export import save_block
+from specdec.observation import Tap
+from specdec.training.batches import Seen
+from specdec.training.blocks import anchors_of, drafted
+from specdec.training.judge import Judge
+from specdec.training.losses import LOSSES
+from specdec.training.methods.recurrent import begin, layer_config
+from specdec.training.teacher import check_taps, default_taps
+from specdec.training.trainee import (
+    Drafts,
+    Lesson,
+    Surroundings,
+    TrainingMethod,
+    check_choice,
+    check_decay,
+    check_least,
+)
+
+SALT = 1e4  # a step moves weights by a thousandth or so
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlash(TrainingMethod):
+    """A DFlash head with the sizes of layers of its target, all of whose layers see everything.
+
+    Args:
+        loss: kl, reverse_kl, tv, lk or ce, that of its authors.
+        block: slots of a block, the root's among them.
+        anchors: blocks of a sequence that are trained at a time.
+        decay: weight of a level beside that of the one above it.
+        taps: states that it reads; None is chosen by the number of layers.
+        layers: decoder layers.
+        rope_theta: of its rotary positions.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    drafter = "dflash"
+    loss: str = "lk"
+    block: int = 8
+    anchors: int = 64
+    decay: float = 0.8
+    taps: Sequence[Tap] | None = None
+    layers: int = 2
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("loss", self.loss, LOSSES)
+        check_least(anchors=self.anchors, layers=self.layers)
+        check_decay(self.decay)
+        if self.block < 2:
+            raise ValueError(f"method.block={self.block}: must be at least 2, a root and a draft")
+        if not self.rope_theta > 0:
+            raise ValueError(f"method.rope_theta={self.rope_theta}: must be above 0")
+
+    def _taps(self, config: Any) -> tuple[Tap, ...]:
+        layers = config.get_text_config().num_hidden_layers
+        taps = default_taps(layers) if self.taps is None else tuple(self.taps)
+        check_taps(taps, layers)
+        if layers in taps:
+            raise ValueError(
+                f"method.taps={list(taps)}: files of DFlash heads have no name for the last state "
+                f"before its norm; use normal instead of {layers}"
+            )
+        return taps
+
+    def check(self, config: Any) -> None:
+        self._taps(config)
+
+    def make(self, surroundings: Surroundings) -> "DFlashTrainee":
+        target = surroundings.target
+        layer = layer_config(
+            target.model.config, layers=self.layers, rope_theta=self.rope_theta, make=Qwen3Config
+        )
+        head = BlockHead(
+            BlockConfig(
+                layer=layer,
+                taps=self._taps(target.model.config),
+                state_size=target.config.hidden_size,
+                target_vocab=target.model.get_input_embeddings().weight.shape[0],
+                vocab_size=target.vocab_size,
+                block=self.block,
+                mask=int(surroundings.counts.argmin()),
+                own_mask=True,
+                causal=(False,) * self.layers,
+                windows=(None,) * self.layers,
+            )
+        )
+        return DFlashTrainee(
+            head, surroundings, loss=self.loss, decay=self.decay, anchors=self.anchors
+        )
+
+
+class DFlashTrainee(Drafts):
+    """A DFlash head on its way.
+
+    Args:
+        anchors: blocks of a sequence at a time.
+    """
+
+    def __init__(
+        self,
+        head: BlockHead,
+        surroundings: Surroundings,
+        *,
+        loss: str,
+        decay: float,
+        anchors: int,
+    ) -> None:
+        target = surroundings.target
+        begin(head, target, surroundings.seed)
+        embedding: Any = target.model.get_input_embeddings().weight
+        rows: Any = target.model.get_output_embeddings().weight
+        assert head.mask_embedding is not None
+        with torch.no_grad():  # as long as others
+            size = embedding.detach().float().std().cpu()
+            noise = torch.Generator().manual_seed(surroundings.seed)
+            head.mask_embedding.copy_(size * torch.randn(head.width, generator=noise))
+        head.embed_tokens.weight = nn.Parameter(embedding.detach(), requires_grad=False)
+        head.lm_head.weight = nn.Parameter(rows.detach(), requires_grad=False)
+        self.module: nn.Module = head.to(target.device)
+        self.head, self.taps, self.anchors = head, head.config.taps, anchors
+        self.weights = decay ** torch.arange(head.config.levels, device=target.device)
+        self.target_layers = target.layers
+        self.judge = Judge(
+            loss=loss, names=None, chunk=surroundings.chunk, compiled=surroundings.compiled
+        )
+        self._drafted: Callable[..., Tensor] = drafted
+        if surroundings.compiled:
+            self._drafted = torch.compile(drafted, dynamic=False)
+
+    def matrices(self) -> list[nn.Parameter]:
+        inside = (*self.head.layers.parameters(), *self.head.fc.parameters())
+        return [one for one in inside if one.ndim == 2]
+
+    def _parts(
+        self, seen: Seen, anchors: Tensor, outputs: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Of each level what the output head reads [B, A, D], the target's logits, the tokens, and
+        which blocks have come so far in slots that count."""
+        parts, inside = [], torch.ones_like(anchors, dtype=torch.bool)
+        for level in range(outputs.shape[2]):
+            place = anchors + level
+            inside = inside & (place < seen.mask.shape[1])
+            place = place.clamp(max=seen.mask.shape[1] - 1)
+            inside = inside & seen.mask.gather(1, place)
+            wanted = seen.logits.gather(1, place[..., None].expand(-1, -1, seen.logits.shape[2]))
+            parts.append((outputs[:, :, level], wanted, seen.labels.gather(1, place), inside))
+        return parts
+
+    def lesson(self, seen: Seen) -> Lesson:
+        count = min(self.anchors, seen.mask.shape[1])
+        salt = SALT * self.head.norm.weight.detach().double().sum()  # changes with each step
+        anchors = anchors_of(seen.mask, seen.tokens, count, salt)
+        outputs = self._drafted(self.head, seen.states, seen.next_tokens, anchors)
+        parts = zip(*self._parts(seen, anchors, outputs), strict=True)
+        heads = [self.head.lm_head] * outputs.shape[2]
+        return self.judge.judged(heads, *parts).lesson(self.weights)
+
+    @torch.no_grad()
+    def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
+        slots, levels = seen.mask.shape[1], min(depth, self.head.config.levels)
+        found = seen.logits.new_zeros(2, depth, *seen.mask.shape, dtype=torch.float32)
+        whole = replace(seen, mask=torch.ones_like(seen.mask))  # what counts is asked elsewhere
+        for start in range(0, slots, self.anchors):
+            some = torch.arange(start, min(start + self.anchors, slots), device=seen.mask.device)
+            anchors = some.expand(len(seen.mask), -1)
+            outputs = drafted(self.head, seen.states, seen.next_tokens, anchors)[:, :, :levels]
+            for level, part in enumerate(self._parts(whole, anchors, outputs)):
+                output, wanted, labels, inside = part
+                chances = self.judge.chances(self.head.lm_head, output, wanted, labels)
+                for kind, one in enumerate(chances):
+                    found[kind, level, :, some] = one.float() * inside
+        return found[0], found[1]
+
+    def save(self, folder: Path, target_name: str) -> None:
+        save_block(self.head, folder, target_name=target_name, target_layers=self.target_layers)
