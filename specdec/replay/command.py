@@ -49,6 +49,7 @@ class Options:
     budgets: tuple[Positive, ...] = option((2, 4, 8, 16), "nodes of a tree at most")
     children: tuple[str, ...] = option(("all",), "top_k, sample, sample_with_replacement or all")
     rules: tuple[str, ...] = option(("all",), "acceptance rules, or all that are lossless")
+    rates: str | None = option(None, "for policies that choose by rates, as tree.rates; its own")
     costs: str | None = option(None, "name or file of a cost table, for tokens per second")
     batch: Positive = option(1, "sequences together, for costs")
     oracle: bool = option(False, "also the best choice among these at every place")
@@ -123,14 +124,15 @@ def _asked(record: Record, options: Options, name: str) -> Asked:
     if name == "none":
         raise ValueError(f"drafter=none: nothing is drafted; give one of {', '.join(SEARCHING)}")
     searching = name in SEARCHING
-    rates = record.path / RATES
+    own = record.path / RATES
+    rates = str(own) if own.is_file() and not searching else None
     return Asked(
         policies=options.policies,
         budgets=options.budgets,
         rules=options.rules,
         children=("top_k",) if searching else options.children,
         sampling=sampling_of(record.settings),
-        rates=str(rates) if rates.is_file() and not searching else None,
+        rates=options.rates or rates,
         costs=options.costs,
         batch=options.batch,
         depth=None if searching else record.levels,

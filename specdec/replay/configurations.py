@@ -145,7 +145,7 @@ class Asked:
         if self.rates is None:
             raise ValueError(
                 f"policies={policy}: chooses its shapes by rates, and the record has none of a "
-                f"drafter's law; use policies=chain"
+                f"drafter's law; give rates=zoo or a file, or use policies=chain"
             )
         if policy == "static":
             widths = self._widths(budget, children)

@@ -1,6 +1,7 @@
 """Replay against real runs of the built-in models."""
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,20 +46,28 @@ def real(folder: Path, words: str) -> list[dict[str, Any]]:
     return sorted((json.loads(line) for line in lines), key=lambda one: one["request"])
 
 
-def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[int]]:
-    """Tokens of every step of every text, of deterministic trees."""
-    sampling = sampling_of(record.settings)
-    asked = Asked(
+def asked(record: Record, name: str, policy: str, budget: int) -> Asked:
+    return Asked(
         policies=[policy],
         budgets=[budget],
         rules=["all"],
         children=["top_k"],
-        sampling=sampling,
-        rates=str(record.path / RATES) if name in (*RECORDED, *HEADS) else None,
+        sampling=sampling_of(record.settings),
+        rates=rates_for(record, name),
         costs=None,
         batch=1,
     )
-    (one,) = asked.configurations()
+
+
+def rates_for(record: Record, name: str) -> str:
+    """Of the record; of drafters that search, which have none, any will do."""
+    return str(record.path / RATES) if name in (*RECORDED, *HEADS) else "zoo"
+
+
+def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[int]]:
+    """Tokens of every step of every text, of deterministic trees."""
+    (one,) = asked(record, name, policy, budget).configurations()
+    sampling = sampling_of(record.settings)
     if one.shape is None or name not in (*RECORDED, *HEADS):
         survivals = Walker(record, name, record.settings).walked(one).survivals
         replayer = Replayer(record=record, sampling=sampling, candidates=CANDIDATES)
@@ -74,46 +83,50 @@ def replayed(record: Record, name: str, policy: str, budget: int) -> list[list[i
     ]
 
 
-CASES: list[Any] = [
-    ("small_llama", ("static", "dynamic")),
-    ("ngram", ("dynamic",)),
-    ("eagle3", ("chain",)),
-    pytest.param("eagle3", ("static", "optimal"), marks=pytest.mark.slow),
-    pytest.param("small_llama", ("chain", "optimal"), marks=pytest.mark.slow),
-    pytest.param("early_exit", ("chain", "static", "optimal"), marks=pytest.mark.slow),
-    pytest.param("pld", ("chain",), marks=pytest.mark.slow),
-    pytest.param("suffix_decoding", ("dynamic",), marks=pytest.mark.slow),
-]
+# Drafters by policies; what is marked slow differs from others by names and numbers alone.
+POLICIES = {
+    "small_llama": ("chain", "static", "optimal", "dynamic"),
+    "early_exit": ("chain", "static", "optimal", "accuracy"),
+    "eagle3": ("chain", "static", "optimal"),
+    "ngram": ("chain", "optimal", "dynamic", "threshold"),
+    "pld": ("chain", "static", "optimal", "threshold"),
+    "suffix_decoding": ("chain", "static", "dynamic", "threshold"),
+}
+QUICK: dict[str, tuple[str, ...]] = {
+    "small_llama": ("static", "dynamic"),
+    "eagle3": ("chain",),
+    "ngram": ("dynamic",),
+}
 
 
-def words_of(record: Record, policy: str, budget: int) -> str:
+def cases() -> Iterator[Any]:
+    for drafter, policies in POLICIES.items():
+        quick = QUICK.get(drafter, ())
+        if quick:
+            yield drafter, quick
+        rest = tuple(policy for policy in policies if policy not in quick)
+        yield pytest.param(drafter, rest, marks=pytest.mark.slow)
+
+
+def words_of(record: Record, name: str, policy: str, budget: int) -> str:
     """As the command line has it."""
     if policy == "static":
-        sampling = sampling_of(record.settings)
-        asked = Asked(
-            policies=["static"],
-            budgets=[budget],
-            rules=["all"],
-            children=["top_k"],
-            sampling=sampling,
-            rates=str(record.path / RATES),
-            costs=None,
-            batch=1,
-        )
-        widths = asked.configurations()[0].tree.widths  # type: ignore[attr-defined]
+        (one,) = asked(record, name, policy, budget).configurations()
+        widths = one.tree.widths  # type: ignore[attr-defined]
         return f"tree=static tree.widths={json.dumps(widths, separators=(',', ':'))}"
-    own = f" tree.rates={record.path / RATES}" if policy == "optimal" else ""
+    by_rates = policy in ("optimal", "accuracy")
+    own = f" tree.rates={rates_for(record, name)}" if by_rates else ""
     return f"tree={policy} tree.budget={budget}{own}"
 
 
-@pytest.mark.parametrize(("drafter", "policies"), CASES)
+@pytest.mark.parametrize(("drafter", "policies"), list(cases()))
 def test_greedy_accepted_lengths_entry_by_entry(
     drafter: str, policies: tuple[str, ...], tmp_path: Path
 ) -> None:
     base = f"{SMALL} drafter={drafter}"
     record = recorded(tmp_path / "record", base)
     for policy in policies:
-        shape = words_of(record, policy, 8)
+        shape = words_of(record, drafter, policy, 8)
         texts = real(tmp_path / policy, f"{base} {shape}")
         assert [text["output_ids"] for text in texts] == record.outputs
         expected = [text["accepted_lengths"] for text in texts]
