@@ -2,51 +2,68 @@
 configurations, runs some of them, and compares.
 
     python -m specdec.experiments.studies.replay out=replay.json record=records/zoo_t1
+    python -m specdec.experiments.studies.replay out=every.json run=every batch=8
 
 Each configuration that is run is compared with its replay conversation by conversation, in tokens
 a step; p-values are corrected for their number (Holm). Texts of the runs are others than those of
-the record: both follow the target's law.
+the record, and each run has random numbers of its own: all follow the target's law, and only the
+record is common to all comparisons.
+
+With batch=1 speeds are compared as well. Costs of passes and of the loop are measured beside each
+run, before it and, on a CPU, where other programs come and go, after it. `gap` is by how much the
+replay's tokens per second are above the run's; `parts` divides its reason by what took longer or
+shorter than foretold: the number of steps, and in a step the draft, the pass of the target, and
+the rest of the loop. Each is a share of the run's seconds, and one above 0 slows the replay down.
 """
 
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
+from specdec.calibration import costs_of
+from specdec.costs import CostTable
+from specdec.drafters.trees.fixed import FixedShape
+from specdec.drafters.trees.shapes import parents_by_level
+from specdec.experiments.figures.markdown import show
+from specdec.experiments.figures.replay import runs_table
 from specdec.lab.build import sampling_of
 from specdec.lab.command import Positive, begin, option, run_main, write
+from specdec.lab.method import Method
 from specdec.lab.prompts import Asked as Prompt
 from specdec.lab.prompts import ask
-from specdec.lab.session import OurSession
+from specdec.lab.session import Decoded, OurSession
 from specdec.lab.settings import settings_of
 from specdec.lab.statistics import holm, product, ratio
 from specdec.lab.workshop import Workshop, word
+from specdec.protocols import Loaded
 from specdec.record import make
+from specdec.replay.command import Walker
 from specdec.replay.configurations import Asked, Configuration
 from specdec.replay.rates import RATES
 from specdec.replay.record import CANDIDATES, Record
 from specdec.replay.replaying import Replayer
 
 SEEDS_APART = 100_000  # of the runs and the record
-RUN = (  # policy, budget, children, rule
+SIX = (  # policy, budget, children, rule
     ("chain", 4, "sample", "tokenwise"),
     ("chain", 4, "sample", "block"),
     ("static", 8, "sample", "recursive_rejection"),
-    ("optimal", 8, "sample", "traversal"),
-    ("optimal", 8, "sample", "target_only"),
-    ("optimal", 8, "top_k", "target_only"),
-    ("static", 8, "sample_with_replacement", "recursive_rejection"),
-    ("optimal", 8, "sample_with_replacement", "traversal"),
-    ("optimal", 8, "sample_with_replacement", "k_seq"),
+    ("static", 8, "sample", "traversal"),
+    ("static", 8, "top_k", "target_only"),
     ("static", 8, "sample_with_replacement", "multi_path"),
 )
+POLICIES = ("chain", "static", "optimal", "accuracy")
+EVERY = (*POLICIES, "cost_aware", "dynamic", "threshold")
+BUDGET = 8  # of the trees that are run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +71,16 @@ class Options:
     target: str = option("zoo:target", "model folder, hub id, zoo:NAME or standin:NAME")
     draft: str = option("zoo:draft", "likewise")
     device: str = option("cpu", "of everything", varies=True)
-    prompts: Positive = option(24, "built-in ones")
+    dtype: str = option("float32", "of both models")
+    path: str | None = option(None, "prompts, as in prompts.path; the built-in ones")
+    prompts: Positive = option(24, "of them")
     samples: Positive = option(2, "of each")
     tokens: Positive = option(48, "new ones")
     temperature: float = option(1.0, "of sampling")
-    budgets: tuple[Positive, ...] = option(
-        (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32), "replayed"
-    )
+    budgets: tuple[Positive, ...] = option((1, 2, 4, 6, 8, 12, 16), "replayed")
     record: Path = option(Path("replay_record"), "folder of the record, made if there is none")
-    run: bool = option(True, "also run some of the configurations")
+    run: Literal["six", "every", "none"] = option("six", "of the configurations: every pair of a")
+    batch: Positive = option(1, "sequences together in runs; speeds are compared at 1 alone")
     out: Path = option(about="result file")
 
     @property
@@ -70,117 +88,211 @@ class Options:
         models = f"{word('target.path', self.target)} {word('drafter.path', self.draft)}"
         return (
             f"{models} drafter=small_llama sampling=sample ignore_eos=true tracker=none "
-            f"sampling.temperature={self.temperature} device={self.device}"
+            f"sampling.temperature={self.temperature} device={self.device} dtype={self.dtype}"
         )
 
 
+class Runs:
+    """Runs of configurations, each with random numbers of its own.
+
+    Args:
+        words: settings of all of them.
+        prompts: each is asked `samples` times.
+        tokens: new ones of each text.
+        batch: sequences together.
+    """
+
+    def __init__(
+        self, words: str, prompts: Sequence[Prompt], *, samples: int, tokens: int, batch: int
+    ) -> None:
+        self.shop = Workshop(words)
+        self.prompts, self.samples, self.tokens, self.batch = prompts, samples, tokens, batch
+        self.longest = max(len(prompt.tokens) for prompt in prompts) + tokens
+        self._texts = 0  # of all runs so far
+
+    def method(self, one: Configuration) -> Method:
+        made = self.shop.method(f"tree.children={one.children} acceptance={one.rule}")
+        return replace(made, tree=one.tree, tree_name=one.policy)
+
+    def session(self, method: Method) -> OurSession:
+        return self.shop.session(method, rows=self.batch, longest=self.longest)
+
+    def run(self, method: Method, *, warm: bool) -> tuple[NDArray[np.float64], Decoded]:
+        """[prompts] steps of all its samples, and what the run has yielded."""
+        session = self.session(method)
+        if warm:
+            session.warm_up(self.prompts[0].tokens)
+        first = SEEDS_APART + self._texts
+        asked = [prompt for _ in range(self.samples) for prompt in self.prompts]
+        self._texts += len(asked)
+        done = session.decode([p._replace(id=first + i) for i, p in enumerate(asked)], self.tokens)
+        steps = np.array(done.passes, float).reshape(self.samples, -1)
+        return steps.sum(0), done
+
+    def costs(self, method: Method) -> CostTable:
+        """Measured now."""
+        target, tree = self.shop.target, method.tree
+
+        def chain(levels: int) -> FixedShape:
+            shape = [(0,) * level for level in range(1, levels + 1)]
+            return FixedShape(shape=shape, children=tree.children)
+
+        loaded = Loaded(
+            target=target,
+            drafter=method.drafter,
+            capacity=self.session(method).decoder.capacity,
+            decoder=lambda tree, room: replace(method, tree=tree).decoder(target, room),
+        )
+        given = {"batch": self.batch, "context": None, "budget": max(2, tree.budget)}
+        return costs_of(loaded, "measure", **given, chain=chain)[0]  # type: ignore[arg-type]
+
+
 def work(options: Options) -> None:
-    record = _record(options)
-    asked = Asked(
-        policies=("chain", "static", "optimal", "accuracy"),
-        budgets=options.budgets,
-        rules=("all",),
-        children=("all",),
-        sampling=sampling_of(record.settings),
-        rates=str(record.path / RATES),
-        costs=None,
-        batch=1,
-    )
-    replayer = Replayer(record=record, sampling=asked.sampling, candidates=CANDIDATES)
-    shop = Workshop(options.words)
-    result = begin(options, shop.target.device)
-    begun = time.perf_counter()
-    configurations = asked.configurations()
-    rows = [
-        replayer.figures(replayer.replay(one))
-        for one in track(configurations, description="replayed")
+    record = record_of(options)
+    target = Workshop(options.words).target
+    sets = ask(target.tokenizer, {"set": options.path}, limit=options.prompts)
+    sizes = {name: getattr(options, name) for name in ("samples", "tokens", "batch")}
+    runs = Runs(options.words, sets["set"], **sizes)
+    result = begin(options, target.device)
+    chain = asked(record, ("chain",), (max(options.budgets),)).configurations()[0]
+    table = runs.costs(runs.method(chain))
+    result["replay"] = replayed(record, options.budgets, table, options.batch)
+    write(options.out, result)
+    found = [
+        compared(one, record, runs)
+        for one in track(wanted(options.run, record), description="run")
     ]
-    result["replay"] = {
-        "seconds": time.perf_counter() - begun,
-        "configurations": len(rows),
-        "tokens": int(replayer.count.sum()),
-        "rows": rows,
-    }
+    result["run"] = corrected(found)
     write(options.out, result)
-    wanted = [one for one in configurations if key(one) in RUN] if options.run else []
-    found = [_compared(one, replayer, shop, options) for one in track(wanted, description="run")]
-    for one, corrected in zip(found, holm([one["p"] for one in found]), strict=True):
-        one["holm"] = corrected
-    result["run"] = found
-    write(options.out, result)
-    show(found, result, Console())
+    show(runs_table(result))
 
 
-def key(one: Configuration) -> tuple[str, int, str, str]:
-    return one.policy, one.budget, one.children, one.rule
-
-
-def _record(options: Options) -> Record:
+def record_of(options: Options) -> Record:
     words = (
-        f"{options.words} prompts.limit={options.prompts} prompts.samples={options.samples} "
-        f"prompts.turns=1 max_new_tokens={options.tokens} batch_size=8 resume=auto"
+        f"{options.words} {word('prompts.path', options.path)} prompts.limit={options.prompts} "
+        f"prompts.samples={options.samples} prompts.turns=1 max_new_tokens={options.tokens} "
+        f"batch_size=8 resume=auto"
     )
     settings = settings_of(f"{words} {word('out', str(options.record))}")
     return make(settings, options.record, Console())
 
 
-def _compared(
-    one: Configuration, replayer: Replayer, shop: Workshop, options: Options
+def asked(record: Record, policies: Sequence[str], budgets: Sequence[int]) -> Asked:
+    return Asked(
+        policies=policies,
+        budgets=budgets,
+        rules=("all",),
+        children=("all",),
+        sampling=sampling_of(record.settings),
+        rates=str(record.path / RATES),
+        costs="cpu" if "cost_aware" in policies else None,
+        batch=1,
+    )
+
+
+def replayer_of(record: Record, table: CostTable | None = None, batch: int = 1) -> Replayer:
+    given = {"sampling": sampling_of(record.settings), "candidates": CANDIDATES}
+    return Replayer(record=record, table=table, batch=batch, **given)  # type: ignore[arg-type]
+
+
+def replayed(
+    record: Record, budgets: Sequence[int], table: CostTable, batch: int
 ) -> dict[str, Any]:
-    """What a run of a configuration says, and its replay, prompt by prompt."""
-    prompts = ask(shop.target.tokenizer, {"builtin": None}, limit=options.prompts)["builtin"]
-    group = [tuple(text) for text in replayer.record.prompts]
-    places = {tuple(prompt.tokens): i for i, prompt in enumerate(prompts)}
-    outcome = replayer.replay(one)
-    index = np.array([places[text] for text in group])
-    told_tokens = np.bincount(index, replayer.count.astype(float)).tolist()
-    told_steps = np.bincount(index, outcome.steps).tolist()
-    begun = time.perf_counter()
-    steps = _steps(one, shop, prompts, options)
-    tokens = [float(options.tokens * options.samples)] * len(prompts)
-    apart = product([tokens, told_steps], [steps, told_tokens])
-    real, told = ratio(tokens, steps), ratio(told_tokens, told_steps)
+    """All configurations of one shape, and what that took."""
+    begun, used = time.perf_counter(), time.process_time()
+    replayer = replayer_of(record, table, batch)
+    rows = [
+        replayer.figures(replayer.replay(one))
+        for one in track(asked(record, POLICIES, budgets).configurations(), description="replayed")
+    ]
     return {
-        **one.labels,
-        "run": real.around,
-        "replay": told.around,
-        "ratio": apart.around,
-        "p": apart.p,
         "seconds": time.perf_counter() - begun,
+        "cpu_seconds": time.process_time() - used,
+        "configurations": len(rows),
+        "tokens": int(replayer.count.sum()),
+        "rows": rows,
     }
 
 
-def _steps(
-    one: Configuration, shop: Workshop, prompts: Sequence[Prompt], options: Options
-) -> list[float]:
-    """[prompts], of all samples."""
-    paths = [list(node) for node in sorted(one.shape or (), key=lambda n: (len(n), n))]
-    chain = f"tree=chain tree.budget={one.budget}"
-    shape = chain if one.policy == "chain" else f"tree=paths {word('tree.paths', paths)}"
-    method = shop.method(f"{shape} tree.children={one.children} acceptance={one.rule}")
-    longest = max(len(prompt.tokens) for prompt in prompts) + options.tokens
-    session: OurSession = shop.session(method, rows=8, longest=longest)
-    total = np.zeros(len(prompts))
-    for sample in range(options.samples):
-        batch = [p._replace(id=i + SEEDS_APART * (1 + sample)) for i, p in enumerate(prompts)]
-        total += session.decode(batch, options.tokens).passes
-    found: list[float] = total.tolist()
-    return found
+def wanted(which: str, record: Record) -> list[Configuration]:
+    """What is run."""
+    if which == "every":
+        return asked(record, EVERY, (BUDGET,)).configurations()
+    if which == "none":
+        return []
+    budgets = sorted({budget for _, budget, _, _ in SIX})
+    known = asked(record, POLICIES, budgets).configurations()
+    return [one for one in known if tuple(one.labels.values()) in SIX]
 
 
-def show(found: Sequence[dict[str, Any]], result: dict[str, Any], console: Console) -> None:
-    replay = result["replay"]
-    console.print(
-        f"{replay['configurations']} configurations over {replay['tokens']} tokens replayed in "
-        f"{replay['seconds']:.1f} s"
-    )
-    for one in found:
-        name = f"{one['tree']} {one['budget']} {one['children']} {one['acceptance']}"
-        run, told = one["run"], one["replay"]
-        console.print(
-            f"{name}: run {run[0]:.3f} ({run[1]:.3f} to {run[2]:.3f}), replay {told[0]:.3f} "
-            f"({told[1]:.3f} to {told[2]:.3f}), p {one['p']:.3f}, Holm {one['holm']:.3f}"
-        )
+def compared(one: Configuration, record: Record, runs: Runs) -> dict[str, Any]:
+    """What a run of a configuration says, and its replay, prompt by prompt."""
+    timed = runs.batch == 1 and one.shape is not None
+    method = runs.method(one)
+    tables = [runs.costs(method)] if timed else []
+    steps, done = runs.run(method, warm=timed)
+    if timed and runs.shop.target.device.type == "cpu":
+        tables.append(runs.costs(method))
+    replayer = replayer_of(record)
+    walker = Walker(record, "small_llama", record.settings)
+    outcome = (walker if one.shape is None else replayer).replay(one)
+    places = {tuple(prompt.tokens): i for i, prompt in enumerate(runs.prompts)}
+    index = np.array([places[tuple(text)] for text in record.prompts])
+    told_tokens = np.bincount(index, replayer.count.astype(float)).tolist()
+    told_steps = np.bincount(index, outcome.steps).tolist()
+    tokens = [float(runs.tokens * runs.samples)] * len(runs.prompts)
+    apart = product([tokens, told_steps], [steps.tolist(), told_tokens])
+    found = {
+        **one.labels,
+        "run": ratio(tokens, steps.tolist()).around,
+        "replay": ratio(told_tokens, told_steps).around,
+        "ratio": apart.around,
+        "p": apart.p,
+        "seconds": done.seconds,
+    }
+    return {**found, "speed": speed(one, done, record, tables)} if timed else found
+
+
+def speed(
+    one: Configuration, done: Decoded, record: Record, tables: Sequence[CostTable]
+) -> dict[str, Any]:
+    """Tokens per second of a run at a batch of 1 and as foretold, and what sets them apart.
+
+    Args:
+        tables: costs, each of which counts as much.
+    """
+    verbs, tokens, steps = done.verbs, sum(map(len, done.outputs)), sum(done.passes)
+    rest = sum(verbs.get(verb, 0.0) for verb in ("accept", "commit", "other"))
+    real = np.array([verbs["draft"], verbs["verify"], rest]) / steps
+    replayers = [replayer_of(record, table) for table in tables]
+    rows = [replayer.figures(replayer.replay(one)) for replayer in replayers]
+    predicted = float(np.mean([row["tokens_per_second"] for row in rows]))
+    measured = float(tokens / (steps * real.sum()))
+    told = np.mean([step_costs(one, table) for table in tables], axis=0)
+    shares = ((told - real) / real.sum()).tolist()
+    return {
+        "measured": measured,
+        "predicted": predicted,
+        "gap": predicted / measured - 1.0,
+        "parts": {
+            "steps": tokens / steps / rows[0]["tokens_per_step"] - 1.0,
+            **dict(zip(("draft", "verify", "loop"), shares, strict=True)),
+        },
+    }
+
+
+def step_costs(one: Configuration, table: CostTable) -> NDArray[np.float64]:
+    """Seconds of draft, verification and loop in a step, by a table of a single context."""
+    shape = one.shape or frozenset()
+    levels = [table.draft(1, len(parents)) + table.level(1) for parents in parents_by_level(shape)]
+    verify = table.verify(1, len(shape) + 1, 1.0)
+    return np.array([table.start(1) + sum(levels), verify, table.step(1)])
+
+
+def corrected(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With Holm's correction."""
+    chances = holm([one["p"] for one in found])
+    return [{**one, "holm": p} for one, p in zip(found, chances, strict=True)]
 
 
 main = partial(run_main, Options, work, doc=__doc__)
