@@ -32,7 +32,6 @@ from rich.progress import track
 from specdec.calibration import costs_of
 from specdec.costs import CostTable
 from specdec.drafters.trees.fixed import FixedShape
-from specdec.drafters.trees.shapes import parents_by_level
 from specdec.experiments.figures.markdown import show
 from specdec.experiments.figures.replay import runs_table
 from specdec.lab.build import sampling_of
@@ -50,7 +49,7 @@ from specdec.replay.command import Walker
 from specdec.replay.configurations import Asked, Configuration
 from specdec.replay.rates import RATES
 from specdec.replay.record import CANDIDATES, Record
-from specdec.replay.replaying import Replayer
+from specdec.replay.replaying import Replayer, widths_by_level
 
 SEEDS_APART = 100_000  # of the runs and the record
 SIX = (  # policy, budget, children, rule
@@ -171,7 +170,7 @@ def record_of(options: Options) -> Record:
     words = (
         f"{options.words} {word('prompts.path', options.path)} prompts.limit={options.prompts} "
         f"prompts.samples={options.samples} prompts.turns=1 max_new_tokens={options.tokens} "
-        f"batch_size=8 resume=auto"
+        f"batch_size={max(8, options.batch)} resume=auto"
     )
     settings = settings_of(f"{words} {word('out', str(options.record))}")
     return make(settings, options.record, Console())
@@ -215,9 +214,11 @@ def replayed(
 
 
 def wanted(which: str, record: Record) -> list[Configuration]:
-    """What is run."""
+    """What is run. Of policies that agree on a shape the first is."""
     if which == "every":
-        return asked(record, EVERY, (BUDGET,)).configurations()
+        every = asked(record, EVERY, (BUDGET,)).configurations()
+        shapes = {(one.rule, one.children, one.shape or one.policy): one for one in every[::-1]}
+        return list(shapes.values())[::-1]
     if which == "none":
         return []
     budgets = sorted({budget for _, budget, _, _ in SIX})
@@ -235,7 +236,7 @@ def compared(one: Configuration, record: Record, runs: Runs) -> dict[str, Any]:
         tables.append(runs.costs(method))
     replayer = replayer_of(record)
     walker = Walker(record, "small_llama", record.settings)
-    outcome = (walker if one.shape is None else replayer).replay(one)
+    outcome = replayer.replay(one) if one.shape is not None else walker.replay(one, replayer)
     places = {tuple(prompt.tokens): i for i, prompt in enumerate(runs.prompts)}
     index = np.array([places[tuple(text)] for text in record.prompts])
     told_tokens = np.bincount(index, replayer.count.astype(float)).tolist()
@@ -284,7 +285,7 @@ def speed(
 def step_costs(one: Configuration, table: CostTable) -> NDArray[np.float64]:
     """Seconds of draft, verification and loop in a step, by a table of a single context."""
     shape = one.shape or frozenset()
-    levels = [table.draft(1, len(parents)) + table.level(1) for parents in parents_by_level(shape)]
+    levels = [table.draft(1, width) + table.level(1) for width in widths_by_level(shape)]
     verify = table.verify(1, len(shape) + 1, 1.0)
     return np.array([table.start(1) + sum(levels), verify, table.step(1)])
 

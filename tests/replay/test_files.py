@@ -2,7 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,12 @@ from specdec.replay.configurations import Asked
 from specdec.replay.profile import Profile, read_profile
 from specdec.replay.record import Record, drawn_from, shard_path
 from specdec.sampling import SamplingParams, probabilities
+from tests.running import ROOT
 
 # Steps by tokens, of a draft head of NVIDIA's, and what their module makes of it.
 HISTOGRAM = {1: 8611, 2: 7814, 3: 5337, 4: 8891}
 MEAN = 2.4733
+NAMES = ("output_ids", "offsets", "target_logs", "own_log", "draft_ids", "draft_logs")
 WORDS = "device=cpu dtype=float32 prompts.turns=1 max_new_tokens=8 ignore_eos=true"
 
 
@@ -122,7 +128,7 @@ def test_record_goes_on_shard_by_shard(folder: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(folder, half)
     (half / "record.json").unlink()
-    shard_path(half, 1).unlink()
+    shard_path(half, 1).rename(shard_path(half, 1).with_suffix(".tmp"))  # what a kill may leave
     stamp = shard_path(half, 0).stat().st_mtime_ns
     words = f"{WORDS} drafter=small_llama sampling=sample prompts.limit={SHARD + 1} out={half}"
     assert command(words.split()) == 2  # without resume
@@ -132,6 +138,55 @@ def test_record_goes_on_shard_by_shard(folder: Path, tmp_path: Path) -> None:
     one, two = Record.open(folder), Record.open(half)
     assert one.outputs == two.outputs
     np.testing.assert_allclose(one.read("draft_logs"), two.read("draft_logs"), atol=1e-4)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+
+from specdec import record
+from specdec.replay import record as files
+
+save, moment = files.save_file, sys.argv.pop(1)
+
+def last(arrays, path):
+    if path.name.startswith("00001"):
+        if moment == "half":
+            save(arrays, path)
+            os.truncate(path, path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(arrays, path)
+
+files.save_file = last
+record.command(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before", "half"])
+def test_a_record_that_is_killed_loses_a_shard_at_most(
+    moment: str, folder: Path, tmp_path: Path
+) -> None:
+    """Killed with the second shard before it is written, or half of it."""
+    out = tmp_path / "killed"
+    words = f"{WORDS} drafter=small_llama sampling=sample prompts.limit={SHARD + 1} out={out}"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, moment, *words.split()],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in out.glob("*.safetensors")] == [shard_path(out, 0).name]
+    stamp = shard_path(out, 0).stat().st_mtime_ns
+    with pytest.raises(ValueError, match="resume=true continues it"):
+        Record.open(out)
+    assert command([*words.split(), "resume=true"]) == 0
+    assert shard_path(out, 0).stat().st_mtime_ns == stamp
+    whole, resumed = Record.open(folder), Record.open(out)
+    for name in NAMES:
+        np.testing.assert_array_equal(resumed.read(name), whole.read(name))
+    assert json.loads((out / "rates.json").read_text()) == json.loads(
+        (folder / "rates.json").read_text()
+    )
 
 
 def test_record_is_small_and_holds_laws(folder: Path) -> None:
