@@ -82,10 +82,10 @@ def test_runs_are_as_replayed(options: study.Options) -> None:
 @pytest.mark.slow
 def test_every_rule_and_policy_is_as_replayed(options: study.Options) -> None:
     """One by one, and together: runs are independent, and all may be off by what the record has
-    by chance, half a percent."""
+    by chance, a third of a percent."""
     found = compared(options, MANY, "every")
     assert {"chain", "static", "dynamic", "threshold"} <= {one["tree"] for one in found}
     assert {one["acceptance"] for one in found} == set(SAMPLED)
     assert min(one["holm"] for one in found) >= 0.01
     apart = np.log([one["ratio"][0] for one in found])
-    assert abs(apart.mean()) < 0.015
+    assert abs(apart.mean()) < 0.012
