@@ -26,6 +26,9 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 VERSIONS := $(if $(filter 0,$(PINNED)),,-c constraints.txt)
 
+# Tests start many processes, and each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup run test newest lint format clean
 .DEFAULT_GOAL := help
 

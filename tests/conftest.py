@@ -24,12 +24,15 @@ import pytest
 import torch
 import yaml
 
+from tests.interpreter import hasten
+
 torch.set_num_threads(1)
 # Settings are put together hundreds of times, and half of that is reading YAML; libyaml reads the
 # same in a fraction of the time.
 yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
+    hasten()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
