@@ -38,6 +38,12 @@ class DFlash(CachedHeadDrafter):
                 self.model.read(rows, self._joined_states(seen), length)
 
     def begin(self, context: StepContext) -> Expand:
+        _, logits = self._block(context)
+        return self._in_levels(context, logits)
+
+    def _block(self, context: StepContext) -> tuple[Tensor, Tensor]:
+        """Read what the last step added, and draft a block: what the output head reads for each
+        level [B, levels, D], and what it says [B, levels, VD]."""
         self.model.read(context.rows, *self._noted(context.rows))
         normal = self.model.draft(context.rows, context.roots, self.levels)
-        return self._in_levels(context, self.model.logits(normal))
+        return normal, self.model.logits(normal)

@@ -6,7 +6,8 @@ vllm-project/speculators `models/dflash`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import fields as dataclass_fields
+from typing import Any, get_args
 
 from torch import Tensor
 from transformers import Qwen3Config
@@ -16,6 +17,7 @@ from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.host import Host
 from specdec.heads.layouts import Layout
 from specdec.heads.reading import check_states, decoder_config, named
+from specdec.heads.spark import Markov, SparkConfig
 from specdec.heads.taps import settled_taps
 from specdec.models.weights import BrokenFilesError
 from specdec.observation import Tap
@@ -68,6 +70,34 @@ def block_config(
     )
 
 
+def spark_config(files: HeadFiles, layout: Layout, config: BlockConfig) -> SparkConfig:
+    """Of a head of DSpark.
+
+    Args:
+        config: of what it has in common with DFlash.
+
+    Raises:
+        ValueError: a correction of another kind.
+    """
+    shapes, said = layout.shapes(files.shapes), fields(files)
+    rank = int(number(said, "markov_rank", 0, files.name))
+    kind = str(said.get("markov_head_type") or "vanilla").lower()
+    if rank and kind not in get_args(Markov):
+        raise ValueError(
+            f"{files.name}: {CONFIG} asks for markov_head_type={kind}, which is none of "
+            f"{', '.join(get_args(Markov))}; take another head"
+        )
+    columns = shapes.get("confidence_head.proj.weight", (0, 0))[1]
+    common = {field.name: getattr(config, field.name) for field in dataclass_fields(config)}
+    return SparkConfig(
+        **common,
+        rank=rank,
+        markov=kind,  # type: ignore[arg-type]  # checked if it is of use
+        confidence=bool(columns or said.get("enable_confidence_head")),
+        confidence_markov=bool(rank) and columns == config.layer.hidden_size + rank,
+    )
+
+
 def fields(files: HeadFiles) -> dict[str, Any]:
     """What config.json says at its top and in dflash_config, which comes first."""
     return {**files.config, **object_in(files.config, "dflash_config", files.name)}
@@ -77,7 +107,9 @@ def shape_of_block(files: HeadFiles, layout: Layout) -> tuple[int, bool]:
     """Slots of a block, and whether each names the token after its place."""
     said = fields(files)
     block = said.get("block_size", DEFAULT_BLOCK[layout.wrapped])
-    shifted = bool(said.get("sample_from_anchor", False) if layout.wrapped else layout.shifted)
+    shifted = layout.shifted
+    if layout.wrapped:
+        shifted = bool(said.get("sample_from_anchor", layout.kind == "dspark"))
     if type(block) is not int or block < 2 - shifted:
         raise BrokenFilesError(
             f"{files.name}: {CONFIG} has block_size={block}, which must be a number of at least "

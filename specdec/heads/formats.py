@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.block import MASK_ROW, BlockHead
-from specdec.heads.block_files import block_config, mask_row, remarks_of, shape_of_block
+from specdec.heads.block_files import (
+    block_config,
+    mask_row,
+    remarks_of,
+    shape_of_block,
+    spark_config,
+)
 from specdec.heads.files import HeadFiles, find_head
 from specdec.heads.filling import EMBEDDING, OUTPUT, fill
 from specdec.heads.host import Host
@@ -24,6 +30,7 @@ from specdec.heads.medusa import MedusaHeads
 from specdec.heads.medusa_files import counts, medusa_config
 from specdec.heads.reading import eagle3_config, eagle_config, unstated
 from specdec.heads.recurrent import Eagle3Head, EagleHead
+from specdec.heads.spark import SparkHead
 from specdec.heads.verifier import check_verifier
 from specdec.heads.widen import moved, widen
 from specdec.models.paged import PagedLM
@@ -40,6 +47,7 @@ FLAGS = (
     "tied",
     "shifted",
     "own_mask",
+    "confidence",
 )
 
 
@@ -168,7 +176,10 @@ def _block(
         files, layout, host, taps=taps, rope_theta=rope_theta, own_mask=row is not None
     )
     with torch.device("meta"):
-        head = BlockHead(config)
+        if layout.kind == "dspark":
+            head: BlockHead = SparkHead(spark_config(files, layout, config))
+        else:
+            head = BlockHead(config)
     own = {} if row is None else {MASK_ROW: row.to(host.device, host.dtype)}
     return _filled(head, files, layout, host, own, ())
 

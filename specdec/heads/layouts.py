@@ -20,16 +20,15 @@ from specdec.heads.layered import LAYERS
 from specdec.models.weights import BrokenFilesError
 from specdec.reasons import first_line
 
-Kind = Literal["eagle3", "eagle", "medusa", "dflash"]
-BLOCK_KINDS = ("dflash",)
+Kind = Literal["eagle3", "eagle", "medusa", "dflash", "dspark"]
+BLOCK_KINDS = ("dflash", "dspark")
 Shapes = Mapping[str, tuple[int, ...]]
-READ = "heads of EAGLE 1 to 3, HASS, Medusa and DFlash are read"
+READ = "heads of EAGLE 1 to 3, HASS, Medusa, DFlash and DSpark are read"
 
 REFUSED = {  # tensors that only heads of these kinds have, or their speculators_model_type
     "MTP layers": (r"(model\.)?(mtp|mtp_layers)\.|(.*\.)?eh_proj\.weight", "mtp"),
     "a P-EAGLE head": (r"mask_hidden", "peagle"),
     "a DFlash 2 head": (r"candidate_selector\.", "dflash2"),
-    "a DSpark head": (r"markov_head\.", "dspark"),
     "a Domino head": (r"prefix_gru\.", "domino"),
     "a Hydra head": (r"hydra_mlp\.|hydra_lm_head\.", "hydra"),
     "an MLP speculator": (r"(speculator\.)?emb\.0\.weight", "mlp_speculator"),
@@ -197,9 +196,22 @@ def _dflash(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
         "DSpark" in str(one) for one in config.get("architectures") or ()
     )
     own = object_in(config, "dflash_config", name)
+    said = {**config, **own}
+    spark = config.get("speculators_model_type") == "dspark" or any(
+        said.get(field) for field in ("markov_rank", "enable_confidence_head")
+    )
+    spark |= any(
+        key.removeprefix("model.").startswith(("markov_head.", "confidence_head."))
+        for key in shapes
+    )
+    of_specforge = own.get("projector_type") == "dspark" or "DSparkDraftModel" in (
+        config.get("architectures") or ()
+    )
     label = (
         "speculators"
         if wrapped
+        else "SpecForge"
+        if of_specforge
         else "DeepSpec"
         if of_deepspec
         else "JetSpec"
@@ -207,12 +219,12 @@ def _dflash(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
         else "z-lab"
     )
     return Layout(
-        kind="dflash",
-        label=f"DFlash of {label}",
+        kind="dspark" if spark else "dflash",
+        label=f"{'DSpark' if spark else 'DFlash'} of {label}",
         wrapped=wrapped,
         layer=layer or config,
         files=_names(shapes, name, lambda key: key.removeprefix("model.")),
-        shifted=of_deepspec,
+        shifted=of_deepspec or spark,
     )
 
 

@@ -32,6 +32,7 @@ from specdec.heads.block import BlockHead
 from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.recurrent import Eagle3Head, EagleHead
+from specdec.heads.spark import SparkHead
 from specdec.models.paged import PagedLM
 from specdec.models.standin import RANDOM_STD, Widening, check_memory, placed_heads
 
@@ -260,10 +261,31 @@ def _fill_block(wide: Any, head: BlockHead, standin: Widening, carried: float) -
     for large, small in zip(wide.layers, head.layers, strict=True):
         _fill_norm(large.input_layernorm, small.input_layernorm, carried)
     _fill_norm(wide.norm, head.norm, carried)
+    if isinstance(head, SparkHead):
+        _fill_spark(wide, head)
     if head.mask_embedding is not None:
         _place(wide.mask_embedding[:, None], head.mask_embedding[:, None])
         if carried:
             wide.mask_embedding[head.width] = standin.constant
+
+
+def _fill_spark(wide: Any, head: SparkHead) -> None:
+    """What corrects logits: of the large model's further tokens nothing is known, or drafted."""
+    rank, inner, outer = head.config.rank, head.width, wide.width
+    slot_first = _ranges([(0, 0)], inner)  # the slot, then the token's embedding
+    to, of = slot_first
+    both = torch.cat([to, outer + torch.arange(rank)]), torch.cat([of, inner + torch.arange(rank)])
+    if head.markov_head is not None:
+        large, small = wide.markov_head, head.markov_head
+        _place(large.markov_w1.weight, small.markov_w1.weight)
+        _fill(large.markov_w2, small.markov_w2)
+        if head.config.markov == "gated":
+            _fill(large.gate_proj, small.gate_proj, None, both)
+        if head.config.markov == "rnn":  # state and embedding come first
+            _fill(large.joint_proj, small.joint_proj, None, _first(2 * rank + inner))
+    if head.confidence_head is not None:
+        columns = both if head.config.confidence_markov else slot_first
+        _fill(wide.confidence_head.proj, head.confidence_head.proj, None, columns)
 
 
 # Medusa

@@ -10,7 +10,8 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from specdec.models.load import Models, load_model, zoo_path
-from tests.heads.made import dflash, eagle_of, medusa
+from tests.heads.blocks import dflash
+from tests.heads.made import eagle_of, medusa
 from tests.models.tiny import disturbed, save, tiny
 from tests.running import QUICK, ROOT, SHARED, jobs, lines, outputs, summary_of
 
@@ -38,10 +39,11 @@ def needed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str
             folder = tmp_path_factory.mktemp("heads")
             medusa(folder, SimpleNamespace(config=config), heads=8)
             return [f"drafter.path={folder}"]
-        if drafter == "dflash":
+        if drafter in ("dflash", "dspark"):
             folder = tmp_path_factory.mktemp("heads")
             model = load_model("zoo:target").model
-            dflash(folder, model, layout="speculators", slots=9)
+            markov = "gated" if drafter == "dspark" else ""
+            dflash(folder, model, layout="speculators", slots=9, markov=markov)
             return [f"drafter.path={folder}"]
         if drafter == "eagle":
             folder = tmp_path_factory.mktemp("heads")

@@ -23,7 +23,8 @@ from specdec.models.placement import Placement
 from specdec.protocols import DraftError, StepContext
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
-from tests.heads.made import dflash, eagle_of, medusa
+from tests.heads.blocks import dflash
+from tests.heads.made import eagle_of, medusa
 
 NAMES = sorted(path.stem for path in Path(CONFIGS, "drafter").glob("*.yaml"))
 DRAFTING = [name for name in NAMES if name != "none"]
@@ -35,6 +36,7 @@ MANY = {  # with many candidates; so few of them that all draws of two can be en
     **dict.fromkeys(
         (
             "dflash",
+            "dspark",
             "early_exit",
             "eagle",
             "eagle3",
@@ -83,6 +85,7 @@ def heads(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = models.load(contract.TARGET)
     medusa(folder / "medusa", target.model, heads=4)
     dflash(folder / "dflash", target.model, layout="speculators")
+    dflash(folder / "dspark", target.model, layout="speculators", markov="rnn")
     eagle_of(folder / "eagle", target)
     return folder
 
@@ -96,7 +99,7 @@ def make(name: str, datastore: Path, heads: Path) -> contract.Make:
         words.append(f"drafter.mode={mode}")
     if name == "rest":
         words.append(f"drafter.datastore={datastore}")
-    if name in ("dflash", "eagle", "medusa"):
+    if name in ("dflash", "dspark", "eagle", "medusa"):
         words.append(f"drafter.path={heads / name}")
     if name == "user":
         words.append(f"drafter._target_={__name__}.echo")

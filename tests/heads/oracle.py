@@ -219,6 +219,26 @@ def dflash(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def dspark(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
+    """[VD] logits after the path, of DSpark, whose every token corrects what follows it."""
+    w, name = facts.tensors, "markov_head"
+    slots = block(facts, states, tokens)
+    if "shifted" not in facts.flags:
+        slots = slots[1:]
+    state = torch.zeros(w[f"{name}.markov_w1.weight"].shape[1]).double()
+    for place, token in enumerate([tokens[-1], *path]):
+        e, h = w[f"{name}.markov_w1.weight"][token], slots[place]
+        if f"{name}.gate_proj.weight" in w:
+            z = w[f"{name}.gate_proj.weight"] @ torch.cat([h, e]) + w[f"{name}.gate_proj.bias"]
+            e = z.sigmoid() * e
+        if f"{name}.joint_proj.weight" in w:
+            z = w[f"{name}.joint_proj.weight"] @ torch.cat([state, e, h])
+            gate, new, out = (z + w[f"{name}.joint_proj.bias"]).chunk(3)
+            state = gate.sigmoid() * state + (1 - gate.sigmoid()) * new.tanh()
+            e = out.tanh()
+    return facts.output @ slots[len(path)] + w[f"{name}.markov_w2.weight"] @ e
+
+
 def medusa(
     w: Mapping[str, Tensor], state: Tensor, output: Tensor, blocks: tuple[str, ...], last: str
 ) -> Tensor:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from specdec.drafters.compose import Compose
 from specdec.drafters.dflash import DFlash
+from specdec.drafters.dspark import DSpark
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
@@ -19,8 +20,9 @@ from specdec.drafters.trees.static import Static
 from specdec.heads.formats import levels_of, load_head
 from specdec.models.paged import PagedLM
 from tests.decoding import decoder_of, loaded, outputs_of
-from tests.heads import made
-from tests.models.tiny import texts, tiny
+from tests.heads import blocks, oracle
+from tests.heads.test_formats import states_of
+from tests.models.tiny import own_attention, texts, tiny
 
 FILE = "model.safetensors"
 
@@ -38,7 +40,7 @@ def edited(folder: Path, **config: Any) -> None:
 
 
 def test_the_start_of_a_run_says_what_was_read(target: PagedLM, tmp_path: Path) -> None:
-    made.dflash(tmp_path, target.model, own_mask="dict")
+    blocks.dflash(tmp_path, target.model, own_mask="dict")
     head: Any = load_head(str(tmp_path), target, kinds=("dflash",))
     lent = ("embed_tokens.weight", "lm_head.weight")
     own = sum(p.numel() for name, p in head.named_parameters() if name not in lent)
@@ -55,7 +57,7 @@ def test_the_start_of_a_run_says_what_was_read(target: PagedLM, tmp_path: Path) 
 
 @pytest.mark.parametrize("layout", ["z-lab", "jetspec", "deepspec", "speculators"])
 def test_layouts_are_told_apart(layout: str, target: PagedLM, tmp_path: Path) -> None:
-    made.dflash(tmp_path, target.model, layout=layout)
+    blocks.dflash(tmp_path, target.model, layout=layout)
     head: Any = load_head(str(tmp_path), target, kinds=("dflash",))
     names = {"jetspec": "JetSpec", "deepspec": "DeepSpec"}
     assert str(head.description).startswith(f"DFlash of {names.get(layout, layout)}: ")
@@ -69,7 +71,7 @@ def test_layouts_are_told_apart(layout: str, target: PagedLM, tmp_path: Path) ->
 def test_states_that_nobody_names_are_spread(
     layers: int, taps: tuple[int, ...], target: PagedLM, tmp_path: Path
 ) -> None:
-    made.dflash(tmp_path, target.model, layers=layers, taps=taps)
+    blocks.dflash(tmp_path, target.model, layers=layers, taps=taps)
     edited(tmp_path, dflash_config={"mask_token_id": 5})
     head: Any = load_head(str(tmp_path), target, kinds=("dflash",))
     assert head.config.taps == taps
@@ -79,10 +81,10 @@ def test_a_mask_that_was_never_trained_is_said(tmp_path: Path) -> None:
     model = tiny("llama", num_hidden_layers=8)
     model.get_input_embeddings().weight.data[5] = 1e-6
     target = PagedLM(model, name="target.path=tiny")
-    made.dflash(tmp_path, model)
+    blocks.dflash(tmp_path, model)
     head: Any = load_head(str(tmp_path), target, kinds=("dflash",))
     assert "whose mask token 5 has an embedding of about zero" in head.description
-    made.dflash(tmp_path, model, own_mask="tensor")
+    blocks.dflash(tmp_path, model, own_mask="tensor")
     head = load_head(str(tmp_path), target, kinds=("dflash",))
     assert "about zero" not in head.description
 
@@ -157,7 +159,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_what_does_not_fit_is_refused_in_one_line(
     damage: Callable[[Path], None], message: str, target: PagedLM, tmp_path: Path
 ) -> None:
-    made.dflash(tmp_path, target.model)
+    blocks.dflash(tmp_path, target.model)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
         load_head(str(tmp_path), target, kinds=("dflash",))
@@ -165,15 +167,80 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert str(error.value).startswith("drafter.path=")
 
 
+def test_a_correction_of_another_kind_is_refused(target: PagedLM, tmp_path: Path) -> None:
+    blocks.dflash(tmp_path, target.model, layout="deepspec", markov="vanilla")
+    edited(tmp_path, markov_head_type="table")
+    with pytest.raises(ValueError, match="markov_head_type=table, which is none of vanilla"):
+        load_head(str(tmp_path), target, kinds=("dspark",))
+    edited(tmp_path, markov_head_type="gated")
+    with pytest.raises(ValueError, match=r"has no markov_head\.gate_proj\.bias \(and 1 more\)"):
+        load_head(str(tmp_path), target, kinds=("dspark",))
+    without("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")(tmp_path)
+    edited(tmp_path, markov_head_type="vanilla")
+    with pytest.raises(ValueError, match=r"has no markov_head\.markov_w1\.weight \(and 1 more\)"):
+        load_head(str(tmp_path), target, kinds=("dspark",))
+    with pytest.raises(ValueError, match=r"of kind dspark \(DSpark of DeepSpec\).*drafter=dspark"):
+        load_head(str(tmp_path), target, kinds=("dflash",))
+
+
+def test_confidence_needs_its_head_and_the_most_probable_children(
+    target: PagedLM, tmp_path: Path
+) -> None:
+    blocks.dflash(tmp_path, target.model, layout="deepspec", markov="vanilla")
+    drafter = DSpark(path=str(tmp_path), confidence=True)
+    with pytest.raises(ValueError, match=r"^drafter\.confidence=true: .* has no confidence head"):
+        loaded(drafter, target)
+    with pytest.raises(ValueError, match=r"^tree\.children=sample: with drafter\.confidence=true"):
+        drafter.check(Static(widths=[1], children="sample"))
+
+
+@pytest.mark.parametrize("reads", ["slot", "both"])
+def test_confidence_is_a_factor_of_probabilities(
+    reads: str, target: PagedLM, tmp_path: Path
+) -> None:
+    facts = blocks.dflash(
+        tmp_path, target.model, layout="deepspec", markov="vanilla", confidence=reads
+    )
+    every = []
+    for confidence in (False, True):
+        decoder = decoder_of(
+            target, DSpark(path=str(tmp_path), confidence=confidence), Static(widths=[2, 2])
+        )
+        found: list[Any] = []
+        accept = decoder.rule.accept
+
+        def noting(
+            context: Any, tree: Any, logits: Any, kept: Any = found, accept: Any = accept
+        ) -> Any:
+            kept.append(tree)
+            return accept(context, tree, logits)
+
+        decoder.rule.accept = noting  # type: ignore[method-assign]
+        outputs_of(decoder, [texts()[0]], 1)
+        every.append(found[0])
+    plain, sure = every
+    assert plain.tokens.equal(sure.tokens)
+    states = states_of(own_attention(target.model), texts()[0], facts.taps)
+    slots = oracle.block(facts, states, texts()[0])
+    w = facts.tensors
+    for node, level in enumerate((0, 1, 1)):
+        token = int(plain.tokens[0, node])
+        inputs = [slots[level], w["markov_head.markov_w1.weight"][token]]
+        read = torch.cat(inputs if reads == "both" else inputs[:1])
+        logit = w["confidence_head.proj.weight"][0] @ read + w["confidence_head.proj.bias"][0]
+        share = sure.proposal.probs[0, node] / plain.proposal.probs[0, node]
+        torch.testing.assert_close(share.double(), logit.sigmoid().expand(2), rtol=1e-4, atol=1e-6)
+
+
 def test_fewer_tokens_need_an_output_head(target: PagedLM, tmp_path: Path) -> None:
-    made.dflash(tmp_path, target.model, layout="speculators", named=40)
+    blocks.dflash(tmp_path, target.model, layout="speculators", named=40)
     without("lm_head.weight")(tmp_path)
     with pytest.raises(ValueError, match=r"has no lm_head\.weight"):
         load_head(str(tmp_path), target, kinds=("dflash",))
 
 
 def test_trees_deeper_than_a_block_are_refused(target: PagedLM, tmp_path: Path) -> None:
-    made.dflash(tmp_path, target.model)
+    blocks.dflash(tmp_path, target.model)
     deep = Static(widths=[1] * 6)
     said = r"^drafter\.path=.*: drafts at most 5 levels, those of a block, and the tree has 6"
     with pytest.raises(ValueError, match=said):
@@ -193,13 +260,13 @@ def test_trees_deeper_than_a_block_are_refused(target: PagedLM, tmp_path: Path) 
 def test_a_causal_block_has_as_many_slots_as_it_needs(
     layout: str, target: PagedLM, tmp_path: Path
 ) -> None:
-    made.dflash(tmp_path, target.model, layout=layout)
+    blocks.dflash(tmp_path, target.model, layout=layout)
     drafter: Any = loaded(DFlash(path=str(tmp_path)), target)
     assert drafter.model.head.config.slots(2) == (3 if layout == "jetspec" else 6)
 
 
 def test_it_drafts_in_company(target: PagedLM, tmp_path: Path) -> None:
-    made.dflash(tmp_path, target.model)
+    blocks.dflash(tmp_path, target.model)
     prompts = [*texts(), texts()[0][:1]]
     plain = outputs_of(decoder_of(target, NoDrafter()), prompts, 12)
     parts = {"ngram": NGram(), "head": DFlash(path=str(tmp_path))}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.dflash import DFlash
+from specdec.drafters.dspark import DSpark
 from specdec.drafters.eagle import Eagle, Eagle1, Eagle3
 from specdec.drafters.medusa import Medusa
 from specdec.drafters.trees.dynamic import Dynamic
@@ -19,7 +20,7 @@ from specdec.drafters.trees.static import Static
 from specdec.models.paged import PagedLM
 from specdec.verifier.synthetic import Synthetic
 from tests.decoding import decoder_of, requests_of
-from tests.heads import made, oracle
+from tests.heads import blocks, made, oracle
 from tests.heads.test_formats import states_of
 from tests.heads.test_medusa_files import own_layout
 from tests.models.tiny import VOCABULARY, own_attention, texts, tiny
@@ -213,10 +214,19 @@ BLOCKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+SPARKS: dict[str, dict[str, Any]] = {
+    "deepspec": {"layout": "deepspec", "markov": "vanilla"},
+    "deepspec, gated": {"layout": "deepspec", "markov": "gated", "confidence": "both"},
+    "deepspec, rnn": {"layout": "deepspec", "markov": "rnn", "slots": 4},
+    "specforge": {"markov": "vanilla", "confidence": "slot"},
+    "speculators, rnn": {"layout": "speculators", "named": 40, "markov": "rnn"},
+}
+
+
 def block_facts(folder: Path, target: PagedLM, case: str) -> oracle.Facts:
     """Of a DFlash head that is written."""
     options, how = BLOCKS[case]
-    facts = made.dflash(folder, target.model, **options)
+    facts = blocks.dflash(folder, target.model, **options)
     flags = facts.flags | ({"shifted"} if how.get("shifted") else set())
     return replace(facts, block={**facts.block, **how}, flags=flags)
 
@@ -230,6 +240,19 @@ def test_so_are_those_of_blocks(case: str, tree: str, target: PagedLM, tmp_path:
     watcher = watched(target, drafter, facts, partial(oracle.dflash, facts), tree)
     assert watcher.worst < TOLERANCE
     assert drafter.head.config.taps == facts.taps
+
+
+@pytest.mark.some(5)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("case", SPARKS)
+def test_so_are_those_that_parents_correct(
+    case: str, tree: str, target: PagedLM, tmp_path: Path
+) -> None:
+    facts = blocks.dflash(tmp_path, target.model, **SPARKS[case])
+    drafter = DSpark(path=str(tmp_path))
+    watcher = watched(target, drafter, facts, partial(oracle.dspark, facts), tree)
+    assert watcher.worst < TOLERANCE
+    assert drafter.notes["drafter.path"].startswith("DSpark of ")
 
 
 class Late(DFlash):

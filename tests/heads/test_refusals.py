@@ -181,7 +181,6 @@ FOREIGN = {
     "MTP layers of DeepSeek": ["model.layers.61.eh_proj.weight"],
     "a P-EAGLE head": ["layers.0.hidden_norm.weight", "fc.weight", "mask_hidden"],
     "a DFlash 2 head": ["hidden_norm.weight", "candidate_selector.successor_codebook"],
-    "a DSpark head": ["hidden_norm.weight", "markov_head.markov_w1.weight"],
     "a Domino head": ["hidden_norm.weight", "prefix_gru.weight_ih_l0"],
     "a Hydra head": ["hydra_mlp.0.0.linear.weight", "hydra_lm_head.0.weight"],
     "an MLP speculator": ["emb.0.weight", "proj.0.weight"],
@@ -199,7 +198,7 @@ def test_heads_that_are_not_read_are_named(kind: str, target: PagedLM, tmp_path:
     refused(tmp_path, target, f"holds {what}, which is not read; heads of EAGLE")
 
 
-@pytest.mark.parametrize("kind", ["mtp", "peagle", "dflash2", "dspark"])
+@pytest.mark.parametrize("kind", ["mtp", "peagle", "dflash2"])
 def test_heads_that_are_not_read_are_known_by_their_wrapper(
     kind: str, target: PagedLM, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ head feeds back to itself grows, and its rounding with it."""
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.dflash import DFlash
+from specdec.drafters.dspark import DSpark
 from specdec.drafters.eagle import Eagle1, Eagle3
 from specdec.drafters.medusa import Medusa
 from specdec.drafters.trees.dynamic import Dynamic
@@ -21,7 +23,7 @@ from specdec.models.standin import Shape, Widening, standin
 from specdec.protocols import Drafter
 from specdec.verifier.synthetic import Synthetic
 from tests.decoding import decoder_of, loaded, requests_of
-from tests.heads import made
+from tests.heads import blocks, made
 from tests.models.tiny import save, texts, tiny
 
 NEW = 12
@@ -44,20 +46,31 @@ def all_flags(folder: Path, model: Any) -> None:
 
 def scaled_block(folder: Path, model: Any) -> None:
     inner = {"input_embedding_scale": 1.5}
-    made.dflash(folder, model, own_mask="dict", inner=inner, sliding=(1,), bias="qkvo")
+    blocks.dflash(folder, model, own_mask="dict", inner=inner, sliding=(1,), bias="qkvo")
 
 
 def trimmed_block(folder: Path, model: Any) -> None:
-    made.dflash(folder, model, layout="speculators", named=40, taps=(2, 7))
+    blocks.dflash(folder, model, layout="speculators", named=40, taps=(2, 7))
 
 
-HEADS: dict[str, tuple[type[Any], Write, bool]] = {
+def recurrent_spark(folder: Path, model: Any) -> None:
+    blocks.dflash(folder, model, layout="deepspec", markov="rnn", confidence="both")
+
+
+def gated_spark(folder: Path, model: Any) -> None:
+    blocks.dflash(folder, model, layout="speculators", named=40, markov="gated", taps=(2, 7))
+
+
+HEADS: dict[str, tuple[Any, Write, bool]] = {
     "eagle3": (Eagle3, made.eagle3, False),
     "eagle3, all flags, sampled": (Eagle3, all_flags, True),
     "eagle": (Eagle1, made.eagle, False),
     "medusa, sampled": (Medusa, made.medusa, True),
-    "dflash": (DFlash, made.dflash, False),
+    "dflash": (DFlash, blocks.dflash, False),
     "dflash, scaled, sampled": (DFlash, scaled_block, True),
+    "dspark, rnn, sampled": (DSpark, recurrent_spark, True),
+    "dspark, gated, trimmed": (DSpark, gated_spark, False),
+    "dspark, confidence": (partial(DSpark, confidence=True), recurrent_spark, False),
     "dflash, trimmed": (DFlash, trimmed_block, False),
 }
 

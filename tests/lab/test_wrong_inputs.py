@@ -20,6 +20,7 @@ from specdec.lab.setup import general_of, record_of, target_of, tracker_of
 COUNT, SOON = 150, 5.0
 NEEDED = {
     "dflash": "drafter.path=heads",
+    "dspark": "drafter.path=heads",
     "eagle": "drafter.path=heads",
     "medusa": "drafter.path=heads",
     "rest": "drafter.datastore=store",
