@@ -125,7 +125,7 @@ def launches(kind: str, x: Tensor, weight: Tensor) -> Iterator[Any]:
         gated=gated,
         exact=True,
     )
-    halves, tile = (2 if gated else 1), padded_rows(len(x))
+    halves, tile = (2 if gated else 1), padded_rows(len(x), gated=gated)
     for rows, columns, warps in product((64, 128, 256), (64, 128), (4, 8)):
         lines = halves * rows + tile
         stages = min(RING // (lines * columns * x.itemsize), 10)

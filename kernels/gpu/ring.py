@@ -68,7 +68,7 @@ def ring_kernel(
     gdc_wait()
     for slot in gl.static_range(STAGES):
         k = begin + slot * BLOCK_K
-        load(x_desc, [first_x, k], barriers.index(slot), inputs.index(slot), pred=k < end)
+        _x(x_desc, inputs, barriers, first_x, rows, k, slot, k < end)
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -89,7 +89,7 @@ def ring_kernel(
         ahead = begin + (step + STAGES - 1) * BLOCK_K
         more = (step > 0) & (ahead < end)
         _weight(weight_desc, weights, barriers, inputs, first, ahead, freed, more, HALVES, WIDTH)
-        load(x_desc, [first_x, ahead], barriers.index(freed), inputs.index(freed), pred=more)
+        _x(x_desc, inputs, barriers, first_x, rows, ahead, freed, more)
     if WITH_GATE:
         acc, up = warpgroup_mma_wait(num_outstanding=0, deps=(acc, up))
         acc = acc.to(out_ptr.dtype.element_ty).to(gl.float32)
@@ -136,3 +136,14 @@ def _weight(
             weights.index(slot * HALVES + half),
             pred=wanted,
         )
+
+
+@gluon.jit
+def _x(x_desc, inputs, barriers, first, rows, k, slot, wanted):
+    """Send for a tile of x, box by box. In place of one that lies outside of x, which would be
+    slow to come and which nobody asks for, the first rows come again."""
+    BOX: gl.constexpr = x_desc.block_type.shape[0]
+    for box in gl.static_range(inputs.shape[1] // BOX):
+        row = first + box * BOX
+        place = inputs.index(slot).slice(box * BOX, BOX, dim=0)
+        load(x_desc, [gl.where(row < rows, row, 0), k], barriers.index(slot), place, pred=wanted)

@@ -9,8 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-STREAM_ROWS = 64  # of x; beyond, products are bound by arithmetic and cuBLAS is as good
+STREAM_ROWS = 64  # of x; beyond, cuBLAS is as good for most weights
+WIDE_ROWS = range(96, 129)  # for which it is not for some
 TILE_ROWS = 256  # of x to a program, at most
+GATED_TILE_ROWS = 128  # with a gate, whose sums take registers too
 SPLIT_COLUMNS = 128  # columns of a split are a multiple of these
 PROGRAMS = 132  # about as many as a GPU has multiprocessors
 RING = 200 * 1024  # bytes of shared memory for tiles on their way to one multiprocessor
@@ -45,6 +47,7 @@ MANY_ROWS = Stream(rows=128, columns=128, warps=8, stages=4)
 GATED = Stream(rows=64, columns=128, stages=5)
 GATED_MANY_ROWS = Stream(rows=64, columns=128, stages=2)
 GATED_SMALL = Stream(rows=64, columns=64, stages=10)
+GATED_WIDE = Stream(rows=64, columns=64, stages=6)
 WIDE = Stream(rows=64, columns=64, stages=8)
 WIDE_WHOLE = Stream(rows=128, columns=64, warps=8, stages=8)
 
@@ -72,7 +75,7 @@ def choose_stream(
     if dtype == torch.float32:  # no tensor cores: exactness is the point, not speed
         return replace(EXACT, rows=EXACT.rows // 2) if gated else EXACT
     if rows > STREAM_ROWS:
-        stream = WIDE_WHOLE if whole else WIDE
+        stream = GATED_WIDE if gated else WIDE_WHOLE if whole else WIDE
     elif gated:
         few = GATED if rows <= 16 else GATED_MANY_ROWS
         stream = few if outputs >= PROGRAMS * GATED.rows else GATED_SMALL
@@ -80,13 +83,13 @@ def choose_stream(
         stream = MANY_ROWS if whole and rows > 16 else FEW_ROWS
     splits, together = 1, 1  # programs to a multiprocessor
     if rows > STREAM_ROWS:
-        splits = 1 if whole else _splits(outputs, inputs, crowded=True)[0]
+        splits = 1 if whole or gated else _splits(outputs, inputs, crowded=True)[0]
     elif whole or stream is GATED_MANY_ROWS:  # one starts while the other is at work
         together = 2
     elif not gated:
         splits, together = _splits(outputs, inputs, crowded=exact or rows <= 16)
     room = RING // together
-    lines = (2 if gated else 1) * stream.rows + padded_rows(rows)
+    lines = (2 if gated else 1) * stream.rows + padded_rows(rows, gated=gated)
     stages = min(stream.stages, room // (lines * stream.columns * dtype.itemsize))
     steps = triton.cdiv(triton.cdiv(inputs, splits), stream.columns)
     return replace(stream, splits=splits, stages=max(2, min(stages, steps)))
@@ -109,9 +112,18 @@ def _splits(outputs: int, inputs: int, crowded: bool) -> tuple[int, int]:
     return splits, 1
 
 
-def padded_rows(rows: int) -> int:
+def padded_rows(rows: int, *, gated: bool = False) -> int:
     """Columns of the tile that holds x, transposed."""
-    return min(max(16, triton.next_power_of_2(rows)), TILE_ROWS)
+    return min(max(16, triton.next_power_of_2(rows)), GATED_TILE_ROWS if gated else TILE_ROWS)
+
+
+def box_rows(rows: int, tile: int) -> int:
+    """Rows of a tile of x that the bulk copy engine reads at once, of which the last may lie
+    beyond x: those come slower than what is there, and many boxes wait for each other."""
+    rest = rows % tile or tile  # rows of the last tile
+    if tile <= STREAM_ROWS or rest > 3 * tile // 4:
+        return tile
+    return tile // 2 if rest <= tile // 2 else tile // 4
 
 
 @triton.jit(do_not_specialize=["rows", "x_tiles"])

@@ -17,7 +17,7 @@ from specdec.kernels.gpu.linear import _chunks
 from specdec.models.load import zoo_path
 from tests.kernels.attention_cases import BF16, FP16, FP32, ON_GPU, QUANTISED, same
 from tests.kernels.exact_cases import plant
-from tests.kernels.memory import DEVICE, bits, poisoned_allocations
+from tests.kernels.memory import DEVICE, poisoned_allocations
 
 pytestmark = pytest.mark.usefixtures("ordered_products")
 TYPES = [BF16, FP16, FP32] if ON_GPU else [BF16, FP32]
@@ -146,13 +146,10 @@ def test_the_schedule_follows_from_the_weight(model: str) -> None:
         (hidden, gate, ""),
         (2 * gate, hidden, "gated"),
         (words, hidden, "whole"),
-        (2 * gate, hidden, "whole"),  # many rows of the gated product
     }
     for outputs, inputs, kind in weights:
         divisions = set()
         for rows in ROWS:
-            if kind == "gated" and rows > stream.STREAM_ROWS:
-                continue
             blocks = stream.choose_stream(
                 rows=rows,
                 outputs=outputs,
@@ -165,7 +162,8 @@ def test_the_schedule_follows_from_the_weight(model: str) -> None:
             columns, splits = _chunks(inputs, blocks)
             divisions.add((blocks.splits, columns, splits))
             assert columns % blocks.columns == 0
-            lines = (2 if kind == "gated" else 1) * blocks.rows + stream.padded_rows(rows)
+            gated = kind == "gated"
+            lines = (1 + gated) * blocks.rows + stream.padded_rows(rows, gated=gated)
             assert blocks.stages * lines * blocks.columns * 2 <= stream.RING
         assert len(divisions) == 1, (outputs, inputs, kind)
         if kind:
@@ -233,11 +231,3 @@ def test_sums_and_norms_of_rows(dtype: torch.dtype, hidden: int, splits: int) ->
         part = None if parts is None else parts[:, one].contiguous()
         single = exact.add_norm(residual[one], part, weight, 1e-5, bias)
         assert all(same(a, b[one]) for a, b in zip(single, together, strict=True))
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_gates_beside_and_within_a_product(dtype: torch.dtype) -> None:
-    """Many rows are gated by a kernel of their own: the same bits."""
-    x, weight = normal(65, 64, dtype=dtype), normal(32, 64, dtype=dtype)
-    many, few = exact.gated_linear(x, weight), exact.gated_linear(x[:64], weight)
-    assert torch.equal(bits(many[:64]), bits(few))
