@@ -8,7 +8,9 @@ Prompts are the first ones of each set (of each category of Spec-Bench); the sto
 ignored, so that all outputs have the same length. `budgets` gives every drafter trees of at most
 the same number of nodes. `speed` gives each the trees that suit it; its methods take turns prompt
 by prompt, and the figure is that of decoding: the time of all steps, prefill left out, by device
-events on a GPU. `early_exit anew` is an ablation: the same trees, verified from the first layer.
+events on a GPU. `wide` does so with trees of 32 to 255 nodes of drafters that are models; `texts`
+with one tree each, to compare texts alone. `early_exit anew` is an ablation: the same trees,
+verified from the first layer.
 Online state is that of the drafter's YAML: prompts come in the order of the file, and drafters
 that never forget learn from those before. At temperature 0 outputs are compared with those of
 plain decoding, and divergences explained as in `specdec.lab.lossless`. The file is written anew
@@ -59,6 +61,7 @@ SAMPLED = {
     127: (tree("static", 5, 3, 2, 1, 1), tree("static", 8, 3, 2)),
     255: (tree("static", 6, 3, 2, 2, 1), tree("static", 8, 4, 3)),
 }
+WIDE_BUDGETS = 32, 64, 127, 255
 CHAIN, LONG = tree("chain", 4), tree("chain", 16)
 WIDE, DEEP = tree("dynamic", 63, 8, 8), tree("dynamic", 32, 4, 12)
 LAYERS = tree("dynamic", 24, 6, 3), tree("dynamic", 48, 8, 4)
@@ -102,7 +105,7 @@ MODEL_DEPTH = 8  # of the model in a composition
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    grid: Literal["budgets", "speed", "texts"] = option(about="what is compared")
+    grid: Literal["budgets", "speed", "texts", "wide"] = option(about="what is compared")
     other_draft: str | None = option(None, "as draft, with another tokenizer; for translated")
     datastore: Path | None = option(None, "folder; for rest")
     exit_layer: int | None = option(None, "of early_exit")
@@ -160,6 +163,11 @@ def methods(
         for shape in FAST[drafter][bool(temperature)][:1] if drafter not in TIMED else ():
             yield 0, shape + children
         return
+    if grid == "wide":
+        for budget in WIDE_BUDGETS if drafter in MODELS else ():
+            for shape in SAMPLED[budget] if sampled else (DYNAMIC[budget],):
+                yield budget, shape + children
+        return
     if grid == "speed":
         for shape in (SMALL if batch >= LARGE else FAST[drafter])[bool(temperature)]:
             yield 0, shape + children
@@ -200,7 +208,7 @@ def work(options: Options) -> None:
             plain="" if temperature else next(iter(ways)),
         )
         # At equal budgets one method after the other, else all in turns.
-        (study.in_turns if options.grid == "speed" else study.one_by_one)(ways)
+        (study.in_turns if options.grid in ("speed", "wide") else study.one_by_one)(ways)
     show((drafter_lengths if options.grid == "budgets" else drafter_speed)(result))
 
 
