@@ -109,7 +109,7 @@ def drafter_speed(*results: Result, files: Sequence[str] = ("drafter_speed",)) -
     heads = ["batch"] if several else []
     heads += ["T", "drafter", "tokens/s", "accepted length", "over `none`", *groups]
     lines += table([*heads, "identical", "explained"], rows)
-    return "\n".join([*lines, *_resumed(first)])
+    return "\n".join([*lines, *_resumed(first), *_whatever_the_batch(results)])
 
 
 def _speeds(result: Result, groups: Mapping[str, list[str]]) -> Iterator[list[str]]:
@@ -139,6 +139,21 @@ def _speeds(result: Result, groups: Mapping[str, list[str]]) -> Iterator[list[st
                 f"{checked['identical']} of {checked['checked']}" if checked["checked"] else "",
                 f"{explained} of {len(checked['divergences'])}" if checked["divergences"] else "",
             ]
+
+
+def _whatever_the_batch(results: Sequence[Result]) -> list[str]:
+    """Whether texts are the same in every batch, where results keep hashes of them."""
+    texts: dict[tuple[str, str, str], list[str]] = {}
+    for result in results:
+        for name, part in result["parts"].items():
+            for method, entry in part.items():
+                for prompt, taken in entry["prompts"].items():
+                    if "text" in taken:
+                        texts.setdefault((name, method, prompt), []).append(taken["text"])
+    several = [found for found in texts.values() if len(found) > 1]
+    equal = sum(len(set(found)) == 1 for found in several)
+    said = f"Texts equal in all batches they were decoded in: {equal} of {len(several)}."
+    return ["", said] if several else []
 
 
 def _resumed(result: Result) -> list[str]:

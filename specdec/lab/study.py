@@ -34,8 +34,8 @@ NOTHING_COMPARED: Entry = {"checked": 0, "left_out": 0, "identical": 0, "diverge
 
 
 def spend(new: int) -> Turn:
-    """A turn that decodes and writes what each prompt took: tokens, steps and the seconds of all
-    steps, prefill left out; and verbs and sources of all prompts."""
+    """A turn that decodes and writes what each prompt took: tokens, a hash of them, steps and the
+    seconds of all steps, prefill left out; and verbs and sources of all prompts."""
 
     def turn(session: Session, batch: Sequence[Asked], entry: Entry) -> Decoded:
         done = session.decode(batch, new)
@@ -46,7 +46,12 @@ def spend(new: int) -> Turn:
         spent = sum(seconds for verb, seconds in done.verbs.items() if verb != "prefill")
         for asked, output, steps in zip(batch, done.outputs, done.passes, strict=True):
             seconds = spent / len(batch)
-            prompts[asked.name] = {"tokens": len(output), "steps": steps, "seconds": seconds}
+            prompts[asked.name] = {
+                "tokens": len(output),
+                "text": digest(output),
+                "steps": steps,
+                "seconds": seconds,
+            }
         add(verbs, done.verbs)
         for name, total in by_source(map(step_record, done.steps)).items():
             drafted, accepted = sources.get(name, (0, 0))

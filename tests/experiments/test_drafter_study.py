@@ -135,7 +135,7 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
         (["grid=speed"], "no prompts: give a file for one of"),
         (["grid=speed", "humaneval=x", "drafters=rest"], "drafters=rest: needs datastore"),
         (["grid=speed", "humaneval=x", "drafters=nobody"], "drafters=nobody: there are"),
-        (["grid=none", "humaneval=x"], "grid=none: must be 'budgets', 'speed' or 'texts'"),
+        (["grid=none", "humaneval=x"], "grid=none: must be 'budgets', 'speed', 'texts' or 'wide'"),
     ],
 )
 def test_mistakes_are_named(
@@ -172,6 +172,12 @@ def test_results_of_several_batches_make_one_table() -> None:
         ("| 8", "4", "2.00 (2.00 to 2.00)"),
     ]
     assert "translated" not in page
+    assert "equal in all batches" not in page
+    for file in (one, eight):
+        taken = file["parts"]["T=0"]["head: chain 4"]["prompts"]
+        taken["a"]["text"], taken["b"]["text"] = "same", str(file["settings"]["batch"])
+    page = tables.drafter_speed(one, eight, files=("one", "eight"))
+    assert page.endswith("Texts equal in all batches they were decoded in: 1 of 2.")
     assert "| T | drafter |" in tables.drafter_speed(one)
     one["sets"] = {"humaneval": ["a"], "gsm8k": ["b"]}
     assert "gsm8k" not in tables.drafter_speed(one), "a column of one prompt says little"
