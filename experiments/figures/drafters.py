@@ -109,7 +109,50 @@ def drafter_speed(*results: Result, files: Sequence[str] = ("drafter_speed",)) -
     heads = ["batch"] if several else []
     heads += ["T", "drafter", "tokens/s", "accepted length", "over `none`", *groups]
     lines += table([*heads, "identical", "explained"], rows)
-    return "\n".join([*lines, *_resumed(first), *_whatever_the_batch(results)])
+    return "\n".join([*lines, *_resumed(first)])
+
+
+def drafter_texts(*results: Result, files: Sequence[str] = ("exact_texts",)) -> str:
+    """The table of `drafters.py grid=texts`: how many texts are those of plain decoding, and how
+    many are the same whatever the batch. Several results are of other batches or temperatures."""
+    first = results[0]
+    rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for result in results:
+        for name, part in result["parts"].items():
+            for method, entry in part.items():
+                key = name.removeprefix("T="), method
+                rows.setdefault(key, {})[result["settings"]["batch"]] = entry
+    batches = sorted({result["settings"]["batch"] for result in results})
+    lines = []
+    for (temperature, method), entries in rows.items():
+        texts: dict[str, list[str]] = {}
+        for entry in entries.values():
+            for prompt, taken in entry["prompts"].items():
+                texts.setdefault(prompt, []).append(taken["text"])
+        several = [found for found in texts.values() if len(found) > 1]
+        cells = [entries[batch]["agreement"] if batch in entries else {} for batch in batches]
+        lines.append(
+            [
+                temperature,
+                f"`{method.replace(':', '`:')}",
+                *(
+                    f"{c['identical']} of {c['checked']}" if c.get("checked") else ""
+                    for c in cells
+                ),
+                f"{sum(len(set(one)) == 1 for one in several)} of {len(several)}",
+            ]
+        )
+    heads = ["T", "drafter", *(f"as `none`, batch {batch}" for batch in batches)]
+    return "\n".join(
+        [
+            f"Texts of exact mode, `{first['settings']['target']}` in {first['settings']['dtype']} "
+            f"on one {device(first)}, {first['settings']['tokens']} new tokens each, and how many "
+            f"are those of `none`; last, of those decoded in several batches, how many are the "
+            f"same in all ({'; '.join(map(source, results, files))}):",
+            "",
+            *table([*heads, "whatever the batch"], lines),
+        ]
+    )
 
 
 def _speeds(result: Result, groups: Mapping[str, list[str]]) -> Iterator[list[str]]:
@@ -139,21 +182,6 @@ def _speeds(result: Result, groups: Mapping[str, list[str]]) -> Iterator[list[st
                 f"{checked['identical']} of {checked['checked']}" if checked["checked"] else "",
                 f"{explained} of {len(checked['divergences'])}" if checked["divergences"] else "",
             ]
-
-
-def _whatever_the_batch(results: Sequence[Result]) -> list[str]:
-    """Whether texts are the same in every batch, where results keep hashes of them."""
-    texts: dict[tuple[str, str, str], list[str]] = {}
-    for result in results:
-        for name, part in result["parts"].items():
-            for method, entry in part.items():
-                for prompt, taken in entry["prompts"].items():
-                    if "text" in taken:
-                        texts.setdefault((name, method, prompt), []).append(taken["text"])
-    several = [found for found in texts.values() if len(found) > 1]
-    equal = sum(len(set(found)) == 1 for found in several)
-    said = f"Texts equal in all batches they were decoded in: {equal} of {len(several)}."
-    return ["", said] if several else []
 
 
 def _resumed(result: Result) -> list[str]:

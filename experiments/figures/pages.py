@@ -15,7 +15,12 @@ import specdec
 from specdec.experiments.figures import kernels
 from specdec.experiments.figures.comparison import comparison, verdict
 from specdec.experiments.figures.decoding import calibrate, cpu_speed
-from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, lookup_speed
+from specdec.experiments.figures.drafters import (
+    drafter_lengths,
+    drafter_speed,
+    drafter_texts,
+    lookup_speed,
+)
 from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
 from specdec.experiments.figures.learned import learned, learned_summary
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
@@ -102,17 +107,17 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("kernel_steps", kernels.steps, {}),
             ("kernel_elementwise", kernels.elementwise, {}),
             ("exact", kernels.exact, {}),
-            ("exact_texts", lambda _: of_batches("exact_texts"), {}),
+            ("exact_texts", lambda _: of_batches("exact_texts", drafter_texts), {}),
         ],
     ),
 }
 
 
-def of_batches(name: str) -> str:
-    """Speed of drafters, of every batch that has a file of this name."""
+def of_batches(name: str, show: Callable[..., str] = drafter_speed) -> str:
+    """A table of drafters, of every batch that has a file of this name."""
     files = [path.stem for path in RESULTS.glob(f"{name}*.json")]
     files.sort(key=lambda file: int(read(file)["settings"]["batch"]))
-    return drafter_speed(*map(read, files), files=files)
+    return show(*map(read, files), files=files)
 
 
 @cache

@@ -29,7 +29,7 @@ import torch
 
 from specdec.drafters.datastore import METADATA, Datastore
 from specdec.drafters.early_exit import EarlyExit
-from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed
+from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, drafter_texts
 from specdec.experiments.figures.markdown import show
 from specdec.lab.command import begin, option, run_main, write
 from specdec.lab.study import Entry, Study, spend
@@ -209,7 +209,8 @@ def work(options: Options) -> None:
         )
         # At equal budgets one method after the other, else all in turns.
         (study.in_turns if options.grid in ("speed", "wide") else study.one_by_one)(ways)
-    show((drafter_lengths if options.grid == "budgets" else drafter_speed)(result))
+    tables = {"budgets": drafter_lengths, "texts": drafter_texts}
+    show(tables.get(options.grid, drafter_speed)(result))
 
 
 def contents(datastore: Path) -> Entry:
