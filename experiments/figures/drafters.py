@@ -115,44 +115,33 @@ def drafter_speed(*results: Result, files: Sequence[str] = ("drafter_speed",)) -
 def drafter_texts(*results: Result, files: Sequence[str] = ("exact_texts",)) -> str:
     """The table of `drafters.py grid=texts`: how many texts are those of plain decoding, and how
     many are the same whatever the batch. Several results are of other batches or temperatures."""
-    first = results[0]
+    settings = results[0]["settings"]
+    about = (
+        f"Texts of exact mode, `{settings['target']}` in {settings['dtype']} on one "
+        f"{device(results[0])}, {settings['tokens']} new tokens each, and how many are those of "
+        f"`none`; last, of those decoded in several batches, how many are the same in all "
+        f"({'; '.join(map(source, results, files))}):"
+    )
     rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for result in results:
         for name, part in result["parts"].items():
             for method, entry in part.items():
-                key = name.removeprefix("T="), method
+                key = name.removeprefix("T="), f"`{method.replace(':', '`:')}"
                 rows.setdefault(key, {})[result["settings"]["batch"]] = entry
     batches = sorted({result["settings"]["batch"] for result in results})
     lines = []
-    for (temperature, method), entries in rows.items():
+    for key, entries in rows.items():
         texts: dict[str, list[str]] = {}
         for entry in entries.values():
             for prompt, taken in entry["prompts"].items():
                 texts.setdefault(prompt, []).append(taken["text"])
-        several = [found for found in texts.values() if len(found) > 1]
-        cells = [entries[batch]["agreement"] if batch in entries else {} for batch in batches]
-        lines.append(
-            [
-                temperature,
-                f"`{method.replace(':', '`:')}",
-                *(
-                    f"{c['identical']} of {c['checked']}" if c.get("checked") else ""
-                    for c in cells
-                ),
-                f"{sum(len(set(one)) == 1 for one in several)} of {len(several)}",
-            ]
-        )
+        equal = [len(set(found)) == 1 for found in texts.values() if len(found) > 1]
+        compared = [entries[batch]["agreement"] if batch in entries else {} for batch in batches]
+        shares = [(one.get("identical"), one.get("checked")) for one in compared]
+        shares.append((sum(equal), len(equal)))
+        lines.append([*key, *(f"{some} of {all_}" if all_ else "" for some, all_ in shares)])
     heads = ["T", "drafter", *(f"as `none`, batch {batch}" for batch in batches)]
-    return "\n".join(
-        [
-            f"Texts of exact mode, `{first['settings']['target']}` in {first['settings']['dtype']} "
-            f"on one {device(first)}, {first['settings']['tokens']} new tokens each, and how many "
-            f"are those of `none`; last, of those decoded in several batches, how many are the "
-            f"same in all ({'; '.join(map(source, results, files))}):",
-            "",
-            *table([*heads, "whatever the batch"], lines),
-        ]
-    )
+    return piece(about, [*heads, "whatever the batch"], lines)
 
 
 def _speeds(result: Result, groups: Mapping[str, list[str]]) -> Iterator[list[str]]:

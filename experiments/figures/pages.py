@@ -107,6 +107,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("kernel_steps", kernels.steps, {}),
             ("kernel_elementwise", kernels.elementwise, {}),
             ("exact", kernels.exact, {}),
+            ("taps", kernels.taps, {}),
             ("exact_texts", lambda _: of_batches("exact_texts", drafter_texts), {}),
         ],
     ),
