@@ -19,7 +19,7 @@ after every prompt.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -209,7 +209,7 @@ def work(options: Options) -> None:
         )
         # At equal budgets one method after the other, else all in turns.
         (study.in_turns if options.grid in ("speed", "wide") else study.one_by_one)(ways)
-    tables = {"budgets": drafter_lengths, "texts": drafter_texts}
+    tables: dict[str, Callable[..., str]] = {"budgets": drafter_lengths, "texts": drafter_texts}
     show(tables.get(options.grid, drafter_speed)(result))
 
 
