@@ -94,7 +94,6 @@ POLICIES = {
 }
 QUICK: dict[str, tuple[str, ...]] = {
     "small_llama": ("static", "dynamic"),
-    "eagle3": ("chain",),
     "ngram": ("dynamic",),
 }
 
@@ -141,10 +140,11 @@ def head(name: str, folder: Path) -> str:
     return f"drafter=medusa drafter.path={folder}"
 
 
-@pytest.mark.parametrize("name", ["medusa", pytest.param("eagle3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["eagle3", pytest.param("medusa", marks=pytest.mark.slow)])
 def test_heads_are_recorded_as_they_draft_in_a_run(name: str, tmp_path: Path) -> None:
     """A run with sampled chains, and the record of its own texts: what the drafter gave to each
-    token that it drew after a beginning of the text, and the target, is what the record has."""
+    token that it drew after a beginning of the text, and the target, is what the record has; of
+    Medusa, who knows nothing of the nodes in between, after any."""
     words = f"{SMALL} {head(name, tmp_path / 'head')} sampling=sample max_new_tokens=12"
     folder = tmp_path / "run"
     texts = real(folder, f"{words} tree=chain tree.budget=3 record.trees=99")
@@ -159,18 +159,24 @@ def test_heads_are_recorded_as_they_draft_in_a_run(name: str, tmp_path: Path) ->
         text["request"]: np.cumsum([0, *text["accepted_lengths"]]) + record.offsets[row]
         for row, text in enumerate(texts)
     }
-    count = 0
+    deep = {"draft": 0, "target": 0}
     for line in (folder / "trees.jsonl").read_text().splitlines():
         tree = json.loads(line)
-        place = int(starts_of[tree["request"]][tree["step"]])
-        end = int(starts_of[tree["request"]][-1])
-        for depth in range(min(len(tree["path"]), len(tree["tokens"]) - 1, end - place)):
-            (rank,) = np.flatnonzero(ids[place, depth] == tree["tokens"][depth + 1])
-            found = draft[place, depth, rank], np.exp(target[place, depth, rank])
-            told = tree["draft"][depth + 1], tree["target"][depth + 1]
-            np.testing.assert_allclose(found, told, atol=2e-5)
-            count += 1
-    assert count > len(texts)
+        place, end = (int(starts_of[tree["request"]][step]) for step in (tree["step"], -1))
+        for depth, token in enumerate(tree["tokens"][1 : 1 + end - place]):
+            along = depth < len(tree["path"])
+            if not along and name != "medusa":
+                break
+            (rank,) = np.flatnonzero(ids[place, depth] == token)
+            told = draft[place, depth, rank]
+            np.testing.assert_allclose(told, tree["draft"][depth + 1], atol=2e-5)
+            deep["draft"] += depth > 0
+            if along:
+                told = np.exp(target[place, depth, rank])
+                np.testing.assert_allclose(told, tree["target"][depth + 1], atol=2e-5)
+                deep["target"] += depth > 0
+    assert deep["draft"] > 5
+    assert deep["target"] > 5 or name == "medusa"
 
 
 def test_texts_of_a_run_are_recorded_as_those_of_plain_decoding(tmp_path: Path) -> None:
