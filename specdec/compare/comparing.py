@@ -181,7 +181,9 @@ def _environment(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 def _commands(found: Found) -> list[str]:
     """Those that make the runs and the replays again, each once."""
-    return list(dict.fromkeys(line for run in found.runs for line in _lines(run)))
+    told = {str(run.folder): run for run in reversed(found.runs) if run.replayed}
+    runs = [run for run in found.runs if not run.replayed]
+    return list(dict.fromkeys(line for run in (*runs, *told.values()) for line in _lines(run)))
 
 
 def _lines(run: Run) -> list[str]:

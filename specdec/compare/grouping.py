@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,11 +166,9 @@ def _overlapping(runs: Sequence[Run]) -> list[list[Run]]:
 def _workload(runs: Sequence[Run], own: Mapping[str, Any], found: Found) -> Workload:
     """Of these runs, on the conversations that all have finished; those with none of them are left
     out."""
-    texts = {
-        key: max(run.texts[key].texts for run in runs if key in run.texts)
-        for run in runs
-        for key in run.texts
-    }
+    texts: Counter[Conversation] = Counter()  # the most that any run has of each
+    for run in runs:
+        texts |= Counter({key: sums.texts for key, sums in run.texts.items()})
     whole = [{key for key, sums in run.texts.items() if sums.texts == texts[key]} for run in runs]
     first = max((run.texts for run in runs), key=len)
     common = set.intersection(*whole)
