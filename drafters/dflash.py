@@ -37,6 +37,9 @@ class DFlash(CachedHeadDrafter):
             with self.model.cache.scratch_apart(*tokens.shape):
                 self.model.read(rows, self._joined_states(seen), length)
 
+    def catch_up(self, rows: Tensor) -> None:
+        self.model.read(rows, *self._noted(rows))
+
     def begin(self, context: StepContext) -> Expand:
         _, logits = self._block(context)
         return self._in_levels(context, logits)
@@ -44,6 +47,6 @@ class DFlash(CachedHeadDrafter):
     def _block(self, context: StepContext) -> tuple[Tensor, Tensor]:
         """Read what the last step added, and draft a block: what the output head reads for each
         level [B, levels, D], and what it says [B, levels, VD]."""
-        self.model.read(context.rows, *self._noted(context.rows))
+        self.catch_up(context.rows)
         normal = self.model.draft(context.rows, context.roots, self.levels)
         return normal, self.model.logits(normal)

@@ -82,7 +82,7 @@ class Eagle(CachedHeadDrafter):
     # Steps
 
     def begin(self, context: StepContext) -> Expand:
-        feature, normal = self._catch_up(context.rows)  # [B, 1, D], of the root
+        feature, normal = self.catch_up(context.rows)  # [B, 1, D], of the root
         features = [feature]  # [B, F, D] of each level: what its nodes hand on to their children
         parents: list[Tensor] = []  # of the nodes that have scratch rows, level by level
 
@@ -116,7 +116,7 @@ class Eagle(CachedHeadDrafter):
 
         return expand
 
-    def _catch_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def catch_up(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Read what was noted, and commit it: the feature and the normed state after the last
         pair, [B, 1, D] each."""
         states, count = self._noted(rows)
@@ -128,11 +128,11 @@ class Eagle(CachedHeadDrafter):
         last = (count - 1).clamp(min=0)[:, None, None].expand(-1, -1, feature.shape[2])
         return feature.gather(1, last), normal.gather(1, last)
 
-    def follow(
+    def note(
         self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
     ) -> None:
         # Pair i is the state at node i of the path with new token i: the root comes first.
-        super().follow(context, tree, acceptance, seen)
+        super().note(context, tree, acceptance, seen)
         self._news[context.rows, : acceptance.path.shape[1]] = acceptance.new_tokens(tree)
 
 

@@ -117,11 +117,17 @@ class HeadDrafter(GrowingDrafter):
 
     def commit(self, context: StepContext, acceptance: Acceptance, seen: Observation) -> None:
         if self.levels:
-            self.follow(context, self._tree, acceptance, seen)
+            self.note(context, self._tree, acceptance, seen)
 
     def follow(
         self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
     ) -> None:
+        self.note(context, tree, acceptance, seen)
+
+    def note(
+        self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
+    ) -> None:
+        """Keep the states of what was accepted, for the next draft."""
         raise NotImplementedError
 
     def _joined_states(self, seen: Observation) -> Tensor:
@@ -211,6 +217,16 @@ class CachedHeadDrafter(HeadDrafter):
             self.model.cache.close(sequence.row)
 
     def follow(
+        self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
+    ) -> None:
+        self.catch_up(context.rows)  # no draft has read what the step before added
+        self.note(context, tree, acceptance, seen)
+
+    def catch_up(self, rows: Tensor) -> Any:
+        """Read what was noted, and commit it."""
+        raise NotImplementedError
+
+    def note(
         self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
     ) -> None:
         states = self._joined_states(seen)

@@ -57,18 +57,18 @@ class Medusa(HeadDrafter):
         return sequences
 
     def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
-        self._note(rows, length - 1, seen)
+        self._keep(rows, length - 1, seen)
 
     def begin(self, context: StepContext) -> Expand:
         return self._in_levels(context, self.head.logits(self._state[context.rows], self.levels))
 
-    def follow(
+    def note(
         self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
     ) -> None:
         last = (acceptance.length - 1).clamp(min=0)[:, None]  # idle rows have none
-        self._note(context.rows, acceptance.path.gather(1, last)[:, 0], seen)
+        self._keep(context.rows, acceptance.path.gather(1, last)[:, 0], seen)
 
-    def _note(self, rows: Tensor, place: Tensor, seen: Observation) -> None:
+    def _keep(self, rows: Tensor, place: Tensor, seen: Observation) -> None:
         """The state at node or token `place` [B] is the newest."""
         states = self._joined_states(seen)
         index = place[:, None, None].expand(-1, -1, states.shape[2])

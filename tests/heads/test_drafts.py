@@ -4,6 +4,7 @@ their probabilities are those of the restatement, which knows the tokens alone."
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from specdec.drafters.compose import Compose
 from specdec.drafters.dflash import DFlash
 from specdec.drafters.dspark import DSpark
 from specdec.drafters.eagle import Eagle, Eagle1, Eagle3
 from specdec.drafters.medusa import Medusa
+from specdec.drafters.ngram import NGram
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.models.paged import PagedLM
@@ -255,29 +258,53 @@ def test_so_are_those_that_parents_correct(
     assert drafter.notes["drafter.path"].startswith("DSpark of ")
 
 
+@pytest.mark.parametrize("kind", [DFlash, Eagle3])
+def test_what_others_drafted_is_read_too(kind: Any, target: PagedLM, tmp_path: Path) -> None:
+    """In a cascade whole steps go by without a draft of the head."""
+    make, restate = {DFlash: (blocks.dflash, oracle.dflash), Eagle3: (made.eagle3, oracle.eagle3)}[
+        kind
+    ]
+    facts = make(tmp_path, target.model)
+    parts = {"ngram": NGram(), "head": kind(path=str(tmp_path))}
+    drafter = Compose(parts=parts, mode="cascade", min_match=1)
+    decoder = decoder_of(target, drafter, TREES["static"](), Eager(), temperature=1.0, share=False)
+    watcher = Watcher(decoder, target, facts, partial(restate, facts))
+    look, used = watcher.look, []
+
+    def of_head(*given: Any) -> None:
+        used.append(drafter._used)
+        if used[-1] == (1,):
+            look(*given)
+
+    watcher.look = of_head  # type: ignore[method-assign]
+    list(decoder.run(requests_of([texts()[0][:13]], 24)))
+    assert {((0,), (1,)), ((1,), (0,))} <= set(pairwise(used))
+    assert watcher.worst < TOLERANCE
+
+
 class Late(DFlash):
     """Each state stands one token later than it should."""
 
-    def follow(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
+    def note(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
         path = acceptance.path.clone()
         path[:, 1:] = acceptance.path[:, :-1]
-        super().follow(context, tree, replace(acceptance, path=path), seen)
+        super().note(context, tree, replace(acceptance, path=path), seen)
 
 
 class Shifted(Eagle3):
     """Pairs each token with the state of the token before the one it should."""
 
-    def follow(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
+    def note(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
         path = acceptance.path.clone()
         path[:, 1:] = acceptance.path[:, :-1]
-        super().follow(context, tree, replace(acceptance, path=path), seen)
+        super().note(context, tree, replace(acceptance, path=path), seen)
 
 
 class Unread(Eagle3):
     """Keeps the pairs of drafted nodes instead of reading them with the target's states."""
 
-    def follow(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
-        super().follow(context, tree, acceptance, seen)
+    def note(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
+        super().note(context, tree, acceptance, seen)
         self._states[context.rows, 1:] = 0
 
 
