@@ -1,5 +1,6 @@
 """What drafters with a head over the target's states have in common."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -56,6 +57,8 @@ class HeadDrafter(GrowingDrafter):
         widen: bool = True,
     ) -> None:
         super().__init__(depth=depth, candidates=candidates)
+        if rope_theta is not None and not 0 < rope_theta < math.inf:
+            raise ValueError(f"drafter.rope_theta={rope_theta}: must be above 0, or null")
         self.path, self.taps, self.rope_theta, self.widen = path, taps, rope_theta, widen
         self.head: Any
         self._wanted = depth

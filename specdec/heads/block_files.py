@@ -35,9 +35,8 @@ def block_config(
     *,
     taps: Sequence[Tap] | None,
     rope_theta: float | None,
-    own_mask: bool,
 ) -> BlockConfig:
-    """Of a head of DFlash.
+    """Of a head of DFlash whose mask token has the embedding of its id.
 
     Raises:
         ValueError: fields that are missing, or contradict tensors or target.
@@ -60,7 +59,6 @@ def block_config(
         output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         block=block,
         mask=_mask(said, rows, files.name),
-        own_mask=own_mask,
         shifted=shifted,
         causal=causal,
         windows=windows,

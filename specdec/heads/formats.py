@@ -6,6 +6,7 @@ wrong is one line.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,9 @@ def _block(
     taps: Sequence[Tap] | None,
     rope_theta: float | None,
 ) -> LayeredHead:
-    row = mask_row(files, int(layout.layer.get("hidden_size") or 0))
-    config = block_config(
-        files, layout, host, taps=taps, rope_theta=rope_theta, own_mask=row is not None
-    )
+    config = block_config(files, layout, host, taps=taps, rope_theta=rope_theta)
+    row = mask_row(files, config.layer.hidden_size)
+    config = replace(config, own_mask=row is not None)
     with torch.device("meta"):
         if layout.kind == "dspark":
             head: BlockHead = SparkHead(spark_config(files, layout, config))

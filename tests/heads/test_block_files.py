@@ -136,6 +136,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "states of a word": (inner(target_layer_ids="last"), "target_layer_ids=last, which must be"),
     "vocabulary": (stated(vocab_size=100), "a vocabulary of 100, and target.path=tiny has 96"),
     "width": (stated(hidden_size=48), r"has no embed_tokens\.weight \(and 1 more\)"),
+    "width of words": (stated(hidden_size="32x"), "has hidden_size=32x, which must be a number"),
     "no norm": (without("norm.weight"), r"has no norm\.weight, which a head"),
     "layers": (
         stated(num_hidden_layers=3, layer_types=None),
@@ -254,6 +255,12 @@ def test_trees_deeper_than_a_block_are_refused(target: PagedLM, tmp_path: Path) 
     drafter = DFlash(path=str(tmp_path))
     decoder_of(target, drafter, Chain(budget=9))
     assert drafter.levels == 5
+
+
+@pytest.mark.parametrize("base", [-1.0, 0.0, float("inf"), float("nan")])
+def test_angles_have_a_positive_base(base: float) -> None:
+    with pytest.raises(ValueError, match=rf"^drafter\.rope_theta={base}: must be above 0"):
+        DSpark(path="heads", rope_theta=base)
 
 
 @pytest.mark.parametrize("layout", ["z-lab", "jetspec"])

@@ -9,6 +9,7 @@ import torch
 from specdec.training.batches import Batch
 from specdec.training.course import Course
 from specdec.training.measure import Length, look
+from specdec.training.methods.dflash import DFlash
 from specdec.training.methods.eagle3 import Eagle3
 from specdec.training.optimise import Optimisers, scale_of
 from specdec.training.teacher import Teacher, plain
@@ -24,11 +25,16 @@ def timeless(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in point.items() if k != "seconds"} for point in curve]
 
 
-def test_a_resumed_training_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [Eagle3(steps=2, warm_up=3), DFlash(block=4, layers=1, anchors=3, warm_up=3)],
+    ids=["eagle3", "dflash"],
+)
+def test_a_resumed_training_is_the_same_bit_for_bit(method: Any, tmp_path: Path) -> None:
     folders = [tmp_path / "whole", tmp_path / "parts"]
     for folder in folders:
         folder.mkdir()
-    method, lm = Eagle3(steps=2, warm_up=3), target()
+    lm = target()
     with plain(lm.model) as model:
         whole = course(method, lm, model, folders[0], tokens=320)
         whole.run()
