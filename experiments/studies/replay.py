@@ -156,13 +156,13 @@ def work(options: Options) -> None:
     chain = asked(record, ("chain",), (max(options.budgets),)).configurations()[0]
     table = runs.costs(runs.method(chain))
     result["replay"] = replayed(record, options.budgets, table, options.batch)
+    result["run"] = []
     write(options.out, result)
-    found = [
-        compared(one, record, runs)
-        for one in track(wanted(options.run, record), description="run")
-    ]
-    result["run"] = corrected(found)
-    write(options.out, result)
+    found: list[dict[str, Any]] = []
+    for one in track(wanted(options.run, record), description="run"):
+        found.append(compared(one, record, runs))
+        result["run"] = corrected(found)
+        write(options.out, result)
     show(runs_table(result))
 
 
