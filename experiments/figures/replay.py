@@ -2,7 +2,7 @@
 
 from specdec.experiments.figures.markdown import Result, device, interval, number, piece, source
 
-PARTS = ("steps", "draft", "verify", "loop")
+PARTS = ("steps", "draft", "verify", "loop", "uneven")
 
 
 def runs_table(result: Result, file: str = "replay") -> str:

@@ -1,8 +1,10 @@
 """Does replay say what runs say? Records a drafter along the target's texts, replays hundreds of
 configurations, runs some of them, and compares.
 
-    python -m specdec.experiments.studies.replay out=replay.json record=records/zoo_t1
+    python -m specdec.experiments.studies.replay out=replay.json page=replay.html
     python -m specdec.experiments.studies.replay out=every.json run=every batch=8
+    python -m specdec.experiments.studies.replay out=replay_gpu.json device=cuda dtype=bfloat16 \\
+        target=standin:llama3_8b draft=standin:llama_160m prompts=12 samples=1 budgets=[4,8]
 
 Each configuration that is run is compared with its replay conversation by conversation, in tokens
 a step; p-values are corrected for their number (Holm). Texts of the runs are others than those of
@@ -10,12 +12,14 @@ the record, and each run has random numbers of its own: all follow the target's 
 record is common to all comparisons.
 
 With batch=1 speeds are compared as well. Costs of passes and of the loop are measured beside each
-run, before it and, on a CPU, where other programs come and go, after it. `gap` is by how much the
-replay's tokens per second are above the run's; `parts` divides its reason by what took longer or
-shorter than foretold: the number of steps, and in a step the draft, the pass of the target, and
-the rest of the loop. Each is a share of the run's seconds, and one above 0 slows the replay down.
+run: before it and, on a CPU, where other programs come and go, between the samples and after it.
+`gap` is by how much the replay's tokens per second are above the run's; `parts` says why: the
+number of steps; in a median step the draft, the pass of the target and the rest of the loop; and
+`uneven`, by how much a step takes less at the median, which costs are, than in the mean. Each is a
+share of the run's seconds by which replay has more, so that one above 0 makes replay slower.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -39,13 +43,14 @@ from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.method import Method
 from specdec.lab.prompts import Asked as Prompt
 from specdec.lab.prompts import ask
+from specdec.lab.running import forget_models
 from specdec.lab.session import Decoded, OurSession
 from specdec.lab.settings import settings_of
 from specdec.lab.statistics import holm, product, ratio
 from specdec.lab.workshop import Workshop, word
 from specdec.protocols import Loaded
 from specdec.record import make
-from specdec.replay.command import Walker
+from specdec.replay import command
 from specdec.replay.configurations import Asked, Configuration
 from specdec.replay.rates import RATES
 from specdec.replay.record import CANDIDATES, Record
@@ -63,6 +68,7 @@ SIX = (  # policy, budget, children, rule
 POLICIES = ("chain", "static", "optimal", "accuracy")
 EVERY = (*POLICIES, "cost_aware", "dynamic", "threshold")
 BUDGET = 8  # of the trees that are run
+PARTS = ("draft",), ("verify",), ("accept", "commit", "other")  # verbs of each part of a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,7 @@ class Options:
     record: Path = option(Path("replay_record"), "folder of the record, made if there is none")
     run: Literal["six", "every", "none"] = option("six", "of the configurations: every pair of a")
     batch: Positive = option(1, "sequences together in runs; speeds are compared at 1 alone")
+    page: Path | None = option(None, "HTML file of what is replayed, as of specdec replay")
     out: Path = option(about="result file")
 
     @property
@@ -95,16 +102,16 @@ class Runs:
     """Runs of configurations, each with random numbers of its own.
 
     Args:
-        words: settings of all of them.
+        shop: makes their methods.
         prompts: each is asked `samples` times.
         tokens: new ones of each text.
         batch: sequences together.
     """
 
     def __init__(
-        self, words: str, prompts: Sequence[Prompt], *, samples: int, tokens: int, batch: int
+        self, shop: Workshop, prompts: Sequence[Prompt], *, samples: int, tokens: int, batch: int
     ) -> None:
-        self.shop = Workshop(words)
+        self.shop = shop
         self.prompts, self.samples, self.tokens, self.batch = prompts, samples, tokens, batch
         self.longest = max(len(prompt.tokens) for prompt in prompts) + tokens
         self._texts = 0  # of all runs so far
@@ -116,17 +123,26 @@ class Runs:
     def session(self, method: Method) -> OurSession:
         return self.shop.session(method, rows=self.batch, longest=self.longest)
 
-    def run(self, method: Method, *, warm: bool) -> tuple[NDArray[np.float64], Decoded]:
-        """[prompts] steps of all its samples, and what the run has yielded."""
+    def run(self, method: Method, samples: int, *, warm: bool) -> Decoded:
+        """So many samples of all prompts, one after the other."""
         session = self.session(method)
         if warm:
             session.warm_up(self.prompts[0].tokens)
         first = SEEDS_APART + self._texts
-        asked = [prompt for _ in range(self.samples) for prompt in self.prompts]
+        asked = [prompt for _ in range(samples) for prompt in self.prompts]
         self._texts += len(asked)
-        done = session.decode([p._replace(id=first + i) for i, p in enumerate(asked)], self.tokens)
-        steps = np.array(done.passes, float).reshape(self.samples, -1)
-        return steps.sum(0), done
+        return session.decode([p._replace(id=first + i) for i, p in enumerate(asked)], self.tokens)
+
+    def beside(self, method: Method) -> tuple[list[Decoded], list[CostTable]]:
+        """All samples, with costs measured beside them."""
+        if self.shop.target.device.type != "cpu":
+            table = self.costs(method)
+            return [self.run(method, self.samples, warm=True)], [table]
+        done, tables = [], [self.costs(method)]
+        for _ in range(self.samples):
+            done.append(self.run(method, 1, warm=True))
+            tables.append(self.costs(method))
+        return done, tables
 
     def costs(self, method: Method) -> CostTable:
         """Measured now."""
@@ -148,14 +164,15 @@ class Runs:
 
 def work(options: Options) -> None:
     record = record_of(options)
-    target = Workshop(options.words).target
-    sets = ask(target.tokenizer, {"set": options.path}, limit=options.prompts)
-    sizes = {name: getattr(options, name) for name in ("samples", "tokens", "batch")}
-    runs = Runs(options.words, sets["set"], **sizes)
-    result = begin(options, target.device)
+    runs = runs_of(options)
+    result = begin(options, runs.shop.target.device)
     chain = asked(record, ("chain",), (max(options.budgets),)).configurations()[0]
     table = runs.costs(runs.method(chain))
     result["replay"] = replayed(record, options.budgets, table, options.batch)
+    if options.page is not None:
+        given = command.Options(record=(record.path,), policies=POLICIES, budgets=options.budgets)
+        command.work(given)
+        shutil.copyfile(record.path / "report.html", options.page)
     result["run"] = []
     write(options.out, result)
     found: list[dict[str, Any]] = []
@@ -170,10 +187,19 @@ def record_of(options: Options) -> Record:
     words = (
         f"{options.words} {word('prompts.path', options.path)} prompts.limit={options.prompts} "
         f"prompts.samples={options.samples} prompts.turns=1 max_new_tokens={options.tokens} "
-        f"batch_size={max(8, options.batch)} resume=auto"
+        f"batch_size={max(8, options.batch)} resume=auto kernels.graphs=false"
     )
     settings = settings_of(f"{words} {word('out', str(options.record))}")
-    return make(settings, options.record, Console())
+    record = make(settings, options.record, Console())
+    forget_models()  # which may be large
+    return record
+
+
+def runs_of(options: Options) -> Runs:
+    shop = Workshop(options.words)
+    sets = ask(shop.target.tokenizer, {"set": options.path}, limit=options.prompts)
+    sizes = {name: getattr(options, name) for name in ("samples", "tokens", "batch")}
+    return Runs(shop, sets["set"], **sizes)
 
 
 def asked(record: Record, policies: Sequence[str], budgets: Sequence[int]) -> Asked:
@@ -229,13 +255,14 @@ def wanted(which: str, record: Record) -> list[Configuration]:
 def compared(one: Configuration, record: Record, runs: Runs) -> dict[str, Any]:
     """What a run of a configuration says, and its replay, prompt by prompt."""
     timed = runs.batch == 1 and one.shape is not None
-    method = runs.method(one)
-    tables = [runs.costs(method)] if timed else []
-    steps, done = runs.run(method, warm=timed)
-    if timed and runs.shop.target.device.type == "cpu":
-        tables.append(runs.costs(method))
+    method, tables = runs.method(one), list[CostTable]()
+    if timed:
+        done, tables = runs.beside(method)
+    else:
+        done = [runs.run(method, runs.samples, warm=False)]
+    steps = np.reshape([d.passes for d in done], (runs.samples, -1)).sum(0)
     replayer = replayer_of(record)
-    walker = Walker(record, "small_llama", record.settings)
+    walker = command.Walker(record, "small_llama", record.settings)
     outcome = replayer.replay(one) if one.shape is not None else walker.replay(one, replayer)
     places = {tuple(prompt.tokens): i for i, prompt in enumerate(runs.prompts)}
     index = np.array([places[tuple(text)] for text in record.prompts])
@@ -249,35 +276,36 @@ def compared(one: Configuration, record: Record, runs: Runs) -> dict[str, Any]:
         "replay": ratio(told_tokens, told_steps).around,
         "ratio": apart.around,
         "p": apart.p,
-        "seconds": done.seconds,
+        "seconds": sum(d.seconds for d in done),
     }
     return {**found, "speed": speed(one, done, record, tables)} if timed else found
 
 
 def speed(
-    one: Configuration, done: Decoded, record: Record, tables: Sequence[CostTable]
+    one: Configuration, done: Sequence[Decoded], record: Record, tables: Sequence[CostTable]
 ) -> dict[str, Any]:
     """Tokens per second of a run at a batch of 1 and as foretold, and what sets them apart.
 
     Args:
         tables: costs, each of which counts as much.
     """
-    verbs, tokens, steps = done.verbs, sum(map(len, done.outputs)), sum(done.passes)
-    rest = sum(verbs.get(verb, 0.0) for verb in ("accept", "commit", "other"))
-    real = np.array([verbs["draft"], verbs["verify"], rest]) / steps
+    steps = [step.seconds for decoded in done for step in decoded.steps]
+    tokens = sum(len(text) for decoded in done for text in decoded.outputs)
+    verbs = np.array([[sum(step.get(verb, 0.0) for verb in of) for of in PARTS] for step in steps])
+    median, mean = np.median(verbs, axis=0), float(verbs.sum(1).mean())
     replayers = [replayer_of(record, table) for table in tables]
     rows = [replayer.figures(replayer.replay(one)) for replayer in replayers]
     predicted = float(np.mean([row["tokens_per_second"] for row in rows]))
-    measured = float(tokens / (steps * real.sum()))
+    measured = tokens / len(steps) / mean
     told = np.mean([step_costs(one, table) for table in tables], axis=0)
-    shares = ((told - real) / real.sum()).tolist()
+    shares = [*((told - median) / mean).tolist(), float(median.sum() / mean - 1.0)]
     return {
         "measured": measured,
         "predicted": predicted,
         "gap": predicted / measured - 1.0,
         "parts": {
-            "steps": tokens / steps / rows[0]["tokens_per_step"] - 1.0,
-            **dict(zip(("draft", "verify", "loop"), shares, strict=True)),
+            "steps": tokens / len(steps) / rows[0]["tokens_per_step"] - 1.0,
+            **dict(zip(("draft", "verify", "loop", "uneven"), shares, strict=True)),
         },
     }
 

@@ -14,7 +14,6 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from specdec.experiments.studies import replay as study
-from specdec.lab.prompts import ask
 from specdec.replay.survival import SAMPLED
 from tests.tiny import tiny_llama
 
@@ -64,9 +63,7 @@ def compared(options: study.Options, samples: int, which: str) -> list[dict[str,
     """What the study finds."""
     folder = options.record.with_name(f"record{samples}")
     record = study.record_of(replace(options, samples=2 * samples, record=folder))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.target)
-    prompts = ask(tokenizer, {"set": options.path}, limit=PROMPTS)["set"]
-    runs = study.Runs(options.words, prompts, samples=samples, tokens=TOKENS, batch=options.batch)
+    runs = study.runs_of(replace(options, samples=samples))
     wanted = study.wanted("six" if which == "quick" else which, record)
     if which == "quick":
         wanted = [one for one in wanted if tuple(one.labels.values()) in QUICK]
