@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from specdec.lab.audit import audit
+from specdec.lab.audit import Evidence
 from specdec.lab.build import cache_of, method_of, placement_of
 from specdec.lab.command import Positive, option, run_main
 from specdec.lab.experiment import stop_tokens
@@ -65,27 +65,23 @@ def audited(folder: Path, tokens: int, console: Console) -> dict[str, Any]:
         raise ValueError(f"{folder}: acceptance is synthetic, its texts are nobody's")
     target = models.load(target_of(settings), setting="target.path")
     method.load(target, models)
-    side = Side(folder)
+    side, plain = Side(folder), _baseline(folder)
     side.read()
     ends = stop_tokens(target, ignore_eos=general_of(settings).ignore_eos)
-    witness = _witness(settings, method, target, ends)
-    sampling = method.sampling
-    checked = audit(
-        side.generations.records,
-        side.evidence.records,
-        witness,
+    evidence = Evidence(
+        lines=side.evidence.records,
         page_size=resolved["cache.page_size"],
         stop_tokens=ends,
-        most=tokens,
+        baseline=plain.evidence.records,
     )
     found = verdict(
         side.generations.records,
-        witness,
-        sampling,
-        baseline=_baseline(folder),
-        lossy=method.rule.lossy(method.tree.children, sampling),
+        _witness(settings, method, target, ends),
+        method.sampling,
+        baseline=plain.generations.records or None,
+        lossy=method.rule.lossy(method.tree.children, method.sampling),
         exact=target.kernels.exact,
-        evidence=checked,
+        evidence=evidence,
         sample=tokens,
     )
     replace_file(folder / FOUND, to_json(found, indent=1) + "\n")
@@ -103,12 +99,12 @@ def _witness(
     return Witness(target, kv_dtype, method.processors(target, ends), draft)
 
 
-def _baseline(folder: Path) -> list[dict[str, Any]] | None:
-    """Texts of plain decoding, if there are some."""
+def _baseline(folder: Path) -> Side:
+    """Plain decoding, which may have left nothing."""
     summary = read_object(folder / "summary.json") or {}
     side = Side(folder / str(summary.get("baseline_from") or "baseline"))
     side.read()
-    return side.generations.records or None
+    return side
 
 
 main = partial(run_main, Options, work, doc=__doc__)

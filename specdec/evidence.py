@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.request import Decoding
-from specdec.tree import Acceptance, TokenTree
 
 NUMBERS = ("logit", "first", "second", "log_sum_exp")
+AT_ONCE = 1 << 24  # logits
 
 
 def numbers_of(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -22,14 +22,14 @@ def numbers_of(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([own, best, logits.logsumexp(-1, keepdim=True)], dim=-1)
 
 
-def evidence_of(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:
-    """[B, depth + 1, 4] float64: of logits [B, N, V], as the rule saw them, at the nodes that the
-    new tokens were chosen at; those past the length of a path mean nothing."""
-    batch, nodes, _ = logits.shape
-    first = torch.arange(0, batch * nodes, nodes, device=logits.device)[:, None]
-    kept = logits.flatten(0, 1).index_select(0, (first + acceptance.path).flatten()).float()
-    tokens = acceptance.new_tokens(tree)
-    return numbers_of(kept, tokens.flatten()).view(*tokens.shape, -1).double()
+def evidence_of(kept: Tensor, tokens: Tensor) -> Tensor:
+    """[B, n, 4] float64: of logits [B, n, V], as the rule saw them, at the nodes that tokens
+    [B, n] were chosen at. In parts, so that little of them is held in float32."""
+    rows, chosen = kept.flatten(0, 1), tokens.flatten()
+    size = max(1, AT_ONCE // rows.shape[1])
+    parts = zip(rows.split(size), chosen.split(size), strict=True)
+    numbers = torch.cat([numbers_of(part.float(), own) for part, own in parts])
+    return numbers.view(*tokens.shape, -1).double()
 
 
 def evidence_line(sequence: Decoding) -> dict[str, Any]:

@@ -70,16 +70,16 @@ class Yield:
         """Pack it, with what the host is to know of what was seen, and whether it can be relied
         on; and the `evidence` of new tokens, if it is recorded."""
         numbers = torch.stack([acceptance.length, tree.size, acceptance.next_token], dim=1)
-        nothing = numbers[:, :0]
+        nothing, new, kept = numbers[:, :0], acceptance.new_tokens(tree), _kept(acceptance, logits)
         parts = [
             numbers,
             tree.parents,
             acceptance.path,
-            acceptance.new_tokens(tree),
+            new,
             nothing if tree.source is None else tree.source,
             nothing if seen.tokens is None else seen.tokens.flatten(1),
-            _evidence(tree, acceptance, logits) if evidence else nothing,
-            _sums(tree, acceptance, logits).view(torch.int64),
+            evidence_of(kept, new).flatten(1).view(torch.int64) if evidence else nothing,
+            _sums(tree, kept).view(torch.int64),
         ]
         widths = tuple(part.shape[1] for part in parts)
         return cls(packed=torch.cat(parts, dim=1), widths=widths)
@@ -204,22 +204,23 @@ def to_host(tensor: Tensor) -> Tensor:
     return host
 
 
-def _evidence(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:
-    return evidence_of(tree, acceptance, logits).flatten(1).view(torch.int64)
-
-
-def _sums(tree: TokenTree, acceptance: Acceptance, logits: Tensor) -> Tensor:
-    """[B, 2] float64: of the largest of the target's logits [B, N, V] at each node of the path,
-    which is all that became of the step, and of the draft probabilities. Sums, because one number
-    that is none spoils them; the largest, as in `specdec.sampling.sound`."""
+def _kept(acceptance: Acceptance, logits: Tensor) -> Tensor:
+    """[B, depth + 1, V] of the target's logits [B, N, V], those at the nodes of the path: all that
+    became of the step."""
     batch, nodes, _ = logits.shape
-    kept, probs = logits[:, :1], logits[:, :1, :0]
-    if tree.depth:
-        first = torch.arange(0, batch * nodes, nodes, device=logits.device)[:, None]
-        kept = logits.flatten(0, 1).index_select(0, (first + acceptance.path).flatten())
-    if tree.proposal is not None:
-        probs = tree.proposal.probs
-    largest = kept.amax(-1).view(batch, -1)
+    if acceptance.path.shape[1] == 1:
+        return logits[:, :1]
+    first = torch.arange(0, batch * nodes, nodes, device=logits.device)[:, None]
+    kept = logits.flatten(0, 1).index_select(0, (first + acceptance.path).flatten())
+    return kept.view(*acceptance.path.shape, -1)
+
+
+def _sums(tree: TokenTree, kept: Tensor) -> Tensor:
+    """[B, 2] float64: of the largest of the target's logits at each node of the path
+    [B, depth + 1, V], and of the draft probabilities. Sums, because one number that is none spoils
+    them; the largest, as in `specdec.sampling.sound`."""
+    probs = kept[:, :1, :0] if tree.proposal is None else tree.proposal.probs
+    largest = kept.amax(-1)
     return torch.stack(
         [largest.sum(1, dtype=torch.float64), probs.sum((1, 2), dtype=torch.float64)], dim=1
     )

@@ -228,7 +228,6 @@ OUTPUTS = ROOT / "docs" / "outputs.md"
 VARIABLE = {"time": "VERB", "seconds": "VERB", "graphs.counts": "VERB"}
 VARIABLE |= {"finish_reasons": "REASON", "sources": "NAME", "own": "SETTING"}
 VARIABLE |= {"chosen_by": "SETTING"}
-VARIABLE |= {"lossless.tests": "TEST"}
 OWN = "tests.golden.repeat.repeat"
 SMALL = "zoo:draft"
 LOSSY = "acceptance=typical acceptance.allow_lossy=true"

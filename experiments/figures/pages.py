@@ -22,6 +22,7 @@ from specdec.experiments.figures.drafters import (
     lookup_speed,
 )
 from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
+from specdec.experiments.figures.faults import faults
 from specdec.experiments.figures.learned import learned, learned_summary
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
 from specdec.experiments.figures.trees_and_rules_plot import tree_lengths, tree_speed
@@ -93,6 +94,12 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         "ran on the machine meanwhile, so judge by lengths: speeds are in turns, but those of "
         "temperature 1 are of a slower machine.",
         [("by_category", comparison, {})],
+    ),
+    "audit": (
+        "What bets find, and how soon",
+        "The check of runs above temperature 0 ([bets](../outputs.md#bets)), of acceptance rules "
+        "with faults.",
+        [("faults", faults, {})],
     ),
     "kernels": (
         "Kernels",

@@ -7,14 +7,14 @@ measured here and now, with this model: by decoding a text plainly.
 
 The first tokens of texts that are beyond it are counted by what was known of them before they were
 chosen (`strata`), which names most faults: one in the mask or the positions of trees leaves roots
-alone, one in the commit begins at the second step of a text, one in pages where a page does. What
-comes later in a text has met what that one left in the cache.
+alone, one in the commit begins at the second step of a text, one in pages where a page does or
+where a text found some. What comes later in a text has met what that one left in the cache.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from scipy import stats
 from torch import Tensor
 
 from specdec.evidence import numbers_in, numbers_of
-from specdec.lab.draws import group_of, places_of
+from specdec.lab.bets import group_of, places_of
 from specdec.lab.witness import Witness, noise, own_logits
 
 Record = Mapping[str, Any]
@@ -33,6 +33,42 @@ SUSPECT, BUG = 3.0, 10.0  # times what rounding was measured to do
 PLAIN = 128  # tokens that it is measured by
 APART = 30.0  # times what shapes of passes do, that plain decoding over pages may differ by
 NAMED = 0.01  # chance by which a stratum has as many faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What was recorded of texts.
+
+    Args:
+        lines: of evidence.jsonl, in the order in which texts ended.
+        page_size: of the cache.
+        stop_tokens: which end a text, so that none lies within one.
+        baseline: lines of plain decoding.
+    """
+
+    lines: Sequence[Record]
+    page_size: int
+    stop_tokens: Collection[int] = ()
+    baseline: Sequence[Record] = ()
+
+    @cached_property
+    def by_request(self) -> dict[int, Record]:
+        return {line["request"]: line for line in self.lines}
+
+    @cached_property
+    def of_baseline(self) -> dict[int, Record]:
+        return {line["request"]: line for line in self.baseline}
+
+    @cached_property
+    def later(self) -> set[int]:
+        """Requests that were decoded in a row of the batch after others."""
+        used: set[int] = set()
+        found = set()
+        for line in self.lines:
+            if line["row"] in used:
+                found.add(line["request"])
+            used.add(line["row"])
+        return found
 
 
 class Stratum(NamedTuple):
@@ -50,97 +86,125 @@ class Stratum(NamedTuple):
     chance: float
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True)
 class Audit:
-    """What was found, token by token."""
+    """Compares texts with their evidence, one after the other as they are read.
 
-    rounding: float  # units in the last place
-    page_size: int
-    apart: list[Array] = field(default_factory=list)  # [n] units between the two passes
-    labels: list[list[tuple[str, ...]]] = field(default_factory=list)
-    where: list[tuple[int, int]] = field(default_factory=list)  # request, place in its output
+    Args:
+        evidence: what was recorded.
+        witness: who reads them.
+        best: whether each token must be the most probable one of its own pass.
+    """
 
-    def add(self, text: Record, row: int, apart: Array) -> None:
-        """Add a text whose tokens lie so far apart."""
+    evidence: Evidence
+    witness: Witness
+    best: bool = False
+    texts: list[Record] = field(default_factory=list, init=False)
+    apart: list[Array] = field(default_factory=list, init=False)  # [n] units between the passes
+    not_best: int = field(default=0, init=False)
+
+    @cached_property
+    def rounding(self) -> float:
+        """Units in the last place that rounding does, by the texts read so far."""
+        return rounding_of(self.witness, self.texts)
+
+    def add(self, text: Record, theirs: Tensor) -> None:
+        """A text that was read: [n, 4] what the witness says of its tokens.
+
+        Raises:
+            ValueError: evidence of another text.
+        """
+        line = self.evidence.by_request.get(text["request"])
+        if line is None:
+            return
+        numbers = _numbers(line, text)
+        apart = units_between(numbers, theirs.cpu(), self.witness.target.dtype)
+        if self.best:
+            self.not_best += int((numbers[:, 0] < numbers[:, 1]).sum())
+        self.texts.append(text)
         self.apart.append(apart)
-        self.labels.append(strata(text, row, self.page_size)[: len(apart)])
-        self.where += [(text["request"], i) for i in range(len(apart))]
 
-    def _first(self) -> tuple[list[tuple[str, ...]], NDArray[np.bool_]]:
-        """Tokens of each text up to the first that is too far apart, and whether it is that one:
-        what it leaves in the cache is met by all after it."""
-        labels, first = [], []
-        for apart, names in zip(self.apart, self.labels, strict=True):
-            beyond = np.flatnonzero(apart > SUSPECT * self.rounding)
+    def at(
+        self, text: Record, place: int, scores: Tensor, *, baseline: bool = False
+    ) -> float | None:
+        """By how many times what rounding does a pass was off at a token that it took for the
+        best, by the witness's scores [V] there; infinite if it did not; None without evidence."""
+        lines = self.evidence.of_baseline if baseline else self.evidence.by_request
+        line = lines.get(text["request"])
+        if line is None:
+            return None
+        numbers = _numbers(line, text)[place : place + 1]
+        if numbers[0, 0] < numbers[0, 1]:
+            return np.inf
+        token = torch.tensor([text["output_ids"][place]], device=scores.device)
+        theirs = numbers_of(scores[None], token).cpu()
+        units = units_between(numbers, theirs, self.witness.target.dtype)
+        return float(units[0]) / self.rounding
+
+    def _strata(self, texts: Iterable[Record]) -> list[Stratum]:
+        """Of tokens up to the first of each text that is too far apart: what that one leaves in
+        the cache is met by all after it."""
+        size, labels, first = self.evidence.page_size, [], []
+        alike = begun_alike(texts, size)
+        for text, apart in zip(self.texts, self.apart, strict=True):
+            request, beyond = text["request"], np.flatnonzero(apart > SUSPECT * self.rounding)
             end = int(beyond[0]) + 1 if len(beyond) else len(apart)
-            labels += names[:end]
+            more = [f"batch row {self.evidence.by_request[request]['row']}"]
+            more += ["in a row used before"] * (request in self.evidence.later)
+            more += ["begins like another text"] * (request in alike)
+            labels += strata(text, size, *more)[:end]
             first += [False] * (end - 1) + [len(beyond) > 0]
-        return labels, np.array(first, dtype=bool)
+        return named(labels, np.array(first, dtype=bool))
 
-    def report(self) -> dict[str, Any]:
-        """As in `audit`."""
+    def _worst(self) -> list[int] | None:
+        """Request and place of the token that is furthest apart."""
+        if not self.apart:
+            return None
+        largest = [float(apart.max()) for apart in self.apart]
+        text = int(np.argmax(largest))
+        return [self.texts[text]["request"], int(self.apart[text].argmax())]
+
+    def report(self, texts: Sequence[Record]) -> dict[str, Any]:
+        """What was found.
+
+        Args:
+            texts: all there are.
+
+        Returns:
+            verdict: clean, suspect (a token further apart than `SUSPECT` times what rounding
+            does), bug (`BUG` times, a token that was not the best of its own pass, or a stop
+            token within a text), or not checked. tokens, that were read; rounding, in units in
+            the last place; largest, in multiples of it; suspects and bugs, tokens; strata, where
+            they are; worst, request and place of the largest; not_best, tokens; stops, texts that
+            go on after a stop token.
+        """
         apart = np.concatenate([np.zeros(0), *self.apart]) / self.rounding
         beyond, bugs = apart > SUSPECT, apart > BUG
-        worst = int(apart.argmax()) if len(apart) else None
-        labels, first = self._first()
-        result = "bug" if bugs.any() else "suspect" if beyond.any() else "clean"
+        ends = set(self.evidence.stop_tokens)
+        stops = sum(not ends.isdisjoint(text["output_ids"][:-1]) for text in texts)
+        wrong = bugs.any() or self.not_best or stops
+        result = "clean" if len(apart) else "not checked"
+        result = "bug" if wrong else "suspect" if beyond.any() else result
         return {
-            "verdict": result if len(apart) else "not checked",
+            "verdict": result,
             "tokens": len(apart),
             "rounding": self.rounding,
             "largest": float(apart.max()) if len(apart) else None,
             "suspects": int(beyond.sum()),
             "bugs": int(bugs.sum()),
-            "strata": [s._asdict() for s in named(labels, first)],
-            "worst": None if worst is None else list(self.where[worst]),
+            "strata": [s._asdict() for s in self._strata(texts)],
+            "worst": self._worst(),
+            "not_best": self.not_best,
+            "stops": stops,
         }
-
-
-def audit(
-    texts: Sequence[Record],
-    evidence: Sequence[Record],
-    witness: Witness,
-    *,
-    page_size: int,
-    stop_tokens: Collection[int] = (),
-    most: int | None = None,
-) -> dict[str, Any]:
-    """Compare what was recorded of texts with what the witness says.
-
-    Args:
-        texts: generations.
-        evidence: lines of evidence.jsonl.
-        page_size: of the cache.
-        stop_tokens: which end a text, so that none lies within one.
-        most: tokens, prompts included, after which no further text is read.
-
-    Returns:
-        verdict: clean, suspect (a token further apart than `SUSPECT` times what rounding does),
-        bug (`BUG` times, or a stop token within a text), or not checked. tokens, that were read;
-        rounding, in units in the last place; largest, in multiples of it; suspects and bugs,
-        tokens; strata, where they are; worst, request and place of the largest; stops, texts that
-        go on after a stop token.
-    """
-    lines = {line["request"]: line for line in evidence}
-    known = [t for t in texts if t["request"] in lines and t["output_ids"]]
-    if most is not None:
-        spent = accumulate(len(t["prompt_ids"]) + len(t["output_ids"]) for t in known)
-        known = known[: 1 + sum(so_far < most for so_far in spent)]
-    found = Audit(rounding=rounding_of(witness, known), page_size=page_size)
-    for text in known:
-        line = lines[text["request"]]
-        found.add(text, line["row"], apart_of(text, numbers_in(line["numbers"]), witness))
-    report = found.report()
-    report["stops"] = sum(not set(stop_tokens).isdisjoint(t["output_ids"][:-1]) for t in texts)
-    if report["stops"]:
-        report["verdict"] = "bug"
-    return report
 
 
 def told(report: Record) -> str:
     """What was found, in words."""
     if report["stops"]:
         return f"{report['stops']} texts go on after a stop token"
+    if report["not_best"]:
+        return f"{report['not_best']} tokens are not what the verifying pass itself took for best"
     line = (
         f"the verifying pass differs from the model's own by up to {report['largest']:.2g} times "
         f"what rounding was measured to do"
@@ -153,21 +217,21 @@ def told(report: Record) -> str:
     return f"{line}, at {report['suspects']} of {report['tokens']:,} tokens: {where}"
 
 
-def apart_of(text: Record, numbers: Array, witness: Witness) -> Array:
-    """[n] how far the evidence [n, 4] of a text lies from what the witness says: the largest
-    difference of the four numbers, in units in the last place of the largest of them."""
+def _numbers(line: Record, text: Record) -> Tensor:
+    """[n, 4] float64: the evidence of a text."""
+    numbers = numbers_in(line["numbers"])
     if len(numbers) != len(text["output_ids"]):
         raise ValueError(
             f"evidence.jsonl: {len(numbers)} tokens of request {text['request']}, whose text has "
             f"{len(text['output_ids'])}; delete its line, and its text is not audited"
         )
-    theirs = [numbers_of(seen.scores, seen.drawn) for seen in witness.follow(text)]
-    return units_between(torch.from_numpy(numbers), torch.cat(theirs).cpu(), witness.target.dtype)
+    return torch.from_numpy(numbers)
 
 
 def units_between(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> Array:
-    """[n] of numbers [n, 4] each. Where both are minus infinity they agree, where one is they are
-    infinitely far apart."""
+    """[n] how far numbers [n, 4] of two passes lie apart: the largest difference of the four, in
+    units in the last place of the largest of them. Where both are minus infinity they agree,
+    where one is they are infinitely far apart."""
     same = mine == theirs
     gap = torch.where(same, 0.0, (mine - theirs).abs().nan_to_num(nan=torch.inf))
     size = theirs.abs().where(theirs.isfinite(), 0.0).amax(1).clamp(min=1e-9)
@@ -209,8 +273,9 @@ def _plainly(witness: Witness, prompt: list[int], output: list[int]) -> float:
     return float(units_between(ours, others, target.dtype).max())
 
 
-def strata(text: Record, row: int, page_size: int) -> list[tuple[str, ...]]:
-    """Of each token what was known of it before it was chosen, in words."""
+def strata(text: Record, page_size: int, *more: str) -> list[tuple[str, ...]]:
+    """Of each token what was known of it before it was chosen, in words; `more` is what is known
+    of the whole text."""
     lengths = text.get("accepted_lengths") or [1] * len(text["output_ids"])
     before, found = len(text["prompt_ids"]) - 1, []
     page = kept = None  # of the step before: that of its root, and its tokens
@@ -224,11 +289,20 @@ def strata(text: Record, row: int, page_size: int) -> list[tuple[str, ...]]:
         for place in places_of([length]):
             depth = "root" if place == 0 else "below the root"
             deeper = [f"depth {group_of(place)}"] * (place > 0)
-            found.append(
-                (depth, *deeper, which, after, filled, f"page {mine}", f"batch row {row}")
-            )
+            very = ["first token"] * (step == place == 0)
+            found.append((depth, *deeper, *very, which, after, filled, f"page {mine}", *more))
         before, page, kept = before + length, mine, length
     return found
+
+
+def begun_alike(texts: Iterable[Record], page_size: int) -> set[int]:
+    """Requests whose prompts begin with a page that another's begins with."""
+    by_page: dict[tuple[int, ...], list[int]] = {}
+    for text in texts:
+        if len(text["prompt_ids"]) > page_size:
+            page = tuple(text["prompt_ids"][:page_size])
+            by_page.setdefault(page, []).append(text["request"])
+    return {request for alike in by_page.values() if len(alike) > 1 for request in alike}
 
 
 def named(labels: Sequence[tuple[str, ...]], faulty: NDArray[np.bool_]) -> list[Stratum]:

@@ -126,7 +126,8 @@ class Course:
         summary |= self.main.notes | self._facts
         self._add_energy(summary)
         folder.write_summary(summary)  # whatever becomes of the check, which takes passes
-        summary["lossless"] = mine.check(folder.main, plain, interrupted=interrupted)
+        said = [] if (side := self._plain_side()) is None else side.evidence.records
+        summary["lossless"] = mine.check(folder.main, plain, said, interrupted=interrupted)
         if not interrupted:
             summary["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
         folder.write_summary(summary)

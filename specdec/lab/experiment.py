@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from specdec.lab.audit import audit
+from specdec.lab.audit import Evidence
 from specdec.lab.baselines import SharedBaseline
 from specdec.lab.conversations import check_numbers
 from specdec.lab.course import Course
 from specdec.lab.environment import describe_environment
 from specdec.lab.fit import check_fit, check_memory
-from specdec.lab.lossless import SAMPLE, verdict
+from specdec.lab.lossless import verdict
 from specdec.lab.method import MARKS, Method
 from specdec.lab.metrics import speedup_interval, summarise
 from specdec.lab.progress import Live
@@ -209,8 +209,15 @@ class Experiment:
         summary["lossless"] = _not_checked("the check was interrupted")
         return {**summary, **describe_environment(self.target.device)}
 
-    def check(self, side: Side, plain: Records | None, *, interrupted: bool) -> Record:
-        """What becomes of losslessness."""
+    def check(
+        self,
+        side: Side,
+        plain: Records | None,
+        evidence: Sequence[Record] = (),
+        *,
+        interrupted: bool,
+    ) -> Record:
+        """What becomes of losslessness, plain decoding having left this evidence."""
         rule, sampling = self.method.rule, self.method.sampling
         if rule.synthetic:
             return _not_checked("SYNTHETIC acceptance: outputs are not the target's")
@@ -224,22 +231,20 @@ class Experiment:
                 baseline=None if plain is None else plain[0],
                 lossy=rule.lossy(self.method.tree.children, sampling),
                 exact=self.target.kernels.exact,
-                evidence=self._audited(side),
+                evidence=self._evidence(side, evidence),
             )
         except torch.OutOfMemoryError:
             return _not_checked("no memory is left for passes over the texts")
 
-    def _audited(self, side: Side) -> Record | None:
-        """What evidence says, if it is recorded."""
+    def _evidence(self, side: Side, plain: Sequence[Record]) -> Evidence | None:
+        """What was recorded, if anything was to be."""
         if not self.record.evidence:
             return None
-        return audit(
-            side.generations.records,
-            side.evidence.records,
-            self._witness(),
+        return Evidence(
+            lines=side.evidence.records,
             page_size=self.capacity.page_size,
             stop_tokens=self.stop_tokens,
-            most=SAMPLE,
+            baseline=plain,
         )
 
     def _witness(self) -> Witness:

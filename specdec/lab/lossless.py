@@ -2,18 +2,19 @@
 comparison with the baseline's, token for token, each divergence explained."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from specdec.lab.audit import told
-from specdec.lab.draws import ALARM, BETS, Draws, places_of, together
-from specdec.lab.witness import Seen, Witness
-from specdec.sampling import SEEDS, SamplingParams, probabilities
+from specdec.lab.audit import BUG, Audit, Evidence, told
+from specdec.lab.bets import ALARM
+from specdec.lab.reading import SAMPLE, Reading
+from specdec.lab.witness import Witness
+from specdec.sampling import SamplingParams
 
 Record = Mapping[str, Any]
-SAMPLE = 8192  # tokens that are read, prompts included
 
 
 def verdict(
@@ -24,37 +25,43 @@ def verdict(
     baseline: Sequence[Record] | None = None,
     lossy: str | None = None,
     exact: bool = False,
-    evidence: Record | None = None,
+    evidence: Evidence | None = None,
     sample: int = SAMPLE,
 ) -> dict[str, Any]:
     """Whether texts are what the target would have decoded alone.
 
-    They fail if at temperature 0 one of them parts from the baseline's by more than rounding; if a
-    token among them is impossible; or if above temperature 0 all statistics of `draws.py` together
-    are so far off that chance would do it less often than `ALARM`.
+    They fail if at temperature 0 one of them parts from the baseline's by more than rounding; if
+    a token among them is impossible; if above temperature 0 bets on them win what chance would let
+    them win less often than `ALARM`; or if evidence says that there is a bug.
 
     Args:
-        texts: generations; a sample of them is read, `SAMPLE` tokens.
+        texts: generations; a sample of them is read.
         witness: reads them.
         baseline: generations of plain decoding, to compare with at temperature 0.
         lossy: why the texts need not be the target's; they are then described and fail in nothing.
         exact: logits do not depend on batch or tree (`kernels.exact`): rounding explains nothing
             between the texts and the baseline's.
-        evidence: what `audit` found, if evidence was recorded. A bug fails.
+        evidence: what was recorded of the verifying pass.
         sample: tokens that are read, prompts included.
 
     Returns:
         verdict: passed, suspect (passed, but evidence lies further apart than rounding is thought
             to do), failed, lossy, or not checked.
         reason: why, in words.
-        At temperature 0 with a baseline what `compare` returns, and always what `read` does.
+        At temperature 0 with a baseline what `compare` returns, always what `Reading.read` does,
+        and evidence: what `Audit.report` does, if there is some.
     """
-    report: dict[str, Any] = {}
-    if sampling.greedy and baseline is not None:
-        report |= compare(texts, baseline, witness)
-    report |= read(texts, witness, sampling, sample)
+    audit = None
     if evidence is not None:
-        report["evidence"] = evidence
+        audit = Audit(evidence=evidence, witness=witness, best=sampling.greedy and lossy is None)
+    pairs = _pairs(texts, baseline) if sampling.greedy and baseline is not None else []
+    noted = {pair.mine["request"]: pair.position for pair in pairs if pair.parted}
+    reading = Reading(witness, sampling, audit, noted)
+    report = reading.read(texts, sample)
+    if sampling.greedy and baseline is not None:
+        report = compare(texts, baseline, witness, audit, reading.scores) | report
+    if audit is not None:
+        report["evidence"] = audit.report(texts)
     result, reason = _judged(report, lossy, exact)
     return {"verdict": result, "reason": reason, **report}
 
@@ -84,12 +91,12 @@ def _faults(report: Record, exact: bool) -> list[str]:
     if report["impossible"]:
         found.append(f"{report['impossible']} tokens are none that the target could choose")
     if report["p_value"] is not None and report["p_value"] < ALARM:
-        tests = report["tests"]
-        worst = min(tests, key=lambda name: tests[name])
-        if worst == BETS:
-            won = report["bets"]
-            worst = f"a bet on {won['bet']} at place {won['place']} of a step"
-        found.append(f"tokens are no draws from the target's distributions ({worst})")
+        bet, place = report["bets"]["bet"], report["bets"]["place"]
+        where = "all places" if place == "all" else f"place {place}"
+        found.append(
+            f"tokens are no draws from the target's distributions (a bet on {bet} at {where} of "
+            f"a step)"
+        )
     return found
 
 
@@ -116,84 +123,18 @@ def _said(report: Record, exact: bool) -> list[str]:
     return [*said, line]
 
 
-def read(
-    texts: Sequence[Record], witness: Witness, sampling: SamplingParams, sample: int = SAMPLE
-) -> dict[str, Any]:
-    """What an independent pass says of the tokens of a sample of texts.
-
-    Returns:
-        texts, tokens: how many were read.
-        impossible: tokens of probability 0: not the most probable one at temperature 0, cut by a
-            filter above it.
-        edge: tokens that were so as well, but would not be if all tokens more probable were less
-            so by no more than rounding (`Witness.units`).
-        p_value: of all statistics together, and tests: of each (see `draws.py`); None and {} at
-            temperature 0 or without tokens.
-        bets: `Found` of `bets.py`, whose p_value is one of the tests.
-    """
-    draws, chosen = Draws(), _sample(texts, sample)
-    tokens = impossible = edge = 0
-    for text in chosen:
-        lengths = text.get("accepted_lengths") or [1] * len(text["output_ids"])
-        places = np.array(places_of(lengths))
-        generator = np.random.default_rng([sampling.seed % SEEDS, text["request"]])
-        shares = generator.random(len(places))
-        start = 0
-        for seen in witness.follow(text):
-            law = probabilities(seen.scores, sampling)
-            cut = law.gather(1, seen.drawn[:, None])[:, 0] == 0
-            if cut.any():
-                law[cut] = _within_rounding(seen, cut, witness, sampling)
-            legal = law.gather(1, seen.drawn[:, None])[:, 0] > 0
-            edge += int((cut & legal).sum())
-            impossible += int((~legal).sum())
-            end = start + len(law)
-            if not sampling.greedy:
-                kept = legal.cpu().numpy()
-                share, place = shares[start:end][kept], places[start:end][kept]
-                said = seen.draft
-                draft = None if said is None else probabilities(said[legal], sampling)
-                draws.add(law[legal], seen.drawn[legal], share, place, draft)
-            start = end
-        tokens += start
-    tests = draws.tests()
-    return {
-        "texts": len(chosen),
-        "tokens": tokens,
-        "impossible": impossible,
-        "edge": edge,
-        "p_value": together(tests) if tests else None,
-        "tests": tests,
-        "bets": draws.bets.found(ALARM)._asdict() if tests else None,
-    }
-
-
-def _sample(texts: Sequence[Record], most: int) -> list[Record]:
-    """Texts with output, picked whatever is in them, until there are so many tokens."""
-    found, tokens = [], 0
-    for place in np.random.default_rng(0).permutation(len(texts)):
-        text = texts[place]
-        if text["output_ids"] and tokens < most:
-            found.append(text)
-            tokens += len(text["prompt_ids"]) + len(text["output_ids"])
-    return found
-
-
-def _within_rounding(
-    seen: Seen, rows: Tensor, witness: Witness, sampling: SamplingParams
-) -> Tensor:
-    """Laws of some rows if what stands before the drawn token there is less probable by as much as
-    rounding may do."""
-    scores, drawn = seen.scores[rows], seen.drawn[rows][:, None]
-    before = (scores >= scores.gather(1, drawn)).scatter(1, drawn, False)
-    return probabilities(scores - before * witness.bound(scores, drawn[:, 0])[:, None], sampling)
-
-
 def compare(
-    generations: Sequence[Record], baseline: Sequence[Record], witness: Witness
+    generations: Sequence[Record],
+    baseline: Sequence[Record],
+    witness: Witness,
+    audit: Audit | None = None,
+    scores: Mapping[int, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Compare outputs of the same prompts, and see whether rounding explains where they part
-    (`Witness.units`).
+    """Compare outputs of the same prompts, and see whether rounding explains where they part.
+
+    Args:
+        audit: evidence, if some was recorded.
+        scores: [V] what the witness says where outputs part, by request, as far as it is known.
 
     Returns:
         checked, how many outputs were compared. left_out, how many turns were not, because their
@@ -201,47 +142,101 @@ def compare(
         how many of those compared are the same, token for token. divergences, one for each of the
         others: prompt, sample, turn, position of the first token that differs, token and
         baseline_token there, logit_gap (baseline_token less token), top2_gap (the most probable
-        token less the next), bound, and whether the gap is explained by it. Where an output has
-        ended its token is None, and so are gaps and bound.
+        token less the next), bound (`Witness.units`), measured (by how many times what rounding
+        does evidence is off there, of either side), and whether the gap is explained. Where an
+        output has ended its token is None, and so are gaps, bound and measured.
     """
-    reference = {_turn(record): record for record in baseline}
-    pairs = [(g, reference[_turn(g)]) for g in generations if _turn(g) in reference]
-    asked = [(g, other) for g, other in pairs if g["prompt_ids"] == other["prompt_ids"]]
-    parted = [(g, o["output_ids"]) for g, o in asked if g["output_ids"] != o["output_ids"]]
+    pairs = _pairs(generations, baseline)
+    asked = [pair for pair in pairs if pair.mine["prompt_ids"] == pair.theirs["prompt_ids"]]
+    parted = [pair for pair in asked if pair.parted]
     return {
         "checked": len(asked),
         "left_out": len(pairs) - len(asked),
         "identical": len(asked) - len(parted),
-        "divergences": [_divergence(*pair, witness) for pair in parted],
+        "divergences": [_divergence(pair, witness, audit, scores or {}) for pair in parted],
     }
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two outputs of the same turn."""
+
+    mine: Record
+    theirs: Record
+
+    @property
+    def parted(self) -> bool:
+        return bool(self.mine["output_ids"] != self.theirs["output_ids"])
+
+    @property
+    def position(self) -> int:
+        """Of the first token that differs."""
+        mine, theirs = self.mine["output_ids"], self.theirs["output_ids"]
+        both = enumerate(zip(mine, theirs, strict=False))
+        return next((i for i, (a, b) in both if a != b), min(len(mine), len(theirs)))
+
+
+def _pairs(generations: Sequence[Record], baseline: Sequence[Record]) -> list[_Pair]:
+    reference = {_turn(record): record for record in baseline}
+    return [_Pair(g, reference[_turn(g)]) for g in generations if _turn(g) in reference]
 
 
 def _turn(generation: Record) -> tuple[str, int, int]:
     return generation["prompt"], generation["sample"], generation["turn"]
 
 
-def _divergence(generation: Record, theirs: Sequence[int], witness: Witness) -> dict[str, Any]:
+def _divergence(
+    pair: _Pair, witness: Witness, audit: Audit | None, known: Mapping[int, Tensor]
+) -> dict[str, Any]:
     """Where an output parts from another, and why."""
-    mine = generation["output_ids"]
-    position = next(
-        (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-        min(len(mine), len(theirs)),
+    mine, position = pair.mine, pair.position
+    token, other = (
+        ids[position] if position < len(ids) else None
+        for ids in (mine["output_ids"], pair.theirs["output_ids"])
     )
-    token, other = (ids[position] if position < len(ids) else None for ids in (mine, theirs))
-    gap = top2_gap = bound = None
+    why: dict[str, Any] = dict.fromkeys(("logit_gap", "top2_gap", "bound", "measured"))
+    why["explained"] = False
     if token is not None and other is not None:
-        *_, last = witness.follow({**generation, "output_ids": mine[: position + 1]})
-        scores = last.scores[-1:]
-        gap = float(scores[0, other] - scores[0, token])
-        first, second = scores[0].topk(2).values.tolist()
-        top2_gap, bound = first - second, float(witness.bound(scores, last.drawn[-1:]))
+        scores = known.get(mine["request"]) if known else None
+        if scores is None:
+            begun = {**mine, "output_ids": mine["output_ids"][: position + 1]}
+            *_, last = witness.follow(begun)
+            scores = last.scores[-1]
+        why = _explanation(pair, scores, witness, audit)
     return {
-        **{name: generation[name] for name in ("prompt", "sample", "turn")},
+        **{name: mine[name] for name in ("prompt", "sample", "turn")},
         "position": position,
         "token": token,
         "baseline_token": other,
+        **why,
+    }
+
+
+def _explanation(
+    pair: _Pair, scores: Tensor, witness: Witness, audit: Audit | None
+) -> dict[str, Any]:
+    """Whether rounding explains that two tokens were chosen where the witness has scores [V].
+
+    Evidence does if each pass took its token for the best, and was off by e at most, what `BUG`
+    allows. For with l what a pass said and w what the witness says, w(token) >= l(token) - e =
+    max l - e >= max w - 2 e: whatever is assumed of layers, neither token is further from the best
+    one than that. A side without evidence is judged by `Witness.bound`.
+    """
+    mine, theirs, place = pair.mine, pair.theirs, pair.position
+    token, other = mine["output_ids"][place], theirs["output_ids"][place]
+    gap = float(scores[other] - scores[token])
+    first, second = scores.topk(2).values.tolist()
+    drawn = torch.tensor([token], device=scores.device)
+    bound = float(witness.bound(scores[None], drawn))
+    explained, off = abs(gap) <= bound, None
+    if audit is not None and (off := audit.at(mine, place, scores)) is not None:
+        before = audit.at(theirs, place, scores, baseline=True)
+        explained = off <= BUG and (-gap <= bound if before is None else before <= BUG)
+        off = max(off, before or 0.0)
+    return {
         "logit_gap": gap,
-        "top2_gap": top2_gap,
+        "top2_gap": first - second,
         "bound": bound,
-        "explained": gap is not None and bound is not None and abs(gap) <= bound,
+        "measured": off,
+        "explained": explained,
     }

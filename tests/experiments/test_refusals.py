@@ -16,6 +16,7 @@ REFUSED = {
     "datastore=/no/store": "datastore=/no/store: no such folder",
     "studies.cpu_speed out=x repeats=0": "repeats=0: must be greater than or equal to 1",
     "studies.acceptance_bounds worlds=0": "worlds=0: must be greater than or equal to 1",
+    "studies.faults worlds=0": "worlds=0: must be greater than or equal to 1",
     "bench.run rules device=cpu batches=0": "batches=[0]: must be greater than or equal to 1",
     "bench.run anatomy device=cpu batches=0": "batches=[0]: must be greater than or equal to 1",
     "figures.draw README.md": "README.md: not JSON",

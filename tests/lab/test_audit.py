@@ -1,5 +1,8 @@
 """The audit: planted faults and where it says they are, and that it is silent if there is none."""
 
+import base64
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,18 +12,22 @@ import torch
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.static import Static
 from specdec.evidence import evidence_line, numbers_in, numbers_of
-from specdec.lab.audit import apart_of, audit, named, strata, told, units_between
-from specdec.lab.lossless import verdict
-from specdec.lab.witness import Witness
+from specdec.lab import audit as audit_module
+from specdec.lab.audit import Audit, Evidence, begun_alike, named, strata, told, units_between
+from specdec.lab.lossless import compare, verdict
+from specdec.lab.witness import Seen, Witness
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
 from specdec.sampling import SamplingParams
+from specdec.verifier.target_only import TargetOnly
 from tests.decoding import decoder_of, requests_of
 from tests.lab import planted
 from tests.lab.made import generation
 
 STARTS = ("It was a dark night, and the old captain stood", "def fold(items, start):\n    total =")
 SAMPLED = SamplingParams(temperature=1.0, seed=3)
+COOL = SamplingParams(temperature=0.6, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +36,26 @@ def target() -> PagedLM:
 
 
 def decoded(
-    target: PagedLM, sampling: SamplingParams, *, prompts: int = 4, new: int = 24, **how: Any
+    target: PagedLM,
+    sampling: SamplingParams,
+    *,
+    prompts: int = 4,
+    new: int = 24,
+    widths: Sequence[int] = (2, 2, 1),
+    children: str | None = None,
+    alike: bool = False,
+    **how: Any,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], SmallLlama]:
-    """Texts, lines of evidence, and what drafted."""
+    """Texts, lines of evidence, and what drafted. Half of the prompts begin alike if asked for."""
     drafter = SmallLlama(path="zoo:draft", candidates=64)
-    tree = Static(widths=[2, 2, 1], children="top_k" if sampling.greedy else "sample")
+    children = children or ("top_k" if sampling.greedy else "sample")
+    tree = Static(widths=list(widths), children=children)
     options = {"rows": 2, "page_size": 8, "evidence": True, "sampling": sampling, **how}
     decoder = decoder_of(target, drafter, tree, **options)
     asked = [
-        target.tokenizer(f"{i} {start}").input_ids
+        target.tokenizer(f"{start} {i}" if alike and k else f"{i} {start}").input_ids
         for i in range(-(-prompts // 2))
-        for start in STARTS
+        for k, start in enumerate(STARTS)
     ]
     done = [*decoder.run(requests_of(asked, new))]
     texts = [
@@ -54,14 +70,35 @@ def decoded(
     return texts, [evidence_line(s) for s in done], drafter
 
 
+def audited(
+    texts: list[dict[str, Any]], evidence: Evidence, target: PagedLM, sampling: SamplingParams
+) -> dict[str, Any]:
+    """What evidence says of all of them."""
+    found = verdict(texts, Witness(target), sampling, evidence=evidence, sample=10**6)
+    assert found["verdict"] == {"clean": "passed", "bug": "failed"}[found["evidence"]["verdict"]]
+    if found["evidence"]["verdict"] == "bug":
+        assert told(found["evidence"]) in found["reason"]
+    return found["evidence"]
+
+
 @pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED], ids=["greedy", "sampled"])
 def test_a_sound_pass_is_clean(target, sampling):
     texts, lines, _ = decoded(target, sampling)
-    found = audit(texts, lines, Witness(target), page_size=8)
+    found = audited(texts, Evidence(lines=lines, page_size=8), target, sampling)
     assert (found["verdict"], found["suspects"], found["strata"]) == ("clean", 0, [])
+    assert (found["not_best"], found["stops"]) == (0, 0)
     assert found["tokens"] == sum(len(text["output_ids"]) for text in texts) == 96
     assert found["largest"] < 3
     assert "in 96 tokens" in told(found)
+
+
+@pytest.mark.slow
+def test_a_sound_pass_in_bfloat16_is_clean():
+    rounded = load_model("zoo:target", Placement(dtype=torch.bfloat16))
+    for sampling in (SamplingParams(), SAMPLED):
+        texts, lines, _ = decoded(rounded, sampling, prompts=8, new=32)
+        found = audited(texts, Evidence(lines=lines, page_size=8), rounded, sampling)
+        assert found["verdict"] == "clean"
 
 
 def test_evidence_is_that_of_the_tokens(target):
@@ -78,29 +115,30 @@ def test_evidence_is_that_of_the_tokens(target):
         np.testing.assert_allclose(numbers_in(line["numbers"]).T, torch.stack(expected), atol=1e-4)
 
 
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "wrong ancestor bit": (planted.mask, "depth 2-3"),
+    "position below a branch": (planted.position, "depth 2-3"),
+    "scratch row not overwritten": (planted.unwritten, "depth 1"),
+    "row of another node": (planted.stale, "after drafts were kept"),
+    "a row too few": (planted.short, "second step"),
+    "a row too many": (planted.many, "second step"),
+    "pages of other prompts": (planted.page, "first token"),
+    "a shared page written": (planted.written, "begins like another text"),
+}
+
+
 @pytest.mark.some(2)
-@pytest.mark.parametrize(
-    ("plant", "names"),
-    [
-        (planted.mask, {"depth 2-3"}),
-        (planted.position, {"depth 2-3"}),
-        (planted.stale, {"after drafts were kept"}),
-        (planted.short, {"second step"}),
-        (planted.page, {"first step"}),
-    ],
-    ids=["mask", "position", "stale", "short", "page"],
-)
-def test_faults_of_pass_and_cache_are_found_in_a_hundred_tokens(target, monkeypatch, plant, names):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_pass_and_cache_are_found_in_a_hundred_tokens(target, monkeypatch, fault):
+    plant, stratum = FAULTS[fault]
     plant(monkeypatch)
-    texts, lines, _ = decoded(target, SAMPLED, prompts=12, new=10)
+    texts, lines, _ = decoded(target, SAMPLED, prompts=12, new=10, rows=4, alike=True)
     monkeypatch.undo()
-    found = audit(texts, lines, Witness(target), page_size=8)
+    found = audited(texts, Evidence(lines=lines, page_size=8), target, SAMPLED)
     assert found["verdict"] == "bug"
+    assert found["tokens"] <= 120
     assert found["largest"] > 100
-    assert found["strata"][0]["name"] in names
-    judged = verdict(texts, Witness(target), SAMPLED, evidence=found)
-    assert judged["verdict"] == "failed"
-    assert found["strata"][0]["name"] in judged["reason"]
+    assert found["strata"][0]["name"] == stratum
 
 
 def test_a_text_that_goes_on_after_a_stop_token_is_found(target, monkeypatch):
@@ -112,25 +150,109 @@ def test_a_text_that_goes_on_after_a_stop_token_is_found(target, monkeypatch):
         if n > 1
     ]
     stops = {output[before] for output, before, _ in kept}
-    clean, lines, _ = decoded(target, SamplingParams(), stop_tokens=stops)
-    assert audit(clean, lines, Witness(target), page_size=8, stop_tokens=stops)["stops"] == 0
-    planted.stop(monkeypatch)
-    texts, lines, _ = decoded(target, SamplingParams(), stop_tokens=stops)
-    found = audit(texts, lines, Witness(target), page_size=8, stop_tokens=stops)
-    assert found["verdict"] == "bug"
-    assert told(found).endswith("texts go on after a stop token")
+    for plant, result in ((None, "clean"), (planted.stop, "bug")):
+        if plant is not None:
+            plant(monkeypatch)
+        texts, lines, _ = decoded(target, SamplingParams(), stop_tokens=stops)
+        evidence = Evidence(lines=lines, page_size=8, stop_tokens=stops)
+        found = audited(texts, evidence, target, SamplingParams())
+        assert found["verdict"] == result
+        assert (found["stops"] > 0) == (plant is not None)
+
+
+RULES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "none": (planted.Faulty("none"), {}),
+    "none, top-k children": (TargetOnly(), {"children": "top_k"}),
+    "residual forgotten": (planted.Faulty("residual"), {}),
+    "residual not normalised": (planted.Faulty("unnormalised"), {}),
+    "told of q before temperature": (planted.Faulty("told"), {"sampling": COOL}),
+    "bonus from the parent's law": (planted.Faulty("bonus"), {}),
+    "coin reused for siblings": (planted.SharedCoins(), {"children": "top_k"}),
+}
+NAMED = {
+    "coin reused for siblings": ("bet", "rank 2"),
+    "bonus from the parent's law": ("place", "2-3"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["none", "residual", "told", "bonus"])
+@pytest.mark.parametrize("fault", RULES)
 def test_faults_of_rules_are_found_in_five_thousand_tokens(target, fault):
-    texts, _, drafter = decoded(
-        target, SAMPLED, prompts=104, new=48, rows=16, rule=planted.Faulty(fault)
-    )
+    """Without one there is no alarm."""
+    rule, how = RULES[fault]
+    how = {"sampling": SAMPLED, **how}
+    texts, lines, drafter = decoded(target, prompts=104, new=48, rows=16, rule=rule, **how)
     witness = Witness(target, draft=drafter.own_model)
-    found = verdict(texts, witness, SAMPLED, sample=10**6)
+    evidence = Evidence(lines=lines, page_size=8)
+    found = verdict(texts, witness, how["sampling"], evidence=evidence, sample=10**6)
     assert found["tokens"] <= 5000
-    assert (found["verdict"] == "failed") == (fault != "none")
+    assert found["evidence"]["verdict"] == "clean"  # the pass is sound
+    assert (found["verdict"] == "passed") == fault.startswith("none"), found["p_value"]
+    for what, name in [NAMED[fault]] if fault in NAMED else ():
+        assert found["bets"][what] == name
+
+
+# Divergences at temperature 0
+
+
+class Stub:
+    """A witness of made-up scores."""
+
+    target = SimpleNamespace(dtype=torch.float32)
+    scores = torch.tensor([[1.0, 0.95, 0.5]]).double()
+
+    def follow(self, text: dict) -> Iterator[Seen]:
+        yield Seen(torch.tensor(text["output_ids"]), self.scores)
+
+    def bound(self, scores: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores[:, 0], 0.1)
+
+
+def explained(
+    mine: Sequence[float] | None, theirs: Sequence[float] | None, rounding: float
+) -> tuple[bool, float | None]:
+    """Of a run that chose token 0 and plain decoding that chose 1, by logits of their passes."""
+
+    def lines(logits: Sequence[float] | None, token: int) -> list[dict[str, Any]]:
+        if logits is None:
+            return []
+        numbers = numbers_of(torch.tensor([logits]), torch.tensor([token])).numpy()
+        letters = base64.b64encode(numbers.astype("<f4").tobytes()).decode()
+        return [{"request": 0, "row": 0, "numbers": letters}]
+
+    evidence = Evidence(lines=lines(mine, 0), baseline=lines(theirs, 1), page_size=8)
+    witness: Any = Stub()
+    audit = Audit(evidence=evidence, witness=witness)
+    vars(audit)["rounding"] = rounding
+    sides = ([{**generation(0, [token], 1), "request": 0}] for token in (0, 1))
+    (found,) = compare(*sides, witness, audit)["divergences"]
+    return found["explained"], found["measured"]
+
+
+def test_a_divergence_is_judged_by_what_both_passes_said():
+    right, other = (1.0, 0.95, 0.5), (0.97, 0.98, 0.5)
+    unit = 2.0**-23  # of numbers from 1 to 2
+    wide, narrow = 0.01 / unit, 0.001 / unit
+    assert explained(right, other, wide) == (True, pytest.approx(3.0, rel=0.01))
+    assert explained(right, other, narrow) == (False, pytest.approx(30.0, rel=0.01))
+    assert explained(other, other, wide) == (False, np.inf)  # the run did not choose its best
+    assert explained(right, right, wide) == (False, np.inf)  # nor did plain decoding
+    # Without evidence the bound of 0.1 decides, on the side that has none.
+    assert explained(right, None, narrow) == (True, pytest.approx(0.0, abs=0.01))
+    assert explained((1.3, 0.95, 0.5), None, narrow)[0] is False
+    assert explained(None, other, narrow) == (True, None)
+
+
+def test_tokens_that_the_pass_did_not_take_for_best_are_a_bug(target):
+    texts, lines, _ = decoded(target, SamplingParams(), prompts=2, new=9)
+    numbers = numbers_in(lines[0]["numbers"])
+    numbers[4, 1] += 1.0
+    letters = base64.b64encode(numbers.astype("<f4").tobytes()).decode()
+    evidence = Evidence(lines=[{**lines[0], "numbers": letters}, *lines[1:]], page_size=8)
+    found = audited(texts, evidence, target, SamplingParams())
+    assert found["not_best"] == 1
+    lossy = verdict(texts, Witness(target), SamplingParams(), evidence=evidence, lossy="it is")
+    assert (lossy["verdict"], lossy["evidence"]["not_best"]) == ("lossy", 0)
 
 
 # Parts
@@ -147,13 +269,14 @@ def test_numbers_that_are_none_are_far_apart():
 
 def test_strata_are_what_was_known_before():
     text = {"prompt_ids": [1] * 7, "output_ids": [2] * 6, "accepted_lengths": [2, 3, 1]}
-    found = strata(text, 4, 4)
+    found = strata(text, 4, "batch row 4")
     assert [label[0] for label in found] == ["root", "below the root"] * 2 + [
         "below the root",
         "root",
     ]
     assert found[0] == (
         "root",
+        "first token",
         "first step",
         "after none was kept",
         "in the same page",
@@ -175,6 +298,14 @@ def test_strata_are_what_was_known_before():
     )
 
 
+def test_texts_that_begin_alike_and_rows_that_were_used_are_known():
+    prompts = [[1, 2, 3], [1, 2, 4], [5, 6, 7], [1, 2]]
+    texts = [{"request": n, "prompt_ids": ids} for n, ids in enumerate(prompts)]
+    assert begun_alike(texts, 2) == {0, 1}  # nothing is shared of a page that is not full
+    lines = [{"request": n, "row": row} for n, row in ((0, 1), (2, 0), (1, 1), (3, 0))]
+    assert Evidence(lines=lines, page_size=2).later == {1, 3}
+
+
 def test_a_stratum_is_named_if_chance_does_not_explain_it():
     labels = [("a", "even"[: 1 + i % 2])[:1] if i < 50 else ("b",) for i in range(100)]
     faulty = np.array([i < 20 for i in range(100)])
@@ -184,15 +315,17 @@ def test_a_stratum_is_named_if_chance_does_not_explain_it():
 
 
 def test_evidence_of_another_text_is_refused(target):
-    text = {**generation(0, [3, 4], 1), "prompt_ids": [5, 6]}
+    text = {**generation(0, [3, 4], 1), "request": 0, "prompt_ids": [5, 6]}
+    letters = base64.b64encode(bytes(3 * 16)).decode()
+    evidence = Evidence(lines=[{"request": 0, "row": 0, "numbers": letters}], page_size=8)
     with pytest.raises(ValueError, match="3 tokens of request 0, whose text has 2; delete"):
-        apart_of(text, np.zeros((3, 4)), Witness(target))
+        verdict([text], Witness(target), SAMPLED, evidence=evidence)
 
 
-def test_a_suspect_passes_with_a_warning(target):
+def test_a_suspect_passes_with_a_warning(target, monkeypatch):
     texts, lines, _ = decoded(target, SAMPLED, prompts=2, new=9)
-    found = audit(texts, lines, Witness(target), page_size=8)
-    found |= {"verdict": "suspect", "suspects": 1, "strata": []}
-    assert verdict(texts, Witness(target), SAMPLED, evidence=found)["verdict"] == "suspect"
+    monkeypatch.setattr(audit_module, "SUSPECT", 1e-9)
+    found = verdict(texts, Witness(target), SAMPLED, evidence=Evidence(lines=lines, page_size=8))
+    assert (found["verdict"], found["evidence"]["verdict"]) == ("suspect", "suspect")
     logits, tokens = torch.randn(3, 9), torch.tensor([0, 4, 8])
     assert numbers_of(logits, tokens)[:, 0].tolist() == logits[range(3), tokens].tolist()

@@ -1,7 +1,6 @@
 """Losslessness reports against known divergences, and draws against the laws they follow."""
 
 from collections.abc import Iterator
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.lab import witness as witness_module
-from specdec.lab.draws import Draws, Sum, places_of, together
-from specdec.lab.lossless import compare, read, verdict
+from specdec.lab.bets import Bets, Found, places_of
+from specdec.lab.lossless import compare, verdict
+from specdec.lab.reading import Reading
 from specdec.lab.witness import BOUND, Seen, Witness, noise, own_logits, unit
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
@@ -21,6 +21,12 @@ from specdec.models.placement import Placement
 from specdec.sampling import SamplingParams, probabilities
 from tests.decoding import decoder_of, requests_of
 from tests.lab.made import generation
+
+
+def read(
+    texts: list[dict], witness: Any, sampling: SamplingParams, sample: int = 8192
+) -> dict[str, Any]:
+    return Reading(witness, sampling).read(texts, sample)
 
 
 @pytest.fixture(scope="module")
@@ -222,22 +228,12 @@ def test_tokens_that_a_filter_cuts_by_rounding_are_no_impossible_ones(filters, c
 # Above temperature 0
 
 
-def test_tails_of_sums_are_exact():
-    generator = np.random.default_rng(0)
-    laws = generator.dirichlet(np.ones(5) * 0.3, size=4)
-    law = reduce(np.convolve, laws)  # of the sum, by enumeration
-    for total in range(len(law)):
-        expected = min(1.0, 2 * min(law[: total + 1].sum(), law[total:].sum()))
-        assert Sum.of(laws, np.array([total]), 64).tails() == pytest.approx(expected, abs=1e-12)
-    assert Sum.of(laws, np.array([1000]), 64).tails() == 0
-
-
 def test_places_are_those_of_a_step():
     assert places_of([3, 1, 2]) == [0, 1, 2, 0, 0, 1]
 
 
-def world(generator: np.random.Generator, tokens: int, *, bent: float = 1.0) -> dict[str, float]:
-    """The statistics of a run: tokens from laws that depend on the last one and are as peaked as
+def world(generator: np.random.Generator, tokens: int, *, bent: float = 1.0) -> Found:
+    """What bets find in a run: tokens from laws that depend on the last one and are as peaked as
     those of models; steps end at improbable tokens. `bent`: the power that laws are raised to at
     the second place of a step."""
     laws = generator.dirichlet(np.full(12, generator.choice([0.05, 0.3])), size=12)
@@ -248,29 +244,19 @@ def world(generator: np.random.Generator, tokens: int, *, bent: float = 1.0) -> 
         lengths[-1] += 1
         if laws[drawn[-2], drawn[-1]] < 0.3 or lengths[-1] == 3:
             lengths.append(0)
-    draws = Draws()
-    seen = torch.tensor(laws[drawn[:-1]])
-    draws.add(
-        seen, torch.tensor(drawn[1:]), generator.random(tokens), np.array(places_of(lengths))
-    )
-    assert len(draws) == tokens
-    return draws.tests()
-
-
-def test_alarms_are_as_rare_as_they_should_be():
-    """Of short runs as of longer ones: 300, among which 3 are expected below 0.01 at most."""
-    generator = np.random.default_rng(7)
-    found = [together(world(generator, int(generator.choice([5, 20, 60])))) for _ in range(300)]
-    assert np.mean(np.array(found) < 0.01) < 0.03
-    assert np.mean(np.array(found) < 0.1) < 0.13
-    assert min(found) > 1e-4
+    bets, seen = Bets(), torch.tensor(laws[drawn[:-1]])
+    places = np.array(places_of(lengths))
+    bets.add(seen, torch.tensor(drawn[1:]), generator.random(tokens), places)
+    return bets.found(1e-4)
 
 
 def test_a_fault_at_one_place_of_a_step_is_found_there():
     generator = np.random.default_rng(8)
-    found = [world(generator, 1500, bent=1.6) for _ in range(3)]
-    assert all(min(tests, key=tests.get) == "surprisal 1" for tests in found)
-    assert max(map(together, found)) < 1e-4
+    for found in (world(generator, 4000, bent=1.6) for _ in range(3)):
+        assert (found.bet, found.place) == ("surprisal", "1")
+        assert found.tokens is not None
+        assert found.p_value < 1e-4
+    assert world(generator, 4000).p_value > 0.01
 
 
 def drawn(target: PagedLM, sampling: SamplingParams, *, sharper: float = 1.0) -> list[dict]:
@@ -296,8 +282,7 @@ def test_equally_probable_tokens_have_an_order(target):
     even = PagedLM(LlamaForCausalLM(target.model.config))
     torch.nn.init.zeros_(even.model.lm_head.weight)
     sampling = SamplingParams(temperature=1.0)
-    found = read(drawn(even, sampling), Witness(even), sampling)
-    assert found["tests"]["uniform"] > 0.01
+    assert read(drawn(even, sampling), Witness(even), sampling)["p_value"] > 0.01
 
 
 @pytest.mark.parametrize("top_p", [None, 0.8])

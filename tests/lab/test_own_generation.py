@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from specdec.lab.lossless import compare, read
+from specdec.lab.lossless import compare
+from specdec.lab.reading import Reading
 from specdec.lab.witness import Witness, own_logits
 from specdec.models.generation import processors_of
 from specdec.models.load import load_model, zoo_path
@@ -100,9 +101,9 @@ def test_the_check_is_about_the_processed_law(
     warm = SamplingParams(temperature=1.0)
     config = target.model.generation_config
     processors = processors_of(config, warm, ends=[0], vocab=target.vocab_size)
-    found = read(records, Witness(target, processors=processors), warm)
+    found = Reading(Witness(target, processors=processors), warm).read(records)
     assert found["p_value"] > 1e-3
-    assert read(records, Witness(target), warm)["p_value"] < 1e-5
+    assert Reading(Witness(target), warm).read(records)["p_value"] < 1e-5
 
 
 def test_a_divergence_is_weighed_by_processed_logits(own: Path) -> None:
