@@ -26,7 +26,7 @@ from specdec.lab.runs import SCHEMA, RunFolder, Side
 from specdec.lab.session import OurSession
 from specdec.lab.templates import template_hash
 from specdec.lab.tracking import Tracker
-from specdec.lab.witness import Witness
+from specdec.lab.witness import Witness, drafts_of
 from specdec.models.generation import own_settings, stop_strings_of
 from specdec.models.paged import PagedLM
 from specdec.processors import Processors
@@ -249,7 +249,8 @@ class Experiment:
 
     def _witness(self) -> Witness:
         draft = None if self.method.sampling.greedy else self.method.drafter.own_model
-        return Witness(self.target, self.capacity.kv_dtype, self.processors, draft)
+        drafts = drafts_of(draft, self.target)
+        return Witness(self.target, self.capacity.kv_dtype, self.processors, drafts)
 
 
 def _not_checked(reason: str) -> Record:

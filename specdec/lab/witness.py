@@ -3,8 +3,8 @@ shortcut with what decoded the text, so that a fault of those cannot hide in bot
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ from specdec.models.paged import PagedLM
 from specdec.processors import NO_PROCESSORS, Processors
 
 Record = Mapping[str, Any]
+Drafts = Callable[[Record], Iterator[Tensor]]
+"""What a draft says of the tokens of an output, [n, V] logits, `CHUNK` tokens at a time; nothing
+if it is not known of this text."""
 CHUNK = 64  # tokens whose logits are looked at together
 PROMPT_CHUNK = 512  # tokens of a prompt that are read together
 BOUND = 4.0  # units in the last place of the larger of two logits
@@ -45,8 +48,7 @@ class Witness:
         kv_dtype: of the cache it decoded over, as in `PagedKVCache`, whose rounding of keys and
             values is shared.
         processors: of its logits.
-        draft: a model that drafted, of the same vocabulary; only where bets are placed depends on
-            what it says.
+        drafts: what drafted, of the same vocabulary; only where bets are placed depends on it.
     """
 
     def __init__(
@@ -54,10 +56,9 @@ class Witness:
         target: PagedLM,
         kv_dtype: torch.dtype | None = None,
         processors: Processors = NO_PROCESSORS,
-        draft: PagedLM | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
-        same = draft is not None and draft.vocab_size == target.vocab_size
-        self.draft = draft if same else None
+        self.drafts = drafts
         self.target, self.kv_dtype, self.processors = target, kv_dtype, processors
         self._read: list[int] = []  # a text to measure rounding with
 
@@ -66,21 +67,12 @@ class Witness:
         prompt, output = text["prompt_ids"], text["output_ids"]
         self._read = self._read or [*prompt, *output]
         start = 0
-        drafts = self._drafts(prompt, output)
+        drafts = iter(()) if self.drafts is None else self.drafts(text)
         for logits in own_logits(self.target, prompt, output, kv_dtype=self.kv_dtype):
             drawn = torch.tensor(output[start : start + len(logits)], device=logits.device)
             scores = self.processors.of_text(logits.double(), prompt, output, start)
             start += len(drawn)
             yield Seen(drawn, scores, next(drafts, None))
-
-    def _drafts(self, prompt: Sequence[int], output: Sequence[int]) -> Iterator[Tensor]:
-        """What the draft says of the tokens of `follow`, in the same parts; nothing if it cannot
-        read a text so long."""
-        draft = self.draft
-        if draft is None or len(prompt) + len(output) > draft.max_context:
-            return
-        for logits in own_logits(draft, prompt, output):
-            yield logits.to(self.target.device).double()
 
     @cached_property
     def units(self) -> float:
@@ -106,6 +98,21 @@ class Witness:
         sizes = torch.maximum(top.abs(), own.where(own.isfinite(), top).abs())
         units = [unit(size, self.target.dtype) for size in sizes.tolist()]
         return self.units * torch.tensor(units, device=scores.device, dtype=scores.dtype)
+
+
+def drafts_of(draft: PagedLM | None, target: PagedLM) -> Drafts | None:
+    """By passes of a model that drafted, on texts that it can read; None if its vocabulary is not
+    the target's."""
+    if draft is None or draft.vocab_size != target.vocab_size:
+        return None
+    return partial(_read_by, draft, target.device)
+
+
+def _read_by(draft: PagedLM, device: torch.device, text: Record) -> Iterator[Tensor]:
+    prompt, output = text["prompt_ids"], text["output_ids"]
+    if len(prompt) + len(output) <= draft.max_context:
+        for logits in own_logits(draft, prompt, output):
+            yield logits.to(device).double()
 
 
 @torch.inference_mode()
