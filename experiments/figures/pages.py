@@ -25,6 +25,7 @@ from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
 from specdec.experiments.figures.faults import faults
 from specdec.experiments.figures.learned import learned, learned_summary
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
+from specdec.experiments.figures.replay import runs_table
 from specdec.experiments.figures.trees_and_rules_plot import tree_lengths, tree_speed
 from specdec.lab.command import run_main
 
@@ -85,6 +86,12 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("tree_speed_batch8", tree_speed, {"Acceptance by rank": "acceptance_rates"}),
             ("rule_steps", kernels.rules, {}),
         ],
+    ),
+    "replay": (
+        "Replay beside runs",
+        "What `specdec replay` says of texts that were recorded once, beside runs of the same "
+        "methods; [all that was replayed](replay.html). Other work ran on the machine meanwhile.",
+        [("replay", runs_table, {})],
     ),
     "by_category": (
         "Which drafter wins where",
