@@ -1,5 +1,5 @@
-"""What the attention of one forward pass may look at: pages of committed tokens, then rows of tree
-scratch.
+"""What kernels are given besides plain tensors. Above all, what the attention of one forward pass
+may look at: pages of committed tokens, then rows of tree scratch.
 
 Legend: B sequences, N query rows, M scratch rows, W = ceil(M / 32) words, P pages per sequence.
 """
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+SCALED_BLOCK = 128  # rows and columns of a weight that may have a scale together
 
 
 class TreeLayout:
@@ -177,6 +179,50 @@ class TargetLaw(NamedTuple):
     total: Tensor
     temperature: float
     entropy: Tensor | None = None
+
+
+class Fp8Weight(NamedTuple):
+    """A weight of a product in float8 e4m3 (Micikevicius et al. 2022), with scales.
+
+    Attributes:
+        values: [N, K] float8_e4m3fn, contiguous.
+        scale: float32, [N], one for each row, or [ceil(N / 128), ceil(K / 128)], one for each
+            block of 128 x 128; the weight is values * scale.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K]"""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
+
+    @property
+    def blocked(self) -> bool:
+        """Whether scales belong to blocks and not to rows."""
+        return self.scale.dim() == 2
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """[N, K] of a type, rounded once: of bfloat16 it is exact if scales are powers of two."""
+        wide = torch.promote_types(dtype, torch.float32)
+        scale = self.scale[:, None]
+        if self.blocked:
+            rows, columns = self.shape
+            scale = self.scale.repeat_interleave(SCALED_BLOCK, 0)[:rows]
+            scale = scale.repeat_interleave(SCALED_BLOCK, 1)[:, :columns]
+        return (self.values.to(wide) * scale).to(dtype)
+
+
+Weight = Tensor | Fp8Weight
 
 
 def words(rows: int) -> int:

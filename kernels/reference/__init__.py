@@ -22,6 +22,7 @@ from specdec.kernels.reference.layer import (
     gated_linear,
     linear,
     project,
+    quantise_weight,
     rotate_and_write,
 )
 from specdec.kernels.reference.process import note_tokens, process_logits
@@ -58,6 +59,7 @@ __all__ = [
     "process_logits",
     "project",
     "quantise",
+    "quantise_weight",
     "rotate_and_write",
     "target_law",
     "top_tokens",

@@ -1,7 +1,7 @@
 """What a decoder layer of the Llama kind does besides attention, rounding where transformers does.
 
-A product may come in parts, whose sum it is; whoever reads it adds them up, in float32 at least,
-and rounds once.
+A weight in float8 counts as what it is dequantised to in the type of x. A product may come in
+parts, whose sum it is; whoever reads it adds them up, in float32 at least, and rounds once.
 
 Legend: M rows (B * N), K inputs, N outputs of a weight, S parts, H hidden size, I intermediate
 size; B, N nodes, HQ, HKV, D as elsewhere.
@@ -10,10 +10,32 @@ size; B, N nodes, HQ, HKV, D as elsewhere.
 import torch
 from torch import Tensor
 
-from specdec.kernels.reference.cache import write_tree
+from specdec.kernels.layout import Fp8Weight, Weight
+from specdec.kernels.reference.cache import quantise, write_tree
+
+ROWS_AT_ONCE = 1024  # of a weight that is quantised, for which as many in float32 are needed
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def quantise_weight(weight: Tensor) -> Fp8Weight:
+    """A weight [N, K] in float8 e4m3 with a scale for each row, as `quantise` rounds: the scale
+    is a power of two, so that what it is dequantised to in bfloat16 is exact.
+
+    Raises:
+        ValueError: a number that is infinite or NaN.
+    """
+    values = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    lost = torch.zeros((), dtype=torch.bool, device=weight.device)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        values[some], scale[some] = quantise(weight[some], values.dtype)
+        lost |= ~weight[some].isfinite().all()
+    if lost:
+        raise ValueError("a weight with infinite numbers or NaN cannot be quantised to fp8")
+    return Fp8Weight(values, scale)
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """A product with a weight, in parts.
 
     Args:
@@ -23,15 +45,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [S, M, N], in the type of x or float32, whose sum over S is x @ weight.T.
     """
-    return (x @ weight.T)[None]
+    return project(x, weight)[None]
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
+def project(x: Tensor, weight: Weight) -> Tensor:
     """x @ weight.T: [M, K] and [N, K] to [M, N] in the type of x."""
-    return x @ weight.T
+    plain = weight.dequantised(x.dtype) if isinstance(weight, Fp8Weight) else weight
+    return x @ plain.T
 
 
-def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+def gated_linear(x: Tensor, weight: Weight) -> Tensor:
     """The first two products of a SwiGLU block (Shazeer 2020).
 
     Args:
@@ -42,7 +65,7 @@ def gated_linear(x: Tensor, weight: Tensor) -> Tensor:
         [M, I], silu(gate) * up, rounded once after both products.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    gate, up = (x @ weight.T).to(wide).chunk(2, dim=-1)
+    gate, up = project(x, weight).to(wide).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
