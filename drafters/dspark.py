@@ -95,7 +95,8 @@ class DSpark(DFlash):
                 vocab=self.head.drafts,
             )
             if self.confidence:
-                probs = probs * self.head.chance(normal[:, level], frontier.tokens)[..., None]
+                sure = self.head.confidence(normal[:, level], frontier.tokens).sigmoid()
+                probs = probs * sure[..., None]
             return self._named(ids), probs
 
         return expand

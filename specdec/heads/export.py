@@ -15,6 +15,7 @@ from specdec.heads.block_files import MASK_FILE
 from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.recurrent import Eagle3Head, EagleConfig
+from specdec.heads.spark import SparkConfig
 
 WEIGHTS, MEDUSA_WEIGHTS = "model.safetensors", "medusa_lm_head.safetensors"
 CONFIG = "config.json"
@@ -95,7 +96,8 @@ def save_block(
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write a DFlash head that is not causal: config.json and model.safetensors as z-lab has them,
-    without embedding and output head, which are the target's, and a file with the mask's row.
+    of DSpark as SpecForge, without embedding and output head, which are the target's, and a file
+    with the mask's row.
 
     Args:
         target_layers: of the target; the state after the last is named by its norm.
@@ -119,6 +121,7 @@ def save_block(
         "is_causal": False,
         "dflash_config": {"mask_token_id": config.mask, "target_layer_ids": outputs},
         "dtype": str(dtype).removeprefix("torch."),
+        **(_of_spark(config) if isinstance(config, SparkConfig) else {}),
     }
     _write(folder, WEIGHTS, tensors, stated)
     if head.mask_embedding is not None:
@@ -126,6 +129,17 @@ def save_block(
         temporary = folder / f"{MASK_FILE}.tmp"
         torch.save({"mask_token_id": config.mask, "embedding": row}, temporary)
         temporary.replace(folder / MASK_FILE)
+
+
+def _of_spark(config: SparkConfig) -> dict[str, Any]:
+    """What config.json says of DSpark besides, by names of DeepSpec."""
+    return {
+        "architectures": ["DSparkDraftModel"],
+        "markov_rank": config.rank,
+        "markov_head_type": config.markov,
+        "enable_confidence_head": config.confidence,
+        "confidence_head_with_markov": config.confidence_markov,
+    }
 
 
 def _layer_of(head: LayeredHead) -> dict[str, Any]:

@@ -111,11 +111,11 @@ class SparkHead(BlockHead):
         added = self.kernels.project(latent.flatten(0, 1).contiguous(), head.markov_w2.weight)
         return logits + added.view(*tokens.shape, -1), state
 
-    def chance(self, normal: Tensor, tokens: Tensor) -> Tensor:
-        """[B, F], how likely it is that a child of these nodes is accepted, as it says.
+    def confidence(self, normal: Tensor, tokens: Tensor) -> Tensor:
+        """[B, F] logits, in float32, of the chance that a child of these nodes is accepted.
 
         Args:
-            normal: [B, 1, D], of their level.
+            normal: [B, 1 or F, D], of their level.
         """
         inputs = normal.expand(-1, tokens.shape[1], -1)
         if self.config.confidence_markov:
@@ -123,4 +123,4 @@ class SparkHead(BlockHead):
             inputs = torch.cat([inputs, before.markov_w1(tokens)], dim=-1)
         head: Any = self.confidence_head
         logit: Tensor = head.proj(inputs)[..., 0]
-        return logit.float().sigmoid()
+        return logit.float()

@@ -5,13 +5,15 @@ training. A block that is anchored there has token t + 1 for its root and sees t
 0 .. t; what it says of level d is about the token that slot t + d - 1 is about. No block sees
 another, so each is as if it were drafted alone.
 
-Legend: B sequences, T slots, A anchors, N slots of a block, L levels, D width of the head.
+Legend: B sequences, T slots, A anchors, N slots of a block, L levels, D width of the head, r rank
+of the correction of DSpark.
 """
 
 import torch
 from torch import Tensor, nn
 
 from specdec.heads.block import BlockHead
+from specdec.heads.spark import SparkHead
 
 SPREAD = 0.6180339887498949  # whose multiples, without their whole parts, are spread evenly
 
@@ -67,6 +69,23 @@ def drafted(head: BlockHead, states: Tensor, tokens: Tensor, anchors: Tensor) ->
     first = 0 if config.shifted else 1
     each: Tensor = read.unflatten(1, (count, slots))[:, :, first : first + config.levels]
     return each
+
+
+def corrected(head: SparkHead, states: Tensor, tokens: Tensor, anchors: Tensor) -> Tensor:
+    """[B, A, L, D + r], what `drafted` returns, and behind it what the token before each level
+    adds to the logits there by the head's last matrix: that of the text, at every level."""
+    read, state, parts = drafted(head, states, tokens, anchors), None, []
+    for level, before in enumerate(parents(tokens, anchors, head.config.levels).unbind(2)):
+        latent, state = head.latent(read[:, :, level], before, state)
+        parts.append(latent)
+    return torch.cat([read, torch.stack(parts, dim=2)], dim=-1)
+
+
+def parents(tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
+    """[B, A, L], the tokens [B, T] that levels of blocks come after; past the end the last."""
+    places = anchors[..., None] + torch.arange(levels, device=anchors.device)
+    places = places.clamp(max=tokens.shape[1] - 1).flatten(1)
+    return tokens.gather(1, places).unflatten(1, (anchors.shape[1], levels))
 
 
 def visible(

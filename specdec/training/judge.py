@@ -25,18 +25,20 @@ class Judged:
     Args:
         loss: [J], mean of each sequence, then over sequences; differentiable.
         overlap, agrees: [J], means over all slots that count.
+        kept: of each step the overlap at each slot [B, T], without gradient.
     """
 
     loss: Tensor
     overlap: Tensor
     agrees: Tensor
+    kept: Sequence[Tensor]
 
     def lesson(self, weights: Tensor) -> Lesson:
         """What it teaches if steps weigh as much as `weights` [J] says."""
         figures = {
             f"{name}/depth_{step + 1}": value.detach()
-            for name, values in vars(self).items()
-            for step, value in enumerate(values)
+            for name in ("loss", "overlap", "agrees")
+            for step, value in enumerate(getattr(self, name))
         }
         return Lesson(loss=(self.loss * weights).sum() / weights.sum(), figures=figures)
 
@@ -77,22 +79,23 @@ class Judge:
             self._step(*step, again=again)
             for step in zip(heads, outputs, wanted, labels, masks, strict=True)
         ]
-        loss, overlap, agrees = (torch.stack(one) for one in zip(*found, strict=True))
-        return Judged(loss=loss, overlap=overlap, agrees=agrees)
+        *means, kept = zip(*found, strict=True)
+        loss, overlap, agrees = (torch.stack(one) for one in means)
+        return Judged(loss=loss, overlap=overlap, agrees=agrees, kept=kept)
 
     def _step(
         self, head: nn.Module, *tensors: Tensor, again: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         parts = [
             checkpoint(self._rows, head, *inputs, use_reentrant=False)
             if again
             else self._rows(head, *inputs)
             for inputs in zip(*self._split(*tensors), strict=True)
         ]
-        means, any_, overlap, agrees, count = (torch.cat(one) for one in zip(*parts, strict=True))
+        means, any_, kept, agrees, count = (torch.cat(one) for one in zip(*parts, strict=True))
         slots = count.sum().clamp(min=1)
         loss = means.sum() / any_.sum().clamp(min=1)
-        return loss, overlap.sum() / slots, agrees.sum() / slots
+        return loss, kept.sum() / slots, agrees.sum() / slots, kept
 
     def _split(self, *tensors: Tensor) -> list[Sequence[Tensor]]:
         rows = max(1, self.chunk // tensors[0].shape[1])
@@ -101,8 +104,8 @@ class Judge:
     def _of_rows(
         self, head: nn.Module, output: Tensor, wanted: Tensor, labels: Tensor, mask: Tensor
     ) -> tuple[Tensor, ...]:
-        """Of each sequence [R]: its mean loss, whether any slot counts, sums of overlap and
-        agreement, and slots that count."""
+        """Of each sequence [R]: its mean loss, whether any slot counts, the overlap at each slot
+        that does [R, T], the sum of agreement, and slots that count."""
         logits = head(output).flatten(0, 1)
         loss = "kl" if self.loss == "lk" else self.loss
         one = compare(logits, wanted.flatten(0, 1), labels.flatten(), self.names, loss)
@@ -113,8 +116,7 @@ class Judge:
             accepted, _ = sequence_means(overlap, mask)
             value = lk(value, overlap, accepted[:, None])
         means, any_ = sequence_means(value, counted)
-        found = (means, any_, overlap.detach().sum(1), (agrees & mask).sum(1), mask.sum(1))
-        return found
+        return means, any_, overlap.detach(), (agrees & mask).sum(1), mask.sum(1)
 
     @torch.no_grad()
     def chances(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LOSSES = ("kl", "reverse_kl", "tv", "lk", "ce")
+DSPARK = "dspark"  # a tenth of CE, nine tenths of the L1 distance (DeepSpec `dspark/loss.py`)
 LK_FALL = 3.0  # how fast KL leaves as drafts are accepted
 
 
@@ -43,7 +44,7 @@ def compare(
         wanted: [M, V] logits.
         labels: [M] int64, the token of the text.
         names: [VD] int64 ascending, target ids of the drafter's tokens; None if they are the same.
-        loss: one of `LOSSES`; lk as one number for each position is mixed by `lk`.
+        loss: one of `LOSSES`, or `DSPARK`; lk as one number for each position is mixed by `lk`.
     """
     drafted, wanted = drafted.float(), wanted.float()
     best = wanted.argmax(-1)
@@ -59,9 +60,11 @@ def compare(
         at = torch.searchsorted(names, best).clamp(max=len(names) - 1)
         counts = names[at] == best
         agrees = names[drafted.argmax(-1)] == best
-    if loss == "ce":
+    if loss in ("ce", DSPARK):
         value, nameable = _of_labels(log_q, labels, names)
         counts = counts & nameable
+        if loss == DSPARK:  # p and q are 2 (1 - overlap) apart
+            value = 0.1 * value + 0.9 * 2 * (1 - overlap)
     elif loss == "tv":
         value = 1 - overlap
     else:

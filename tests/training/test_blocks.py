@@ -1,5 +1,6 @@
 """Blocks at several anchors at once are what each is alone, restated from the tokens before it."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from specdec.heads.formats import load_head
 from specdec.training import blocks
 from specdec.training.blocks import anchors_of, drafted
 from specdec.training.methods.dflash import DFlash
+from specdec.training.methods.dspark import DSpark
 from tests.heads import oracle
 from tests.training.small import VOCAB, WIDTH, filled, surroundings, target
 from tests.training.test_methods import seen_of
@@ -161,4 +163,56 @@ def test_what_is_written_drafts_the_same(tmp_path: Path) -> None:
     states, tokens = inputs(trainee.head)
     anchors = torch.tensor([[0, 3], [5, 2]])
     ours, theirs = (drafted(head, states, tokens[:, 1:], anchors) for head in (trainee.head, read))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("markov", ["vanilla", "gated", "rnn"])
+@torch.no_grad()
+def test_what_corrects_a_level_is_the_token_of_the_text(markov: Any) -> None:
+    """Drafts, and how sure the head is of them, whose loss has the overlap for its aim."""
+    lm = target()
+    method = DSpark(block=BLOCK, layers=1, anchors=20, rank=4, markov=markov)
+    trainee = method.make(surroundings(lm))
+    filled(trainee.head)
+    seen = seen_of(lm, trainee, rows=2)
+    slots = seen.mask.shape[1]
+    _, overlap = trainee.chains(seen, BLOCK)
+    facts = replace(facts_of(trainee.head), layers=("layers.0",), flags=frozenset({"shifted"}))
+    w, losses = facts.tensors, [[[] for _ in range(BLOCK)] for _ in range(2)]
+    for row in range(2):
+        states, text = seen.states[row].split(WIDTH, dim=-1), seen.tokens[row].tolist()
+        for slot in range(slots):
+            read = oracle.block(facts, states, text[: slot + 2])
+            for level in range(min(BLOCK, slots - slot)):
+                path = text[slot + 2 : slot + 2 + level]
+                drafts = oracle.dspark(facts, states, text[: slot + 2], path).softmax(-1)
+                wanted = seen.logits[row, slot + level].double().softmax(-1)
+                kept = float(torch.minimum(drafts, wanted).sum())
+                assert float(overlap[level, row, slot]) == pytest.approx(kept, rel=1e-4)
+                inputs = [read[level], w["markov_head.markov_w1.weight"][text[slot + 1 + level]]]
+                logit = w["confidence_head.proj.weight"][0] @ torch.cat(inputs)
+                sure = float((logit + w["confidence_head.proj.bias"][0]).sigmoid())
+                off = -kept * math.log(sure) - (1 - kept) * math.log(1 - sure)
+                losses[row][level].append(off)
+    figures = trainee.lesson(seen).figures  # of anchors at all slots
+    for level in range(BLOCK):
+        mean = sum(sum(row[level]) / len(row[level]) for row in losses) / 2
+        assert float(figures[f"confidence/depth_{level + 1}"]) == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("markov", ["vanilla", "rnn"])
+@torch.no_grad()
+def test_dspark_is_read_again_as_specforge_has_it(markov: Any, tmp_path: Path) -> None:
+    lm = target()
+    trainee = DSpark(block=BLOCK, rank=4, markov=markov).make(surroundings(lm))
+    for parameter in trainee.head.parameters():
+        if parameter.requires_grad:
+            parameter.copy_((0.3 * torch.randn(parameter.shape)).bfloat16().float())
+    trainee.save(tmp_path, "tiny")
+    read: Any = load_head(str(tmp_path), lm, kinds=("dspark",))
+    assert read.description.startswith("DSpark of SpecForge: 2 layers")
+    assert read.config == replace(trainee.head.config, layer=read.config.layer, output_bias=False)
+    states, tokens = inputs(trainee.head)
+    given = states, tokens[:, 1:], torch.tensor([[0, 3], [5, 2]])
+    ours, theirs = (blocks.corrected(head, *given) for head in (trainee.head, read))
     assert torch.allclose(ours, theirs, atol=1e-5)

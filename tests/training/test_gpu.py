@@ -12,6 +12,7 @@ from specdec.models.placement import Placement
 from specdec.training.batches import Batch
 from specdec.training.measure import look
 from specdec.training.methods.dflash import DFlash
+from specdec.training.methods.dspark import DSpark
 from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.eagle3 import Eagle3
 from specdec.training.methods.early_exit import EarlyExit
@@ -29,6 +30,7 @@ METHODS: dict[str, Any] = {
     "eagle": lambda: Eagle(loss="eagle1", steps=2),
     "medusa": lambda: Medusa(heads=2),
     "dflash": lambda: DFlash(),
+    "dspark": lambda: DSpark(),
     "small_llama": lambda: SmallLlama(loss="lk"),
     "early_exit": lambda: EarlyExit(),
 }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.training.judge import Judge
-from specdec.training.losses import LOSSES, compare, lk, sequence_means
+from specdec.training.losses import DSPARK, LOSSES, compare, lk, sequence_means
 
 P = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
 Q = torch.tensor([[0.2, 0.6, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
@@ -28,12 +28,14 @@ def of(loss: str, names: list[int] | None = None) -> tuple[Tensor, ...]:
         ("reverse_kl", 0.2 * math.log(0.4) + 0.6 * math.log(2)),
         ("tv", 0.3),
         ("ce", -math.log(0.6)),
+        (DSPARK, -0.1 * math.log(0.6) + 0.9 * (0.3 + 0.3 + 0.0)),
     ],
 )
 def test_of_all_tokens(loss: str, wanted: float) -> None:
     value, overlap, agrees, counts = of(loss)
+    of_label = {"ce": 1.0, DSPARK: 0.1}
     assert value[0].item() == pytest.approx(wanted, rel=1e-5)
-    assert value[1].item() == pytest.approx(-math.log(0.8) if loss == "ce" else 0, abs=1e-6)
+    assert value[1].item() == pytest.approx(of_label.get(loss, 0) * -math.log(0.8), abs=1e-6)
     assert overlap.tolist() == pytest.approx([0.7, 1.0], rel=1e-5)
     assert agrees.tolist() == [False, True]
     assert counts.all()

@@ -14,6 +14,7 @@ from specdec.training.batches import Batch, Seen
 from specdec.training.measure import look
 from specdec.training.methods import small_llama
 from specdec.training.methods.dflash import DFlash
+from specdec.training.methods.dspark import DSpark
 from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.early_exit import EarlyExit
 from specdec.training.methods.medusa import Medusa
@@ -29,6 +30,9 @@ METHODS: dict[str, Any] = {
     "eagle1": lambda **rates: Eagle(loss="eagle1", steps=1, **rates),
     "medusa": lambda **rates: Medusa(heads=3, blocks=2, tied=False, **rates),
     "dflash": lambda **rates: DFlash(block=4, layers=1, anchors=3, **rates),
+    "dspark": lambda **rates: DSpark(
+        block=3, layers=1, anchors=3, rank=4, confidence=False, **rates
+    ),
     "small_llama": lambda **rates: SmallLlama(**rates),
     "early_exit": lambda **rates: EarlyExit(exit_layer=1, weight=1.0, **rates),
 }
@@ -198,7 +202,7 @@ def test_eagle1_learns_the_next_state() -> None:
     assert found.loss.item() == pytest.approx((wanted + 0.1 * tokens).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dflash", "eagle", "medusa"])
+@pytest.mark.parametrize("name", ["dflash", "dspark", "eagle", "medusa"])
 @torch.no_grad()
 def test_heads_are_read_back(name: str, tmp_path: Path) -> None:
     lm = target()
@@ -243,6 +247,10 @@ def test_a_model_from_scratch_follows_from_the_seed() -> None:
         (lambda: Eagle(loss="l2"), r"^method\.loss=l2: must be one of .*eagle1$"),
         (lambda: Eagle(steps=0), r"^method\.steps=0: must be at least 1$"),
         (lambda: DFlash(block=1), r"^method\.block=1: must be at least 2"),
+        (lambda: DSpark(block=0), r"^method\.block=0: must be at least 1, or nothing"),
+        (lambda: DSpark(rank=0), r"^method\.rank=0: must be at least 1$"),
+        (lambda: DSpark(markov="lstm"), r"^method\.markov=lstm: must be one of vanilla, gated"),  # type: ignore[arg-type]
+        (lambda: DFlash(loss="dspark"), r"^method\.loss=dspark: must be one of kl.* ce$"),
         (lambda: DFlash(anchors=0), r"^method\.anchors=0: must be at least 1$"),
         (
             lambda: DFlash(taps=[2]).check(target().model.config),

@@ -4,7 +4,7 @@ under the target's output head."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from specdec.heads.block import BlockConfig, BlockHead
 from specdec.heads.export import save_block
 from specdec.observation import Tap
 from specdec.training.batches import Seen
-from specdec.training.blocks import anchors_of, drafted
+from specdec.training.blocks import anchors_of, drafted, parents
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
 from specdec.training.methods.recurrent import begin, layer_config
@@ -50,6 +50,8 @@ class DFlash(TrainingMethod):
     """
 
     drafter = "dflash"
+    losses: ClassVar[tuple[str, ...]] = LOSSES
+    least: ClassVar[int] = 2  # slots: a root and a draft
     loss: str = "lk"
     block: int = 8
     anchors: int = 64
@@ -60,11 +62,13 @@ class DFlash(TrainingMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("loss", self.loss, LOSSES)
+        check_choice("loss", self.loss, self.losses)
         check_least(anchors=self.anchors, layers=self.layers)
         check_decay(self.decay)
-        if self.block < 2:
-            raise ValueError(f"method.block={self.block}: must be at least 2, a root and a draft")
+        if self.block < self.least:
+            raise ValueError(
+                f"method.block={self.block}: must be at least {self.least}, or nothing is drafted"
+            )
         if not self.rope_theta > 0:
             raise ValueError(f"method.rope_theta={self.rope_theta}: must be above 0")
 
@@ -83,27 +87,33 @@ class DFlash(TrainingMethod):
         self._taps(config)
 
     def make(self, surroundings: Surroundings) -> "DFlashTrainee":
+        head = BlockHead(BlockConfig(**self._sizes(surroundings)))
+        return DFlashTrainee(head, surroundings, **self._how())
+
+    def _sizes(self, surroundings: Surroundings) -> dict[str, Any]:
+        """Of the head, as `BlockConfig` has them."""
         target = surroundings.target
-        layer = layer_config(
-            target.model.config, layers=self.layers, rope_theta=self.rope_theta, make=Qwen3Config
-        )
-        head = BlockHead(
-            BlockConfig(
-                layer=layer,
-                taps=self._taps(target.model.config),
-                state_size=target.config.hidden_size,
-                target_vocab=target.model.get_input_embeddings().weight.shape[0],
-                vocab_size=target.vocab_size,
-                block=self.block,
-                mask=int(surroundings.counts.argmin()),
-                own_mask=True,
-                causal=(False,) * self.layers,
-                windows=(None,) * self.layers,
-            )
-        )
-        return DFlashTrainee(
-            head, surroundings, loss=self.loss, decay=self.decay, anchors=self.anchors
-        )
+        return {
+            "layer": layer_config(
+                target.model.config,
+                layers=self.layers,
+                rope_theta=self.rope_theta,
+                make=Qwen3Config,
+            ),
+            "taps": self._taps(target.model.config),
+            "state_size": target.config.hidden_size,
+            "target_vocab": target.model.get_input_embeddings().weight.shape[0],
+            "vocab_size": target.vocab_size,
+            "block": self.block,
+            "mask": int(surroundings.counts.argmin()),
+            "own_mask": True,
+            "causal": (False,) * self.layers,
+            "windows": (None,) * self.layers,
+        }
+
+    def _how(self) -> dict[str, Any]:
+        """What a trainee is told besides."""
+        return {"loss": self.loss, "decay": self.decay, "anchors": self.anchors}
 
 
 class DFlashTrainee(Drafts):
@@ -111,7 +121,14 @@ class DFlashTrainee(Drafts):
 
     Args:
         anchors: blocks of a sequence at a time.
+
+    Attributes:
+        reads: as `blocks.drafted`, what the output reads of a head at blocks.
+        output: makes logits of it.
     """
+
+    reads: Callable[..., Tensor] = staticmethod(drafted)
+    output: nn.Module
 
     def __init__(
         self,
@@ -135,14 +152,15 @@ class DFlashTrainee(Drafts):
         head.lm_head.weight = nn.Parameter(rows.detach(), requires_grad=False)
         self.module: nn.Module = head.to(target.device)
         self.head, self.taps, self.anchors = head, head.config.taps, anchors
+        self.output = head.lm_head
         self.weights = decay ** torch.arange(head.config.levels, device=target.device)
         self.target_layers = target.layers
         self.judge = Judge(
             loss=loss, names=None, chunk=surroundings.chunk, compiled=surroundings.compiled
         )
-        self._drafted: Callable[..., Tensor] = drafted
+        self._reads = self.reads
         if surroundings.compiled:
-            self._drafted = torch.compile(drafted, dynamic=False)
+            self._reads = torch.compile(self.reads, dynamic=False)
 
     def matrices(self) -> list[nn.Parameter]:
         inside = (*self.head.layers.parameters(), *self.head.fc.parameters())
@@ -167,10 +185,34 @@ class DFlashTrainee(Drafts):
         count = min(self.anchors, seen.mask.shape[1])
         salt = SALT * self.head.norm.weight.detach().double().sum()  # changes with each step
         anchors = anchors_of(seen.mask, seen.tokens, count, salt)
-        outputs = self._drafted(self.head, seen.states, seen.next_tokens, anchors)
-        parts = zip(*self._parts(seen, anchors, outputs), strict=True)
-        heads = [self.head.lm_head] * outputs.shape[2]
-        return self.judge.judged(heads, *parts).lesson(self.weights)
+        outputs = self._reads(self.head, seen.states, seen.next_tokens, anchors)
+        parts = list(zip(*self._parts(seen, anchors, outputs), strict=True))
+        judged = self.judge.judged([self.output] * outputs.shape[2], *parts)
+        lesson = judged.lesson(self.weights)
+        return self.also(
+            lesson,
+            outputs,
+            parents(seen.next_tokens, anchors, outputs.shape[2]),
+            judged.kept,
+            parts[-1],
+        )
+
+    def also(
+        self,
+        lesson: Lesson,
+        outputs: Tensor,
+        before: Tensor,
+        kept: Sequence[Tensor],
+        inside: Sequence[Tensor],
+    ) -> Lesson:
+        """More that a kind of head learns by.
+
+        Args:
+            outputs: [B, A, L, any], what is read.
+            before: [B, A, L], the tokens of the text before each.
+            kept, inside: of each level [B, A] the overlap, and the blocks that count.
+        """
+        return lesson
 
     @torch.no_grad()
     def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
@@ -180,10 +222,10 @@ class DFlashTrainee(Drafts):
         for start in range(0, slots, self.anchors):
             some = torch.arange(start, min(start + self.anchors, slots), device=seen.mask.device)
             anchors = some.expand(len(seen.mask), -1)
-            outputs = drafted(self.head, seen.states, seen.next_tokens, anchors)[:, :, :levels]
+            outputs = self.reads(self.head, seen.states, seen.next_tokens, anchors)[:, :, :levels]
             for level, part in enumerate(self._parts(whole, anchors, outputs)):
                 output, wanted, labels, inside = part
-                chances = self.judge.chances(self.head.lm_head, output, wanted, labels)
+                chances = self.judge.chances(self.output, output, wanted, labels)
                 for kind, one in enumerate(chances):
                     found[kind, level, :, some] = one.float() * inside
         return found[0], found[1]
