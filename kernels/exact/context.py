@@ -152,14 +152,12 @@ def context_kernel(
         stop = tl.minimum(piece_start(piece + 1) // BLOCK_N, end)
         whole = tl.minimum(stop, context // BLOCK_N)
         for block in tl.range(begin, whole, num_stages=STAGES):
-            keys, values, key_scales, value_scales = read_block(
+            keys, values, page, within = read_block(
                 block,
                 key_ptr,
                 value_ptr,
                 key_desc,
                 value_desc,
-                key_scale_ptr,
-                value_scale_ptr,
                 page_table_ptr,
                 head,
                 offs_n,
@@ -167,8 +165,6 @@ def context_kernel(
                 offs_v,
                 stride_key_page,
                 stride_value_page,
-                stride_scale_page,
-                stride_scale_h,
                 KEY_STEP,
                 VALUE_STEP,
                 KV_HEADS,
@@ -178,6 +174,13 @@ def context_kernel(
                 BLOCK_N,
                 BULK,
             )
+            key_scales, value_scales = None, None
+            if key_scale_ptr is not None:
+                if PAGE % BLOCK_N == 0:
+                    within += offs_n
+                scale_rows = page * stride_scale_page + head * stride_scale_h + within
+                key_scales = tl.load(key_scale_ptr + scale_rows)
+                value_scales = tl.load(value_scale_ptr + scale_rows)
             seen = block < reach[:, None]
             if WINDOW:
                 seen &= block * BLOCK_N + offs_n[None, :] > position[:, None] - window

@@ -162,14 +162,12 @@ def attention_kernel(
     # Whole blocks of the context.
     whole = tl.minimum(end, context // BLOCK_N)
     for block in tl.range(begin, whole, num_stages=STAGES):
-        keys, values, key_scales, value_scales = read_block(
+        keys, values, page, within = read_block(
             block,
             key_ptr,
             value_ptr,
             key_desc,
             value_desc,
-            key_scale_ptr,
-            value_scale_ptr,
             page_table_ptr,
             head,
             offs_n,
@@ -177,8 +175,6 @@ def attention_kernel(
             offs_v,
             stride_key_page,
             stride_value_page,
-            stride_scale_page,
-            stride_scale_h,
             KEY_STEP,
             VALUE_STEP,
             KV_HEADS,
@@ -188,6 +184,13 @@ def attention_kernel(
             BLOCK_N,
             BULK,
         )
+        key_scales, value_scales = None, None
+        if key_scale_ptr is not None:
+            if PAGE % BLOCK_N == 0:
+                within += offs_n
+            scale_rows = page * stride_scale_page + head * stride_scale_h + within
+            key_scales = tl.load(key_scale_ptr + scale_rows)
+            value_scales = tl.load(value_scale_ptr + scale_rows)
         seen = None
         if WINDOW:
             seen = block * BLOCK_N + offs_n[None, :] > position[:, None] - window
@@ -330,8 +333,6 @@ def read_block(
     value_ptr,
     key_desc,
     value_desc,
-    key_scale_ptr,
-    value_scale_ptr,
     page_table_ptr,
     head,
     offs_n,
@@ -339,8 +340,6 @@ def read_block(
     offs_v,
     stride_key_page,
     stride_value_page,
-    stride_scale_page,
-    stride_scale_h,
     KEY_STEP: tl.constexpr,
     VALUE_STEP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -350,8 +349,8 @@ def read_block(
     BLOCK_N: tl.constexpr,
     BULK: tl.constexpr,
 ):
-    """A whole block of the context: keys [BN, DK] and values [BN, DV], and the scales [BN] of
-    either, None where pages have none."""
+    """A whole block of the context: keys [BN, DK] and values [BN, DV], in which page it lies and
+    where in that, or [BN] of each where a page is no multiple of a block."""
     if PAGE % BLOCK_N == 0:
         page = tl.load(page_table_ptr + block * BLOCK_N // PAGE)
         within = block * BLOCK_N % PAGE
@@ -374,14 +373,7 @@ def read_block(
             value_block_ptr = value_rows_ptr[:, None] + offs_v
         keys = load_block(key_block_ptr, None, offs_k, KEY_DIM)
         values = load_block(value_block_ptr, None, offs_v, VALUE_DIM)
-    key_scales, value_scales = None, None
-    if key_scale_ptr is not None:
-        if PAGE % BLOCK_N == 0:
-            within += offs_n
-        scale_rows = page * stride_scale_page + head * stride_scale_h + within
-        key_scales = tl.load(key_scale_ptr + scale_rows)
-        value_scales = tl.load(value_scale_ptr + scale_rows)
-    return keys, values, key_scales, value_scales
+    return keys, values, page, within
 
 
 @triton.jit
