@@ -121,6 +121,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("kernel_steps", kernels.steps, {}),
             ("kernel_elementwise", kernels.elementwise, {}),
             ("exact", kernels.exact, {}),
+            ("products", kernels.products, {}),
             ("taps", kernels.taps, {}),
             ("exact_texts", lambda _: of_batches("exact_texts", drafter_texts), {}),
         ],
