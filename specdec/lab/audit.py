@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,13 +78,27 @@ class Stratum(NamedTuple):
     Attributes:
         name: what they have in common.
         faulty, tokens: how many are, of how many.
-        chance: of so many, were faults anywhere.
+        chance: of so many, were faults at any tokens; of what is known of whole texts, in any
+            texts.
     """
 
     name: str
     faulty: int
     tokens: int
     chance: float
+
+
+class Risk(NamedTuple):
+    """A text up to its first faulty token, the last one here if it is `faulty`.
+
+    Attributes:
+        tokens: what was known of each.
+        whole: what was known of all of them.
+    """
+
+    tokens: tuple[tuple[str, ...], ...]
+    whole: tuple[str, ...]
+    faulty: bool
 
 
 @dataclass(kw_only=True)
@@ -144,17 +159,17 @@ class Audit:
     def _strata(self, texts: Iterable[Record]) -> list[Stratum]:
         """Of tokens up to the first of each text that is too far apart: what that one leaves in
         the cache is met by all after it."""
-        size, labels, first = self.evidence.page_size, [], []
+        size, risks = self.evidence.page_size, []
         alike = begun_alike(texts, size)
         for text, apart in zip(self.texts, self.apart, strict=True):
             request, beyond = text["request"], np.flatnonzero(apart > SUSPECT * self.rounding)
             end = int(beyond[0]) + 1 if len(beyond) else len(apart)
-            more = [f"batch row {self.evidence.by_request[request]['row']}"]
-            more += ["in a row used before"] * (request in self.evidence.later)
-            more += ["begins like another text"] * (request in alike)
-            labels += strata(text, size, *more)[:end]
-            first += [False] * (end - 1) + [len(beyond) > 0]
-        return named(labels, np.array(first, dtype=bool))
+            whole = [f"batch row {self.evidence.by_request[request]['row']}"]
+            whole += ["in a row used before"] * (request in self.evidence.later)
+            whole += ["begins like another text"] * (request in alike)
+            tokens = tuple(strata(text, size)[:end])
+            risks.append(Risk(tokens=tokens, whole=tuple(whole), faulty=len(beyond) > 0))
+        return named(risks)
 
     def _worst(self) -> list[int] | None:
         """Request and place of the token that is furthest apart."""
@@ -273,9 +288,8 @@ def _plainly(witness: Witness, prompt: list[int], output: list[int]) -> float:
     return float(units_between(ours, others, target.dtype).max())
 
 
-def strata(text: Record, page_size: int, *more: str) -> list[tuple[str, ...]]:
-    """Of each token what was known of it before it was chosen, in words; `more` is what is known
-    of the whole text."""
+def strata(text: Record, page_size: int) -> list[tuple[str, ...]]:
+    """Of each token what was known of it before it was chosen, in words."""
     lengths = text.get("accepted_lengths") or [1] * len(text["output_ids"])
     before, found = len(text["prompt_ids"]) - 1, []
     page = kept = None  # of the step before: that of its root, and its tokens
@@ -290,7 +304,7 @@ def strata(text: Record, page_size: int, *more: str) -> list[tuple[str, ...]]:
             depth = "root" if place == 0 else "below the root"
             deeper = [f"depth {group_of(place)}"] * (place > 0)
             very = ["first token"] * (step == place == 0)
-            found.append((depth, *deeper, *very, which, after, filled, f"page {mine}", *more))
+            found.append((depth, *deeper, *very, which, after, filled, f"page {mine}"))
         before, page, kept = before + length, mine, length
     return found
 
@@ -305,22 +319,26 @@ def begun_alike(texts: Iterable[Record], page_size: int) -> set[int]:
     return {request for alike in by_page.values() if len(alike) > 1 for request in alike}
 
 
-def named(labels: Sequence[tuple[str, ...]], faulty: NDArray[np.bool_]) -> list[Stratum]:
+def named(texts: Sequence[Risk]) -> list[Stratum]:
     """The strata that have more faults than chance gives them, the clearest first; "everywhere" if
-    there are faults, and none has."""
-    total, wrong = len(labels), int(faulty.sum())
+    there are faults, and none has. What is known of a token is judged by tokens. What is known of
+    a text is judged by texts, whose tokens are as few as its fault is early: a fault at all first
+    tokens would else be one of any kind of text that has many."""
+    wrong = sum(text.faulty for text in texts)
     if not wrong:
         return []
-    sizes = Counter(name for label in labels for name in label)
-    hits = Counter(
-        name for label, bad in zip(labels, faulty, strict=True) if bad for name in label
-    )
-    found = [
-        Stratum(
-            name, hits[name], size, float(stats.hypergeom.sf(hits[name] - 1, total, wrong, size))
-        )
-        for name, size in sizes.items()
-    ]
+    sizes, hits = Counter[str](), Counter[str]()
+    for text in texts:
+        sizes.update(chain.from_iterable(text.tokens))
+        sizes.update({name: len(text.tokens) for name in text.whole})
+        hits.update((*text.tokens[-1], *text.whole) if text.faulty else ())
+    total = sum(len(text.tokens) for text in texts)
+    members = Counter(name for text in texts for name in text.whole)
+    found = []
+    for name, size in sizes.items():
+        every, own = (len(texts), members[name]) if name in members else (total, size)
+        chance = float(stats.hypergeom.sf(hits[name] - 1, every, wrong, own))
+        found.append(Stratum(name, hits[name], size, chance))
     clear = [s for s in found if s.chance * len(found) < NAMED]
     order = sorted(clear, key=lambda s: (s.chance, -s.faulty / s.tokens))
     return order or [Stratum("everywhere", wrong, total, 1.0)]

@@ -109,17 +109,23 @@ def page(patch: pytest.MonkeyPatch) -> None:
 
 def written(patch: pytest.MonkeyPatch) -> None:
     """Texts that share pages share the next one as well, which both write to."""
-    opened = PagedKVCache.open
+    opened = Pages.open
 
-    def wrong(cache: Any, row: int, *, tokens: int, prefix: Any = ()) -> int:
-        done = opened(cache, row, tokens=tokens, prefix=prefix)
-        table = cache.page_table
-        for other in cache._pages.rows if done else ():
-            if other != row and table[other, 0] == table[row, 0]:
-                table[row, done // cache.page_size] = table[other, done // cache.page_size]
+    def wrong(pages: Pages, row: int, *, tokens: int, prefix: Any = ()) -> int:
+        shared = pages.match(prefix)
+        done = opened(pages, row, tokens=tokens, prefix=prefix)
+        place, own = len(shared), pages._rows[row].pages
+        others = (held.pages for held in pages._rows.values() if held.pages is not own)
+        for other in others if shared else ():
+            if other[:place] == shared:
+                pages._references[own[place]] -= 1
+                pages._free.append(own[place])
+                own[place] = other[place]
+                pages._references[own[place]] += 1
+                break
         return done
 
-    patch.setattr(PagedKVCache, "open", wrong)
+    patch.setattr(Pages, "open", wrong)
 
 
 def stop(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,16 @@ from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.static import Static
 from specdec.evidence import evidence_line, numbers_in, numbers_of
 from specdec.lab import audit as audit_module
-from specdec.lab.audit import Audit, Evidence, begun_alike, named, strata, told, units_between
+from specdec.lab.audit import (
+    Audit,
+    Evidence,
+    Risk,
+    begun_alike,
+    named,
+    strata,
+    told,
+    units_between,
+)
 from specdec.lab.lossless import compare, verdict
 from specdec.lab.witness import Seen, Witness, drafts_of
 from specdec.models.load import load_model
@@ -130,13 +139,15 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 @pytest.mark.some(1)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_pass_and_cache_are_found_in_a_hundred_tokens(target, monkeypatch, fault):
+    """In 360 one that waits for a page to be filled, and is in half of the texts."""
     plant, stratum = FAULTS[fault]
     plant(monkeypatch)
-    texts, lines, _ = decoded(target, SAMPLED, prompts=12, new=10, rows=4, alike=True)
+    prompts = 36 if plant is planted.written else 12
+    texts, lines, _ = decoded(target, SAMPLED, prompts=prompts, new=10, rows=4, alike=True)
     monkeypatch.undo()
     found = audited(texts, Evidence(lines=lines, page_size=8), target, SAMPLED)
     assert found["verdict"] == "bug"
-    assert found["tokens"] <= 120
+    assert found["tokens"] <= 10 * prompts
     assert found["largest"] > 100
     assert found["strata"][0]["name"] == stratum
 
@@ -269,7 +280,7 @@ def test_numbers_that_are_none_are_far_apart():
 
 def test_strata_are_what_was_known_before():
     text = {"prompt_ids": [1] * 7, "output_ids": [2] * 6, "accepted_lengths": [2, 3, 1]}
-    found = strata(text, 4, "batch row 4")
+    found = strata(text, 4)
     assert [label[0] for label in found] == ["root", "below the root"] * 2 + [
         "below the root",
         "root",
@@ -281,7 +292,6 @@ def test_strata_are_what_was_known_before():
         "after none was kept",
         "in the same page",
         "page 1",
-        "batch row 4",
     )
     assert found[3][1:5] == (
         "depth 1",
@@ -294,7 +304,6 @@ def test_strata_are_what_was_known_before():
         "after drafts were kept",
         "in the same page",
         "page 2",
-        "batch row 4",
     )
 
 
@@ -307,11 +316,32 @@ def test_texts_that_begin_alike_and_rows_that_were_used_are_known():
 
 
 def test_a_stratum_is_named_if_chance_does_not_explain_it():
-    labels = [("a", "even"[: 1 + i % 2])[:1] if i < 50 else ("b",) for i in range(100)]
-    faulty = np.array([i < 20 for i in range(100)])
-    assert [s.name for s in named(labels, faulty)] == ["a"]
-    assert [s.name for s in named(labels, np.arange(100) % 5 == 0)] == ["everywhere"]
-    assert named(labels, faulty & False) == []
+    def texts(faulty: Sequence[bool]) -> list[Risk]:
+        kinds = [(("a",),) if i < 50 else (("b",),) for i in range(100)]
+        return [
+            Risk(tokens=kind, whole=("one",), faulty=bad)
+            for kind, bad in zip(kinds, faulty, strict=True)
+        ]
+
+    assert [s.name for s in named(texts([i < 20 for i in range(100)]))] == ["a"]
+    assert [s.name for s in named(texts([i % 5 == 0 for i in range(100)]))] == ["everywhere"]
+    assert named(texts([False] * 100)) == []
+
+
+def test_a_stratum_of_texts_is_judged_by_texts():
+    """A fault of first tokens, in all texts but two, which are of the other kind: those of the
+    first kind are no longer than their fault, and yet the fault is not theirs."""
+    early = [Risk(tokens=(("first",),), whole=(kind,), faulty=True) for kind in "aaaaaaabb"]
+    sound = [Risk(tokens=(("first",), *[("later",)] * 19), whole=("b",), faulty=False)] * 2
+    assert [s.name for s in named([*early, *sound])] == ["first"]
+    # And one of its kind is named, wherever in texts it is.
+    late = [
+        Risk(tokens=(*[("any",)] * (3 * n + 1),), whole=(kind,), faulty=kind == "a")
+        for n, kind in enumerate("abababababababab")
+    ]
+    (found,) = named(late)
+    assert (found.name, found.faulty) == ("a", 8)
+    assert found.chance == pytest.approx(1 / 12870)  # of 8 of 16 texts
 
 
 def test_evidence_of_another_text_is_refused(target):
