@@ -44,6 +44,7 @@ class HeadDrafter(GrowingDrafter):
     sampled_children = True
     reads_states = True
     kind: ClassVar[str]
+    feedback: str | None = None  # of an MTP layer
     answers: ClassVar[str] = ""
 
     def __init__(
@@ -96,17 +97,23 @@ class HeadDrafter(GrowingDrafter):
         self.depth = self._wanted or levels
 
     def load(self, target: PagedLM, models: Models) -> None:
+        path, setting = self._files(target)
         head: Any = load_head(
-            self.path,
+            path,
             target,
             kinds=(self.kind,),
-            setting="drafter.path",
+            setting=setting,
             taps=self.taps,
             rope_theta=self.rope_theta,
+            feedback=self.feedback,
             widened=self.widen,
         )
         self._use(head, target)
         self.notes = {"drafter.path": str(head.description)}
+
+    def _files(self, target: PagedLM) -> tuple[str, str]:
+        """Where its head lies, and the setting that says so."""
+        return self.path, "drafter.path"
 
     def _use(self, head: Any, target: PagedLM) -> None:
         target.check_taps(head.config.taps, f"drafter.path={self.path}")

@@ -1,5 +1,5 @@
-"""Writing heads in published layouts: recurrent ones as `speculators` does, Medusa's and DFlash's
-as their authors' code."""
+"""Writing heads in published layouts: recurrent ones and MTP layers as `speculators` does,
+Medusa's and DFlash's as their authors' code."""
 
 import json
 from dataclasses import asdict
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from specdec.heads.block import MASK_ROW, BlockHead
 from specdec.heads.block_files import MASK_FILE
-from specdec.heads.layered import LayeredHead
+from specdec.heads.layered import HeadConfig, LayeredHead
 from specdec.heads.medusa import MedusaHeads
-from specdec.heads.recurrent import Eagle3Head, EagleConfig
+from specdec.heads.recurrent import Eagle3Head, EagleConfig, MTPConfig, MTPHead
 from specdec.heads.spark import SparkConfig
 
 WEIGHTS, MEDUSA_WEIGHTS = "model.safetensors", "medusa_lm_head.safetensors"
@@ -23,6 +23,14 @@ VERSION = "0.3.0"  # of speculators, whose layout it is
 FLAGS = {
     "eagle3": ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"),
     "eagle": (),
+    "mtp": (),
+}
+ARCHITECTURES = {"eagle3": "Eagle3Speculator", "eagle": "EagleSpeculator", "mtp": "MTPDraftModel"}
+MTP_NAMES = {  # of parts of an MTP layer, by their names here; others are of the decoder layer
+    "embedding_layernorm": "token_layernorm",
+    "hidden_states_layernorm": "hidden_layernorm",
+    "fc": "input_proj",
+    "norm": "final_layernorm",
 }
 DRAFTED = 5  # tokens that other engines draft if they are not told
 
@@ -172,6 +180,8 @@ def _tensors(head: LayeredHead, dtype: torch.dtype, tied: bool) -> dict[str, Ten
         for name, parameter in head.named_parameters()
         if not name.startswith(lent)
     }
+    if isinstance(head, MTPHead):
+        found = {_mtp_name(name): tensor for name, tensor in found.items()}
     if head.names is not None:
         names = head.names.cpu()
         found["d2t"] = names - torch.arange(len(names))
@@ -180,13 +190,27 @@ def _tensors(head: LayeredHead, dtype: torch.dtype, tied: bool) -> dict[str, Ten
     return found
 
 
+def _more(config: HeadConfig) -> dict[str, Any]:
+    """What config.json says of one kind alone."""
+    if isinstance(config, MTPConfig):
+        return {"num_nextn_predict_layers": 1}
+    return {"fusion_bias": config.bias} if isinstance(config, EagleConfig) else {}
+
+
+def _mtp_name(name: str) -> str:
+    part, _, rest = name.removeprefix("layers.0.").partition(".")
+    inside = name.startswith("layers.0.")
+    return f"mtp_layers.0.{part if inside else MTP_NAMES[part]}.{rest}"
+
+
 def _config(head: LayeredHead, target_name: str, dtype: torch.dtype) -> dict[str, Any]:
     config = head.config
-    kind = "eagle3" if isinstance(head, Eagle3Head) else "eagle"
+    kind = "mtp" if isinstance(head, MTPHead) else "eagle"
+    kind = "eagle3" if isinstance(head, Eagle3Head) else kind
     flags = {name: asdict(config)[name] for name in FLAGS[kind]}
     proposal = {"proposal_type": "greedy", "speculative_tokens": DRAFTED}
     return {
-        "architectures": ["Eagle3Speculator" if kind == "eagle3" else "EagleSpeculator"],
+        "architectures": [ARCHITECTURES[kind]],
         "speculators_model_type": kind,
         "speculators_version": VERSION,
         "speculators_config": {
@@ -202,5 +226,5 @@ def _config(head: LayeredHead, target_name: str, dtype: torch.dtype) -> dict[str
         "tie_word_embeddings": False,
         "dtype": str(dtype).removeprefix("torch."),
         **flags,
-        **({"fusion_bias": config.bias} if isinstance(config, EagleConfig) else {}),
+        **_more(config),
     }

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.block import MASK_ROW, BlockHead
 from specdec.heads.block_files import (
@@ -29,8 +28,9 @@ from specdec.heads.layered import LayeredHead
 from specdec.heads.layouts import BLOCK_KINDS, Layout, recognise
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.medusa_files import counts, medusa_config
+from specdec.heads.mtp_files import fold, handed_on, mtp_config, unfold, unused
 from specdec.heads.reading import eagle3_config, eagle_config, unstated
-from specdec.heads.recurrent import Eagle3Head, EagleHead
+from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
 from specdec.heads.verifier import check_verifier
 from specdec.heads.widen import moved, widen
@@ -60,6 +60,7 @@ def load_head(
     setting: str = "drafter.path",
     taps: Sequence[Tap] | None = None,
     rope_theta: float | None = None,
+    feedback: str | None = None,
     widened: bool = True,
 ) -> nn.Module:
     """A head on the target's device and in its type, in evaluation mode and without gradients.
@@ -70,6 +71,7 @@ def load_head(
         setting: the option that gave `path`, for messages.
         taps: which states of the target it reads, instead of what its files say.
         rope_theta: base of its rotary angles, instead of the files'.
+        feedback: what an MTP layer hands on, normal or hidden, instead of what is usual.
         widened: for a stand-in, a head of its small model gets the size of published ones; False
             leaves it small.
 
@@ -89,12 +91,8 @@ def load_head(
         )
     small = _is_of_small(files, layout, target, widened)
     host = Host.small(target) if small else Host.of(target)
-    remarks = check_verifier(files, host) + unstated(files, layout)
-    if layout.kind == "medusa":
-        head: Any = _medusa(files, layout, host, taps)
-    else:
-        make = _block if layout.kind in BLOCK_KINDS else _recurrent
-        head = make(files, layout, host, taps, rope_theta)
+    remarks = check_verifier(files, host) + unstated(files, layout) + unused(layout)
+    head: Any = _made(files, layout, host, taps, rope_theta, feedback)
     if small:
         remarks.append(f"widened from {head.width}" if widened else "not widened")
         head = widen(head, target, setting=files.name) if widened else moved(head, target)
@@ -148,6 +146,23 @@ def _state_size(files: HeadFiles, layout: Layout) -> int:
     return stated if isinstance(stated, int) else 0
 
 
+def _made(
+    files: HeadFiles,
+    layout: Layout,
+    host: Host,
+    taps: Sequence[Tap] | None,
+    rope_theta: float | None,
+    feedback: str | None,
+) -> nn.Module:
+    """The head, of the host's own size."""
+    if layout.kind == "medusa":
+        return _medusa(files, layout, host, taps)
+    if layout.kind == "mtp":
+        return _mtp(files, layout, host, taps, rope_theta, feedback)
+    make = _block if layout.kind in BLOCK_KINDS else _recurrent
+    return make(files, layout, host, taps, rope_theta)
+
+
 def _recurrent(
     files: HeadFiles,
     layout: Layout,
@@ -163,6 +178,24 @@ def _recurrent(
         head.one = torch.ones(head.width, dtype=host.dtype, device=host.device)
     unused = () if getattr(config, "fc", True) else ("fc.weight",)
     return _filled(head, files, layout, host, {}, unused)
+
+
+def _mtp(
+    files: HeadFiles,
+    layout: Layout,
+    host: Host,
+    taps: Sequence[Tap] | None,
+    rope_theta: float | None,
+    feedback: str | None,
+) -> LayeredHead:
+    config = mtp_config(files, layout, host, taps=taps, rope_theta=rope_theta, feedback=feedback)
+    with torch.device("meta"):
+        head = MTPHead(config)
+    head.one = torch.ones(head.width, dtype=host.dtype, device=host.device)
+    unfold(head)
+    _filled(head, files, layout, host, {}, ())
+    fold(head, layout)
+    return head
 
 
 def _block(
@@ -195,7 +228,7 @@ def _filled(
     """A head with layers whose parameters have no memory yet, with what its files and the target
     give; the target's matrices besides `lent`."""
     config = head.config
-    head.rotary = LlamaRotaryEmbedding(config.layer).to(host.device)
+    head.rotary = head.turning().to(host.device)
     theirs = {EMBEDDING: host.embedding} if head.width == host.state_size else {}
     theirs |= _lent_output(files, layout, host, config)
     fill(
@@ -257,6 +290,8 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
         f"{config.vocab_size:,} of {host.vocab_size:,} tokens",
         *(flag for flag in FLAGS if getattr(config, flag, False)),
     ]
+    if isinstance(head, MTPHead):
+        facts[3:] = handed_on(head)
     if layout.kind != "medusa":
         rope = config.layer.rope_parameters
         kind = "" if rope["rope_type"] == "default" else f" {rope['rope_type']}"

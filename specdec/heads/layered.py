@@ -75,7 +75,7 @@ class LayeredHead(nn.Module):
         self.embed_tokens = nn.Embedding(config.target_vocab, self.width)
         self.layers = nn.ModuleList(self._layer(index) for index in range(layer.num_hidden_layers))
         self.lm_head = nn.Linear(self.width, config.vocab_size, bias=False)
-        self.rotary = LlamaRotaryEmbedding(layer)
+        self.rotary = self.turning()
         self.register_buffer("names", None)
 
     def _layer(self, index: int) -> Any:
@@ -83,6 +83,10 @@ class LayeredHead(nn.Module):
         if not self.config.output_bias:
             made.self_attn.o_proj.bias = None
         return made
+
+    def turning(self) -> Any:
+        """What computes its rotary angles."""
+        return LlamaRotaryEmbedding(self.config.layer)
 
     def _norm(self, size: int) -> Any:
         return LlamaRMSNorm(size, eps=self.config.layer.rms_norm_eps)
@@ -165,6 +169,8 @@ def _through(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     query, key = apply_rotary_pos_emb(query, key, *angles)
     seen = attend(index, query, key, value).transpose(1, 2).flatten(2)
+    if hasattr(attention, "gate_proj"):
+        seen = seen * attention.gate_proj(inputs).sigmoid()
     hidden = hidden + attention.o_proj(seen)
     after: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return after

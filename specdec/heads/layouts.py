@@ -5,11 +5,11 @@ Sources: SafeAILab/EAGLE `eagle/model/cnets.py` and `cnets1.py`, sgl-project/Spe
 `modeling/draft/llama3_eagle.py`, sglang `models/llama_eagle3.py`, deepseek-ai/DeepSpec
 `modeling/eagle3`, vllm-project/speculators `models/eagle3` and `models/eagle.py`, vLLM
 `models/eagle.py` and `models/medusa.py`, FasterDecoding/Medusa `medusa_model.py`; those of block
-heads in `block_files.py`.
+heads in `block_files.py`, of MTP layers in `mtp_files.py`.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,16 +17,17 @@ from transformers import AutoConfig
 
 from specdec.heads.files import object_in
 from specdec.heads.layered import LAYERS
-from specdec.models.weights import BrokenFilesError
+from specdec.models.weights import MTP_TENSORS, BrokenFilesError
 from specdec.reasons import first_line
 
-Kind = Literal["eagle3", "eagle", "medusa", "dflash", "dspark"]
+Kind = Literal["eagle3", "eagle", "medusa", "dflash", "dspark", "mtp"]
 BLOCK_KINDS = ("dflash", "dspark")
 Shapes = Mapping[str, tuple[int, ...]]
-READ = "heads of EAGLE 1 to 3, HASS, Medusa, DFlash and DSpark are read"
+READ = "heads of EAGLE 1 to 3, HASS, Medusa, DFlash, DSpark and MTP are read"
 
 REFUSED = {  # tensors that only heads of these kinds have, or their speculators_model_type
-    "MTP layers": (r"(model\.)?(mtp|mtp_layers)\.|(.*\.)?eh_proj\.weight", "mtp"),
+    "MTP layers as DeepSeek's or GLM's": (r"(.*\.)?eh_proj\.weight", "deepseek_mtp"),
+    "an MTP layer with experts": (r"mtp.*\.mlp\.(experts|gate|shared_expert)\b", "moe_mtp"),
     "a P-EAGLE head": (r"mask_hidden", "peagle"),
     "a DFlash 2 head": (r"candidate_selector\.", "dflash2"),
     "a Domino head": (r"prefix_gru\.", "domino"),
@@ -39,6 +40,20 @@ IGNORED = r"t2d|verifier_.*|(.*\.)?rotary_emb\.inv_freq"  # known, and of no use
 WHOLE = r"lm_head\.weight|model\..*"  # the target, in files of Medusa that hold it too
 MEDUSA = r"(\d+)\.(\d+)\.(linear\.weight|linear\.bias|weight)"
 MEDUSA_OF_VLLM = r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)|lm_heads\.(\d+)\.weight"
+
+MTP_LAYERS = {  # types of layers by config.json's model_type, as transformers has them
+    **{kind: kind for kind in ("llama", "qwen2", "qwen3", "qwen3_next", "qwen3_5_text")},
+    "mimo": "qwen2",
+    "qwen3_5": "qwen3_5_text",
+}
+MTP_NAMES = {
+    r"^(mtp\.pre_fc_norm_embedding|mtp_layers\.0\.token_layernorm)\.": "embedding_layernorm.",
+    r"^(mtp\.pre_fc_norm_hidden|mtp_layers\.0\.hidden_layernorm)\.": "hidden_states_layernorm.",
+    r"^(mtp\.fc|mtp_layers\.0\.input_proj)\.": "fc.",
+    r"^(mtp\.norm|mtp_layers\.0\.final_layernorm)\.": "norm.",
+    r"^(mtp\.layers|mtp_layers)\.0\.": "layers.0.",
+}
+MTP_FURTHER = r"(?:mtp\.layers|mtp_layers)\.([1-9]\d*)\..*"  # published for later depths
 
 EAGLE_NAMES = {  # in the order they are applied
     r"^model\.": "",  # vLLM's first form has it twice
@@ -61,6 +76,8 @@ class Layout:
         layer: the part of config.json that is about its decoder layers.
         files: names of its tensors in the files, by their names here.
         shifted: as of `BlockConfig`, if config.json does not say it.
+        hidden_first: of an MTP layer, whether it reads the state before the embedding.
+        further: MTP layers that the files hold besides the first.
     """
 
     kind: Kind
@@ -69,6 +86,13 @@ class Layout:
     layer: Mapping[str, Any]
     files: Mapping[str, str]
     shifted: bool = False
+    hidden_first: bool = False
+    further: int = 0
+
+    @property
+    def by_transformers(self) -> bool:
+        """Whether its angles are those that transformers makes of its config.json."""
+        return self.wrapped or self.kind in (*BLOCK_KINDS, "mtp")
 
     def shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
         """Of its tensors, by their names here."""
@@ -87,6 +111,8 @@ def recognise(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
         return _medusa(shapes, config, name)
     if any(re.fullmatch(MEDUSA_OF_VLLM, key.removeprefix("medusa_heads.")) for key in shapes):
         return _medusa_of_vllm(shapes, config, name)
+    if any(re.match(MTP_TENSORS, key) for key in shapes):
+        return _mtp(shapes, config, name)
     bare = {key.removeprefix("model.") for key in shapes}
     if "hidden_norm.weight" in bare:
         return _dflash(shapes, config, name)
@@ -96,7 +122,10 @@ def recognise(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
         return _eagle(shapes, config, name)
     whole = any("layers.0.input_layernorm" in key for key in shapes)
     what = "a whole model and no head" if whole else "no head that is known"
-    mend = "give it as drafter=small_llama" if whole else READ
+    if name.startswith("target.path="):  # looked into for drafter=mtp
+        what, mend = "no MTP layers", "give drafter.path the folder or hub id of one"
+    else:
+        mend = "give it as drafter=small_llama" if whole else READ
     raise BrokenFilesError(f"{name}: holds {what}, as {next(iter(shapes), 'nothing')}; {mend}")
 
 
@@ -228,7 +257,49 @@ def _dflash(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
     )
 
 
-def _completed(layer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _mtp(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
+    """MTP layers, alone or among the tensors of a whole model, which its target has already."""
+    wrapped = "speculators_model_type" in config
+    own = object_in(config, "transformer_layer_config", name)
+    layer = own or object_in(config, "text_config", name) or config
+    kind = MTP_LAYERS.get(layer.get("model_type", "qwen2"))
+    if kind is None:
+        raise ValueError(
+            f"{name}: has an MTP layer of type {layer['model_type']!r}; those of "
+            f"{', '.join(MTP_LAYERS)} are read"
+        )
+    mine = [key for key in shapes if re.match(MTP_TENSORS, key)]
+    whole = any(re.search(r"\blayers\.\d", key) for key in shapes.keys() - {*mine})
+    bare = [key.removeprefix("model.") for key in mine]
+    of_qwen = any(key.startswith("mtp.") for key in bare)
+    further = {found[1] for key in bare if (found := re.match(MTP_FURTHER, key))}
+
+    def rename(key: str) -> str:
+        key = key.removeprefix("model.")
+        for pattern, ours in MTP_NAMES.items():
+            key = re.sub(pattern, ours, key)
+        return key
+
+    label = "speculators" if wrapped else "Qwen3-Next" if of_qwen else "MiMo"
+    return Layout(
+        kind="mtp",
+        label=f"MTP layer of {label}",
+        wrapped=wrapped,
+        layer=_completed({**layer, "model_type": kind}, name, MTP_LAYERS),
+        files=_names(
+            {key: shapes[key] for key in (mine if whole else shapes)},
+            name,
+            rename,
+            f"{IGNORED}|{MTP_FURTHER}",
+        ),
+        hidden_first=not wrapped and not of_qwen,
+        further=len(further),
+    )
+
+
+def _completed(
+    layer: Mapping[str, Any], name: str, kinds: Collection[str] = LAYERS
+) -> Mapping[str, Any]:
     """The configuration of decoder layers in `speculators` files, with what it leaves out because
     it is the default of transformers.
 
@@ -238,9 +309,9 @@ def _completed(layer: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not layer:
         return layer
     kind = layer.get("model_type", "llama")
-    if kind not in LAYERS:
+    if kind not in kinds:
         raise ValueError(
-            f"{name}: has decoder layers of type {kind!r}; those of {', '.join(LAYERS)} are read"
+            f"{name}: has decoder layers of type {kind!r}; those of {', '.join(kinds)} are read"
         )
     others = {key: value for key, value in layer.items() if key != "model_type"}
     try:

@@ -146,7 +146,7 @@ def decoder_config(
             rms_norm_eps=float(layer.get("rms_norm_eps", 1e-6)),
             max_position_embeddings=int(layer.get("max_position_embeddings") or 2048),
             rope_parameters=rope_parameters(
-                layer, name, wrapped=layout.wrapped or layout.kind in BLOCK_KINDS, theta=rope_theta
+                layer, name, wrapped=layout.by_transformers, theta=rope_theta
             ),
             attention_bias="layers.0.self_attn.q_proj.bias" in shapes,
         )

@@ -6,17 +6,20 @@ token t + 2. Where the target has no state yet, below the root of a tree, a head
 it made of the parent.
 
 `Eagle3Head`: EAGLE-3 (Li et al. 2025), EAGLE-3.1 and what `speculators`, SpecForge and DeepSpec
-make of it. `EagleHead`: EAGLE and EAGLE-2 (Li et al. 2024), HASS (Zhang et al. 2025). Names of
-tensors are those of `speculators`; `formats.py` reads all others.
+make of it. `EagleHead`: EAGLE and EAGLE-2 (Li et al. 2024), HASS (Zhang et al. 2025). `MTPHead`:
+layers for multi-token prediction that models are published with (DeepSeek-AI 2024, section 2.2).
+Names of tensors are those of `speculators`; `formats.py` reads all others.
 
 Legend: as in `layered.py`; M pairs in any arrangement.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.layered import HeadConfig, LayeredHead
 
@@ -62,6 +65,26 @@ class EagleConfig(HeadConfig):
     embedding_norm: bool = False
     input_norm: bool = False
     output_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTPConfig(EagleConfig):
+    """The variants of MTP layers, which have all norms.
+
+    Args:
+        norm_output: what is handed on is normed (vLLM, SGLang); else the layer's own output.
+        gated: attention is weighed, number by number, by a sigmoid of what it reads (Qwen3-Next).
+        turned: numbers of an attention head that rotary positions turn, half of them in the first
+            half of the head; None is all.
+    """
+
+    bias: bool = False
+    norms: bool = True
+    input_norm: bool = True
+    output_norm: bool = True
+    norm_output: bool = True
+    gated: bool = False
+    turned: int | None = None
 
 
 class Eagle3Head(LayeredHead):
@@ -169,3 +192,33 @@ class EagleHead(LayeredHead):
         weight, eps = (self.one, 1.0) if norm is None else (norm.weight, norm.variance_epsilon)
         hidden, normal = self.kernels.add_norm(hidden, parts, weight, eps, bias)
         return hidden, hidden if norm is None else normal
+
+
+class MTPHead(EagleHead):
+    """An MTP layer: fc joins the normed embedding with the normed state; the next state is what
+    its output head reads."""
+
+    config: MTPConfig
+
+    def _layer(self, index: int) -> Any:
+        layer = super()._layer(index)
+        if self.config.gated:
+            attention: Any = layer.self_attn
+            attention.gate_proj = nn.Linear(self.width, attention.q_proj.out_features, bias=False)
+        return layer
+
+    def turning(self) -> Any:
+        size, turned = self.layers[0].self_attn.head_dim, self.config.turned
+        if turned is None:
+            return super().turning()
+        layer = copy.deepcopy(self.config.layer)
+        layer.head_dim = turned
+        made = LlamaRotaryEmbedding(layer)
+        made.inv_freq = nn.functional.pad(made.inv_freq, (0, (size - turned) // 2))
+        return made
+
+    def leave(
+        self, hidden: Tensor, parts: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        hidden, normal = super().leave(hidden, parts, bias)
+        return (normal if self.config.norm_output else hidden), normal

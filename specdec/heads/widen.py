@@ -200,6 +200,8 @@ def _fill_layer(
     _fill(mine.k_proj, theirs.k_proj, of_keys, columns, random)
     _fill(mine.v_proj, theirs.v_proj, of_keys, columns, random)
     _fill(mine.o_proj, theirs.o_proj, None, of_queries)
+    if hasattr(theirs, "gate_proj"):
+        _fill(mine.gate_proj, theirs.gate_proj, of_queries, columns, random)
     for name in ("q_norm", "k_norm"):
         if hasattr(theirs, name):
             _fill_norm(getattr(mine, name), getattr(theirs, name))

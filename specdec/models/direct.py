@@ -160,6 +160,8 @@ class Layer:
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.query_norm, self.key_norm = (getattr(norm, "weight", None) for norm in norms)
         self.head_eps: float = getattr(norms[0], "variance_epsilon", 0.0)
+        gate = getattr(attention, "gate_proj", None)  # of attention, in MTP layers alone
+        self.gate: Tensor | None = None if gate is None else gate.weight
         self.output: Tensor = attention.o_proj.weight
         self.output_bias: Tensor | None = attention.o_proj.bias
         self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
@@ -209,7 +211,10 @@ class Layer:
         seen = paged.attend(
             index, query, scale=self.scale, window=self.window, softcap=None, sinks=None
         )
-        parts = do.linear(seen.flatten(0, 1).flatten(1), self.output)
+        seen = seen.flatten(0, 1).flatten(1)
+        if self.gate is not None:
+            seen = seen * do.project(inputs, self.gate).sigmoid()
+        parts = do.linear(seen, self.output)
         hidden, normal = do.add_norm(
             hidden, parts, norm.weight, norm.variance_epsilon, self.output_bias
         )

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from specdec.models.hook import UnsupportedError
 from specdec.models.paged import PagedLM
@@ -21,6 +21,7 @@ from specdec.models.weights import (
 from specdec.reasons import first_line
 
 CPU = Placement()
+ALIASES = {"mimo": "qwen2"}  # a family of code of its own that computes what another does
 
 
 class Models:
@@ -59,7 +60,7 @@ def load_model(path: str, placement: Placement = CPU, *, setting: str = "path") 
         return PagedLM(large, tokenizer, name=name, kernels=kernels, standin=widening)
     where = find_model(path, setting=setting)
     model, tokenizer = _load_files(where, placement, name)
-    return PagedLM(model, tokenizer, name=name, kernels=kernels)
+    return PagedLM(model, tokenizer, name=name, kernels=kernels, path=path)
 
 
 def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
@@ -73,7 +74,7 @@ def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
     try:
         if local:
             check_files(Path(where), name, complete=True)
-        config = AutoConfig.from_pretrained(where)
+        config = _config(where)
         check_config(config)
         folder = folder_of(where)
         if folder is not None and not local:
@@ -100,6 +101,16 @@ def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
         first = _reason(error)
         raise ValueError(f"{name}: cannot be loaded as a causal LM: {first}") from error
     return model, tokenizer
+
+
+def _config(where: str) -> Any:
+    """config.json, of a family that transformers has no code of by the name of one that it has."""
+    told, _ = PretrainedConfig.get_config_dict(where)
+    alias = ALIASES.get(told.get("model_type", ""))
+    if alias is None:
+        return AutoConfig.from_pretrained(where)
+    others = ("model_type", "auto_map", "architectures")
+    return AutoConfig.for_model(alias, **{k: v for k, v in told.items() if k not in others})
 
 
 def load_tokenizer(path: str, *, setting: str = "path") -> Any:

@@ -31,6 +31,7 @@ class PagedLM:
         name: what error messages and records call it.
         kernels: which implementation computes its attention and moves its keys and values.
         standin: of a stand-in, how it was made.
+        path: folder, hub id or zoo:NAME of its files, if it was loaded from any.
 
     Raises:
         ValueError: the model cannot run over a paged cache, the message names its architecture and
@@ -45,9 +46,10 @@ class PagedLM:
         name: str = "model",
         kernels: Kernels = AUTO,
         standin: Widening | None = None,
+        path: str | None = None,
     ) -> None:
         self.model = model.eval()
-        self.tokenizer, self.name, self.standin = tokenizer, name, standin
+        self.tokenizer, self.name, self.standin, self.path = tokenizer, name, standin, path
         self.placement = Placement(device=model.device, dtype=model.dtype, kernels=kernels)
         self.device, self.dtype = self.placement.device, self.placement.dtype
         self.kernels = self.placement.kernels

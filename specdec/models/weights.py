@@ -5,6 +5,7 @@ and files are looked at before anything is loaded.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ NO_MODEL = {  # how files begin that came instead of a model's
     b"<html": "is an HTML page; download the file itself",
 }
 AGAIN = "download it again"
+MTP_TENSORS = r"(model\.)?mtp(_layers)?\."  # how names of MTP layers begin, which are for drafting
 
 
 class BrokenFilesError(ValueError):
@@ -110,6 +112,7 @@ def check_report(report: Mapping[str, Any], folder: Path | None, name: str) -> N
         sorted(report.get(part, ()))
         for part in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     )
+    unknown = [key for key in unknown if not re.match(MTP_TENSORS, key)]
     mend = "config.json and weights must be of one model: download both again"
     if shapes:
         key, there, wanted = shapes[0]

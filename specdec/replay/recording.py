@@ -23,7 +23,7 @@ from specdec.replay.record import CANDIDATES, FINISHES, WIDEST, Arrays
 from specdec.sampling import SamplingParams, filtered
 from specdec.tree import Acceptance, Children, TokenTree
 
-HEADS = ("eagle3", "eagle", "medusa")  # whose law depends on where a step begins as well
+HEADS = ("eagle3", "eagle", "mtp", "medusa")  # whose law depends on where a step begins as well
 LEVELS = 8  # of what is recorded of them, if their depth is open
 RECORDED = ("small_llama", "translated", "early_exit")  # whose law depends on the tokens alone
 SEARCHING = ("ngram", "pld", "retriever", "rest", "suffix_decoding")  # functions of the tokens

@@ -10,8 +10,10 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer
 
 from specdec.models.load import Models, load_model, zoo_path
+from specdec.training.methods.eagle import Eagle
+from specdec.training.methods.mtp import MTP
 from tests.heads.blocks import dflash
-from tests.heads.made import eagle_of, medusa
+from tests.heads.made import begun, medusa
 from tests.models.tiny import disturbed, save, tiny
 from tests.running import QUICK, ROOT, SHARED, jobs, lines, outputs, summary_of
 
@@ -45,9 +47,9 @@ def needed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str
             markov = "gated" if drafter == "dspark" else ""
             dflash(folder, model, layout="speculators", slots=9, markov=markov)
             return [f"drafter.path={folder}"]
-        if drafter == "eagle":
+        if drafter in ("eagle", "mtp"):
             folder = tmp_path_factory.mktemp("heads")
-            eagle_of(folder, load_model("zoo:target"))
+            begun(folder, load_model("zoo:target"), Eagle() if drafter == "eagle" else MTP())
             return [f"drafter.path={folder}"]
         if drafter != "rest":
             return []

@@ -21,10 +21,12 @@ from specdec.lab.settings import CONFIGS
 from specdec.models.load import Models
 from specdec.models.placement import Placement
 from specdec.protocols import DraftError, StepContext
+from specdec.training.methods.eagle import Eagle
+from specdec.training.methods.mtp import MTP
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from tests.heads.blocks import dflash
-from tests.heads.made import eagle_of, medusa
+from tests.heads.made import begun, medusa
 
 NAMES = sorted(path.stem for path in Path(CONFIGS, "drafter").glob("*.yaml"))
 DRAFTING = [name for name in NAMES if name != "none"]
@@ -41,6 +43,7 @@ MANY = {  # with many candidates; so few of them that all draws of two can be en
             "eagle",
             "eagle3",
             "medusa",
+            "mtp",
             "ngram",
             "rest",
             "retriever",
@@ -86,7 +89,8 @@ def heads(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     medusa(folder / "medusa", target.model, heads=4)
     dflash(folder / "dflash", target.model, layout="speculators")
     dflash(folder / "dspark", target.model, layout="speculators", markov="rnn")
-    eagle_of(folder / "eagle", target)
+    begun(folder / "eagle", target, Eagle())
+    begun(folder / "mtp", target, MTP())
     return folder
 
 
@@ -99,7 +103,7 @@ def make(name: str, datastore: Path, heads: Path) -> contract.Make:
         words.append(f"drafter.mode={mode}")
     if name == "rest":
         words.append(f"drafter.datastore={datastore}")
-    if name in ("dflash", "dspark", "eagle", "medusa"):
+    if name in ("dflash", "dspark", "eagle", "medusa", "mtp"):
         words.append(f"drafter.path={heads / name}")
     if name == "user":
         words.append(f"drafter._target_={__name__}.echo")

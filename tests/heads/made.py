@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specdec.models.paged import PagedLM
-from specdec.training.methods.eagle import Eagle
-from specdec.training.trainee import Surroundings
+from specdec.training.trainee import Surroundings, TrainingMethod
 from tests.heads.oracle import Facts
 
 D, MIDDLE, NAMED, EPS = 32, 40, 48, 1e-5
@@ -313,8 +312,8 @@ def medusa(folder: Path, target: Any, *, heads: int = 3, tied: bool = True) -> N
     write(folder, config, tensors, "medusa_lm_head.safetensors")
 
 
-def eagle_of(folder: Path, target: PagedLM) -> None:
-    """A head of EAGLE-1 for a target of any size, as training begins with."""
+def begun(folder: Path, target: PagedLM, method: TrainingMethod) -> None:
+    """A head for a target of any size, as training begins with."""
     counts = torch.ones(target.vocab_size)
     around = Surroundings(target=target, counts=counts, chunk=512, compiled=False, seed=0)
-    Eagle().make(around).save(folder, target.name)
+    method.make(around).save(folder, target.name)

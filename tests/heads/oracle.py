@@ -75,23 +75,27 @@ def frequencies(rope: Mapping[str, Any], size: int, length: int) -> tuple[Tensor
 
 
 def turned(x: Tensor, rope: Mapping[str, Any]) -> Tensor:
-    """[heads, T, size], each at its place in the sequence."""
+    """[heads, T, size], each at its place in the sequence; of `turned` numbers alone, if the rope
+    says so."""
+    x, rest = x.tensor_split([rope.get("turned", x.shape[-1])], dim=-1)
     half = x.shape[-1] // 2
     per_place, gain = frequencies(rope, x.shape[-1], x.shape[1])
     angles = torch.arange(x.shape[1]).double()[:, None] * per_place
     cos, sin = angles.cos() * gain, angles.sin() * gain
     a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 def attention(facts: Facts, layer: str, x: Tensor) -> Tensor:
-    """What self-attention makes of [T, any], before o_proj's sum with the residual."""
+    """What self-attention makes of [T, any], before o_proj's sum with the residual. With gates
+    (Qwen3-Next), those of an attention head come after its query."""
     w, (queries, keys) = facts.tensors, facts.heads
+    size = len(w[f"{layer}.self_attn.k_proj.weight"]) // keys
 
     def project(name: str, count: int) -> Tensor:
         made = x @ w[f"{layer}.self_attn.{name}_proj.weight"].T
         made = made + w.get(f"{layer}.self_attn.{name}_proj.bias", 0.0)
-        split = made.view(len(x), count, -1).transpose(0, 1)
+        split = made.view(len(x), count, -1)[..., :size].transpose(0, 1)
         norm = w.get(f"{layer}.self_attn.{name}_norm.weight")
         return split if norm is None else rms(split, norm, facts.eps)
 
@@ -101,7 +105,11 @@ def attention(facts: Facts, layer: str, x: Tensor) -> Tensor:
     scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
     unseen = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
     seen = scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v
-    out = seen.transpose(0, 1).reshape(len(x), -1) @ w[f"{layer}.self_attn.o_proj.weight"].T
+    out = seen.transpose(0, 1).reshape(len(x), -1)
+    if "gated" in facts.flags:
+        both = x @ w[f"{layer}.self_attn.q_proj.weight"].T
+        out = out * both.view(len(x), queries, 2, size)[:, :, 1].sigmoid().flatten(1)
+    out = out @ w[f"{layer}.self_attn.o_proj.weight"].T
     return out + w.get(f"{layer}.self_attn.o_proj.bias", 0.0)
 
 
@@ -166,6 +174,30 @@ def eagle(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[
             y = y + mlp(facts, layer, y)
         features = torch.cat([features, y[-1:]])
     return normed(y[-1], "pre_lm_head_layernorm", "norm") @ facts.output.T
+
+
+def mtp(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
+    """[V] logits after the path, of an MTP layer; norms are those that it multiplies by."""
+    w, eps, layer = facts.tensors, facts.eps, facts.layers[0]
+    of_qwen = "mtp.fc.weight" in w
+    names = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
+    if not of_qwen:
+        own = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+        names = tuple(f"{layer}.{name}" for name in own)  # type: ignore[assignment]
+    of_token, of_state, fc, last = (w[f"{name}.weight"] for name in names)
+    features = states[0][: len(tokens) - 1].double()
+    for drafted in range(len(path) + 1):
+        embedded = facts.embedding[torch.tensor(tokens[1:] + path[:drafted])]
+        both = [rms(embedded, of_token, eps), rms(features, of_state, eps)]
+        if "hidden first" in facts.flags:
+            both.reverse()
+        y = torch.cat(both, dim=-1) @ fc.T
+        y = y + attention(facts, layer, rms(y, w[f"{layer}.input_layernorm.weight"], eps))
+        y = y + mlp(facts, layer, y)
+        normal = rms(y, last, eps)
+        fed = y if "hidden" in facts.flags else normal
+        features = torch.cat([features, fed[-1:]])
+    return normal[-1] @ facts.output.T
 
 
 def among(facts: Facts, layer: str, context: Tensor, x: Tensor, index: int) -> Tensor:

@@ -176,9 +176,6 @@ def test_weights_may_lie_in_several_files(target: PagedLM, tmp_path: Path) -> No
 # Other kinds of heads
 
 FOREIGN = {
-    "MTP layers": ["mtp.fc.weight"],
-    "MTP layers of MiMo": ["model.mtp_layers.0.input_proj.weight"],
-    "MTP layers of DeepSeek": ["model.layers.61.eh_proj.weight"],
     "a P-EAGLE head": ["layers.0.hidden_norm.weight", "fc.weight", "mask_hidden"],
     "a DFlash 2 head": ["hidden_norm.weight", "candidate_selector.successor_codebook"],
     "a Domino head": ["hidden_norm.weight", "prefix_gru.weight_ih_l0"],
@@ -198,7 +195,7 @@ def test_heads_that_are_not_read_are_named(kind: str, target: PagedLM, tmp_path:
     refused(tmp_path, target, f"holds {what}, which is not read; heads of EAGLE")
 
 
-@pytest.mark.parametrize("kind", ["mtp", "peagle", "dflash2"])
+@pytest.mark.parametrize("kind", ["peagle", "dflash2"])
 def test_heads_that_are_not_read_are_known_by_their_wrapper(
     kind: str, target: PagedLM, tmp_path: Path
 ) -> None:

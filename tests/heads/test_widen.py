@@ -20,6 +20,8 @@ from specdec.heads.recurrent import (
     Eagle3Head,
     EagleConfig,
     EagleHead,
+    MTPConfig,
+    MTPHead,
 )
 from specdec.heads.widen import widen
 from specdec.models.load import load_model, zoo_path
@@ -193,6 +195,24 @@ EAGLE_FORMS = {
     "all norms": replace(EAGLE, norms=True, input_norm=True, output_norm=True),
     "two layers": replace(EAGLE, layer=LlamaConfig(**LLAMA | {"num_hidden_layers": 2})),
 }
+
+
+MTP = MTPConfig(**COMMON | {"taps": ("normal",), "vocab_size": VOCABULARY})
+MTP_FORMS = {
+    "mtp": MTP,
+    "mtp of the unnormed state, fed likewise": replace(MTP, taps=(6,), norm_output=False),
+    "mtp of Qwen3.5": replace(MTP, layer=Qwen3Config(**LLAMA), gated=True, turned=32),
+}
+
+
+@pytest.mark.some(2)
+@pytest.mark.parametrize("config", MTP_FORMS.values(), ids=MTP_FORMS)
+def test_mtp_layers_say_the_same(config: MTPConfig, small: Target, large: Target) -> None:
+    head = fill(MTPHead(config), small)
+    wide = widen(head, large.lm)
+    assert missed(head, small, wide, large) <= FLOAT32_ROUNDING
+    wide.blind = None
+    assert missed(head, small, wide, large) > 1e-2
 
 
 @pytest.mark.some(2)

@@ -16,6 +16,7 @@ from specdec.drafters.dflash import DFlash
 from specdec.drafters.dspark import DSpark
 from specdec.drafters.eagle import Eagle1, Eagle3
 from specdec.drafters.medusa import Medusa
+from specdec.drafters.mtp import MTP
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.models.paged import PagedLM
@@ -24,6 +25,7 @@ from specdec.protocols import Drafter
 from specdec.verifier.synthetic import Synthetic
 from tests.decoding import decoder_of, loaded, requests_of
 from tests.heads import blocks, made
+from tests.heads.mtp import mtp
 from tests.models.tiny import save, texts, tiny
 
 NEW = 12
@@ -65,6 +67,7 @@ HEADS: dict[str, tuple[Any, Write, bool]] = {
     "eagle3": (Eagle3, made.eagle3, False),
     "eagle3, all flags, sampled": (Eagle3, all_flags, True),
     "eagle": (Eagle1, made.eagle, False),
+    "mtp, sampled": (MTP, mtp, True),
     "medusa, sampled": (Medusa, made.medusa, True),
     "dflash": (DFlash, blocks.dflash, False),
     "dflash, scaled, sampled": (DFlash, scaled_block, True),

@@ -23,6 +23,7 @@ NEEDED = {
     "dspark": "drafter.path=heads",
     "eagle": "drafter.path=heads",
     "medusa": "drafter.path=heads",
+    "mtp": "drafter.path=heads",
     "rest": "drafter.datastore=store",
     "user": "drafter._target_=builtins.len",
     "hf": "target.path=zoo:target",
@@ -73,10 +74,11 @@ def cases() -> list[tuple[str, str, Any]]:
     return random.Random(0).sample(found, min(COUNT, len(found)))
 
 
-# Seeds of any size work, and so does a null that stands for no limit.
+# Seeds of any size work, so does a null that stands for no limit, and rates may be a list.
 LEGAL = (
     ("seed", -(10**30)),
     ("drafter.max_spec_factor", None),
+    ("drafter.rates", [1]),
     *((f"sampling.{name}", None) for name in ("top_p", "top_k", "min_p")),
 )
 

@@ -23,6 +23,7 @@ from specdec.replay.rates import RATES
 from specdec.replay.record import CANDIDATES, Record, drawn_from
 from specdec.replay.recording import HEADS, RECORDED
 from specdec.replay.replaying import Replayer
+from specdec.training.methods.mtp import MTP
 from tests.compare import folders
 from tests.heads import made
 
@@ -136,11 +137,18 @@ def head(name: str, folder: Path) -> str:
     """Words of a drafter with a head."""
     if name == "eagle3":
         return "drafter=eagle3"
-    made.medusa(folder, load_model("zoo:target"))
+    target = load_model("zoo:target")
+    if name == "mtp":
+        made.begun(folder, target, MTP())
+        return f"drafter=mtp drafter.path={folder}"
+    made.medusa(folder, target)
     return f"drafter=medusa drafter.path={folder}"
 
 
-@pytest.mark.parametrize("name", ["eagle3", pytest.param("medusa", marks=pytest.mark.slow)])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("medusa", "mtp")]
+
+
+@pytest.mark.parametrize("name", ["eagle3", *SLOW])
 def test_heads_are_recorded_as_they_draft_in_a_run(name: str, tmp_path: Path) -> None:
     """A run with sampled chains, and the record of its own texts: what the drafter gave to each
     token that it drew after a beginning of the text, and the target, is what the record has; of

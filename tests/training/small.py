@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import Qwen3Config
 
 from specdec.heads.layered import LayeredHead
 from specdec.heads.recurrent import (
@@ -14,6 +15,8 @@ from specdec.heads.recurrent import (
     Eagle3Head,
     EagleConfig,
     EagleHead,
+    MTPConfig,
+    MTPHead,
 )
 from specdec.models.paged import PagedLM
 from specdec.training.batches import EXTRA, Batch, Batches
@@ -51,6 +54,13 @@ def eagle(**flags: Any) -> EagleHead:
     layer = layer_config(config, layers=1, rope_theta=100.0)
     sizes = {"state_size": WIDTH, "target_vocab": VOCAB, "vocab_size": VOCAB}
     return filled(EagleHead(EagleConfig(layer=layer, taps=("normal",), **sizes, **flags)))
+
+
+def mtp(**flags: Any) -> MTPHead:
+    config = tiny_llama(0, 2, VOCAB).config
+    layer = layer_config(config, layers=1, rope_theta=100.0, make=Qwen3Config)
+    sizes = {"state_size": WIDTH, "target_vocab": VOCAB, "vocab_size": VOCAB}
+    return filled(MTPHead(MTPConfig(layer=layer, taps=("normal",), **sizes, **flags)))
 
 
 def filled(head: Any) -> Any:

@@ -9,10 +9,13 @@ import torch
 from specdec.heads.export import save_head
 from specdec.heads.formats import load_head
 from specdec.training.methods.eagle3 import Eagle3
+from specdec.training.methods.mtp import MTP
 from specdec.training.test_time import unroll
 from tests.training.small import VOCAB, WIDTH, filled, surroundings, target
 
 CASES: dict[str, dict[str, Any]] = {
+    "mtp": {},
+    "mtp of a layer": {"tap": 1, "rope_theta": 500.0},
     "usual": {},
     "no norms": {"fc_norm": False},
     "other flags": {
@@ -36,14 +39,15 @@ def test_a_head_that_is_written_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     lm, defaults = target(), dict(save_head.__kwdefaults__)
-    trainee = Eagle3(**CASES[case]).make(surroundings(lm))
+    of_mtp = case.startswith("mtp")
+    trainee = (MTP if of_mtp else Eagle3)(**CASES[case]).make(surroundings(lm))
     head, output = trainee.head, trainee.head.lm_head.weight.clone()
     filled(head).embed_tokens.weight = lm.model.get_input_embeddings().weight
-    if "tied" in CASES[case]:
+    if of_mtp or "tied" in CASES[case]:
         head.lm_head.weight = torch.nn.Parameter(output, requires_grad=False)
     monkeypatch.setattr(save_head, "__kwdefaults__", {**defaults, "dtype": torch.float32})
     trainee.save(tmp_path, "tiny")
-    read: Any = load_head(str(tmp_path), lm, kinds=("eagle3",))
+    read: Any = load_head(str(tmp_path), lm, kinds=("eagle3", "mtp"))
     assert read.config.taps == head.config.taps
     if head.names is None:
         assert read.names is None

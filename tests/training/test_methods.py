@@ -18,6 +18,7 @@ from specdec.training.methods.dspark import DSpark
 from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.early_exit import EarlyExit
 from specdec.training.methods.medusa import Medusa
+from specdec.training.methods.mtp import MTP
 from specdec.training.methods.small_llama import SmallLlama
 from specdec.training.optimise import Optimisers
 from specdec.training.teacher import Teacher, plain
@@ -33,6 +34,7 @@ METHODS: dict[str, Any] = {
     "dspark": lambda **rates: DSpark(
         block=3, layers=1, anchors=3, rank=4, confidence=False, **rates
     ),
+    "mtp": lambda **rates: MTP(**rates),
     "small_llama": lambda **rates: SmallLlama(**rates),
     "early_exit": lambda **rates: EarlyExit(exit_layer=1, weight=1.0, **rates),
 }
@@ -202,7 +204,7 @@ def test_eagle1_learns_the_next_state() -> None:
     assert found.loss.item() == pytest.approx((wanted + 0.1 * tokens).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dflash", "dspark", "eagle", "medusa"])
+@pytest.mark.parametrize("name", ["dflash", "dspark", "eagle", "medusa", "mtp"])
 @torch.no_grad()
 def test_heads_are_read_back(name: str, tmp_path: Path) -> None:
     lm = target()
@@ -256,6 +258,8 @@ def test_a_model_from_scratch_follows_from_the_seed() -> None:
             lambda: DFlash(taps=[2]).check(target().model.config),
             r"^method\.taps=\[2\]: files of DFlash .* use normal instead of 2$",
         ),
+        (lambda: MTP(decay=1.5), r"^method\.decay=1\.5: must be above 0 and at most 1$"),
+        (lambda: MTP(tap=3).check(target().model.config), r"^method\.tap=\[3\]: 3 must be 0 to"),
         (lambda: Medusa(heads=0), r"^method\.heads=0: must be at least 1$"),
         (lambda: Medusa(decay=0.0), r"^method\.decay=0\.0: must be above 0"),
         (lambda: SmallLlama(path="zoo:none"), r"^method\.path=zoo:none: no such built-in model"),

@@ -10,7 +10,7 @@ import torch
 from specdec.heads.layered import LayeredHead
 from specdec.training import test_time
 from specdec.training.test_time import unroll
-from tests.training.small import VOCAB, WIDTH, decoded, eagle, eagle3
+from tests.training.small import VOCAB, WIDTH, decoded, eagle, eagle3, mtp
 
 SLOTS, STEPS = 7, 4
 HEADS: dict[str, Callable[[], LayeredHead]] = {
@@ -22,6 +22,8 @@ HEADS: dict[str, Callable[[], LayeredHead]] = {
     "two layers": lambda: eagle3(layers=2),
     "two layers of pairs": lambda: eagle3(layers=2, pairs=2),
     "eagle": eagle,
+    "mtp": mtp,
+    "mtp, gated, unnormed": lambda: mtp(gated=True, turned=2, norm_output=False),
     "eagle with norms": lambda: eagle(norms=True, input_norm=True, output_norm=True),
 }
 
@@ -45,7 +47,7 @@ def test_every_chain_is_that_of_decoding_with_a_cache(name: str) -> None:
             assert (found - wanted[step:]).abs().max() < 1e-5 * wanted.abs().max(), (step, row)
 
 
-@pytest.mark.parametrize("name", ["fc_norm", "eagle"])
+@pytest.mark.parametrize("name", ["fc_norm", "eagle", "mtp"])
 def test_gradients_are_those_of_two_steps_of_decoding(name: str) -> None:
     head = HEADS[name]()
     states, tokens = inputs(head)
