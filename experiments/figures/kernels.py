@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -168,21 +169,24 @@ def exact(result: Result) -> str:
 def products(result: Result) -> str:
     """Products by rows, and what launch parameters that were tried are worth."""
     about = (
-        f"Microseconds of products with the weights of an 8B Llama, bfloat16, on one "
+        f"Microseconds of products with the weights of an 8B Llama, x in bfloat16, on one "
         f"{device(result)}; `roof` is the larger of weights over read rate and operations over "
         f"product rate ({source(result, 'products')}):"
     )
+    kinds = ["bfloat16", *(["fp8"] if any("fp8" in one for one in result["products"]) else [])]
     rows = []
-    for record in result["products"]:
-        us = dict(record["us"])
+    for record, kind in product(result["products"], kinds):
+        measured = record if kind == "bfloat16" else record["fp8"]
+        us = dict(measured["us"])
         named = [us.pop(way, None) for way in ("cuBLAS", "ours")]
         best = min(us, key=lambda way: us[way], default=None)
         tried = "" if best is None else f"{us[best]:.1f}: {best.removeprefix('ours: ')}"
         cells = ("" if one is None else f"{one:.1f}" for one in named)
-        rows.append(
-            [record["weight"], str(record["rows"]), f"{record['roof_us']:.1f}", *cells, tried]
-        )
-    return piece(about, ["weight", "rows", "roof", "cuBLAS", "ours", "best of others"], rows)
+        share = "" if named[1] is None else f"{measured['roof_us'] / named[1]:.2f}"
+        place = [record["weight"], kind, str(record["rows"])]
+        rows.append([*place, f"{measured['roof_us']:.1f}", *cells, share, tried])
+    heads = ["weight", "type", "rows", "roof", "cuBLAS", "ours", "roof: ours", "best of others"]
+    return piece(about, heads, rows)
 
 
 def _operations(records: list[dict[str, Any]], key: str) -> tuple[list[str], list[list[str]]]:
@@ -239,6 +243,10 @@ def faults(result: Result) -> Iterator[str]:
                 tried = [method, *method.get("variants", {}).values()]
                 reasons = [one["fault"] for one in tried if "fault" in one]
                 yield f"{place}: {name}: {'; '.join(dict.fromkeys(reasons)) or 'not measured'}"
+    for record in result.get("products", []):
+        for kind, measured in (("", record), ("fp8, ", record.get("fp8", {}))):
+            for way, fault in measured.get("faults", {}).items():
+                yield f"{record['weight']}, {kind}{record['rows']} rows: {way}: {fault}"
     for name, case in result.get("cases", {}).items():
         if "fault" in case:
             yield f"{name}: {case['fault']}"

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.gpu.ring import ring_descriptor, ring_kernel
 from specdec.kernels.gpu.stream import (
+    FLOAT8_ROWS,
     SPLIT_COLUMNS,
     STREAM_ROWS,
     WIDE_ROWS,
@@ -32,12 +33,14 @@ from specdec.kernels.gpu.stream import (
     padded_rows,
     stream_kernel,
 )
+from specdec.kernels.gpu.widen import wide_mm
+from specdec.kernels.layout import SCALED_BLOCK, Fp8Weight, Weight
 
 BULK_ALIGNMENT = 16  # bytes, of the rows the bulk copy engine reads
 
 
 def linear(
-    x: Tensor, weight: Tensor, *, blocks: Stream | None = None, exact: bool = False
+    x: Tensor, weight: Weight, *, blocks: Stream | None = None, exact: bool = False
 ) -> Tensor:
     """As `specdec.kernels.reference.linear`: float32 parts, or one part in the type of x where
     torch's product is faster.
@@ -48,37 +51,37 @@ def linear(
     """
     blocks = blocks or _choose(x, weight, exact=exact)
     if blocks is None:
-        return torch.mm(x, weight.T)[None]
+        return mm(x, weight)[None]
     chunk, splits = _chunks(x.shape[1], blocks)
-    parts = x.new_empty(splits, len(x), len(weight), dtype=torch.float32)
+    parts = x.new_empty(splits, len(x), weight.shape[0], dtype=torch.float32)
     _stream(parts, x, weight, blocks, chunk)
     return parts
 
 
 def project(
-    x: Tensor, weight: Tensor, *, blocks: Stream | None = None, exact: bool = False
+    x: Tensor, weight: Weight, *, blocks: Stream | None = None, exact: bool = False
 ) -> Tensor:
     """As `specdec.kernels.reference.project`; `blocks`, of one split, and `exact` as in
     `linear`."""
     blocks = blocks or _choose(x, weight, whole=True, exact=exact)
     if blocks is None:
-        return torch.mm(x, weight.T)
-    out = x.new_empty(len(x), len(weight))
+        return mm(x, weight)
+    out = x.new_empty(len(x), weight.shape[0])
     _stream(out, x, weight, blocks, x.shape[1])
     return out
 
 
 def gated_linear(
-    x: Tensor, weight: Tensor, *, blocks: Stream | None = None, exact: bool = False
+    x: Tensor, weight: Weight, *, blocks: Stream | None = None, exact: bool = False
 ) -> Tensor:
     """As `specdec.kernels.reference.gated_linear`; `blocks` and `exact` as in `linear`, where
     splits, or torch, leave the gate to a second kernel."""
     blocks = blocks or _choose(x, weight, gated=True, exact=exact)
     if blocks is None:
-        return gate(torch.mm(x, weight.T)[None])
+        return gate(mm(x, weight)[None])
     if blocks.splits > 1:
         return gate(linear(x, weight, blocks=blocks), x.dtype)
-    out = x.new_empty(len(x), len(weight) // 2)
+    out = x.new_empty(len(x), weight.shape[0] // 2)
     _stream(out, x, weight, blocks, x.shape[1], with_gate=True)
     return out
 
@@ -104,8 +107,13 @@ def gate(parts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return out
 
 
+def mm(x: Tensor, weight: Weight) -> Tensor:
+    """[M, N] in the type of x, by torch."""
+    return wide_mm(x, weight) if isinstance(weight, Fp8Weight) else torch.mm(x, weight.T)
+
+
 def _choose(
-    x: Tensor, weight: Tensor, *, whole: bool = False, gated: bool = False, exact: bool
+    x: Tensor, weight: Weight, *, whole: bool = False, gated: bool = False, exact: bool
 ) -> Stream | None:
     """How to read the weight; None leaves the product to torch, in the interpreter too, which
     would take minutes for those of a model."""
@@ -115,6 +123,9 @@ def _choose(
     ours = len(x) <= STREAM_ROWS or (
         len(x) in WIDE_ROWS and x.itemsize == 2 and (gated or inputs >= outputs)
     )
+    float8 = isinstance(weight, Fp8Weight)
+    if float8:
+        ours = len(x) <= FLOAT8_ROWS
     if not exact and (not ours or triton.knobs.runtime.interpret):
         return None
     return choose_stream(
@@ -125,6 +136,7 @@ def _choose(
         whole=whole,
         gated=gated,
         exact=exact,
+        float8=float8,
     )
 
 
@@ -141,7 +153,7 @@ def _chunks(inputs: int, blocks: Stream) -> tuple[int, int]:
 
 
 def _stream(
-    out: Tensor, x: Tensor, weight: Tensor, blocks: Stream, chunk: int, with_gate: bool = False
+    out: Tensor, x: Tensor, given: Weight, blocks: Stream, chunk: int, with_gate: bool = False
 ) -> None:
     """Launch the kernel, by the ring or not. (Long for what it hands to either.)
 
@@ -150,14 +162,18 @@ def _stream(
         chunk: columns of a split.
     """
     rows, inputs = x.shape
+    weight, scale = given if isinstance(given, Fp8Weight) else (given, None)
+    blocked = scale is not None and scale.dim() == 2
     if weight.stride(1) != 1 or not weight.is_contiguous():
         raise ValueError(f"a weight of strides {weight.stride()} must be contiguous")
+    if blocked and SCALED_BLOCK % blocks.columns:
+        raise ValueError(f"columns={blocks.columns} of float8 must divide {SCALED_BLOCK}")
     if x.stride(1) != 1:
         x = x.contiguous()
     if not out.numel():
         return
     width = out.shape[-1]
-    block_m = padded_rows(rows, gated=with_gate)
+    block_m = padded_rows(rows, gated=with_gate, blocked=blocked)
     bulk = blocks.bulk and _aligned(x) and _aligned(weight)
     interpreting = triton.knobs.runtime.interpret
     x_tiles = triton.cdiv(rows, block_m)
@@ -170,6 +186,7 @@ def _stream(
         "BLOCK_N": blocks.rows,
         "BLOCK_K": blocks.columns,
         "WITH_GATE": with_gate,
+        "SCALED": SCALED_BLOCK if blocked else 0,
         "STAGES": blocks.stages,
         "num_warps": blocks.warps,
         "launch_pdl": not interpreting,
@@ -178,13 +195,14 @@ def _stream(
     if bulk and blocks.ring and not interpreting and _on_hopper(x.device):
         boxes = ((x, [box_rows(rows, block_m), blocks.columns]), tiles[1])
         descriptors = [ring_descriptor(tensor, tile) for tensor, tile in boxes]
-        ring_kernel[grid](out, *descriptors, rows, x_tiles, **shared)
+        ring_kernel[grid](out, *descriptors, scale, rows, x_tiles, **shared)
         return
     stream_kernel[grid](
         out,
         x,
         weight,
         *(TensorDescriptor.from_tensor(*tile) if bulk else None for tile in tiles),
+        scale,
         rows,
         x_tiles,
         x.stride(0),

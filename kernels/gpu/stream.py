@@ -11,8 +11,8 @@ import triton.language as tl
 
 STREAM_ROWS = 64  # of x; beyond, cuBLAS is as good for most weights
 WIDE_ROWS = range(96, 129)  # for which it is not for some
+FLOAT8_ROWS = 512  # with a weight in float8; beyond, torch computes with one that was made wide
 TILE_ROWS = 256  # of x to a program, at most
-GATED_TILE_ROWS = 128  # with a gate, whose sums take registers too
 SPLIT_COLUMNS = 128  # columns of a split are a multiple of these
 PROGRAMS = 132  # about as many as a GPU has multiprocessors
 RING = 200 * 1024  # bytes of shared memory for tiles on their way to one multiprocessor
@@ -50,6 +50,9 @@ GATED_SMALL = Stream(rows=64, columns=64, stages=10)
 GATED_WIDE = Stream(rows=64, columns=64, stages=6)
 WIDE = Stream(rows=64, columns=64, stages=8)
 WIDE_WHOLE = Stream(rows=128, columns=64, warps=8, stages=8)
+FLOAT8 = Stream(rows=64, columns=128, stages=10)
+FLOAT8_TALL = Stream(rows=128, columns=128, warps=8, stages=6)
+FLOAT8_FEW = 32  # rows of x for which the tile of the weight need not be tall
 
 
 def choose_stream(
@@ -61,6 +64,7 @@ def choose_stream(
     whole: bool,
     gated: bool = False,
     exact: bool = False,
+    float8: bool = False,
 ) -> Stream:
     """How to read a weight [outputs, inputs] for a product with `rows` rows.
 
@@ -71,9 +75,12 @@ def choose_stream(
         whole: the result is wanted in one part.
         gated: one half of the outputs is the gate of the other.
         exact: as many splits whatever the rows; up to 16 rows it makes no difference.
+        float8: the weight is, and has as many splits whatever the rows without `exact` too.
     """
     if dtype == torch.float32:  # no tensor cores: exactness is the point, not speed
         return replace(EXACT, rows=EXACT.rows // 2) if gated else EXACT
+    if float8:
+        return _choose_float8(rows, outputs, inputs, dtype, 1 if whole or gated else None, gated)
     if rows > STREAM_ROWS:
         stream = GATED_WIDE if gated else WIDE_WHOLE if whole else WIDE
     elif gated:
@@ -95,26 +102,47 @@ def choose_stream(
     return replace(stream, splits=splits, stages=max(2, min(stages, steps)))
 
 
-def _splits(outputs: int, inputs: int, crowded: bool) -> tuple[int, int]:
+def _choose_float8(
+    rows: int, outputs: int, inputs: int, dtype: torch.dtype, splits: int | None, gated: bool
+) -> Stream:
+    """How to read a weight in float8. While one program makes its weights wide another has the
+    tensor cores; many rows of x come by for many of the weight at once, for twice as many bytes
+    of them are needed as of a tile as tall."""
+    stream = FLOAT8 if rows <= FLOAT8_FEW else FLOAT8_TALL
+    halves = 2 if gated else 1
+    if splits is None:
+        splits = _splits(outputs, inputs, crowded=True, together=2)[0]
+    programs = triton.cdiv(outputs // halves, stream.rows) * splits
+    together = max(1, min(triton.cdiv(programs, PROGRAMS), 3, 16 // stream.warps))
+    line = halves * stream.rows + padded_rows(rows, gated=gated) * dtype.itemsize
+    stages = min(stream.stages, RING // together // (line * stream.columns))
+    steps = triton.cdiv(triton.cdiv(inputs, splits), stream.columns)
+    return replace(stream, splits=splits, stages=max(2, min(stages, steps)))
+
+
+def _splits(outputs: int, inputs: int, crowded: bool, together: int = 1) -> tuple[int, int]:
     """Parts of the sum over the inputs, and programs that run at the same time on one
     multiprocessor.
 
     Args:
-        crowded: three of them, where one each would leave many without work.
+        crowded: three of them, where `together` would leave many without work.
     """
     columns = FEW_ROWS.columns
     tiles = triton.cdiv(outputs, FEW_ROWS.rows)
-    splits = max(1, min(PROGRAMS // tiles, inputs // (2 * columns)))
+    programs = together * PROGRAMS
+    splits = max(1, min(programs // tiles, inputs // (2 * columns)))
     crowd = 3 * PROGRAMS // tiles
-    uneven = not 0.9 * PROGRAMS <= tiles * splits <= PROGRAMS
+    uneven = not 0.9 * programs <= tiles * splits <= programs
     if crowded and uneven and crowd > splits and inputs >= 8 * crowd * columns:
         return crowd, 3
-    return splits, 1
+    return splits, together
 
 
-def padded_rows(rows: int, *, gated: bool = False) -> int:
-    """Columns of the tile that holds x, transposed."""
-    return min(max(16, triton.next_power_of_2(rows)), GATED_TILE_ROWS if gated else TILE_ROWS)
+def padded_rows(rows: int, *, gated: bool = False, blocked: bool = False) -> int:
+    """Columns of the tile that holds x, transposed; fewer at most with a gate, or with scales of
+    blocks, for which sums are kept apart that take registers too."""
+    most = TILE_ROWS // ((2 if gated else 1) * (2 if blocked else 1))
+    return min(max(16, triton.next_power_of_2(rows)), most)
 
 
 def box_rows(rows: int, tile: int) -> int:
@@ -133,6 +161,7 @@ def stream_kernel(
     weight_ptr,  # [N, K], with a gate [2 N, K]
     x_desc,
     weight_desc,
+    scale_ptr,  # None, or of float8: [N] or [N / SCALED, K / SCALED]
     rows,
     x_tiles,
     stride_x_row,
@@ -143,6 +172,7 @@ def stream_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WITH_GATE: tl.constexpr,
+    SCALED: tl.constexpr,
     STAGES: tl.constexpr,
     BULK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -177,8 +207,12 @@ def stream_kernel(
             weight = _read(weight_rows + k, near, DEPTH, BLOCK_K)
             x = tl.load(x_rows + k, mask=alive & near, other=0.0)
         if UPCAST:
-            weight, x = weight.to(tl.float32), x.to(tl.float32)
-        acc = tl.dot(weight, x.T, acc, input_precision=PRECISION)
+            x = x.to(tl.float32)
+        if SCALED:
+            part = tl.dot(weight.to(x.dtype), x.T, input_precision=PRECISION)
+            acc += part * _scale(scale_ptr, kept_n, k, SCALED, DEPTH)
+        else:
+            acc = tl.dot(weight.to(x.dtype), x.T, acc, input_precision=PRECISION)
         if WITH_GATE:
             if BULK:
                 weight = weight_desc.load([WIDTH + first, k])
@@ -186,9 +220,15 @@ def stream_kernel(
                 weight = _read(
                     weight_rows + tl.cast(WIDTH, tl.int64) * DEPTH + k, near, DEPTH, BLOCK_K
                 )
-            if UPCAST:
-                weight = weight.to(tl.float32)
-            up = tl.dot(weight, x.T, up, input_precision=PRECISION)
+            if SCALED:
+                part = tl.dot(weight.to(x.dtype), x.T, input_precision=PRECISION)
+                up += part * _scale(scale_ptr, kept_n + WIDTH, k, SCALED, DEPTH)
+            else:
+                up = tl.dot(weight.to(x.dtype), x.T, up, input_precision=PRECISION)
+    if scale_ptr is not None and not SCALED:
+        acc *= _scale(scale_ptr, kept_n, 0, SCALED, DEPTH)
+        if WITH_GATE:
+            up *= _scale(scale_ptr, kept_n + WIDTH, 0, SCALED, DEPTH)
     if WITH_GATE:
         acc = gated(acc, up, out_ptr.dtype.element_ty)
     target = (tl.program_id(1) * rows + offs_m[None, :]).to(tl.int64) * WIDTH + offs_n[:, None]
@@ -197,6 +237,14 @@ def stream_kernel(
         acc.to(out_ptr.dtype.element_ty),
         mask=inside[:, None] & (offs_m < rows)[None, :],
     )
+
+
+@triton.jit
+def _scale(scale_ptr, rows, k, SCALED: tl.constexpr, DEPTH: tl.constexpr):
+    """[BN, 1] of rows of the weight, at a column."""
+    if SCALED:
+        rows = rows // SCALED * tl.cdiv(DEPTH, SCALED) + k // SCALED
+    return tl.load(scale_ptr + rows)[:, None]
 
 
 @triton.jit

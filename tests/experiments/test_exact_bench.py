@@ -9,6 +9,7 @@ import torch
 from specdec.experiments.bench import exact, products
 from specdec.experiments.figures import kernels
 from specdec.kernels.gpu.stream import RING, padded_rows
+from specdec.kernels.layout import Fp8Weight, Weight
 from specdec.tree import MOST_LEVELS
 
 
@@ -64,17 +65,22 @@ def test_the_larger_roof_counts() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "gated_linear", "project"])
 @pytest.mark.parametrize("rows", [1, 64, 128, 256])
-def test_launches_fit_and_keep_the_splits(kind: str, rows: int) -> None:
+@pytest.mark.parametrize("itemsize", [1, 2])
+def test_launches_fit_and_keep_the_splits(kind: str, rows: int, itemsize: int) -> None:
     x = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
-    weight = torch.empty(6144, 4096, dtype=torch.bfloat16, device="meta")
+    weight: Weight = torch.empty(6144, 4096, dtype=torch.bfloat16, device="meta")
+    if itemsize == 1:
+        weight = Fp8Weight(weight.to(torch.float8_e4m3fn), torch.empty(6144, device="meta"))
     found = list(products.launches(kind, x, weight))
     assert len(found) == len(set(found))
     assert found
-    assert len({blocks.splits for blocks in found}) <= 1
     gated = kind == "gated_linear"
+    splits = {blocks.splits for blocks in found}
+    assert len(splits) == (3 if itemsize == 1 and kind == "linear" else 1)
     halves, tile = 1 + gated, padded_rows(rows, gated=gated)
     for blocks in found:
-        assert (halves * blocks.rows + tile) * blocks.columns * 2 * blocks.stages <= RING
+        line = halves * blocks.rows * itemsize + tile * 2
+        assert line * blocks.columns * blocks.stages <= RING
         assert halves * blocks.rows * tile <= 128 * 32 * blocks.warps
 
 
@@ -99,7 +105,14 @@ def test_tables() -> None:
     us = {"cuBLAS": 3.0, "ours": 2.5, "ours: 64 x 64, 4 warps, 5 stages": 2.25}
     record = {"weight": "down", "rows": 128, "roof_us": 2.0, "us": us, "faults": {}}
     text = kernels.products({**about, "products": [record]})
-    assert "| down | 128 | 2.0 | 3.0 | 2.5 | 2.2: 64 x 64, 4 warps, 5 stages |" in text
+    assert (
+        "| down | bfloat16 | 128 | 2.0 | 3.0 | 2.5 | 0.80 | 2.2: 64 x 64, 4 warps, 5 stages |"
+        in text
+    )
+    record["fp8"] = {"roof_us": 1.0, "us": {"ours": 1.25}, "faults": {"cuBLAS": "no room"}}
+    text = kernels.products({**about, "products": [record]})
+    assert "| down | fp8 | 128 | 1.0 |  | 1.2 | 0.80 |  |" in text
+    assert list(kernels.faults({"products": [record]})) == ["down, fp8, 128 rows: cuBLAS: no room"]
     case = {"us": {"plain": [10.0, 12.0], "exact": [11.0]}, "ratio": 1.0, "roof_us": 5.5}
     settings = {"target": "t", "dtype": "bfloat16", "context": 8}
     result = {**about, "settings": settings, "cases": {"1 x 2": case}, "bits": {"alone": [8, 0]}}

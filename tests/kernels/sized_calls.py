@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdec.kernels import exact, gpu
 from specdec.kernels.gpu.stream import choose_stream
+from specdec.kernels.layout import Fp8Weight, Weight
 from tests.kernels.attention_cases import random_case
 from tests.kernels.memory import DEVICE
 
@@ -76,12 +77,25 @@ def attention_calls() -> dict[str, Callable[[], None]]:
     return {name: partial(attend, **shape) for name, shape in shapes.items()}
 
 
+def float8(outputs: int, inputs: int, *, blocked: bool = False) -> Fp8Weight:
+    values = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=DEVICE)
+    shape = [-(-outputs // 128), -(-inputs // 128)] if blocked else [outputs]
+    return Fp8Weight(values, torch.empty(shape, device=DEVICE))
+
+
 def product(
-    name: str, rows: int, outputs: int, inputs: int, dtype: torch.dtype, **change: Any
+    name: str,
+    rows: int,
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    weight: Weight | None = None,
+    **change: Any,
 ) -> Tensor:
     """One product with a weight, with some launch parameters changed."""
     x = torch.empty(rows, inputs, dtype=dtype, device=DEVICE)
-    weight = torch.empty(outputs, inputs, dtype=dtype, device=DEVICE)
+    if weight is None:
+        weight = torch.empty(outputs, inputs, dtype=dtype, device=DEVICE)
     blocks = choose_stream(
         rows=rows,
         outputs=outputs,
@@ -89,6 +103,7 @@ def product(
         dtype=dtype,
         whole=name == "project",
         gated=name == "gated_linear",
+        float8=isinstance(weight, Fp8Weight),
     )
     found: Tensor = getattr(gpu, name)(x, weight, blocks=replace(blocks, **change))
     return found
@@ -168,6 +183,23 @@ def product_calls() -> dict[str, Callable[[], object]]:
             for kind in ("linear", "gated_linear"):
                 call = partial(product, kind, rows, 28672, 4096, bf16, **change)
                 found[f"product: {kind}, {way}, {rows} rows"] = call
+    for rows in (1, 64, 256):
+        found[f"product: float8, {rows} rows"] = partial(
+            product, "linear", rows, 6144, 4096, bf16, float8(6144, 4096)
+        )
+    for rows, blocked in ((1, False), (128, False), (64, True)):
+        found[f"product: gated float8, {rows} rows, blocks {blocked}"] = partial(
+            product,
+            "gated_linear",
+            rows,
+            28672,
+            4096,
+            bf16,
+            float8(28672, 4096, blocked=blocked),
+        )
+    found["product: float8, pipeline"] = partial(
+        product, "linear", 16, 6144, 4096, fp16, float8(6144, 4096), ring=False
+    )
     found["product: float16"] = partial(product, "linear", 16, 6144, 4096, fp16)
     found["product: float32"] = partial(product, "linear", 16, 6144, 4096, fp32)
     found["product: gated float32"] = partial(product, "gated_linear", 16, 6144, 4096, fp32)

@@ -1,16 +1,33 @@
-"""Weights in float8: what they are dequantised to, how they are made, and products with them."""
+"""Weights in float8: what they are dequantised to, how they are made, and products with them
+against float64."""
 
+from dataclasses import replace
 from fractions import Fraction
+from itertools import product as product_of
+from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from specdec.kernels import reference
+from specdec.kernels import exact, gpu, reference
+from specdec.kernels.gpu import widen
+from specdec.kernels.gpu.linear import _chunks
+from specdec.kernels.gpu.stream import RING, STREAM_ROWS, Stream, choose_stream, padded_rows
 from specdec.kernels.layout import SCALED_BLOCK, Fp8Weight
+from tests.kernels.memory import DEVICE, poisoned_allocations
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = DEVICE.type == "cuda"
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Of the largest result: rounding of sums to float32, and of results to their type (Triton's
+# interpreter truncates bfloat16: a whole unit each time).
+ROUNDINGS = 4
+
+names = pytest.mark.parametrize("name", ["linear", "project", "gated_linear"])
+scales = pytest.mark.parametrize("blocked", [False, True], ids=["rows", "blocks"])
+types = pytest.mark.parametrize("dtype", TYPES, ids=str)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -29,7 +46,7 @@ def fp8_weight(outputs: int, inputs: int, *, blocked: bool = False) -> Fp8Weight
     return Fp8Weight(values.to(DEVICE), scale.to(DEVICE))
 
 
-def exact(weight: Fp8Weight) -> Tensor:
+def exact_numbers(weight: Fp8Weight) -> Tensor:
     """In float64, scale by scale."""
     found = torch.empty(weight.shape, dtype=torch.float64, device=weight.device)
     for row in range(weight.shape[0]):
@@ -40,13 +57,13 @@ def exact(weight: Fp8Weight) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("blocked", [False, True], ids=["rows", "blocks"])
+@scales
 def test_dequantised(blocked: bool) -> None:
     weight = fp8_weight(200, 300, blocked=blocked)
     assert weight.shape == (200, 300)
     assert weight.blocked == blocked
     assert weight.nbytes == 200 * 300 + 4 * (2 * 3 if blocked else 200)
-    expected = exact(weight)
+    expected = exact_numbers(weight)
     assert torch.equal(weight.dequantised(torch.float64), expected)
     for dtype in TYPES:
         # A product of 4 and 24 bits rounds to float32 first.
@@ -85,11 +102,168 @@ def test_numbers_that_are_not_finite_are_refused(number: float) -> None:
         reference.quantise_weight(weight)
 
 
-@pytest.mark.parametrize("blocked", [False, True], ids=["rows", "blocks"])
-@pytest.mark.parametrize("name", ["linear", "project", "gated_linear"])
+@scales
+@names
 def test_the_reference_computes_with_what_is_dequantised(name: str, blocked: bool) -> None:
     weight, x = fp8_weight(140, 200, blocked=blocked), normal(3, 200)
     product = getattr(reference, name)
     for dtype in (*TYPES, torch.float64):
         given = x.to(dtype)
         assert torch.equal(product(given, weight), product(given, weight.dequantised(dtype)))
+
+
+# Kernels
+
+
+def check(
+    kernels: ModuleType, name: str, x: Tensor, weight: Fp8Weight, blocks: Stream | None = None
+) -> None:
+    """A product is that of float64, as far as numbers of its type can tell."""
+    how = {} if blocks is None else {"blocks": blocks}
+    with poisoned_allocations():
+        found: Tensor = getattr(kernels, name)(x, weight, **how)
+    expected = getattr(reference, name)(x.double(), exact_numbers(weight))
+    if name == "linear":
+        found, expected = found.double().sum(0), expected.sum(0)
+    assert found.shape == expected.shape
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    bound = ROUNDINGS * max(torch.finfo(x.dtype).eps, 2e-7) * scale
+    assert not found.numel() or float((found.double() - expected).abs().max()) <= bound
+
+
+def blocks_for(name: str, x: Tensor, weight: Fp8Weight) -> Stream:
+    return choose_stream(
+        rows=len(x),
+        outputs=weight.shape[0],
+        inputs=weight.shape[1],
+        dtype=x.dtype,
+        whole=name == "project",
+        gated=name == "gated_linear",
+        float8=True,
+    )
+
+
+# Rows, outputs and inputs: of tiles and blocks that are not full, of rows no copy engine can read.
+SHAPES = [(1, 96, 384), (5, 130, 192), (33, 66, 100), (65, 64, 64)]
+LARGE = [(16, 320, 4096), (64, 3000, 1152), (100, 260, 512), (128, 512, 256), (200, 520, 384)]
+SHAPES += [*LARGE, (300, 260, 4096), (600, 260, 512)] if ON_GPU else []
+
+
+@pytest.mark.some(12)
+@scales
+@types
+@names
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products(name: str, dtype: torch.dtype, blocked: bool, shape: tuple[int, ...]) -> None:
+    rows, outputs, inputs = shape
+    weight, x = fp8_weight(outputs, inputs, blocked=blocked), normal(rows, inputs).to(dtype)
+    if rows <= STREAM_ROWS:  # in the interpreter torch computes, unless blocks are given
+        check(gpu, name, x, weight, blocks_for(name, x, weight))
+    check(gpu, name, x, weight)
+
+
+@pytest.mark.some(2)
+@scales
+@types
+@given(data=st.data())
+@settings(max_examples=30 if ON_GPU else 3, deadline=None)
+def test_any_shape_and_division(blocked: bool, dtype: torch.dtype, data: st.DataObject) -> None:
+    rows, outputs = data.draw(st.integers(1, 40)), 2 * data.draw(st.integers(1, 100))
+    inputs = data.draw(st.sampled_from([1, 8, 64, 80, 128, 200, 400]))
+    blocks = Stream(
+        rows=data.draw(st.sampled_from([64, 128] if ON_GPU else [16, 64])),
+        columns=data.draw(st.sampled_from([32, 64, 128])),
+        splits=data.draw(st.integers(1, 4)),
+        stages=data.draw(st.integers(2, 4)),
+        bulk=data.draw(st.booleans()),
+        ring=data.draw(st.booleans()) and dtype != torch.float32,
+    )
+    name = data.draw(st.sampled_from(["linear", "project", "gated_linear"]))
+    weight = fp8_weight(outputs, inputs, blocked=blocked)
+    check(gpu, name, normal(rows, inputs).to(dtype), weight, blocks)
+
+
+@types
+def test_every_number_of_the_type(dtype: torch.dtype) -> None:
+    """Times one, in each column of a fragment: to the last bit."""
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    codes[codes & 127 == 127] = 0  # NaN
+    values = torch.stack([codes.roll(shift) for shift in range(64)])  # [64, 256]
+    weight = Fp8Weight(values.view(torch.float8_e4m3fn), torch.ones(64, device=DEVICE))
+    x = torch.zeros(256, 256, dtype=dtype, device=DEVICE).fill_diagonal_(1)
+    for some in (slice(0, 7), slice(3, 67), slice(0, 256)) if ON_GPU else (slice(0, 7),):
+        parts = gpu.linear(x[some], weight, blocks=blocks_for("linear", x[some], weight))
+        assert torch.equal(parts.sum(0), weight.values.float().T[some])
+
+
+@pytest.mark.some(2)
+@scales
+@types
+def test_made_wide_for_torch(blocked: bool, dtype: torch.dtype) -> None:
+    """The kernel, also from the middle of a weight on; and products by pieces of a weight."""
+    weight = fp8_weight(150, 200, blocked=blocked)
+    # The interpreter truncates.
+    unit = 2.0**-7 if dtype == torch.bfloat16 and not ON_GPU else 0.0
+    for some in (slice(0, 130), slice(128, 400)):
+        found = widen.widened(weight, dtype, some)
+        assert torch.allclose(found, weight.dequantised(dtype)[some], rtol=unit, atol=0)
+    x = normal(7, 200).to(dtype)
+    found, expected = widen.wide_mm(x, weight), reference.project(x, weight)
+    assert torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+@names
+def test_no_rows(name: str) -> None:
+    check(gpu, name, normal(0, 64), fp8_weight(32, 64))
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    weight, x = fp8_weight(32, 512, blocked=True), normal(2, 512)
+    blocks = Stream(rows=16, columns=256, stages=2, bulk=False, ring=False)
+    with pytest.raises(ValueError, match="columns=256 of float8 must divide 128"):
+        gpu.project(x, weight, blocks=blocks)
+    turned = Fp8Weight(fp8_weight(512, 32).values.T, weight.scale)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        gpu.project(x, turned, blocks=replace(blocks, columns=128))
+
+
+@pytest.mark.usefixtures("ordered_products")
+@pytest.mark.some(3)
+@scales
+@names
+@pytest.mark.parametrize("size", [(96, 512), *([(6144, 4096)] if ON_GPU else [])], ids=str)
+@types
+def test_exact_rows_are_the_same_among_any_others(
+    dtype: torch.dtype, size: tuple[int, int], name: str, blocked: bool
+) -> None:
+    outputs, inputs = size
+    weight, x = fp8_weight(outputs, inputs, blocked=blocked), normal(600, inputs).to(dtype)
+    check(exact, name, x[:20], weight)
+
+    def rows_of(some: Tensor) -> Tensor:
+        found: Tensor = getattr(exact, name)(some, weight)
+        return found.transpose(0, 1) if name == "linear" else found
+
+    first, last = rows_of(x[:1])[0], rows_of(x[1:2])[0]
+    for count in [2, 17, 33, 70] + ([16, 64, 65, 128, 129, 256, 600] if ON_GPU else []):
+        rows = rows_of(torch.cat([x[:1], x[2:count], x[1:2]]))
+        assert torch.equal(rows[0], first)
+        assert torch.equal(rows[-1], last)
+
+
+def test_the_schedule_follows_from_the_weight() -> None:
+    """Splits and their columns; and every tile fits its multiprocessor."""
+    shapes = [(6144, 4096), (4096, 4096), (4096, 14336), (10240, 8192), (8192, 28672), (768, 768)]
+    for (outputs, inputs), kind in product_of(shapes, ("linear", "project", "gated_linear")):
+        weight = Fp8Weight(torch.empty(outputs, inputs, device="meta"), torch.empty(0))
+        divisions = set()
+        for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000):
+            x = torch.empty(rows, inputs, dtype=torch.bfloat16, device="meta")
+            blocks = blocks_for(kind, x, weight)
+            columns, splits = _chunks(inputs, blocks)
+            divisions.add((columns, splits))
+            gated = kind == "gated_linear"
+            line = (1 + gated) * blocks.rows + 2 * padded_rows(rows, gated=gated)
+            assert blocks.stages * line * blocks.columns <= RING
+            assert blocks.rows % (16 * blocks.warps) == 0
+        assert len(divisions) == 1, (outputs, inputs, kind)
