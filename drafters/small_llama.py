@@ -11,6 +11,7 @@ from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
 from specdec.models.load import Models, find_model
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.observation import Observation
 from specdec.protocols import StepContext, TreePolicy
 from specdec.request import Capacity, Decoding
@@ -28,6 +29,7 @@ class SmallLlama(GrowingDrafter):
 
     Args:
         path: model folder, hub id, zoo:NAME or standin:NAME.
+        quantize: fp8 quantises the weights of its layers as they are loaded.
         depth: levels of the tree; None leaves it to the policy.
         candidates: sampled children are drawn from the `candidates` most probable tokens,
             renormalised; that cut distribution is the one the acceptance rule is told about, so it
@@ -43,11 +45,12 @@ class SmallLlama(GrowingDrafter):
         self,
         *,
         path: str,
+        quantize: Quantize = "none",
         depth: int | None = None,
         candidates: int = 64,
     ) -> None:
         super().__init__(depth=depth, candidates=candidates)
-        self.path = path
+        self.path, self.quantize = path, quantize
         self.lm: PagedLM
         self.model: CachedModel
         # In a composition the tokens of a step are read at its end, while the host is busy, not
@@ -64,7 +67,9 @@ class SmallLlama(GrowingDrafter):
         find_model(self.path, setting="drafter.path")
 
     def load(self, target: PagedLM, models: Models) -> None:
-        self.lm = self.own_model = models.load(self.path, setting="drafter.path")
+        self.lm = self.own_model = models.load(
+            self.path, setting="drafter.path", quantize=self.quantize
+        )
         self._match(target)
         self.candidates = min(self.candidates, self.vocab_size)
         self.model = CachedModel(self.lm)

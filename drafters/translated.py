@@ -8,6 +8,7 @@ from torch import Tensor
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.vocabulary import Translation
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.request import Capacity, Decoding, Request
 
 STRETCH = 2  # draft tokens there is room for, for each of the target's
@@ -32,7 +33,7 @@ class Translated(SmallLlama):
     Args:
         path: model folder, hub id, zoo:NAME or standin:NAME. With the target's own tokenizer it
             drafts what `SmallLlama` does.
-        depth, candidates: as for `SmallLlama`.
+        quantize, depth, candidates: as for `SmallLlama`.
         min_overlap: the draft must have at least this share of the target's tokens, special ones
             not counted.
 
@@ -45,13 +46,14 @@ class Translated(SmallLlama):
         self,
         *,
         path: str,
+        quantize: Quantize = "none",
         depth: int | None = None,
         candidates: int = 64,
         min_overlap: float = 0.5,
     ) -> None:
         if not 0 <= min_overlap <= 1:
             raise ValueError(f"drafter.min_overlap={min_overlap}: must be from 0 to 1")
-        super().__init__(path=path, depth=depth, candidates=candidates)
+        super().__init__(path=path, quantize=quantize, depth=depth, candidates=candidates)
         self.min_overlap = min_overlap
 
     def _make_room(self, capacity: Capacity) -> None:

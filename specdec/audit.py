@@ -79,7 +79,7 @@ def audited(
     method, models = method_of(settings), Models(placement_of(settings))
     if method.rule.synthetic:
         raise ValueError(f"{folder}: acceptance is synthetic, its texts are nobody's")
-    target = models.load(target_of(settings), setting="target.path")
+    target = target_of(settings).load(models)
     method.load(target, models)
     side, plain = Side(folder), _baseline(folder)
     side.read()

@@ -188,6 +188,7 @@ class Experiment:
             **self.method.labels,
             **({"own": dict(self.method.own)} if self.method.own else {}),
             "target": self.label,
+            "quantised": self.target.quantised,
             "kernels": self.target.kernels.impl,
             "exact": self.target.kernels.exact,
             "temperature": sampling.temperature,

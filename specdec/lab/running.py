@@ -28,7 +28,7 @@ from specdec.lab.prompts import CHAT_MODES, load_prompts, unused_fields
 from specdec.lab.records import RecordSettings
 from specdec.lab.runs import RunFolder, read_config
 from specdec.lab.settings import Settings
-from specdec.lab.setup import General, general_of, record_of, target_of, tracker_of
+from specdec.lab.setup import General, Source, general_of, record_of, target_of, tracker_of
 from specdec.lab.terminal import show_summary
 from specdec.lab.tracked import tracked_run
 from specdec.lab.tracking import Careful, Tracker
@@ -150,7 +150,7 @@ class Checked:
     general: General
     placement: Placement
     method: Method
-    path: str
+    source: Source
     record: RecordSettings
     asked: dict[str, Any]
     identity: Identity
@@ -171,16 +171,16 @@ class Checked:
 
 def check_settings(settings: Settings, console: Console) -> Checked:
     general, placement = general_of(settings), placement_of(settings)
-    method, path = method_of(settings), target_of(settings)
+    method, source = method_of(settings), target_of(settings)
     asked = _asked(settings, method.sampling, console)
-    find_model(path, setting="target.path")
+    find_model(source.path, setting="target.path")
     method.drafter.find()
     return Checked(
         settings=settings,
         general=general,
         placement=placement,
         method=method,
-        path=path,
+        source=source,
         record=record_of(settings),
         asked=asked,
         identity=identity_of(settings, asked["prompts"], placement, share=shares_pages(settings)),
@@ -222,10 +222,10 @@ def continued(settings: Settings, words: Sequence[str], out: Path) -> tuple[Sett
 
 def experiment_of(checked: Checked, console: Console) -> Experiment:
     """With the models loaded."""
-    settings, general, path = checked.settings, checked.general, checked.path
+    settings, general, source = checked.settings, checked.general, checked.source
     method, asked = checked.method, dict(checked.asked)
-    models = _models(path, checked.placement)
-    target = models.load(path, setting="target.path")
+    models = _models(source, checked.placement)
+    target = source.load(models)
     fit = fitted(
         asked.pop("prompts"),
         target.tokenizer,
@@ -237,6 +237,9 @@ def experiment_of(checked: Checked, console: Console) -> Experiment:
     if fit.told:
         tell(console, fit.told)
     method.load(target, models)
+    for model in (target, method.drafter.own_model):
+        if model is not None and model.note is not None:
+            tell(console, model.note)
     if method.drafter.reads_states and cache_of(settings).share is None:
         tell(
             console,
@@ -252,7 +255,7 @@ def experiment_of(checked: Checked, console: Console) -> Experiment:
         batch_size=general.batch_size,
         stop_tokens=stop_tokens(target, ignore_eos=general.ignore_eos),
         stop_strings=general.stop_strings,
-        label=path,
+        label=source.path,
         record=checked.record,
         prompts=fit.prompts,
         too_long={"skipped": fit.skipped, "truncated": fit.truncated},
@@ -265,7 +268,7 @@ def forget_models() -> None:
     _kept.clear()
 
 
-def _models(target: str, placement: Placement) -> Models:
+def _models(target: Source, placement: Placement) -> Models:
     """Those of the last run of this process, if it had the same target at the same place: the jobs
     of a sweep load it once."""
     if not _kept or (_kept[0][0], _kept[0][1].placement) != (target, placement):

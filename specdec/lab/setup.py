@@ -10,6 +10,9 @@ from specdec.lab.build import Settings, build, group_of, imported
 from specdec.lab.options import no_setting
 from specdec.lab.records import RecordSettings
 from specdec.lab.tracking import Tracker
+from specdec.models.load import Models
+from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +42,26 @@ class General:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the target comes from.
+    """Where the target comes from, and what becomes of its weights.
 
     Raises:
         ValueError: from nowhere.
     """
 
     path: str
+    quantize: Quantize = "none"
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("target.path=: must be given")
+
+    def load(self, models: Models) -> PagedLM:
+        """The target.
+
+        Raises:
+            ValueError: as `load_model`.
+        """
+        return models.load(self.path, setting="target.path", quantize=self.quantize)
 
 
 GROUPS = (
@@ -76,10 +88,10 @@ def general_of(settings: Settings) -> General:
     return general
 
 
-def target_of(settings: Settings) -> str:
-    """The path of the target."""
+def target_of(settings: Settings) -> Source:
+    """The target, which is not loaded yet."""
     source: Source = build(Source, "target", group_of(settings, "target"))
-    return source.path
+    return source
 
 
 def tracker_of(settings: Settings) -> Tracker:

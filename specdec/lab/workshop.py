@@ -15,6 +15,7 @@ from specdec.lab.method import Method
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import OurSession, Session
 from specdec.lab.settings import Settings, settings_of
+from specdec.lab.setup import target_of
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.protocols import TreePolicy
@@ -92,7 +93,7 @@ class Workshop:
 
     @cached_property
     def target(self) -> PagedLM:
-        return self.models.load(str(self._settings["target"]["path"]), setting="target")
+        return target_of(self._settings).load(self.models)
 
     def settings(self, words: str) -> Settings:
         return settings_of(" ".join([*self.words, words]))

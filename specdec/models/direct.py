@@ -15,32 +15,47 @@ import torch
 from torch import Tensor, nn
 
 from specdec.cache import PagedKVCache
+from specdec.kernels.layout import Fp8Weight
 from specdec.models.forward import ForwardPass
+from specdec.models.quantised import Fp8Linear, join, joinable
 from specdec.models.states import States
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 POSITIONS_AT_ONCE = 4096  # of the tables of angles, which grow by as many
 Logits = Literal["all", "none"]
+Weight = Tensor | Fp8Weight
 Turns = tuple[Tensor, Tensor]
 """Cosine and sine [B, N, D] of the rotary angles of nodes."""
 
 
+def known(config: Any) -> bool:
+    """Whether models of a configuration have layers as they are run here."""
+    biased = getattr(config, "mlp_bias", False)
+    return config.model_type in FAMILIES and config.hidden_act == "silu" and not biased
+
+
 def can_run_directly(model: Any) -> bool:
-    """Whether the model is of a known family and made of plain linear layers: no adapters, and
-    weights that are plain tensors, neither quantised nor sharded ones."""
-    if model.config.model_type not in FAMILIES or model.config.hidden_act != "silu":
+    """Whether the model is of a known family and made of plain linear layers, or of ours in
+    float8: no adapters, and weights that are plain tensors, not quantised otherwise or sharded."""
+    if not known(model.config):
         return False
     layers = model.base_model.layers
-    if any(layer.mlp.gate_proj.bias is not None for layer in layers):
-        return False
     parts = (part for layer in layers for part in (layer.self_attn, layer.mlp))
     projections = [
         child for part in parts for name, child in part.named_children() if name.endswith("_proj")
     ]
     # Quantised and sharded weights are tensors of classes of their own in a plain nn.Linear.
-    return all(type(child) is nn.Linear for child in projections) and all(
-        type(parameter.data) is Tensor for parameter in model.parameters()
+    return (
+        all(type(child) in (nn.Linear, Fp8Linear) for child in projections)
+        and all(type(parameter.data) is Tensor for parameter in model.parameters())
+        and all(joinable(group) for layer in layers for group in _groups(layer))
     )
+
+
+def _groups(layer: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Projections of a layer that read the same input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
 
 
 class DirectModel:
@@ -156,16 +171,17 @@ class Layer:
         self.kernels, self.window = kernels, window
         self.scale: float = attention.scaling
         self.query_heads = attention.q_proj.out_features // attention.head_dim
-        self.qkv, self.qkv_bias = _join(attention.q_proj, attention.k_proj, attention.v_proj)
+        qkv, gate_up = _groups(layer)
+        self.qkv, self.qkv_bias = _join(*qkv)
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.query_norm, self.key_norm = (getattr(norm, "weight", None) for norm in norms)
         self.head_eps: float = getattr(norms[0], "variance_epsilon", 0.0)
         gate = getattr(attention, "gate_proj", None)  # of attention, in MTP layers alone
         self.gate: Tensor | None = None if gate is None else gate.weight
-        self.output: Tensor = attention.o_proj.weight
+        self.output: Weight = attention.o_proj.weight
         self.output_bias: Tensor | None = attention.o_proj.bias
-        self.gate_up, _ = _join(mlp.gate_proj, mlp.up_proj)
-        self.down: Tensor = mlp.down_proj.weight
+        self.gate_up, _ = _join(*gate_up)
+        self.down: Weight = mlp.down_proj.weight
         self.down_bias: Tensor | None = mlp.down_proj.bias
         self.input_norm, self.inner_norm = layer.input_layernorm, layer.post_attention_layernorm
 
@@ -265,15 +281,19 @@ class Angles:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _join(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def _join(*projections: Any) -> tuple[Weight, Tensor | None]:
     """Weight and bias of projections of the same input as one; theirs become views of it.
 
     Not in inference mode: the model is the caller's, and autograd cannot use inference tensors.
     """
-    weight = torch.cat([projection.weight.data for projection in projections])
-    start = 0
-    for projection in projections:
-        projection.weight.data = weight[start : start + projection.out_features]
-        start += projection.out_features
+    weight: Weight
+    if isinstance(projections[0], Fp8Linear):
+        weight = join(projections)
+    else:
+        weight = torch.cat([projection.weight.data for projection in projections])
+        start = 0
+        for projection in projections:
+            projection.weight.data = weight[start : start + projection.out_features]
+            start += projection.out_features
     biases = [projection.bias for projection in projections if projection.bias is not None]
     return weight, torch.cat([bias.data for bias in biases]) if biases else None

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from specdec.models.quantised import Fp8Linear
+
 if TYPE_CHECKING:
     from specdec.models.paged import PagedLM
 
@@ -16,7 +18,7 @@ SAMPLE = 64  # values of a weight that are looked at
 
 def fingerprint(lm: "PagedLM") -> str:
     """What tells one model from another, wherever it lies and in whatever type: a hash of names,
-    shapes and some values of its weights, as bfloat16."""
+    shapes and some values of its weights, as bfloat16, or as they are in float8."""
     digest = hashlib.sha256(type(lm.model).__name__.encode())
     for name, weight in sorted(lm.model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)}".encode())
@@ -24,6 +26,13 @@ def fingerprint(lm: "PagedLM") -> str:
             flat = weight.data.view(-1) if weight.data.is_contiguous() else weight.data.flatten()
             some = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].float().bfloat16()
             digest.update(some.view(torch.int16).cpu().numpy().tobytes())
+    for name, module in sorted(lm.model.named_modules()):
+        if isinstance(module, Fp8Linear):
+            digest.update(f"{name} fp8 {tuple(module.weight.shape)}".encode())
+            flat = module.values.view(torch.uint8).flatten()
+            some = flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+            digest.update(some.cpu().numpy().tobytes())
+            digest.update(module.scale.flatten()[:SAMPLE].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -6,10 +6,13 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from specdec.models.checkpoints import fetch, read_model, scheme_of
+from specdec.models.direct import FAMILIES, known
 from specdec.models.hook import UnsupportedError
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config
+from specdec.models.quantised import Quantize
 from specdec.models.standin import Widening, named_shape, standin
 from specdec.models.weights import (
     BrokenFilesError,
@@ -29,21 +32,31 @@ class Models:
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
-        self._loaded: dict[str, PagedLM] = {}
+        self._loaded: dict[tuple[str, Quantize], PagedLM] = {}
 
-    def load(self, path: str, *, setting: str = "path") -> PagedLM:
+    def load(self, path: str, *, setting: str = "path", quantize: Quantize = "none") -> PagedLM:
         """As `load_model`."""
-        if path not in self._loaded:
-            self._loaded[path] = load_model(path, self.placement, setting=setting)
-        return self._loaded[path]
+        key = path, quantize
+        if key not in self._loaded:
+            self._loaded[key] = load_model(
+                path, self.placement, setting=setting, quantize=quantize
+            )
+        return self._loaded[key]
 
 
-def load_model(path: str, placement: Placement = CPU, *, setting: str = "path") -> PagedLM:
+def load_model(
+    path: str,
+    placement: Placement = CPU,
+    *,
+    setting: str = "path",
+    quantize: Quantize = "none",
+) -> PagedLM:
     """Load a model and its tokenizer from a local folder or the Hugging Face hub; `zoo:NAME` is
     built in, `standin:NAME` is made from it (`standin.py`).
 
     Args:
         setting: the option that gave `path`, for error messages.
+        quantize: fp8 quantises the weights of its layers as they are read or made.
 
     Raises:
         ValueError: nothing there, or nothing that can be run; one line that names the setting.
@@ -54,17 +67,20 @@ def load_model(path: str, placement: Placement = CPU, *, setting: str = "path") 
         shape, zoo = named_shape(path.removeprefix("standin:"), setting)
         source = zoo_path(zoo)
         check_files(source, name, complete=True)
-        large = standin(source, shape, device=device, dtype=dtype)
+        large = standin(source, shape, device=device, dtype=dtype, quantize=quantize)
         tokenizer = AutoTokenizer.from_pretrained(source)
         widening = Widening(small=AutoConfig.from_pretrained(source), shape=shape)
         return PagedLM(large, tokenizer, name=name, kernels=kernels, standin=widening)
     where = find_model(path, setting=setting)
-    model, tokenizer = _load_files(where, placement, name)
+    model, tokenizer = _load_files(where, placement, name, quantize)
     return PagedLM(model, tokenizer, name=name, kernels=kernels, path=path)
 
 
-def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
-    """The model and the tokenizer of a folder or hub id, exactly as the files have them.
+def _load_files(
+    where: str, placement: Placement, name: str, quantize: Quantize
+) -> tuple[Any, Any]:
+    """The model and the tokenizer of a folder or hub id, exactly as the files have them unless
+    they are to be quantised.
 
     Raises:
         ValueError: files that are broken, or are no causal LM that can be run.
@@ -80,18 +96,24 @@ def _load_files(where: str, placement: Placement, name: str) -> tuple[Any, Any]:
         if folder is not None and not local:
             check_files(folder, name, complete=False)
         tokenizer = _tokenizer(where, name)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            where,
-            config=config,
-            dtype=placement.dtype,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # the report has them, with both shapes
-            output_loading_info=True,
-        )
-        folder = folder_of(where)
-        check_report(report, folder, name)
-        model = model.to(placement.device)
-        check_finite(model, folder, name)
+        scheme = scheme_of(config, name)
+        if quantize == "fp8":
+            _check_quantisable(config, scheme, name)
+        if known(config) and "fp8" in (quantize, scheme):
+            files = Path(where) if local else fetch(where)
+            model = read_model(files, config, placement, name, quantize)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where,
+                config=config,
+                dtype=placement.dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # the report has them, with both shapes
+                output_loading_info=True,
+            )
+            check_report(report, folder_of(where), name)
+            model = model.to(placement.device)
+        check_finite(model, folder_of(where), name)
     except UnsupportedError as reason:
         kind = (config.architectures or [config.model_type])[0]
         raise ValueError(f"{name}: {kind} cannot run over the paged cache: {reason}") from None
@@ -111,6 +133,21 @@ def _config(where: str) -> Any:
         return AutoConfig.from_pretrained(where)
     others = ("model_type", "auto_map", "architectures")
     return AutoConfig.for_model(alias, **{k: v for k, v in told.items() if k not in others})
+
+
+def _check_quantisable(config: Any, scheme: str | None, name: str) -> None:
+    """Raise ValueError unless layers of such a model can be quantised, or are so already."""
+    setting = name.partition("=")[0].removesuffix("path") + "quantize"
+    kind = (config.architectures or [config.model_type])[0]
+    if not known(config):
+        raise BrokenFilesError(
+            f"{name}: {kind} cannot be quantised here; choose one of {', '.join(FAMILIES)}, or "
+            f"{setting}=none"
+        )
+    if scheme not in (None, "fp8"):
+        raise BrokenFilesError(
+            f"{name}: its weights are quantised by {scheme} already; use {setting}=none"
+        )
 
 
 def load_tokenizer(path: str, *, setting: str = "path") -> Any:

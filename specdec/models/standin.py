@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec.models.placement import free_memory
+from specdec.models.quantised import Quantize, quantise_layer, quantised_bytes
 from specdec.observation import Tap
 
 MAX_POSITIONS = 131_072  # rotary angles are the small model's; it was trained on shorter contexts
@@ -232,17 +233,20 @@ def standin(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    quantize: Quantize = "none",
     seed: int = 0,
 ) -> Any:
     """A `LlamaForCausalLM` of a shape that computes the function of a smaller one.
 
-    Its parameters are made in place, on the device and in their type: memory for one model of
-    the shape is all it takes. Weights in bfloat16 or float16 are those of the source, except that
-    norm weights are rounded once more.
+    Its parameters are made in place, on the device and in their type, layer by layer: memory for
+    one model of the shape, and for a layer that is being quantised, is all it takes. Weights in
+    bfloat16 or float16 are those of the source, except that norm weights are rounded once more.
+    Quantised ones are the source's, quantised: a row has no larger numbers than the source's.
 
     Args:
         source: folder of a Llama without biases, such as `zoo_path("target")`.
         shape: the sizes, or their name in `SHAPES`.
+        quantize: fp8 quantises the weights of the layers.
         seed: of the random weights, whose results are dropped.
 
     Returns:
@@ -261,29 +265,40 @@ def standin(
     small = AutoModelForCausalLM.from_pretrained(source, dtype=exact).to(device)
     with torch.device("meta"):
         large = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    check_memory(large, "a stand-in", torch.device(device))
-    large.to_empty(device=device)
+    check_memory(large, "a stand-in", torch.device(device), quantize)
     # Its frequencies are no parameters: they would have stayed empty.
     large.model.rotary_emb = small.model.rotary_emb
     large.generation_config = copy.deepcopy(small.generation_config)
     random = torch.Generator(device).manual_seed(seed)
-    for layer in large.model.layers:
+    places = placed_layers(small.config.num_hidden_layers, shape.num_hidden_layers)
+    placed = dict(zip(places, small.model.layers, strict=True))
+    heads = _heads(small.config, shape)
+    for place, layer in enumerate(large.model.layers):
+        layer.to_empty(device=device)
         _fill_identity(layer, random)
-    _place_model(large, small, shape)
+        if place in placed:
+            _place_layer(layer, placed[place], heads)
+        if quantize == "fp8":
+            quantise_layer(layer)
+    for part in (large.model.embed_tokens, large.model.norm, large.lm_head):
+        part.to_empty(device=device)
+    _place_ends(large, small, shape)
     return large.eval()
 
 
-@torch.no_grad()
-def _place_model(large: Any, small: Any, shape: Shape) -> None:
-    """The small model's weights into the large one, and what keeps padded vocabulary away."""
-    own = small.config
-    places = placed_layers(own.num_hidden_layers, shape.num_hidden_layers)
-    heads = placed_heads(
+def _heads(own: Any, shape: Shape) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `placed_heads`, of a small model with this configuration."""
+    return placed_heads(
         (own.num_attention_heads, own.num_key_value_heads),
         (shape.num_attention_heads, shape.num_key_value_heads),
     )
-    for place, layer in zip(places, small.model.layers, strict=True):
-        _place_layer(large.model.layers[place], layer, heads)
+
+
+@torch.no_grad()
+def _place_ends(large: Any, small: Any, shape: Shape) -> None:
+    """The small model's embedding, last norm and output head into the large one, and what keeps
+    padded vocabulary away."""
+    own = small.config
     _place_norm(large.model.norm, small.model.norm)
     _place(large.model.embed_tokens.weight, small.model.embed_tokens.weight)
     _place(large.lm_head.weight, small.lm_head.weight)
@@ -300,13 +315,20 @@ def _constant(source: Any) -> float:
     return float(torch.tensor(half, dtype=torch.bfloat16))
 
 
-def check_memory(model: nn.Module, what: str, device: torch.device) -> None:
-    """Raise ValueError if the weights have no room there: a CPU would find out too late."""
-    needed, free = sum(parameter.nbytes for parameter in model.parameters()), free_memory(device)
+def check_memory(
+    model: nn.Module, what: str, device: torch.device, quantize: Quantize | None = None
+) -> None:
+    """Raise ValueError if the weights have no room there: a CPU would find out too late.
+
+    Args:
+        quantize: what becomes of them, if anything can.
+    """
+    needed, free = quantised_bytes(model, quantize), free_memory(device)
     if needed > free:
+        also = ", quantize=fp8" if quantize == "none" else ""
         raise ValueError(
             f"{what} of {needed / 2**30:.1f} GiB does not fit the {free / 2**30:.1f} GiB of "
-            f"device={device}; choose a smaller one or a 16-bit dtype"
+            f"device={device}; choose a smaller one{also} or a 16-bit dtype"
         )
 
 
@@ -332,17 +354,22 @@ def _place_layer(
     def by_head(part: nn.Linear) -> Tensor:
         return part.weight.view(-1, size, part.in_features)  # [H, D, in]
 
-    by_head(mine.q_proj)[list(queries), :, :width] = by_head(theirs.q_proj).to(mine.q_proj.weight)
+    # What is beyond `width` meets zeros of the hidden state, but would count in scales of rows.
+    to, of = by_head(mine.q_proj), by_head(theirs.q_proj)
+    to[list(queries)] = 0.0
+    to[list(queries), :, :width] = of.to(to)
     for name in ("k_proj", "v_proj"):
         to, of = by_head(getattr(mine, name)), by_head(getattr(theirs, name))
         for place, head in kv_pairs:
+            to[place] = 0.0
             to[place, :, :width] = of[head]
     to = mine.o_proj.weight.view(mine.o_proj.out_features, -1, size)  # [out, H, D]
     of = theirs.o_proj.weight.view(width, -1, size)
     to[:width, list(queries)] = of.to(to)
     for name in ("gate_proj", "up_proj", "down_proj"):
-        weight = getattr(small.mlp, name).weight
-        getattr(large.mlp, name).weight[: weight.shape[0], : weight.shape[1]] = weight
+        weight, to = getattr(small.mlp, name).weight, getattr(large.mlp, name).weight
+        to[: weight.shape[0]] = 0.0
+        to[: weight.shape[0], : weight.shape[1]] = weight
     _place_norm(large.input_layernorm, small.input_layernorm)
     _place_norm(large.post_attention_layernorm, small.post_attention_layernorm)
 

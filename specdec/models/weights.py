@@ -154,20 +154,28 @@ def check_finite(model: Any, folder: Path | None, name: str) -> None:
 
 def not_finite(tensors: Mapping[str, Any]) -> list[str]:
     """Names of those that hold NaN or infinity; one wait for the device."""
-    # Quantised weights are tensors of classes of their own, or of types without infinities.
+    # Quantised weights may be tensors of classes of their own.
     plain = {
-        key: torch.stack(tensor.detach().aminmax()).double()
+        key: _range(tensor)
         for key, tensor in tensors.items()
         if isinstance(tensor, Tensor)
         and type(tensor.data) is Tensor
         and tensor.is_floating_point()
-        and tensor.itemsize > 1
+        and (tensor.itemsize > 1 or tensor.dtype == torch.float8_e4m3fn)
         and tensor.numel()
     }
     if not plain:
         return []
     fine = torch.stack(list(plain.values())).isfinite().all(1).tolist()
     return [key for key, good in zip(plain, fine, strict=True) if not good]
+
+
+def _range(tensor: Tensor) -> Tensor:
+    """[2] float64, smallest and largest number; NaN if there is one."""
+    if tensor.dtype == torch.float8_e4m3fn:  # no infinities, and NaN is all ones but the sign
+        most = tensor.view(torch.uint8).bitwise_and(127).amax()
+        return torch.where(most == 127, torch.nan, 0.0).double().expand(2)
+    return torch.stack(tensor.detach().aminmax()).double()
 
 
 def check_kind(file: Path, name: str) -> None:

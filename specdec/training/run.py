@@ -99,7 +99,8 @@ class Job:
         self.corpus_settings, self.own_settings, self.measure = parts_of(settings)
         self.tracker = Careful(tracker_of(settings), partial(tell, console))
         self.placement = Placement.named(device=self.plan.device, dtype=self.plan.dtype)
-        self.path = target_of(settings)
+        self.source = target_of(settings)
+        self.path = self.source.path
         find_model(self.path, setting="target.path")
         for source in self.plan.sources:
             files_of(source)
@@ -111,7 +112,7 @@ class Job:
     def run(self, words: Sequence[str]) -> dict[str, Any]:
         """Texts first, then the training."""
         resumes = _resumes(self.plan, self.out)
-        self.target = Models(self.placement).load(self.path, setting="target.path")
+        self.target = self.source.load(Models(self.placement))
         self.method.check(self.target.model.config)
         self.device = self.target.device
         self.size = self.plan.batch or (128 if self.device.type == "cuda" else 4)

@@ -1,0 +1,124 @@
+"""Models whose products read weights in float8 e4m3: the layers hold `Fp8Linear` where transformers
+has `nn.Linear`. Embedding, output head and norms stay in the type of the model.
+
+The direct way hands the weights to our own product kernels. `model(...)`, which checks a run, and
+which other architectures go by, dequantises each of them when it comes to it: slow, but of the
+same weights, and never more than one of them at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from specdec.kernels.layout import SCALED_BLOCK, Fp8Weight
+from specdec.kernels.reference import quantise_weight
+
+Quantize = Literal["none", "fp8"]
+SCALE_BYTES = 4
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer that computes in the type of its input, by dequantised weights.
+
+    Args:
+        weight: [N, K].
+        bias: [N], in the type of the model.
+    """
+
+    def __init__(self, weight: Fp8Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.values: Tensor
+        self.scale: Tensor
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scale", weight.scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+
+    @property
+    def weight(self) -> Fp8Weight:
+        return Fp8Weight(self.values, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] to [..., N]."""
+        return nn.functional.linear(x, self.weight.dequantised(x.dtype), self.bias)
+
+
+def projections(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The linear layers of a decoder layer of the Llama kind, each as its parent and its name."""
+    for part in (layer.self_attn, layer.mlp):
+        assert isinstance(part, nn.Module)
+        for name, child in part.named_children():
+            if isinstance(child, nn.Linear | Fp8Linear):
+                yield part, name
+
+
+@torch.no_grad()
+def quantise_layer(layer: nn.Module) -> None:
+    """Put `Fp8Linear` in the place of the linear layers of a decoder layer, one after the other.
+
+    Raises:
+        ValueError: a weight that is not finite.
+    """
+    for part, name in projections(layer):
+        linear = getattr(part, name)
+        if isinstance(linear, nn.Linear):
+            bias = None if linear.bias is None else linear.bias.data
+            setattr(part, name, Fp8Linear(quantise_weight(linear.weight.data), bias))
+
+
+def quantised_bytes(model: Any, quantize: Quantize | None) -> int:
+    """Of the weights of a model that may not be made yet, once they are quantised."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    if quantize == "fp8":
+        for layer in model.base_model.layers:
+            for part, name in projections(layer):
+                weight = getattr(part, name).weight
+                total -= weight.nbytes - weight.numel() - SCALE_BYTES * len(weight)
+    return total
+
+
+def quantisation_of(model: Any) -> str | None:
+    """What the weights of a model are quantised to or by; None if they are not."""
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        return "fp8"
+    stated = getattr(model.config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    found = method or getattr(stated, "quant_method", None)
+    return None if found is None else str(getattr(found, "value", found))
+
+
+def joinable(linears: Sequence[Any]) -> bool:
+    """Whether weights that read the same input can be one."""
+    kinds = {type(linear) for linear in linears}
+    if kinds != {Fp8Linear}:
+        return kinds == {nn.Linear}
+    weights = [linear.weight for linear in linears]
+    if not any(weight.blocked for weight in weights):
+        return True
+    whole = all(weight.shape[0] % SCALED_BLOCK == 0 for weight in weights[:-1])
+    return whole and all(weight.blocked for weight in weights)
+
+
+def join(linears: Sequence[Fp8Linear]) -> Fp8Weight:
+    """Their weights, one below the other; theirs become views of it."""
+    joined = Fp8Weight(
+        torch.cat([linear.values for linear in linears]),
+        torch.cat([linear.scale for linear in linears]),
+    )
+    row = first = 0
+    for linear in linears:
+        linear.values = joined.values[row : row + len(linear.values)]
+        linear.scale = joined.scale[first : first + len(linear.scale)]
+        row, first = row + len(linear.values), first + len(linear.scale)
+    return joined
+
+
+def plain_weight(module: Any, dtype: torch.dtype) -> Tensor:
+    """The weight of an embedding or an output head, dequantised if it is quantised."""
+    weight = module.weight
+    if isinstance(weight, Fp8Weight):
+        return weight.dequantised(dtype)
+    found: Tensor = weight.detach()
+    return found
