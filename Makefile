@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "[setup] specdec-lab, editable, with development tools (minutes the first time)"
 	@$(PIP) install $(VERSIONS) -e '.[dev]'
-	@$(PIP) install $(VERSIONS) --no-deps --target $(VENV)/apart --upgrade torchao
+	@$(PIP) install $(VERSIONS) --no-deps --target $(VENV)/apart --upgrade torchao compressed-tensors loguru
 	@touch $@
 	@echo "[setup] done"
 

@@ -58,7 +58,7 @@ def load_once() -> Iterator[None]:
     original, known = load.load_model, {}
 
     def cached(path: str, placement: Any = load.CPU, **options: Any) -> Any:
-        key = path, placement
+        key = path, placement, options.get("quantize", "none")
         if key not in known:
             known[key] = original(path, placement, **options)
         return known[key]

@@ -34,6 +34,7 @@ from specdec.lab.metrics import VERBS
 from specdec.lab.prompts import Asked, ask
 from specdec.lab.session import OurSession, wait
 from specdec.lab.workshop import PLAIN, Workshop, tree, word
+from specdec.models.quantised import Quantize
 from specdec.request import Request
 
 SKIPPED = 4  # steps before the steady ones
@@ -47,6 +48,7 @@ class Options:
     temperatures: tuple[Literal[0, 1], ...] = option((0,), "0 or 1", varies=True)
     target: str = option("standin:llama3_8b", "model folder, hub id, zoo:NAME or standin:NAME")
     draft: str = option("standin:llama_160m", "likewise")
+    quantize: Quantize = option("none", "of the target: none or fp8")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "of both models")
     prompts: str | None = option(None, "JSONL file; the built-in set by default")
@@ -163,7 +165,8 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
     if options.device == "cuda":
         _warm_up_profiler()
     shop = Workshop(
-        word("target.path", options.target), f"device={options.device} dtype={options.dtype}"
+        word("target.path", options.target),
+        f"target.quantize={options.quantize} device={options.device} dtype={options.dtype}",
     )
     cases = result.setdefault("cases", {})
     paths = {"prompt": options.prompts}

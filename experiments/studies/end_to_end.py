@@ -46,6 +46,7 @@ from specdec.lab.session import Decoded, Session
 from specdec.lab.study import Entry, Study, Turn, add
 from specdec.lab.witness import noise
 from specdec.lab.workshop import PLAIN, Way, Workshop, name_of, tree, word
+from specdec.models.quantised import Quantize
 
 LARGE = 8  # a batch from which the smaller grid counts
 # Trees, for a batch below LARGE and from there on; above temperature 0 with children drawn from
@@ -75,6 +76,7 @@ class Options:
     draft: tuple[str, ...] = option(
         ("standin:llama_160m", "standin:llama3_1b"), "likewise; each is a part"
     )
+    quantize: Quantize = option("none", "of the target: none or fp8")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of all models")
     exact: bool = option(False, "kernels.exact of all models")
@@ -189,7 +191,7 @@ def work(options: Options) -> int:
     every = list(parts(options))
     shop = Workshop(
         word("target.path", options.target),
-        f"device={options.device} dtype={options.dtype}",
+        f"target.quantize={options.quantize} device={options.device} dtype={options.dtype}",
         word("kernels.exact", options.exact),
     )
     result = begin(options, shop.models.placement.device)

@@ -52,6 +52,7 @@ from specdec.experiments.figures.markdown import show
 from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.workshop import Workshop, tree, word
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 
 CHAINS = (2, 6)  # levels whose drafts are compared
 LOOP_TOKENS = 48
@@ -63,6 +64,7 @@ Axis = Annotated[tuple[Positive, ...], AfterValidator(lambda values: tuple(sorte
 class Options:
     target: str = option("standin:llama3_8b", "model folder, hub id, zoo:NAME or standin:NAME")
     draft: str = option("standin:llama_160m", "likewise")
+    quantize: Quantize = option("none", "of the target: none or fp8")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of both models")
     batches: Axis = option((1, 8, 32), "sequences together")
@@ -164,7 +166,8 @@ def blank(options: Options) -> dict[str, Any]:
 def work(options: Options) -> None:
     torch.manual_seed(0)
     shop = Workshop(
-        word("target.path", options.target), f"device={options.device} dtype={options.dtype}"
+        word("target.path", options.target),
+        f"target.quantize={options.quantize} device={options.device} dtype={options.dtype}",
     )
     result = {**blank(options), **begin(options, shop.models.placement.device)}
     save = partial(write, options.out, result)

@@ -32,7 +32,8 @@ class PagedBlock(PagedHead):
         # Keys and values of all layers are one product of what they have in common.
         size = self.kv_shape.key_dim
         parts = [(layer, layer.query_heads * size) for layer in self.layers]
-        self._entries = torch.cat([layer.qkv[start:].detach() for layer, start in parts])
+        weights = [(layer.qkv, start) for layer, start in parts if isinstance(layer.qkv, Tensor)]
+        self._entries = torch.cat([weight[start:].detach() for weight, start in weights])
         self._biases = [
             None if layer.qkv_bias is None else layer.qkv_bias[start:] for layer, start in parts
         ]

@@ -39,7 +39,7 @@ from specdec.models.placement import Placement
 from specdec.sampling import SamplingParams
 
 MOST_TEXTS = 1_000_000  # of a run
-_kept: list[tuple[str, Models]] = []  # target of the last run of this process, and its models
+_kept: list[tuple[Source, Models]] = []  # target of the last run of this process, and its models
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,8 @@ def show_summary(summary: Summary, console: Console) -> None:
         f"{parts['drafter']} · tree {parts['tree']} · acceptance {parts['acceptance']} · "
         f"T={summary['temperature']:g} · batch {summary['batch_size']}"
     )
+    if summary.get("quantised"):
+        title += f" · {summary['quantised']} target"
     if mark := mark_of(summary):
         title = f"{mark} · {title}"
     table = Table(title=title, title_justify="left", title_style="bold")

@@ -18,6 +18,7 @@ from specdec.lab.settings import Settings, settings_of
 from specdec.lab.setup import target_of
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.protocols import TreePolicy
 
 PLAIN = "drafter=none tree.budget=0"
@@ -144,6 +145,7 @@ class StudyOptions:
     spec_bench: str | None = option(None, "likewise")
     target: str = option("zoo:target", "model folder, hub id, zoo:NAME or standin:NAME")
     draft: str = option("zoo:draft", "likewise")
+    quantize: Quantize = option("none", "of the target: none or fp8")
     device: str = option("auto", "auto, cpu or cuda", varies=True)
     dtype: str = option("float32", "of all models")
     tokens: Positive = option(64, "new ones, for each prompt")
@@ -164,6 +166,7 @@ class StudyOptions:
     def workshop(self, *words: str) -> Workshop:
         """With these models, and settings beside them."""
         placed = f"device={self.device} dtype={self.dtype} batch_size={self.batch}"
+        placed += f" target.quantize={self.quantize}"
         exact = ["kernels.exact=true"] if self.exact else []
         return Workshop(word("target.path", self.target), placed, *exact, *words)
 

@@ -1,5 +1,5 @@
-"""Models whose products read weights in float8 e4m3: the layers hold `Fp8Linear` where transformers
-has `nn.Linear`. Embedding, output head and norms stay in the type of the model.
+"""Models whose products read weights in float8 e4m3: their layers hold `Fp8Linear` where those of
+transformers hold `nn.Linear`. Embedding, output head and norms stay in the type of the model.
 
 The direct way hands the weights to our own product kernels. `model(...)`, which checks a run, and
 which other architectures go by, dequantises each of them when it comes to it: slow, but of the
@@ -113,12 +113,3 @@ def join(linears: Sequence[Fp8Linear]) -> Fp8Weight:
         linear.scale = joined.scale[first : first + len(linear.scale)]
         row, first = row + len(linear.values), first + len(linear.scale)
     return joined
-
-
-def plain_weight(module: Any, dtype: torch.dtype) -> Tensor:
-    """The weight of an embedding or an output head, dequantised if it is quantised."""
-    weight = module.weight
-    if isinstance(weight, Fp8Weight):
-        return weight.dequantised(dtype)
-    found: Tensor = weight.detach()
-    return found

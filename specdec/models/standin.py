@@ -270,28 +270,32 @@ def standin(
     large.model.rotary_emb = small.model.rotary_emb
     large.generation_config = copy.deepcopy(small.generation_config)
     random = torch.Generator(device).manual_seed(seed)
-    places = placed_layers(small.config.num_hidden_layers, shape.num_hidden_layers)
-    placed = dict(zip(places, small.model.layers, strict=True))
-    heads = _heads(small.config, shape)
-    for place, layer in enumerate(large.model.layers):
-        layer.to_empty(device=device)
-        _fill_identity(layer, random)
-        if place in placed:
-            _place_layer(layer, placed[place], heads)
-        if quantize == "fp8":
-            quantise_layer(layer)
+    _fill_layers(large, small, shape, random, quantize)
     for part in (large.model.embed_tokens, large.model.norm, large.lm_head):
         part.to_empty(device=device)
     _place_ends(large, small, shape)
     return large.eval()
 
 
-def _heads(own: Any, shape: Shape) -> tuple[list[int], list[tuple[int, int]]]:
-    """As `placed_heads`, of a small model with this configuration."""
-    return placed_heads(
+@torch.no_grad()
+def _fill_layers(
+    large: Any, small: Any, shape: Shape, random: torch.Generator, quantize: Quantize
+) -> None:
+    """Make the layers one after the other, those that hold a small one's among them."""
+    own = small.config
+    places = placed_layers(own.num_hidden_layers, shape.num_hidden_layers)
+    placed = dict(zip(places, small.model.layers, strict=True))
+    heads = placed_heads(
         (own.num_attention_heads, own.num_key_value_heads),
         (shape.num_attention_heads, shape.num_key_value_heads),
     )
+    for place, layer in enumerate(large.model.layers):
+        layer.to_empty(device=random.device)
+        _fill_identity(layer, random)
+        if place in placed:
+            _place_layer(layer, placed[place], heads)
+        if quantize == "fp8":
+            quantise_layer(layer)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specdec.models.direct import POSITIONS_AT_ONCE
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
+from tests.models.fp8_files import BLOCKED, configure, group, write
 from tests.models.tiny import FLOAT32_ROUNDING, error, own_attention, paged_and_own, save, tiny
 
 # Not in the environment itself: transformers would import it, with its warnings, at every start.
@@ -57,17 +58,23 @@ def test_tables_of_angles_end_where_the_model_does() -> None:
     assert len(lm._direct.angles.cos) == 100
 
 
+def apart(package: str, test: str) -> bool:
+    """Whether a package can be imported; where it is not in the environment, the test is run by
+    another process, to which it is."""
+    if find_spec(package) is not None:
+        return True
+    if not (APART / package).is_dir():
+        pytest.skip(f"{package} is not installed; make setup puts it apart")
+    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{test}"]
+    environment = {**os.environ, "PYTHONPATH": f"{APART}{os.pathsep}{os.getcwd()}"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "1 passed" in found.stdout, found.stdout + found.stderr
+    return False
+
+
 @pytest.mark.slow
 def test_quantised_weights_go_the_general_way(tmp_path: Path) -> None:
-    if find_spec("torchao") is None:
-        if not APART.is_dir():
-            pytest.skip("torchao is not installed; make setup puts it apart")
-        name = "test_quantised_weights_go_the_general_way"
-        command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{name}"]
-        found = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": str(APART)}, capture_output=True, text=True
-        )
-        assert "1 passed" in found.stdout, found.stdout + found.stderr
+    if not apart("torchao", "test_quantised_weights_go_the_general_way"):
         return
     from torchao import quantization
     from transformers import TorchAoConfig
@@ -83,8 +90,41 @@ def test_quantised_weights_go_the_general_way(tmp_path: Path) -> None:
     lm = load_model(str(folder))
     assert {type(parameter.data) for parameter in lm.model.parameters()} == kinds
     assert lm._direct is None
+    assert lm.quantised == "torchao"
+    assert lm.note is not None
+    assert "quantised by torchao" in lm.note
     own = own_attention(model)
     for ours, expected in paged_and_own(lm, own):
+        assert error(ours, expected) < FLOAT32_ROUNDING
+
+
+@pytest.mark.slow
+def test_fp8_of_other_families_goes_the_general_way(tmp_path: Path) -> None:
+    """And compressed-tensors reads files of ours as they are meant."""
+    if not apart("compressed_tensors", "test_fp8_of_other_families_goes_the_general_way"):
+        return
+    from transformers import CompressedTensorsConfig
+
+    for stored in ("channel", "tensor", "block"):
+        folder = tmp_path / stored
+        model = tiny("llama", tie_word_embeddings=False, **BLOCKED | {"hidden_size": 256})
+        meant = write(model, folder, stored)
+        plain = CompressedTensorsConfig(dequantize=True)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, quantization_config=plain
+        )
+        for (name, mine), other in zip(meant.named_parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(mine, other), name
+    config = group("channel")
+    del config["config_groups"]["group_0"]["input_activations"]
+    folder = tmp_path / "other"
+    meant = write(tiny("smollm3", no_rope_layers=[1, 1, 1, 1]), folder, "channel")
+    configure(folder, quantization_config=config)
+    lm = load_model(str(folder))
+    assert lm._direct is None
+    assert lm.note is not None
+    assert "quantised by compressed-tensors" in lm.note
+    for ours, expected in paged_and_own(lm, own_attention(meant)):
         assert error(ours, expected) < FLOAT32_ROUNDING
 
 

@@ -329,7 +329,7 @@ def test_every_config_names_a_stand_in() -> None:
     files = sorted((ROOT / "configs/target/standin").glob("*.yaml"))
     assert [file.stem for file in files] == sorted(SHAPES)
     for file in files:
-        assert yaml.safe_load(file.read_text()) == {"path": f"standin:{file.stem}"}
+        assert yaml.safe_load(file.read_text())["path"] == f"standin:{file.stem}"
 
 
 QUICK = ("tracker=none", "prompts.limit=2", "max_new_tokens=8", "dtype=float32", "device=cpu")

@@ -19,7 +19,15 @@ def trained_copy(lm: PagedLM, *, fresh: int | None = None) -> Any:
 
     Args:
         fresh: seed of random weights; None for those of `lm`.
+
+    Raises:
+        ValueError: its weights are quantised.
     """
+    if fresh is None and lm.quantised is not None:
+        raise ValueError(
+            f"{lm.name}: its weights are quantised by {lm.quantised}, and this method trains "
+            f"them; take plain ones, with quantize=none"
+        )
     config = deepcopy(lm.model.config)
     config.dtype = torch.float32
     with torch.random.fork_rng(devices=[]):
