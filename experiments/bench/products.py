@@ -33,11 +33,11 @@ from specdec.kernels.reference import quantise_weight
 from specdec.lab.command import Positive, option
 
 WEIGHTS = {  # of Llama-3-8B: function, outputs, inputs
-    "queries, keys, values": ("linear", 6144, 4096),
-    "attention's output": ("linear", 4096, 4096),
-    "gate and up": ("gated_linear", 28672, 4096),
+    "qkv": ("linear", 6144, 4096),
+    "output": ("linear", 4096, 4096),
+    "gate_up": ("gated_linear", 28672, 4096),
     "down": ("linear", 4096, 14336),
-    "output head": ("project", 128_256, 4096),
+    "head": ("project", 128_256, 4096),
 }
 WORST = 2e-2  # of the norm; rounding to bfloat16 is ten times less
 REGISTERS = 128  # of a thread for sums
