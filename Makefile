@@ -22,21 +22,22 @@ SHORT ?= tests/lab/test_settings.py tests/lab/test_build.py tests/core/test_run.
 BIN := $(VENV)/bin
 NEWEST := $(VENV)/newest
 STAMP := $(VENV)/.installed
-# -q twice keeps errors and drops warnings.
+# -q twice keeps errors and drops warnings. Python compiles what is imported when it is, which is a small part.
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
+INSTALL := $(PIP) install --no-compile
 VERSIONS := $(if $(filter 0,$(PINNED)),,-c constraints.txt)
 
 # Tests start many processes, and each would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup run test newest lint format clean
+.PHONY: help setup run test pytest newest lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run [ARGS=...]          decode; ARGS are Hydra overrides"
 	@echo "make test [PYTEST_ARGS=...]  lint, types and tests"
 	@echo "make newest                  a short test on the newest hydra and transformers"
-	@echo "make lint                    ruff and mypy alone"
+	@echo "make lint                    ruff and mypy alone; make pytest: the tests alone"
 	@echo "make format                  let ruff mend what it can"
 	@echo "make clean                   remove the environment, caches and builds"
 
@@ -50,18 +51,22 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "[setup] NVIDIA GPU found: pip picks the torch build"; \
 	else \
 		echo "[setup] no NVIDIA GPU: $(CPU_TORCH)"; \
-		$(PIP) install $(VERSIONS) $(CPU_TORCH); \
+		$(INSTALL) $(VERSIONS) $(CPU_TORCH); \
 	fi
 	@echo "[setup] specdec-lab, editable, with development tools (minutes the first time)"
-	@$(PIP) install $(VERSIONS) -e '.[dev]'
-	@$(PIP) install $(VERSIONS) --no-deps --target $(VENV)/apart --upgrade torchao compressed-tensors loguru
+	@$(INSTALL) $(VERSIONS) -e '.[dev]'
+	@$(INSTALL) $(VERSIONS) --no-deps --target $(VENV)/apart --upgrade torchao compressed-tensors loguru
 	@touch $@
 	@echo "[setup] done"
 
 run: setup
 	$(BIN)/python -m specdec.run $(ARGS)
 
-test: lint
+# Beside each other: mypy uses one core.
+test: setup
+	@$(MAKE) --no-print-directory -j 2 lint pytest
+
+pytest: setup
 	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 # A second environment that sees the first, and has newer hydra and transformers. What fails here is reported alone.

@@ -5,6 +5,7 @@ of every launch its kernel is compiled for sm_90 with the arguments it was given
 assembler reports about it is kept.
 
     python -m tests.kernels.compile_report        compiles what `calls` lists, prints JSON
+    python -m tests.kernels.compile_report some   of that what differs in kind, see `differing`
 
 It must not run under TRITON_INTERPRET, which takes the place of the compiler.
 """
@@ -55,6 +56,18 @@ class _NoDevice:
 
 
 @contextmanager
+def launching(run: Callable[..., None]) -> Iterator[None]:
+    """Within the block, a launch is a call of `run`."""
+    launch = JITFunction.run
+    triton.runtime.driver.set_active(_NoDevice())
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = launch
+
+
+@contextmanager
 def compiling() -> Iterator[list[dict[str, Any]]]:
     """Within the block, launches compile; yields the list their reports are added to.
 
@@ -67,12 +80,8 @@ def compiling() -> Iterator[list[dict[str, Any]]]:
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         reports.append(report(self.__name__, compiled))
 
-    triton.runtime.driver.set_active(_NoDevice())
-    JITFunction.run = compile_only
-    try:
+    with launching(compile_only):
         yield reports
-    finally:
-        JITFunction.run = launch
 
 
 def report(name: str, compiled: Any) -> dict[str, Any]:
@@ -315,6 +324,36 @@ def calls() -> dict[str, Callable[[], object]]:
     return found
 
 
+def facets(call: Callable[[], object]) -> set[tuple[str, str, str]]:
+    """What its launches are in kind, as (kernel, parameter, value): the types of tensors, which
+    of them are left out, options on or off, and how many rows a program takes; not sizes."""
+    found = set()
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+            value = getattr(value, "base", value)  # of a descriptor
+            kind = value.dtype if isinstance(value, Tensor) else value
+            number = isinstance(kind, int | float) and not isinstance(kind, bool)
+            if name == "BLOCK_M" or not number:
+                found.add((self.__name__, name, str(kind)))
+
+    with launching(note):
+        call()
+    return found
+
+
+def differing() -> list[str]:
+    """Names of few calls that have between them every facet of all."""
+    by_name = {name: facets(call) for name, call in calls().items()}
+    left = set[tuple[str, str, str]]().union(*by_name.values())
+    chosen = []
+    while left:
+        chosen.append(max(by_name, key=lambda name: len(by_name[name] & left)))
+        left -= by_name[chosen[-1]]
+    return chosen
+
+
 def compile_call(name: str) -> list[dict[str, Any]]:
     with compiling() as reports:
         calls()[name]()
@@ -323,7 +362,7 @@ def compile_call(name: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    names = list(calls())
+    names = differing() if "some" in sys.argv[1:] else list(calls())
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), get_context("spawn")) as workers:
         found = [entry for entries in workers.map(compile_call, names) for entry in entries]
     json.dump(found, sys.stdout, indent=1)
