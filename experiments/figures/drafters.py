@@ -112,6 +112,59 @@ def drafter_speed(*results: Result, files: Sequence[str] = ("drafter_speed",)) -
     return "\n".join([*lines, *_resumed(first)])
 
 
+def drafter_wide(*results: Result, files: Sequence[str] = ("drafter_wide",)) -> str:
+    """The table of `drafters.py grid=wide`: the fastest tree of each budget, its gain over plain
+    decoding, and that of the best over the drafter's own chain."""
+    first = results[0]
+    settings = first["settings"]
+    budgets = sorted(
+        {
+            entry["budget"]
+            for one in results
+            for part in one["parts"].values()
+            for entry in part.values()
+        }
+        - {0}
+    )
+    about = (
+        f"`{settings['target']}` in {settings['dtype']} on one {device(first)}, "
+        f"{settings['tokens']} new tokens for each of {sum(map(len, groups_of(first).values()))} "
+        f"prompts; models of `{settings['draft']}`. Tokens per second and accepted length of the "
+        f"fastest tree of each budget, the first a chain; then the fastest of all over `none`, "
+        f"and over the drafter's own chain, in the same turns, with 95 % jackknife intervals over "
+        f"prompts ({'; '.join(map(source, results, files))}):"
+    )
+    rows = []
+    for one in results:
+        for name, part in one["parts"].items():
+            plain = plain_of(part)
+            every = list(plain["prompts"])
+            for drafter in dict.fromkeys(entry["drafter"] for entry in part.values()):
+                cells, fastest = [], best(part, "speedup", drafter=drafter)
+                for budget in budgets:
+                    found = best(part, "speedup", drafter=drafter, budget=budget)
+                    own = summary(found[1], plain, every) if found else {}
+                    cells.append(
+                        f"{own['tokens_per_second']:.0f} ({own['accepted_length']:.2f})"
+                        if found
+                        else ""
+                    )
+                chain = best(part, "speedup", drafter=drafter, budget=budgets[0])
+                if drafter == "none" or fastest is None or chain is None:
+                    continue
+                gains = [_gain(side, fastest[1], every) for side in (plain, chain[1])]
+                batch = str(one["settings"]["batch"])
+                rows.append([batch, name.removeprefix("T="), f"`{drafter}`", *cells, *gains])
+    heads = ["batch", "T", "drafter", *(f"{budget} nodes" for budget in budgets)]
+    return piece(about, [*heads, "best over `none`", "over its chain"], rows)
+
+
+def _gain(side: dict[str, Any], entry: dict[str, Any], every: Sequence[str]) -> str:
+    """How much faster an entry is than another, over the same prompts."""
+    seconds = [[one["prompts"][name]["seconds"] for name in every] for one in (side, entry)]
+    return interval(*ratio(*seconds).around)
+
+
 def drafter_texts(*results: Result, files: Sequence[str] = ("exact_texts",)) -> str:
     """The table of `drafters.py grid=texts`: how many texts are those of plain decoding, and how
     many are the same whatever the batch. Several results are of other batches or temperatures."""
@@ -154,10 +207,7 @@ def _speeds(result: Result, groups: Mapping[str, list[str]]) -> Iterator[list[st
             assert found is not None
             title, entry = found
             total = summary(entry, plain, every)
-            seconds = [
-                [side["prompts"][one]["seconds"] for one in every] for side in (plain, entry)
-            ]
-            gain = interval(*ratio(*seconds).around)
+            gain = _gain(plain, entry, every)
             own = [summary(entry, plain, of)["speedup"] for of in groups.values()]
             checked = entry["agreement"]
             explained = sum(one["explained"] for one in checked["divergences"])

@@ -8,9 +8,9 @@ Prompts are the first ones of each set (of each category of Spec-Bench); the sto
 ignored, so that all outputs have the same length. `budgets` gives every drafter trees of at most
 the same number of nodes. `speed` gives each the trees that suit it; its methods take turns prompt
 by prompt, and the figure is that of decoding: the time of all steps, prefill left out, by device
-events on a GPU. `wide` does so with trees of 32 to 255 nodes of drafters that are models; `texts`
-with one tree each, to compare texts alone. `early_exit anew` is an ablation: the same trees,
-verified from the first layer.
+events on a GPU. `wide` does so with a chain of 7 and trees of 16 to 255 nodes, of drafters that
+are models; `texts` with one tree each, to compare texts alone. `heads` names the files of learned
+heads. `early_exit anew` is an ablation: the same trees, verified from the first layer.
 Online state is that of the drafter's YAML: prompts come in the order of the file, and drafters
 that never forget learn from those before. At temperature 0 outputs are compared with those of
 plain decoding, and divergences explained as in `specdec.lab.lossless`. The file is written anew
@@ -29,7 +29,12 @@ import torch
 
 from specdec.drafters.datastore import METADATA, Datastore
 from specdec.drafters.early_exit import EarlyExit
-from specdec.experiments.figures.drafters import drafter_lengths, drafter_speed, drafter_texts
+from specdec.experiments.figures.drafters import (
+    drafter_lengths,
+    drafter_speed,
+    drafter_texts,
+    drafter_wide,
+)
 from specdec.experiments.figures.markdown import show
 from specdec.lab.command import begin, option, run_main, write
 from specdec.lab.study import Entry, Study, spend
@@ -37,7 +42,9 @@ from specdec.lab.workshop import PLAIN, StudyOptions, name_of, tree, word
 from specdec.protocols import StepContext
 from specdec.tree import TokenTree
 
-MODELS = ("small_llama", "early_exit", "eagle3", "translated")  # their children may be sampled
+BLOCKS = ("dflash", "dspark")  # heads that answer all levels at once
+HEADS = ("eagle3", *BLOCKS)
+MODELS = ("small_llama", "early_exit", "translated", *HEADS)  # their children may be sampled
 SEARCHING = ("ngram", "pld", "rest", "retriever", "suffix_decoding")
 LONGEST_CHAIN = 16
 
@@ -61,7 +68,8 @@ SAMPLED = {
     127: (tree("static", 5, 3, 2, 1, 1), tree("static", 8, 3, 2)),
     255: (tree("static", 6, 3, 2, 2, 1), tree("static", 8, 4, 3)),
 }
-WIDE_BUDGETS = 32, 64, 127, 255
+WIDE_BUDGETS = 16, 32, 64, 127, 255
+WIDE_CHAIN = 7
 CHAIN, LONG = tree("chain", 4), tree("chain", 16)
 WIDE, DEEP = tree("dynamic", 63, 8, 8), tree("dynamic", 32, 4, 12)
 LAYERS = tree("dynamic", 24, 6, 3), tree("dynamic", 48, 8, 4)
@@ -75,10 +83,13 @@ FAST: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "early_exit": (LAYERS, (tree("static", 6, 3), tree("static", 4, 2, 1))),
     "early_exit anew": (LAYERS, ()),
-    "eagle3": (
-        (WIDE, tree("dynamic", 48, 6, 7)),
-        (tree("static", 4, 2, 2, 1), tree("static", 3, 2, 1)),
-    ),
+    **{
+        name: (
+            (WIDE, tree("dynamic", 48, 6, 7)),
+            (tree("static", 4, 2, 2, 1), tree("static", 3, 2, 1)),
+        )
+        for name in HEADS
+    },
     "translated": ((WIDE,), (tree("static", 4, 2, 2, 1),)),
     "token_recycling": (
         (tree("dynamic", 48, 6, 5), tree("dynamic", 63, 8, 6)),
@@ -109,7 +120,9 @@ class Options(StudyOptions):
     other_draft: str | None = option(None, "as draft, with another tokenizer; for translated")
     datastore: Path | None = option(None, "folder; for rest")
     exit_layer: int | None = option(None, "of early_exit")
-    head: str = option("zoo:eagle3", "folder or hub id, or zoo:NAME; for eagle3")
+    heads: tuple[str, ...] = option(
+        (), "DRAFTER=folder or hub id of each head; eagle3 has its own", varies=True
+    )
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
     drafters: tuple[str, ...] = option(tuple(FAST), "which", varies=True)
     out: Path = option(about="result file")
@@ -133,8 +146,11 @@ def drafter_words(name: str, options: Options) -> str:
         raise ValueError(f"drafters={name}: there are {', '.join(FAST)}")
     kind, _, mode = name.partition(" ")
     words = [f"drafter={kind}"]
-    if name == "eagle3":
-        words.append(word("drafter.path", options.head))
+    if name in HEADS:
+        paths = {"eagle3": "zoo:eagle3"} | dict(one.split("=", 1) for one in options.heads)
+        if name not in paths:
+            raise ValueError(f"drafters={name}: needs heads=[{name}=FOLDER]")
+        words.append(word("drafter.path", paths[name]))
     if name == "small_llama":
         words.append(word("drafter.path", options.draft))
     needed = {"rest": "datastore", "translated": "other_draft"}.get(name)
@@ -164,6 +180,8 @@ def methods(
             yield 0, shape + children
         return
     if grid == "wide":
+        if drafter in MODELS:
+            yield WIDE_CHAIN, tree("chain", WIDE_CHAIN) + children
         for budget in WIDE_BUDGETS if drafter in MODELS else ():
             for shape in SAMPLED[budget] if sampled else (DYNAMIC[budget],):
                 yield budget, shape + children
@@ -209,7 +227,11 @@ def work(options: Options) -> None:
         )
         # At equal budgets one method after the other, else all in turns.
         (study.in_turns if options.grid in ("speed", "wide") else study.one_by_one)(ways)
-    tables: dict[str, Callable[..., str]] = {"budgets": drafter_lengths, "texts": drafter_texts}
+    tables: dict[str, Callable[..., str]] = {
+        "budgets": drafter_lengths,
+        "texts": drafter_texts,
+        "wide": drafter_wide,
+    }
     show(tables.get(options.grid, drafter_speed)(result))
 
 

@@ -45,7 +45,7 @@ def test_grids_keep_budgets_and_lose_nothing(grid: str, temperature: float) -> N
         drafters.Options,
         [f"grid={grid}", "out=x", "gsm8k=z", "datastore=y", "other_draft=zoo:draft"],
     )
-    names = list(drafters.FAST)
+    names = [name for name in drafters.FAST if name not in drafters.BLOCKS]
     found = [
         (name, budget, tree)
         for name in names
@@ -135,6 +135,7 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
         (["grid=speed"], "no prompts: give a file for one of"),
         (["grid=speed", "humaneval=x", "drafters=rest"], "drafters=rest: needs datastore"),
         (["grid=speed", "humaneval=x", "drafters=nobody"], "drafters=nobody: there are"),
+        (["grid=wide", "humaneval=x", "drafters=dflash"], "needs heads=[dflash=FOLDER]"),
         (["grid=none", "humaneval=x"], "grid=none: must be 'budgets', 'speed', 'texts' or 'wide'"),
     ],
 )
@@ -188,3 +189,36 @@ def test_results_of_several_batches_make_one_table() -> None:
     assert "| T | drafter |" in tables.drafter_speed(one)
     one["sets"] = {"humaneval": ["a"], "gsm8k": ["b"]}
     assert "gsm8k" not in tables.drafter_speed(one), "a column of one prompt says little"
+
+
+def test_wide_trees_stand_beside_their_chain() -> None:
+    def entry(drafter: str, budget: int, steps: int, seconds: float) -> dict[str, Any]:
+        prompts = {one: {"tokens": 8, "steps": steps, "seconds": seconds} for one in ("a", "b")}
+        return {"drafter": drafter, "budget": budget, "verbs": {}, "prompts": prompts}
+
+    part = {
+        "none: chain 1": entry("none", 0, 8, 4.0),
+        "head: chain 7": entry("head", 7, 4, 2.0),
+        "head: static 2,1": entry("head", 16, 4, 1.6),
+        "head: static 3": entry("head", 16, 2, 1.0),
+        "head: static 4": entry("head", 64, 2, 1.25),
+    }
+    settings = {"target": "t", "draft": "d", "dtype": "float32", "tokens": 8, "batch": 1}
+    result = {
+        "settings": settings,
+        "hardware": {"cpu": "c"},
+        "command": "python",
+        "sets": {"humaneval": ["a", "b"]},
+        "parts": {"T=1": part},
+    }
+    rows = [line.split(" | ") for line in tables.drafter_wide(result).splitlines()]
+    assert rows[-1] == [
+        "| 1",
+        "1",
+        "`head`",
+        "4 (2.00)",
+        "8 (4.00)",
+        "6 (4.00)",
+        "4.00 (4.00 to 4.00)",
+        "2.00 (2.00 to 2.00) |",
+    ]
