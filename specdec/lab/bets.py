@@ -54,12 +54,15 @@ class Found(NamedTuple):
         tokens: after how many it exceeded 1 / alpha; None if it did not.
         bet: that which won most, and
         place: of the tokens it was on: that of a group, or "all".
+        places: groups of tokens on which alone bets exceeded 1 / alpha, each by its own capital:
+            where in a step tokens are wrong.
     """
 
     p_value: float
     tokens: int | None
     bet: str
     place: str
+    places: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -159,16 +162,24 @@ def learnt(shares: Array) -> Array:
 def _found(capital: Mapping[str, Array], alpha: float) -> Found:
     """The capital [n, NAMES] of each place, in logs: half is that of "all"."""
     weights = {name: 0.5 if name == "all" else 0.5 / (len(capital) - 1) for name in capital}
-    parts = np.concatenate(
-        [logs + np.log(weights[name] * SHARES) for name, logs in capital.items()], axis=1
-    )
-    whole: Array = np.logaddexp.reduce(parts, axis=1)
+    parts = {name: logs + np.log(SHARES) for name, logs in capital.items()}
+    every = np.concatenate([one + np.log(weights[name]) for name, one in parts.items()], axis=1)
+    whole: Array = np.logaddexp.reduce(every, axis=1)
     most = float(whole.max())
     reached = np.flatnonzero(whole >= -np.log(alpha))
     when = int(reached[0]) if len(reached) else int(whole.argmax())
-    place, bet = divmod(int(parts[when].argmax()), len(NAMES))
-    first = int(reached[0]) + 1 if len(reached) else None
-    return Found(float(np.exp(min(0.0, -most))), first, NAMES[bet], list(capital)[place])
+    place, bet = divmod(int(every[when].argmax()), len(NAMES))
+    return Found(
+        p_value=float(np.exp(min(0.0, -most))),
+        tokens=when + 1 if len(reached) else None,
+        bet=NAMES[bet],
+        place=list(capital)[place],
+        places=tuple(
+            name
+            for name, one in parts.items()
+            if name != "all" and np.logaddexp.reduce(one, axis=1).max() >= -np.log(alpha)
+        ),
+    )
 
 
 def _mean(logs: Array) -> Array:

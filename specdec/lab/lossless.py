@@ -93,9 +93,11 @@ def _faults(report: Record, exact: bool) -> list[str]:
     if report["p_value"] is not None and report["p_value"] < ALARM:
         bet, place = report["bets"]["bet"], report["bets"]["place"]
         where = "all places" if place == "all" else f"place {place}"
+        alone = ", ".join(report["bets"]["places"])
+        alone = f"; those at {alone} are enough" * bool(alone)
         found.append(
             f"tokens are no draws from the target's distributions (a bet on {bet} at {where} of "
-            f"a step)"
+            f"a step{alone})"
         )
     return found
 

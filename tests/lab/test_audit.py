@@ -180,10 +180,16 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "bonus from the parent's law": (planted.Faulty("bonus"), {}),
     "coin reused for siblings": (planted.SharedCoins(), {"children": "top_k"}),
 }
-NAMED = {
-    "coin reused for siblings": ("bet", "rank 2"),
-    "bonus from the parent's law": ("place", "2-3"),
+# Where in a step: nothing is left to be scaled where a node has one child, at the last level of
+# the tree; a leaf's own law is that of the place after it.
+PLACES = {
+    "residual forgotten": ("0", "1", "2-3"),
+    "residual not normalised": ("0", "1"),
+    "told of q before temperature": ("0", "1", "2-3"),
+    "bonus from the parent's law": ("2-3",),
+    "coin reused for siblings": ("0", "1"),
 }
+BETS = {"coin reused for siblings": "rank 2"}
 
 
 @pytest.mark.slow
@@ -199,8 +205,25 @@ def test_faults_of_rules_are_found_in_five_thousand_tokens(target, fault):
     assert found["tokens"] <= 5000
     assert found["evidence"]["verdict"] == "clean"  # the pass is sound
     assert (found["verdict"] == "passed") == fault.startswith("none"), found["p_value"]
-    for what, name in [NAMED[fault]] if fault in NAMED else ():
-        assert found["bets"][what] == name
+    named, right = set(found["bets"]["places"]), PLACES.get(fault, ())
+    assert set(right[:2]) <= named <= set(right)  # a third one has few tokens
+    assert found["bets"]["bet"] == BETS.get(fault, found["bets"]["bet"])
+
+
+@pytest.mark.slow
+def test_audits_of_sound_runs_are_clean(target):
+    """None of eight runs of 960 tokens each, at two temperatures, ends with an alarm."""
+    for seed in range(8):
+        sampling = SamplingParams(temperature=(1.0, 0.7)[seed % 2], seed=100 + seed)
+        children = ("sample", "top_k")[seed // 2 % 2]
+        rule = planted.Faulty("none") if children == "sample" else TargetOnly()
+        how: dict[str, Any] = {"rule": rule, "children": children, "rows": 10}
+        texts, lines, drafter = decoded(target, sampling, prompts=20, new=48, **how)
+        witness = Witness(target, drafts=drafts_of(drafter.own_model, target))
+        evidence = Evidence(lines=lines, page_size=8)
+        found = verdict(texts, witness, sampling, evidence=evidence, sample=10**6)
+        assert (found["verdict"], found["evidence"]["verdict"]) == ("passed", "clean")
+        assert found["p_value"] > 1e-3
 
 
 # Divergences at temperature 0

@@ -253,10 +253,12 @@ def world(generator: np.random.Generator, tokens: int, *, bent: float = 1.0) -> 
 def test_a_fault_at_one_place_of_a_step_is_found_there():
     generator = np.random.default_rng(8)
     for found in (world(generator, 4000, bent=1.6) for _ in range(3)):
-        assert (found.bet, found.place) == ("surprisal", "1")
+        assert (found.bet, found.place, found.places) == ("surprisal", "1", ("1",))
         assert found.tokens is not None
         assert found.p_value < 1e-4
-    assert world(generator, 4000).p_value > 0.01
+    sound = world(generator, 4000)
+    assert sound.p_value > 0.01
+    assert sound.places == ()
 
 
 def drawn(target: PagedLM, sampling: SamplingParams, *, sharper: float = 1.0) -> list[dict]:
