@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,24 @@ def test_replay_writes_its_files(folder: Path, tmp_path: Path) -> None:
         1 - best / found["oracle"]["tokens_per_second"]
     )
     read_profile(tmp_path / "speculation_profile.json")
+
+
+@pytest.mark.slow
+def test_thousand_configurations_of_a_small_file_take_a_minute(tmp_path: Path) -> None:
+    """Of 32 prompts and 64 tokens each: 8 MB, JSON and all; in seconds of one processor, with all
+    that the command writes."""
+    folder = tmp_path / "zoo"
+    words = f"drafter=small_llama sampling=sample prompts.limit=32 max_new_tokens=64 out={folder}"
+    assert command([*WORDS.split(), *words.split()]) == 0
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
+    policies, budgets = "chain,static,optimal,accuracy", ",".join(map(str, range(1, 22)))
+    begun = time.process_time()
+    given = [str(folder), f"policies=[{policies}]", f"budgets=[{budgets}]", f"out={tmp_path}"]
+    assert run_main(Options, work, given, doc=None) == 0
+    assert time.process_time() - begun < 60
+    found = json.loads((tmp_path / "replay.json").read_text())
+    assert found["tokens"] >= 2000
+    assert len(found["rows"]) >= 1000
 
 
 def replayed(folder: Path, out: Path, *words: str) -> dict[str, dict[str, Any]]:
