@@ -238,8 +238,8 @@ def experiment_of(checked: Checked, console: Console) -> Experiment:
         tell(console, fit.told)
     method.load(target, models)
     for model in (target, method.drafter.own_model):
-        if model is not None and model.note is not None:
-            tell(console, model.note)
+        for note in [] if model is None else model.notes:
+            tell(console, note)
     if method.drafter.reads_states and cache_of(settings).share is None:
         tell(
             console,

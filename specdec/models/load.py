@@ -72,15 +72,18 @@ def load_model(
         widening = Widening(small=AutoConfig.from_pretrained(source), shape=shape)
         return PagedLM(large, tokenizer, name=name, kernels=kernels, standin=widening)
     where = find_model(path, setting=setting)
-    model, tokenizer = _load_files(where, placement, name, quantize)
-    return PagedLM(model, tokenizer, name=name, kernels=kernels, path=path)
+    model, tokenizer, scheme = _load_files(where, placement, name, quantize)
+    lm = PagedLM(model, tokenizer, name=name, kernels=kernels, path=path)
+    if quantize == scheme == "fp8":
+        lm.notes.append(f"{name}: its weights are fp8 already, and stay as its files have them")
+    return lm
 
 
 def _load_files(
     where: str, placement: Placement, name: str, quantize: Quantize
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, str | None]:
     """The model and the tokenizer of a folder or hub id, exactly as the files have them unless
-    they are to be quantised.
+    they are to be quantised; and what the files are quantised by.
 
     Raises:
         ValueError: files that are broken, or are no causal LM that can be run.
@@ -101,7 +104,7 @@ def _load_files(
             _check_quantisable(config, scheme, name)
         if known(config) and "fp8" in (quantize, scheme):
             files = Path(where) if local else fetch(where)
-            model = read_model(files, config, placement, name, quantize)
+            model = read_model(files, config, placement, name, "none" if scheme else quantize)
         else:
             model = _by_transformers(where, config, placement, name)
         check_finite(model, folder_of(where), name)
@@ -113,7 +116,7 @@ def _load_files(
     except Exception as error:  # of any class: a configuration can hold anything
         first = _reason(error)
         raise ValueError(f"{name}: cannot be loaded as a causal LM: {first}") from error
-    return model, tokenizer
+    return model, tokenizer, scheme
 
 
 def _config(where: str) -> Any:

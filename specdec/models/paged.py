@@ -14,7 +14,7 @@ from specdec.models.forward import layout_of, passes
 from specdec.models.hook import NotFiniteError, UnsupportedError
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config, max_context, probe
-from specdec.models.quantised import quantisation_of
+from specdec.models.quantised import quantisation_of, slow
 from specdec.models.standin import Widening
 from specdec.models.states import States, layers_of
 from specdec.observation import Tap
@@ -36,6 +36,7 @@ class PagedLM:
 
     Attributes:
         quantised: what its weights are quantised to or by; None if they are not.
+        notes: what is to be known of how it was loaded and runs, a line each.
 
     Raises:
         ValueError: the model cannot run over a paged cache, the message names its architecture and
@@ -78,7 +79,9 @@ class PagedLM:
                 f"own products; choose one of {', '.join(FAMILIES)} with plain linear layers, or "
                 f"kernels.exact=false"
             )
-        self.quantised = quantisation_of(model)
+        self.quantised, self.notes = quantisation_of(model), list[str]()
+        if self.quantised is not None and self._direct is None:
+            self.notes.append(f"{name}: {slow(model)}")
         self.layers: int = self.config.num_hidden_layers
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         readable = model.get_input_embeddings().weight.shape[0]
@@ -93,17 +96,6 @@ class PagedLM:
         """What to say if its logits are not numbers, or all minus infinity."""
         dtype = str(self.dtype).removeprefix("torch.")
         return f"NaN or infinite logits in {dtype}; choose another dtype, or other weights"
-
-    @property
-    def note(self) -> str | None:
-        """What is to be known of how it runs."""
-        if self.quantised is None or self._direct is not None:
-            return None
-        return (
-            f"{self.name}: quantised by {self.quantised}, {type(self.model).__name__} is not run "
-            f"by our own products but by transformers', which is slow: good for studies of what "
-            f"is said, not of speed"
-        )
 
     def check_tokens(self, ids: Sequence[int], whose: str) -> None:
         """Raise ValueError, naming `whose` tokens they are, unless it has a row for each."""

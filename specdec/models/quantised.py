@@ -89,6 +89,15 @@ def quantisation_of(model: Any) -> str | None:
     return None if found is None else str(getattr(found, "value", found))
 
 
+def slow(model: Any) -> str:
+    """What to say of a quantised model that does not go the direct way."""
+    return (
+        f"quantised by {quantisation_of(model)}, {type(model).__name__} is not run by our own "
+        f"products but by transformers', which is slow: good for studies of what is said, not of "
+        f"speed"
+    )
+
+
 def joinable(linears: Sequence[Any]) -> bool:
     """Whether weights that read the same input can be one."""
     kinds = {type(linear) for linear in linears}

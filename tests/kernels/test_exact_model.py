@@ -6,6 +6,7 @@ from torch import Tensor
 
 from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import quantise_layer
 from tests.kernels.memory import DEVICE
 from tests.models.tiny import VOCABULARY, tiny
 
@@ -27,9 +28,13 @@ def ready(lm: PagedLM, committed: int) -> object:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ordered_products")
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "llama in fp8"])
 def test_logits_of_a_token_alone_and_in_a_tree_have_equal_bits(family: str) -> None:
-    lm = PagedLM(tiny(family).to(DEVICE), kernels=EXACT)
+    model = tiny(family.split()[0]).to(DEVICE)
+    if "fp8" in family:
+        for layer in model.model.layers:
+            quantise_layer(layer)
+    lm = PagedLM(model, kernels=EXACT)
     alone: list[Tensor] = []
     cache = ready(lm, COMMITTED)
     for token in TEXT[COMMITTED:]:

@@ -91,8 +91,7 @@ def test_quantised_weights_go_the_general_way(tmp_path: Path) -> None:
     assert {type(parameter.data) for parameter in lm.model.parameters()} == kinds
     assert lm._direct is None
     assert lm.quantised == "torchao"
-    assert lm.note is not None
-    assert "quantised by torchao" in lm.note
+    assert "quantised by torchao" in lm.notes[0]
     own = own_attention(model)
     for ours, expected in paged_and_own(lm, own):
         assert error(ours, expected) < FLOAT32_ROUNDING
@@ -122,8 +121,7 @@ def test_fp8_of_other_families_goes_the_general_way(tmp_path: Path) -> None:
     configure(folder, quantization_config=config)
     lm = load_model(str(folder))
     assert lm._direct is None
-    assert lm.note is not None
-    assert "quantised by compressed-tensors" in lm.note
+    assert "quantised by compressed-tensors" in lm.notes[0]
     for ours, expected in paged_and_own(lm, own_attention(meant)):
         assert error(ours, expected) < FLOAT32_ROUNDING
 

@@ -15,6 +15,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
+from specdec.kernels.choose import Kernels
 from specdec.kernels.layout import Fp8Weight
 from specdec.models import checkpoints
 from specdec.models.fingerprint import fingerprint
@@ -24,6 +25,7 @@ from specdec.models.placement import Placement
 from specdec.models.quantised import Fp8Linear, Quantize
 from specdec.protocols import Drafter, TreePolicy
 from tests.decoding import decoder_of, outputs_of
+from tests.kernels.memory import DEVICE
 from tests.models.fp8_files import (
     BLOCKED,
     STORED,
@@ -91,7 +93,7 @@ def test_logits_are_those_of_dequantised_weights(
     model = tiny(kind, **settings)
     lm = load(save(model, tmp_path), "fp8")
     assert lm.quantised == "fp8"
-    assert lm.note is None
+    assert not lm.notes
     assert lm._direct is not None
     own = meant_by(model)
     assert_computes(lm, own)
@@ -101,6 +103,21 @@ def test_logits_are_those_of_dequantised_weights(
     assert error(lm.model(tokens).logits, own(tokens).logits.double()) < FLOAT32_ROUNDING
     plain = model(tokens).logits.double()
     assert error(own(tokens).logits, plain) > 100 * FLOAT32_ROUNDING  # it is another model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", ["rows", "blocks"])
+def test_triton_kernels_read_them(stored: str, tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=False, **BLOCKED)
+    if stored == "rows":
+        save(model, tmp_path)
+        own = meant_by(model)
+    else:
+        own = own_attention(write(model, tmp_path, "finegrained"))
+    kernels, device = Kernels(impl="triton"), torch.device(DEVICE)
+    lm = load(tmp_path, "fp8", kernels=kernels, device=device)
+    assert lm._direct is not None
+    assert_computes(lm, own.to(device))
 
 
 DRAFTS: dict[str, tuple[Any, TreePolicy]] = {
@@ -163,6 +180,8 @@ def test_fp8_checkpoints_are_read(stored: str, again: Quantize, tmp_path: Path) 
     assert lm._direct is not None
     assert lm._direct.layers[0].down.blocked == (STORED[stored][1] == "block")
     assert_computes(lm, own_attention(meant))
+    said = "its weights are fp8 already, and stay as its files have them"
+    assert lm.notes == [f"target.path={tmp_path}: {said}"] * (again == "fp8")
 
 
 def test_transformers_reads_the_finegrained_file_alike(tmp_path: Path) -> None:
@@ -179,9 +198,9 @@ def test_what_cannot_be_joined_goes_the_general_way_and_says_so(tmp_path: Path) 
     meant = write(model, tmp_path, "finegrained")
     lm = load(tmp_path)
     assert lm._direct is None
-    assert lm.note is not None
-    assert "which is slow" in lm.note
-    assert "\n" not in lm.note
+    (note,) = lm.notes
+    assert "which is slow" in note
+    assert "\n" not in note
     assert_computes(lm, own_attention(meant))
 
 
@@ -194,7 +213,7 @@ def test_layers_that_a_checkpoint_leaves_alone_stay_plain(tmp_path: Path) -> Non
     del tensors[key + "_scale"]
     own.model.layers[1].mlp.down_proj.weight.data = tensors[key]
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
-    assert_computes(load(tmp_path), own)
+    assert_computes(load(tmp_path, "fp8"), own)
 
 
 FOREIGN: dict[str, dict[str, Any]] = {
