@@ -42,8 +42,7 @@ from specdec.lab.workshop import PLAIN, StudyOptions, name_of, tree, word
 from specdec.protocols import StepContext
 from specdec.tree import TokenTree
 
-BLOCKS = ("dflash", "dspark")  # heads that answer all levels at once
-HEADS = ("eagle3", *BLOCKS)
+HEADS = ("eagle3", "mtp", "peagle", "dflash", "dspark")  # over the target's states
 MODELS = ("small_llama", "early_exit", "translated", *HEADS)  # their children may be sampled
 SEARCHING = ("ngram", "pld", "rest", "retriever", "suffix_decoding")
 LONGEST_CHAIN = 16
