@@ -22,6 +22,7 @@ from specdec.drafters.dflash import DFlash
 from specdec.drafters.dspark import DSpark
 from specdec.drafters.eagle import Eagle3
 from specdec.drafters.early_exit import EarlyExit
+from specdec.drafters.mtp import MTP
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
@@ -37,12 +38,13 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
 from specdec.request import Request
+from specdec.training.methods import mtp
 from specdec.tree import Acceptance, TokenTree
 from specdec.verifier.greedy import Greedy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.target_only import TargetOnly
 from tests.decoding import decoder_of
-from tests.heads import blocks
+from tests.heads import blocks, made
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,18 +76,21 @@ GROWN = (  # on the device
     "cascade eagle3",
     "cascade dflash",
 )
-BLOCKS = ("dflash", "dspark")  # random heads: nothing of theirs is kept
+UNTRAINED = ("dflash", "dspark", "mtp")  # random heads: nothing of theirs is kept
 PLANS = [
     ("none", "chain"),
     *((kind, tree) for kind in (*GROWN, "ngram") for tree in TREES),
-    *((kind, "dynamic") for kind in BLOCKS),
+    *((kind, "dynamic") for kind in UNTRAINED),
 ]
 
 
 @cache
-def block_head(kind: str) -> str:
+def random_head(kind: str) -> str:
     """The folder of a random head for the built-in target."""
     folder = Path(mkdtemp())
+    if kind == "mtp":
+        made.begun(folder, load_model("zoo:target"), mtp.MTP())
+        return str(folder)
     target = AutoModelForCausalLM.from_pretrained(zoo_path("target"), dtype=torch.float32)
     markov = "gated" if kind == "dspark" else ""
     blocks.dflash(folder, target, layout="speculators", markov=markov)
@@ -133,9 +138,11 @@ def build(kind: str) -> Drafter:
     if kind == "eagle3":
         return Eagle3(path="zoo:eagle3")
     if kind == "dflash":
-        return DFlash(path=block_head(kind))
+        return DFlash(path=random_head(kind))
+    if kind == "mtp":
+        return MTP(path=random_head(kind))
     if kind == "dspark":
-        return DSpark(path=block_head(kind))
+        return DSpark(path=random_head(kind))
     small = SmallLlama(path="zoo:draft")
     if kind == "small_llama":
         return small
@@ -195,7 +202,7 @@ def test_greedy_equals_generate(
 ) -> None:
     records, steps = decode(exact, build(kind), TREES[tree], batch_size=batch_size)
     assert outputs_of(records) == generated
-    if kind not in BLOCKS:
+    if kind not in UNTRAINED:
         assert (sum(sum(step.accepted) for step in steps) > 0) == (kind != "none")
 
 
@@ -283,7 +290,7 @@ def eager() -> PagedLM:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("kind", ["none", *GROWN, *BLOCKS, "ngram"])
+@pytest.mark.parametrize("kind", ["none", *GROWN, *UNTRAINED, "ngram"])
 def test_graphs_change_nothing(
     exact: PagedLM, eager: PagedLM, kind: str, batch_size: int, temperature: float
 ) -> None:
@@ -305,7 +312,7 @@ def test_graphs_change_nothing(
     assert outputs_of(outputs[0][0]) == outputs_of(outputs[1][0])
 
 
-@pytest.mark.parametrize("kind", ["none", *GROWN, *BLOCKS, "ngram"])
+@pytest.mark.parametrize("kind", ["none", *GROWN, *UNTRAINED, "ngram"])
 def test_after_warming_up_everything_is_replayed(exact: PagedLM, kind: str) -> None:
     """At every size of batch, that of the last sequences included."""
     if exact.kernels.impl != "triton":
@@ -329,7 +336,7 @@ def test_after_warming_up_everything_is_replayed(exact: PagedLM, kind: str) -> N
         assert counts["replayed"] - before[verb]["replayed"] == len(steps)
 
 
-@pytest.mark.parametrize("kind", ["none", *GROWN, *BLOCKS, "ngram"])
+@pytest.mark.parametrize("kind", ["none", *GROWN, *UNTRAINED, "ngram"])
 def test_texts_end_exactly_where_they_should(
     exact: PagedLM, generated: list[list[int]], kind: str
 ) -> None:
