@@ -8,6 +8,8 @@ from specdec.drafters.heads import CachedHeadDrafter
 from specdec.drafters.logits import candidates_of
 from specdec.heads.layered import LayeredHead
 from specdec.heads.paged import PagedHead
+from specdec.heads.paged_mtp import PagedMTP
+from specdec.heads.recurrent import MTPHead
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation
 from specdec.protocols import StepContext, TreePolicy
@@ -25,13 +27,16 @@ class Eagle(CachedHeadDrafter):
     Args, Raises: those of `HeadDrafter`.
     """
 
-    model: PagedHead
+    model: PagedHead | PagedMTP
     _news: Tensor  # [rows, W] tokens of the pairs whose states are noted
     _prompts: dict[int, tuple[int, list[int]]]  # by row: tokens read so far, and all
 
     def _use(self, head: LayeredHead, target: PagedLM) -> None:
         super()._use(head, target)
-        self.model = PagedHead(head, target)
+        if isinstance(head, MTPHead) and len(head.later):
+            self.model = PagedMTP(head, target)
+        else:
+            self.model = PagedHead(head, target)
 
     def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
         super().prepare(capacity, tree)
@@ -125,8 +130,9 @@ class Eagle(CachedHeadDrafter):
         head = self.head
         feature, normal = self.model.forward(rows, head.embed(news), head.fuse(states), chain)
         self.model.cache.append(rows, None, count, news.shape[1])
-        last = (count - 1).clamp(min=0)[:, None, None].expand(-1, -1, feature.shape[2])
-        return feature.gather(1, last), normal.gather(1, last)
+        last = (count - 1).clamp(min=0)[:, None, None]
+        feature = feature.gather(1, last.expand(-1, -1, feature.shape[2]))
+        return feature, normal.gather(1, last.expand(-1, -1, normal.shape[2]))
 
     def note(
         self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation

@@ -11,6 +11,7 @@ from specdec.cache import CacheFullError
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.drafters.logits import candidates_of
 from specdec.heads.formats import find_head, levels_of, load_head
+from specdec.heads.mtp_files import HowMTP
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation, Observes, Tap
@@ -44,7 +45,7 @@ class HeadDrafter(GrowingDrafter):
     sampled_children = True
     reads_states = True
     kind: ClassVar[str]
-    feedback: str | None = None  # of an MTP layer
+    how: HowMTP | None = None  # of MTP layers
     answers: ClassVar[str] = ""
 
     def __init__(
@@ -105,7 +106,7 @@ class HeadDrafter(GrowingDrafter):
             setting=setting,
             taps=self.taps,
             rope_theta=self.rope_theta,
-            feedback=self.feedback,
+            how=self.how,
             widened=self.widen,
         )
         self._use(head, target)

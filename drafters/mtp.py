@@ -1,20 +1,22 @@
 """drafter=mtp: a layer for multi-token prediction that a model was published with."""
 
 from specdec.drafters.eagle import Eagle
-from specdec.heads.mtp_files import HANDED_ON
+from specdec.heads.mtp_files import HowMTP
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 
 
 class MTP(Eagle):
-    """Drafts with an MTP layer (DeepSeek-AI 2024), in the layouts of MiMo, Qwen3-Next and
-    speculators. It was trained for the token after next, and drafts deeper ones by reading what it
-    made itself (FastMTP, Cai et al. 2025).
+    """Drafts with MTP layers (DeepSeek-AI 2024), in the layouts of MiMo, Qwen3-Next and
+    speculators. Layer m drafts the level m below the root's children; the last of them, which most
+    models have alone, drafts all further levels from what it made itself (FastMTP, Cai et al.
+    2025).
 
     Args, Raises: those of `HeadDrafter`; and
-        path: None for the MTP layer in the target's own files.
-        feedback: which state it hands on to its next depth: normal, after its final norm, or
+        path: None for the MTP layers in the target's own files.
+        feedback: which state a layer hands on to the next level: normal, after its final norm, or
             hidden, before it; None for what is usual for its layout.
+        layers: how many are used; None is all there are.
     """
 
     kind = "mtp"
@@ -25,6 +27,7 @@ class MTP(Eagle):
         path: str | None = None,
         taps: list[Tap] | None = None,
         feedback: str | None = None,
+        layers: int | None = None,
         depth: int | None = None,
         candidates: int = 64,
         rope_theta: float | None = None,
@@ -38,9 +41,7 @@ class MTP(Eagle):
             rope_theta=rope_theta,
             widen=widen,
         )
-        if feedback not in HANDED_ON:
-            raise ValueError(f"drafter.feedback={feedback}: must be normal, hidden or null")
-        self.feedback = feedback
+        self.how = HowMTP(feedback=feedback, layers=layers)
 
     def find(self) -> None:
         if self.path:

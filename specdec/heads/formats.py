@@ -28,7 +28,7 @@ from specdec.heads.layered import LayeredHead
 from specdec.heads.layouts import BLOCK_KINDS, Layout, recognise
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.medusa_files import counts, medusa_config
-from specdec.heads.mtp_files import fold, handed_on, mtp_config, unfold, unused
+from specdec.heads.mtp_files import HowMTP, fold, handed_on, mtp_config, unfold
 from specdec.heads.reading import eagle3_config, eagle_config, unstated
 from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
@@ -60,7 +60,7 @@ def load_head(
     setting: str = "drafter.path",
     taps: Sequence[Tap] | None = None,
     rope_theta: float | None = None,
-    feedback: str | None = None,
+    how: HowMTP | None = None,
     widened: bool = True,
 ) -> nn.Module:
     """A head on the target's device and in its type, in evaluation mode and without gradients.
@@ -71,7 +71,7 @@ def load_head(
         setting: the option that gave `path`, for messages.
         taps: which states of the target it reads, instead of what its files say.
         rope_theta: base of its rotary angles, instead of the files'.
-        feedback: what an MTP layer hands on, normal or hidden, instead of what is usual.
+        how: of MTP layers; None leaves it to the files.
         widened: for a stand-in, a head of its small model gets the size of published ones; False
             leaves it small.
 
@@ -91,8 +91,8 @@ def load_head(
         )
     small = _is_of_small(files, layout, target, widened)
     host = Host.small(target) if small else Host.of(target)
-    remarks = check_verifier(files, host) + unstated(files, layout) + unused(layout)
-    head: Any = _made(files, layout, host, taps, rope_theta, feedback)
+    remarks = check_verifier(files, host) + unstated(files, layout)
+    head: Any = _made(files, layout, host, taps, rope_theta, how or HowMTP())
     if small:
         remarks.append(f"widened from {head.width}" if widened else "not widened")
         head = widen(head, target, setting=files.name) if widened else moved(head, target)
@@ -152,13 +152,13 @@ def _made(
     host: Host,
     taps: Sequence[Tap] | None,
     rope_theta: float | None,
-    feedback: str | None,
+    how: HowMTP,
 ) -> nn.Module:
     """The head, of the host's own size."""
     if layout.kind == "medusa":
         return _medusa(files, layout, host, taps)
     if layout.kind == "mtp":
-        return _mtp(files, layout, host, taps, rope_theta, feedback)
+        return _mtp(files, layout, host, taps, rope_theta, how)
     make = _block if layout.kind in BLOCK_KINDS else _recurrent
     return make(files, layout, host, taps, rope_theta)
 
@@ -186,16 +186,23 @@ def _mtp(
     host: Host,
     taps: Sequence[Tap] | None,
     rope_theta: float | None,
-    feedback: str | None,
+    how: HowMTP,
 ) -> LayeredHead:
-    config = mtp_config(files, layout, host, taps=taps, rope_theta=rope_theta, feedback=feedback)
-    with torch.device("meta"):
-        head = MTPHead(config)
-    head.one = torch.ones(head.width, dtype=host.dtype, device=host.device)
-    unfold(head)
-    _filled(head, files, layout, host, {}, ())
-    fold(head, layout)
-    return head
+    config = mtp_config(files, layout, host, taps=taps, rope_theta=rope_theta, how=how)
+    heads: list[Any] = []
+    shared: dict[str, Tensor] = {}
+    for each in how.chosen(layout, files.name):
+        with torch.device("meta"):
+            head: Any = MTPHead(config)
+        head.one = torch.ones(head.width, dtype=host.dtype, device=host.device)
+        unfold(head)
+        _filled(head, files, each, host, shared, ())
+        fold(head, layout)
+        heads.append(head)
+        shared = {EMBEDDING: head.embed_tokens.weight, OUTPUT: head.lm_head.weight}
+    first: LayeredHead = heads[0]
+    heads[0].later.extend(heads[1:])
+    return first
 
 
 def _block(
@@ -278,7 +285,7 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
     if layout.kind == "medusa":
         size = f"{config.heads} heads of {config.blocks} block{'s' * (config.blocks != 1)}"
     else:
-        count = config.layer.num_hidden_layers
+        count = config.layer.num_hidden_layers + len(getattr(head, "later", ()))
         size = f"{count} layer{'s' * (count > 1)} of {head.width}"
         if isinstance(head, BlockHead):
             size += f", blocks of {config.block}"

@@ -46,14 +46,16 @@ MTP_LAYERS = {  # types of layers by config.json's model_type, as transformers h
     "mimo": "qwen2",
     "qwen3_5": "qwen3_5_text",
 }
-MTP_NAMES = {
-    r"^(mtp\.pre_fc_norm_embedding|mtp_layers\.0\.token_layernorm)\.": "embedding_layernorm.",
-    r"^(mtp\.pre_fc_norm_hidden|mtp_layers\.0\.hidden_layernorm)\.": "hidden_states_layernorm.",
-    r"^(mtp\.fc|mtp_layers\.0\.input_proj)\.": "fc.",
-    r"^(mtp\.norm|mtp_layers\.0\.final_layernorm)\.": "norm.",
-    r"^(mtp\.layers|mtp_layers)\.0\.": "layers.0.",
+MTP_NAMES = {  # of the layer of a depth
+    r"^(mtp\.pre_fc_norm_embedding|mtp_layers\.{}\.token_layernorm)\.": "embedding_layernorm.",
+    r"^(mtp\.pre_fc_norm_hidden|mtp_layers\.{}\.hidden_layernorm)\.": "hidden_states_layernorm.",
+    r"^(mtp\.fc|mtp_layers\.{}\.input_proj)\.": "fc.",
+    r"^(mtp\.norm|mtp_layers\.{}\.final_layernorm)\.": "norm.",
+    r"^(mtp\.layers|mtp_layers)\.{}\.": "layers.0.",
 }
-MTP_FURTHER = r"(?:mtp\.layers|mtp_layers)\.([1-9]\d*)\..*"  # published for later depths
+MTP_DEPTH = r"(?:mtp\.layers|mtp_layers)\.(\d+)\."
+SHARED = r"embed_tokens\.weight|lm_head\.weight|d2t"  # by the layers of all depths
+
 
 EAGLE_NAMES = {  # in the order they are applied
     r"^model\.": "",  # vLLM's first form has it twice
@@ -77,7 +79,7 @@ class Layout:
         files: names of its tensors in the files, by their names here.
         shifted: as of `BlockConfig`, if config.json does not say it.
         hidden_first: of an MTP layer, whether it reads the state before the embedding.
-        further: MTP layers that the files hold besides the first.
+        later: `files` of the MTP layers of further depths.
     """
 
     kind: Kind
@@ -87,7 +89,7 @@ class Layout:
     files: Mapping[str, str]
     shifted: bool = False
     hidden_first: bool = False
-    further: int = 0
+    later: tuple[Mapping[str, str], ...] = ()
 
     @property
     def by_transformers(self) -> bool:
@@ -272,29 +274,32 @@ def _mtp(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
     whole = any(re.search(r"\blayers\.\d", key) for key in shapes.keys() - {*mine})
     bare = [key.removeprefix("model.") for key in mine]
     of_qwen = any(key.startswith("mtp.") for key in bare)
-    further = {found[1] for key in bare if (found := re.match(MTP_FURTHER, key))}
-
-    def rename(key: str) -> str:
-        key = key.removeprefix("model.")
-        for pattern, ours in MTP_NAMES.items():
-            key = re.sub(pattern, ours, key)
-        return key
-
+    depths = {int(found[1]) for key in bare if (found := re.match(MTP_DEPTH, key))} or {0}
+    read = {key: shapes[key] for key in (mine if whole else shapes)}
+    first, *later = (_mtp_files(read, name, depth) for depth in sorted(depths))
     label = "speculators" if wrapped else "Qwen3-Next" if of_qwen else "MiMo"
     return Layout(
         kind="mtp",
         label=f"MTP layer of {label}",
         wrapped=wrapped,
         layer=_completed({**layer, "model_type": kind}, name, MTP_LAYERS),
-        files=_names(
-            {key: shapes[key] for key in (mine if whole else shapes)},
-            name,
-            rename,
-            f"{IGNORED}|{MTP_FURTHER}",
-        ),
+        files=first,
         hidden_first=not wrapped and not of_qwen,
-        further=len(further),
+        later=tuple(later),
     )
+
+
+def _mtp_files(shapes: Shapes, name: str, depth: int) -> dict[str, str]:
+    """Of the MTP layer of a depth; what all share has the first."""
+
+    def rename(key: str) -> str:
+        key = key.removeprefix("model.")
+        for pattern, ours in MTP_NAMES.items():
+            key = re.sub(pattern.format(depth), ours, key)
+        return key
+
+    ignored = f"{IGNORED}|{MTP_DEPTH}.*" + (f"|{SHARED}" if depth else "")
+    return _names(shapes, name, rename, ignored)
 
 
 def _completed(

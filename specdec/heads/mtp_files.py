@@ -7,7 +7,7 @@ does this.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,43 @@ HANDED_ON = {None: True, "normal": True, "hidden": False}  # drafter.feedback: i
 QUERY, OUTPUT = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.o_proj.weight"
 
 
+@dataclass(frozen=True, kw_only=True)
+class HowMTP:
+    """What is not left to the files.
+
+    Args:
+        feedback: which state a layer hands on, of `HANDED_ON`.
+        layers: how many are used, from the first; the last of them is used again at all further
+            depths. None is all there are.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    feedback: str | None = None
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.feedback not in HANDED_ON:
+            raise ValueError(f"drafter.feedback={self.feedback}: must be normal, hidden or null")
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"drafter.layers={self.layers}: must be at least 1, or null")
+
+    def chosen(self, layout: Layout, name: str) -> list[Layout]:
+        """That of each layer that is used.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        every = [layout.files, *layout.later]
+        if self.layers is not None and self.layers > len(every):
+            raise ValueError(
+                f"drafter.layers={self.layers}: {name} holds {len(every)} of MTP; choose at most "
+                f"so many"
+            )
+        return [replace(layout, files=files) for files in every[: self.layers]]
+
+
 def mtp_config(
     files: HeadFiles,
     layout: Layout,
@@ -34,12 +71,9 @@ def mtp_config(
     *,
     taps: Sequence[Tap] | None,
     rope_theta: float | None,
-    feedback: str | None,
+    how: HowMTP,
 ) -> MTPConfig:
     """Of an MTP layer. Every published one hands on its normed state, as vLLM and SGLang run it.
-
-    Args:
-        feedback: of `HANDED_ON`.
 
     Raises:
         ValueError: fields that are missing, or contradict tensors or target.
@@ -68,7 +102,7 @@ def mtp_config(
         target_vocab=host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding),
         vocab_size=named(files, layout, host, shapes),
         output_bias="layers.0.self_attn.o_proj.bias" in shapes,
-        norm_output=HANDED_ON[feedback],
+        norm_output=HANDED_ON[how.feedback],
         gated=gated,
         turned=_turned(share, decoder.head_dim, files.name),
     )
@@ -83,12 +117,6 @@ def _turned(share: Any, size: int, name: str) -> int | None:
             f"of the {size} of an attention head; take the head's own {CONFIG}"
         )
     return None if share == 1 else int(size * share)
-
-
-def unused(layout: Layout) -> list[str]:
-    """What the start of a run should say of MTP layers that are published for later depths: the
-    first drafts all of them, as in vLLM (vllm-project/vllm#52688)."""
-    return [f"whose {layout.further} further layers are not used"] if layout.further else []
 
 
 def handed_on(head: MTPHead) -> list[str]:

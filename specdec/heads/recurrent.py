@@ -196,9 +196,18 @@ class EagleHead(LayeredHead):
 
 class MTPHead(EagleHead):
     """An MTP layer: fc joins the normed embedding with the normed state; the next state is what
-    its output head reads."""
+    its output head reads.
+
+    Attributes:
+        later: those of the depths below its own, with its embedding and output head.
+    """
 
     config: MTPConfig
+    later: Any  # nn.ModuleList of MTPHead
+
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__(config)
+        self.later = nn.ModuleList()
 
     def _layer(self, index: int) -> Any:
         layer = super()._layer(index)

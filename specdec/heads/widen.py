@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from specdec.heads.block import BlockHead
 from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
-from specdec.heads.recurrent import Eagle3Head, EagleHead
+from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
 from specdec.models.paged import PagedLM
 from specdec.models.standin import RANDOM_STD, Widening, check_memory, placed_heads
@@ -73,6 +73,8 @@ def widen(head: Head, target: PagedLM, *, setting: str = "drafter.path", seed: i
             wide = _medusa(head, target, standin, random)
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
+    if isinstance(head, MTPHead):
+        wide.later.extend(widen(one, target, setting=setting, seed=seed) for one in head.later)
     wide.kernels, wide.drafts, wide.names = head.kernels, head.drafts, head.names
     made: Head = wide.eval().requires_grad_(False)
     return made
@@ -84,6 +86,8 @@ def moved(head: Head, target: PagedLM) -> Head:
     It is to be given the first numbers of each state, as many as it reads."""
     standin, wide = target.standin, cast(Any, head)
     assert standin is not None
+    for one in getattr(wide, "later", ()):
+        moved(one, target)
     taps = tuple(standin.tap(tap) for tap in wide.config.taps)
     wide.config = replace(wide.config, taps=taps)
     embedding, _ = _weights(target)

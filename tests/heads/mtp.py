@@ -20,7 +20,7 @@ def mtp(
     *,
     layout: str = "mimo",
     whole: bool = False,
-    further: int = 0,
+    layers: int = 1,
     theta: float = 50.0,
     config: Mapping[str, Any] | None = None,
 ) -> Facts:
@@ -29,26 +29,24 @@ def mtp(
     Args:
         layout: mimo, qwen, or speculators, which has layers of several types.
         whole: among the tensors of the target, without its matrices else.
-        further: layers for later depths.
+        layers: each for a depth.
         config: more of config.json.
     """
     random, of_qwen, size = made.Random(), layout in QWEN, 16 if layout in QWEN else 8
     start = {"mimo": "model.mtp_layers", "qwen": "mtp.layers"}.get(layout, "mtp_layers")
     normed, bias = layout not in ("mimo", "speculators, qwen2"), "" if of_qwen else "qkv"
-    tensors = _layer(random, f"{start}.0", size, bias=bias, normed=normed, gated=of_qwen)
-    outer = (f"{start}.0.{name}" for name in ("token_layernorm", "hidden_layernorm"))
-    fc, last = f"{start}.0.input_proj", f"{start}.0.final_layernorm"
+    names, tensors = tuple(f"{start}.{index}" for index in range(layers)), dict[str, Tensor]()
+    for name in names:
+        tensors |= _layer(random, name, size, bias=bias, normed=normed, gated=of_qwen)
+        if layout != "qwen":
+            parts = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
+            tensors |= _around(random, *(f"{name}.{part}" for part in parts))
     if layout == "qwen":
-        outer = (f"mtp.pre_fc_norm_{name}" for name in ("embedding", "hidden"))
-        fc, last = "mtp.fc", "mtp.norm"
-    tensors |= {f"{norm}.weight": random.norm(made.D) for norm in (*outer, last)}
-    tensors[f"{last}.weight"] *= 3  # so that some tokens are likely
-    tensors[f"{fc}.weight"] = random.matrix(made.D, 2 * made.D)
+        norms = (f"mtp.pre_fc_norm_{name}" for name in ("embedding", "hidden"))
+        tensors |= _around(random, *norms, "mtp.fc", "mtp.norm")
     effective = made.doubled(tensors)
     if of_qwen:
         tensors = {k: v - 1 if "norm" in k else v for k, v in tensors.items()}
-    for index in range(1, further + 1):
-        tensors[f"{start}.{index}.mlp.up_proj.weight"] = random.matrix(4, 4)
     if whole:
         tensors |= {key: value.clone() for key, value in target.state_dict().items()}
     rope = {"rope_type": "default", "rope_theta": theta, **(PARTIAL if of_qwen else {})}
@@ -57,7 +55,7 @@ def mtp(
     flags = {"gated"} if of_qwen else set()
     return Facts(
         tensors=effective,
-        layers=(f"{start}.0",),
+        layers=names,
         embedding=target.get_input_embeddings().weight.detach().double(),
         output=target.get_output_embeddings().weight.detach().double(),
         heads=made.HEADS,
@@ -78,6 +76,17 @@ def _layer(
         rows = 2 * made.HEADS[0] * size
         made_[f"{name}.self_attn.q_proj.weight"] = random.matrix(rows, made.D)
     return made_
+
+
+def _around(
+    random: made.Random, of_token: str, of_state: str, fc: str, last: str
+) -> dict[str, Tensor]:
+    return {
+        f"{of_token}.weight": random.norm(made.D),
+        f"{of_state}.weight": random.norm(made.D),
+        f"{fc}.weight": random.matrix(made.D, 2 * made.D),
+        f"{last}.weight": 3 * random.norm(made.D),  # so that some tokens are likely
+    }
 
 
 def _config(layout: str, layer: dict[str, Any]) -> dict[str, Any]:

@@ -177,27 +177,39 @@ def eagle(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[
 
 
 def mtp(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
-    """[V] logits after the path, of an MTP layer; norms are those that it multiplies by."""
-    w, eps, layer = facts.tensors, facts.eps, facts.layers[0]
-    of_qwen = "mtp.fc.weight" in w
+    """[V] logits after the path, of MTP layers, each over the states that the one above made of
+    all tokens; the last is used again. Norms are those that they multiply by."""
+    every, last = tokens + path, min(len(path), len(facts.layers) - 1)
+    features = states[0][: len(tokens) - 1].double()
+    for depth in range(last + 1):
+        given = features
+        features, normal = mtp_layer(facts, depth, given, every[1 + depth :])
+    for _ in range(last, len(path)):
+        given = torch.cat([given, features[-1:]])
+        features, normal = mtp_layer(facts, last, given, every[1 + last :])
+    return normal[-1] @ facts.output.T
+
+
+def mtp_layer(
+    facts: Facts, depth: int, features: Tensor, tokens: list[int]
+) -> tuple[Tensor, Tensor]:
+    """[T, D] of pairs of [T, D] states with as many of the tokens: what is handed on, and what is
+    read at the output head."""
+    w, eps, layer = facts.tensors, facts.eps, facts.layers[depth]
     names = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc", "mtp.norm")
-    if not of_qwen:
+    if "mtp.fc.weight" not in w:
         own = ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm")
         names = tuple(f"{layer}.{name}" for name in own)  # type: ignore[assignment]
     of_token, of_state, fc, last = (w[f"{name}.weight"] for name in names)
-    features = states[0][: len(tokens) - 1].double()
-    for drafted in range(len(path) + 1):
-        embedded = facts.embedding[torch.tensor(tokens[1:] + path[:drafted])]
-        both = [rms(embedded, of_token, eps), rms(features, of_state, eps)]
-        if "hidden first" in facts.flags:
-            both.reverse()
-        y = torch.cat(both, dim=-1) @ fc.T
-        y = y + attention(facts, layer, rms(y, w[f"{layer}.input_layernorm.weight"], eps))
-        y = y + mlp(facts, layer, y)
-        normal = rms(y, last, eps)
-        fed = y if "hidden" in facts.flags else normal
-        features = torch.cat([features, fed[-1:]])
-    return normal[-1] @ facts.output.T
+    embedded = facts.embedding[torch.tensor(tokens[: len(features)])]
+    both = [rms(embedded, of_token, eps), rms(features, of_state, eps)]
+    if "hidden first" in facts.flags:
+        both.reverse()
+    y = torch.cat(both, dim=-1) @ fc.T
+    y = y + attention(facts, layer, rms(y, w[f"{layer}.input_layernorm.weight"], eps))
+    y = y + mlp(facts, layer, y)
+    normal = rms(y, last, eps)
+    return (y if "hidden" in facts.flags else normal), normal
 
 
 def among(facts: Facts, layer: str, context: Tensor, x: Tensor, index: int) -> Tensor:

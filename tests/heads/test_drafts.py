@@ -109,12 +109,17 @@ class Watcher:
 
 
 def watched(
-    target: PagedLM, drafter: Any, facts: oracle.Facts, restated: Restated, tree: str
+    target: PagedLM,
+    drafter: Any,
+    facts: oracle.Facts,
+    restated: Restated,
+    tree: str,
+    shortest: int = 1,
 ) -> Watcher:
     """A decode of more prompts than rows, from one token to many, in which paths are accepted by
     the head's own probabilities."""
     first, second = texts()
-    prompts = [first[:13], second[:1], second[:7], [*first[:4], *second[:4]]]
+    prompts = [first[:13], second[:shortest], second[:7], [*first[:4], *second[:4]]]
     decoder = decoder_of(target, drafter, TREES[tree](), Eager(), temperature=1.0, rows=ROWS)
     decoder.verifier.target.prefill_chunk = 10
     watcher = Watcher(decoder, target, facts, restated)

@@ -22,6 +22,7 @@ from specdec.drafters.eagle import Eagle1
 from specdec.drafters.mtp import MTP
 from specdec.drafters.trees.static import Static
 from specdec.heads.formats import load_head
+from specdec.heads.mtp_files import HowMTP
 from specdec.models.load import Models, load_model, zoo_path
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
@@ -60,10 +61,12 @@ def test_the_state_that_is_read_and_the_one_that_is_handed_on_can_be_chosen(
     target: PagedLM, tmp_path: Path
 ) -> None:
     facts = mtp(tmp_path, target.model)
-    head: Any = load_head(str(tmp_path), target, kinds=("mtp",), taps=[N], feedback="hidden")
+    head: Any = load_head(
+        str(tmp_path), target, kinds=("mtp",), taps=[N], how=HowMTP(feedback="hidden")
+    )
     check(head, replace(facts, taps=(N,), flags=facts.flags | {"hidden"}), target, oracle.mtp)
     assert "hands on unnormed states" in head.description
-    with pytest.raises(ValueError, match=r"drafter\.feedback=twice: must be normal, hidden or nu"):
+    with pytest.raises(ValueError, match=r"^drafter\.feedback=twice: must be normal, hidden or n"):
         MTP(path=str(tmp_path), feedback="twice")
 
 
@@ -353,9 +356,73 @@ def test_what_is_wrong_is_one_line(case: str, target: PagedLM, tmp_path: Path) -
     refused(tmp_path, target, message)
 
 
-def test_more_is_said(target: PagedLM, tmp_path: Path) -> None:
-    mtp(tmp_path, target.model, layout="qwen", further=2)
-    head: Any = load_head(str(tmp_path), target, kinds=("mtp",))
-    assert "whose 2 further layers are not used" in head.description
+def test_a_layer_reads_one_state_and_is_known_by_its_kind(target: PagedLM, tmp_path: Path) -> None:
+    mtp(tmp_path, target.model, layout="qwen")
     refused(tmp_path, target, "reads one state; give drafter.taps one", taps=[3, "normal"])
     refused(tmp_path, target, "is a head of kind mtp .* use drafter=mtp", kinds=("eagle3",))
+
+
+# Layers for further depths
+
+
+@pytest.mark.some(3)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("layout", "layers"), [("mimo", 2), ("qwen", 3), ("speculators", 3)])
+def test_each_layer_drafts_its_level(
+    layout: str, layers: int, tree: str, target: PagedLM, tmp_path: Path
+) -> None:
+    """Over the states that the layer above made of all tokens; the last is used again."""
+    facts = mtp(tmp_path, target.model, layout=layout, layers=layers)
+    drafter, restate = MTP(path=str(tmp_path)), partial(oracle.mtp, facts)
+    shortest = 1 if layers == 2 else layers
+    watcher = watched(target, drafter, facts, restate, tree, shortest=shortest)
+    assert watcher.worst < TOLERANCE
+    assert f"{layers} layers of 32" in drafter.notes["drafter.path"]
+
+
+def test_the_first_layer_can_draft_all_levels(target: PagedLM, tmp_path: Path) -> None:
+    facts = mtp(tmp_path, target.model, layers=2)
+    alone = replace(facts, layers=facts.layers[:1])
+    drafter = MTP(path=str(tmp_path), layers=1)
+    watcher = watched(target, drafter, alone, partial(oracle.mtp, alone), "static")
+    assert watcher.worst < TOLERANCE
+    both = MTP(path=str(tmp_path))
+    watcher = watched(target, both, alone, partial(oracle.mtp, alone), "static")
+    assert watcher.worst > 1000 * TOLERANCE
+    with pytest.raises(ValueError, match=r"^drafter\.layers=0: must be at least 1, or null$"):
+        MTP(path=str(tmp_path), layers=0)
+    with pytest.raises(ValueError, match=r"^drafter\.layers=3: drafter\.path=.* holds 2 of MTP; "):
+        MTP(path=str(tmp_path), layers=3).load(target, MODELS)
+
+
+@pytest.mark.parametrize("trap", ["swapped", "behind", "forgotten"])
+def test_the_traps_of_further_layers_are_seen(trap: str, target: PagedLM, tmp_path: Path) -> None:
+    facts = mtp(tmp_path, target.model, layers=2)
+    drafter = MTP(path=str(tmp_path))
+    load = drafter.load
+
+    def spoilt(*given: Any) -> None:
+        load(*given)
+        model: Any = drafter.model
+        if trap == "swapped":
+            model.each.reverse()
+        if trap == "behind":  # the second layer has an entry for the first pair
+            opened = model.open
+
+            def open_(row: int, **more: Any) -> None:
+                opened(row, **more)
+                model._seen[row] = 1
+
+            model.open = open_
+        if trap == "forgotten":  # what the first made of the pair before is gone
+            append = model.append
+
+            def append_(*given: Any) -> None:
+                append(*given)
+                model._last.zero_()
+
+            model.append = append_
+
+    drafter.load = spoilt  # type: ignore[method-assign]
+    watcher = watched(target, drafter, facts, partial(oracle.mtp, facts), "static")
+    assert watcher.worst > 1000 * TOLERANCE

@@ -68,6 +68,7 @@ HEADS: dict[str, tuple[Any, Write, bool]] = {
     "eagle3, all flags, sampled": (Eagle3, all_flags, True),
     "eagle": (Eagle1, made.eagle, False),
     "mtp, sampled": (MTP, mtp, True),
+    "mtp, two layers": (MTP, partial(mtp, layers=2), False),
     "medusa, sampled": (Medusa, made.medusa, True),
     "dflash": (DFlash, blocks.dflash, False),
     "dflash, scaled, sampled": (DFlash, scaled_block, True),
