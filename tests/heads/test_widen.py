@@ -200,7 +200,7 @@ EAGLE_FORMS = {
 MTP = MTPConfig(**COMMON | {"taps": ("normal",), "vocab_size": VOCABULARY})
 MTP_FORMS = {
     "mtp": MTP,
-    "mtp of the unnormed state, fed likewise": replace(MTP, taps=(6,), norm_output=False),
+    "mtp of a layer, unnormed": replace(MTP, taps=(5,), norm_output=False),
     "mtp of Qwen3.5": replace(MTP, layer=Qwen3Config(**LLAMA), gated=True, turned=32),
 }
 
@@ -212,7 +212,7 @@ def test_mtp_layers_say_the_same(config: MTPConfig, small: Target, large: Target
     wide = widen(head, large.lm)
     assert missed(head, small, wide, large) <= FLOAT32_ROUNDING
     wide.blind = None
-    assert missed(head, small, wide, large) > 1e-2
+    assert missed(head, small, wide, large) > (1e-2 if "normal" in config.taps else 0)
 
 
 @pytest.mark.some(2)

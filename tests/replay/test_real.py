@@ -173,18 +173,18 @@ def test_heads_are_recorded_as_they_draft_in_a_run(name: str, tmp_path: Path) ->
         place, end = (int(starts_of[tree["request"]][step]) for step in (tree["step"], -1))
         for depth, token in enumerate(tree["tokens"][1 : 1 + end - place]):
             along = depth < len(tree["path"])
-            if not along and name != "medusa":
+            if depth and not along and name != "medusa":
                 break
             (rank,) = np.flatnonzero(ids[place, depth] == token)
             told = draft[place, depth, rank]
             np.testing.assert_allclose(told, tree["draft"][depth + 1], atol=2e-5)
-            deep["draft"] += depth > 0
+            deep["draft"] += depth > 0 or name == "mtp"  # a fresh head, of which nothing is kept
             if along:
                 told = np.exp(target[place, depth, rank])
                 np.testing.assert_allclose(told, tree["target"][depth + 1], atol=2e-5)
                 deep["target"] += depth > 0
     assert deep["draft"] > 5
-    assert deep["target"] > 5 or name == "medusa"
+    assert deep["target"] > 5 or name in ("medusa", "mtp")
 
 
 def test_texts_of_a_run_are_recorded_as_those_of_plain_decoding(tmp_path: Path) -> None:
