@@ -65,7 +65,7 @@ def apart(package: str, test: str) -> bool:
         return True
     if not (APART / package).is_dir():
         pytest.skip(f"{package} is not installed; make setup puts it apart")
-    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::{test}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", f"{__file__}::{test}"]
     environment = {**os.environ, "PYTHONPATH": f"{APART}{os.pathsep}{os.getcwd()}"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "1 passed" in found.stdout, found.stdout + found.stderr
