@@ -25,6 +25,7 @@ from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
 from specdec.experiments.figures.faults import faults
 from specdec.experiments.figures.learned import learned, learned_summary
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
+from specdec.experiments.figures.quantised import quantised
 from specdec.experiments.figures.replay import runs_table
 from specdec.experiments.figures.trees_and_rules_plot import tree_lengths, tree_speed
 from specdec.lab.command import run_main
@@ -107,6 +108,12 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         "The check of runs above temperature 0 ([bets](../outputs.md#bets)), of acceptance rules "
         "with faults.",
         [("faults", faults, {})],
+    ),
+    "quantised": (
+        "Quantised targets and caches",
+        "Whether acceptance moves when weights or pages are quantised, beside how far "
+        "probabilities move.",
+        [("quantised", quantised, {})],
     ),
     "kernels": (
         "Kernels",

@@ -13,7 +13,7 @@ temperature 1 the sum of the smaller of the two probabilities, at 0 whether both
 token. Overlap with both targets along the same texts shows what quantisation does, and no luck of
 texts beside it. The divergence of Kullback and Leibler, fp8 from bf16, is along the texts of fp8.
 
-Pages: a context is a prompt with others of its set before it, cut to its last tokens. What the
+Pages: a context is a prompt with others before it, cut to its last tokens. What the
 target says then at temperature 1 is read over keys and values in pages of each type, and compared
 with what it says over plain ones; overlap is with the draft over pages of the same type.
 
@@ -102,8 +102,7 @@ class Bench:
         shops = {name: self.shop.having(f"target.quantize={name}") for name in TARGETS}
         self.targets = {name: shop.target for name, shop in shops.items()}
         self.draft = self.shop.models.load(options.draft, setting="draft")
-        self.sets = options.read(self.shop)
-        self.asked = [one for of in self.sets.values() for one in of]
+        self.asked = [one for of in options.read(self.shop).values() for one in of]
 
     def decode(
         self, words: str, asked: Sequence[Asked], temperature: int
@@ -160,9 +159,9 @@ def read_by_all(
 
 def pages(bench: Bench, context: int) -> dict[str, Any]:
     """What quantised pages change, after so many tokens."""
-    asked = contexts(bench.sets, context, bench.options.pages)
     if context + bench.options.tokens > bench.targets["none"].max_context:
         raise ValueError(f"contexts={context}: exceeds what the target has positions for")
+    asked = contexts(bench.asked, context, bench.options.pages)
     outputs, _ = bench.decode(PLAIN, asked, 1)
     found: dict[str, Any] = {}
     for name in ("auto", *PAGES):
@@ -185,20 +184,21 @@ def pages(bench: Bench, context: int) -> dict[str, Any]:
     return found
 
 
-def contexts(sets: dict[str, list[Asked]], length: int, count: int) -> list[Asked]:
-    """Prompts, spread over the sets, with others of their set before them: `length` tokens each.
+def contexts(asked: Sequence[Asked], length: int, count: int) -> list[Asked]:
+    """Prompts, evenly spread, with others before them: the last `length` tokens of each.
 
     Raises:
-        ValueError: a set has fewer tokens.
+        ValueError: all of them together have fewer tokens.
     """
+    tokens = sum(len(one.tokens) for one in asked)
+    if tokens < length:
+        raise ValueError(f"contexts={length}: all prompts have {tokens} tokens; give more of them")
     found = []
-    for name, of in sets.items():
-        whole = [token for one in of for token in one.tokens]
-        if len(whole) < length:
-            raise ValueError(f"contexts={length}: the prompts of {name} have {len(whole)} tokens")
-        for place, one in enumerate(of[: max(1, count // len(sets))]):
-            before = [token for other in (*of[place + 1 :], *of[:place]) for token in other.tokens]
-            found.append(one._replace(tokens=[*before, *one.tokens][-length:]))
+    for number in range(min(count, len(asked))):
+        place = number * len(asked) // count
+        others = [*asked[place + 1 :], *asked[: place + 1]]  # the prompt itself comes last
+        whole = [token for one in others for token in one.tokens]
+        found.append(asked[place]._replace(tokens=whole[-length:]))
     return found
 
 

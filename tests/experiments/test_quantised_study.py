@@ -37,17 +37,14 @@ def test_divergence_and_agreement() -> None:
 
 
 def test_contexts_end_with_their_prompt_and_have_one_length() -> None:
-    sets = {
-        "a": [Asked(i, f"a/{i}", [10 * i + j for j in range(4)]) for i in range(3)],
-        "b": [Asked(7, "b/7", list(range(50, 60)))],
-    }
-    found = study.contexts(sets, 9, 4)
-    assert [one.id for one in found] == [0, 1, 7]
-    assert all(len(one.tokens) == 9 for one in found)
-    assert found[0].tokens == [13, *range(20, 24), *range(4)]
-    assert found[2].tokens == list(range(51, 60))
-    with pytest.raises(ValueError, match="contexts=11: the prompts of b have 10 tokens"):
-        study.contexts(sets, 11, 4)
+    asked = [Asked(i, f"a/{i}", [10 * i + j for j in range(4)]) for i in range(4)]
+    found = study.contexts(asked, 9, 2)
+    assert [one.id for one in found] == [0, 2]
+    assert found[0].tokens == [23, *range(30, 34), *range(4)][-9:]
+    assert found[1].tokens == [3, *range(10, 14), *range(20, 24)]
+    assert len(study.contexts(asked, 16, 9)) == 4
+    with pytest.raises(ValueError, match="contexts=17: all prompts have 16 tokens"):
+        study.contexts(asked, 17, 2)
 
 
 @pytest.mark.slow
