@@ -28,7 +28,7 @@ from specdec.experiments.bench.clock import (
     describe,
     recover,
 )
-from specdec.kernels.layout import SCALED_BLOCK, Fp8Weight, Weight
+from specdec.kernels.layout import Fp8Weight, Weight
 from specdec.kernels.reference import quantise_weight
 from specdec.lab.command import Positive, option
 
@@ -164,10 +164,10 @@ def launches(kind: str, x: Tensor, weight: Weight) -> Iterator[Any]:
     if float8 and kind == "linear":
         divisions |= {max(1, chosen.splits // 2), 2 * chosen.splits}
     found: dict[Any, None] = {}  # in order
-    for rows, columns, warps in product((64, 128, 256), (64, 128), (4, 8)):
+    for rows, columns, warps in product((64, 128, 256), (64, 128, 256), (4, 8)):
         line = halves * rows * itemsize + tile * x.itemsize
         fits = halves * rows * tile <= REGISTERS * 32 * warps and rows >= 16 * warps
-        if not fits or (float8 and columns != SCALED_BLOCK):
+        if not fits or columns == (64 if float8 and len(x) <= 128 else 256 if not float8 else 0):
             continue
         shaped = replace(chosen, rows=rows, columns=columns, warps=warps)
         for share, splits in product((1, 2, 3) if float8 else (1,), sorted(divisions)):

@@ -12,6 +12,7 @@ before it has left its place (programmatic dependent launch), asks for its first
 then waits for the results of earlier kernels.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -148,7 +149,8 @@ def _on_hopper(device: torch.device) -> bool:
 
 def _chunks(inputs: int, blocks: Stream) -> tuple[int, int]:
     """Columns of a split, and how many splits that makes."""
-    chunk = triton.cdiv(triton.cdiv(inputs, blocks.splits), SPLIT_COLUMNS) * SPLIT_COLUMNS
+    unit = max(SPLIT_COLUMNS, blocks.columns)
+    chunk = triton.cdiv(triton.cdiv(inputs, blocks.splits), unit) * unit
     return chunk, triton.cdiv(inputs, chunk)
 
 
@@ -166,8 +168,9 @@ def _stream(
     blocked = scale is not None and scale.dim() == 2
     if weight.stride(1) != 1 or not weight.is_contiguous():
         raise ValueError(f"a weight of strides {weight.stride()} must be contiguous")
-    if blocked and SCALED_BLOCK % blocks.columns:
-        raise ValueError(f"columns={blocks.columns} of float8 must divide {SCALED_BLOCK}")
+    if blocked and x.itemsize == 2 and blocks.columns != SCALED_BLOCK:  # whose sums are kept apart
+        stages = max(2, blocks.stages * blocks.columns // SCALED_BLOCK)
+        blocks = replace(blocks, columns=SCALED_BLOCK, stages=stages)
     if x.stride(1) != 1:
         x = x.contiguous()
     if not out.numel():

@@ -51,8 +51,10 @@ GATED_WIDE = Stream(rows=64, columns=64, stages=6)
 WIDE = Stream(rows=64, columns=64, stages=8)
 WIDE_WHOLE = Stream(rows=128, columns=64, warps=8, stages=8)
 FLOAT8 = Stream(rows=64, columns=128, stages=10)
-FLOAT8_TALL = Stream(rows=128, columns=128, warps=8, stages=6)
-FLOAT8_FEW = 32  # rows of x for which the tile of the weight need not be tall
+FLOAT8_TALL = Stream(rows=128, columns=128, stages=3)
+FLOAT8_GATED = Stream(rows=128, columns=128, warps=8, stages=4)
+FLOAT8_WIDE = Stream(rows=128, columns=128, warps=8, stages=4)
+FLOAT8_WIDEST = Stream(rows=128, columns=64, warps=8, stages=5)
 
 
 def choose_stream(
@@ -106,14 +108,22 @@ def _choose_float8(
     rows: int, outputs: int, inputs: int, dtype: torch.dtype, splits: int | None, gated: bool
 ) -> Stream:
     """How to read a weight in float8. While one program makes its weights wide another has the
-    tensor cores; many rows of x come by for many of the weight at once, for twice as many bytes
-    of them are needed as of a tile as tall."""
-    stream = FLOAT8 if rows <= FLOAT8_FEW else FLOAT8_TALL
+    tensor cores, so that two or more share a multiprocessor."""
     halves = 2 if gated else 1
     if splits is None:
         splits = _splits(outputs, inputs, crowded=True, together=2)[0]
+    programs = triton.cdiv(outputs // halves, FLOAT8.rows) * splits
+    if rows > STREAM_ROWS:
+        stream = FLOAT8_GATED if gated else FLOAT8_WIDE if rows <= 128 else FLOAT8_WIDEST
+    elif rows <= 32:
+        stream = FLOAT8
+    elif gated:
+        stream = FLOAT8_GATED
+    else:  # three with large tiles of x do not fit
+        stream = FLOAT8_TALL if programs > 2 * PROGRAMS else FLOAT8
     programs = triton.cdiv(outputs // halves, stream.rows) * splits
-    together = max(1, min(triton.cdiv(programs, PROGRAMS), 3, 16 // stream.warps))
+    most = 1 if rows > 128 else 16 // stream.warps  # that have room for their registers
+    together = max(1, min(triton.cdiv(programs, PROGRAMS), 3, most))
     line = halves * stream.rows + padded_rows(rows, gated=gated) * dtype.itemsize
     stages = min(stream.stages, RING // together // (line * stream.columns))
     steps = triton.cdiv(triton.cdiv(inputs, splits), stream.columns)

@@ -94,6 +94,8 @@ def report(name: str, compiled: Any) -> dict[str, Any]:
         file.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        code = [str(CUOBJDUMP), "--dump-sass", file.name] if name == "ring_kernel" else ["true"]
+        sass = subprocess.run(code, capture_output=True, text=True, check=True).stdout
     found = {kind: int(value) for kind, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
     return {
@@ -103,6 +105,7 @@ def report(name: str, compiled: Any) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
+        "waits": sass.count("WARPGROUP.DEPBAR"),  # for products by warp groups; of the ring alone
         "constants": _constants(compiled),
         "async_copies": len(re.findall(r"cp\.async\.(?:c[ag]|bulk\.tensor)", ptx)),
         "copies_before_wait": len(

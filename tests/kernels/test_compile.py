@@ -141,6 +141,14 @@ def test_weights_are_sent_for_before_earlier_kernels_have_ended(
             assert report["copies_before_wait"] >= tiles, name(report)
 
 
+def test_products_of_the_ring_do_not_wait_for_each_other(reports: list[dict[str, Any]]) -> None:
+    """One wait in the loop, one behind it. The assembler puts in others where operands in
+    registers are in its way."""
+    found = [report for report in reports if report["kernel"] == "ring_kernel"]
+    assert any("float8" in report["call"] for report in found)
+    assert [name(report) for report in found if report["waits"] > 2] == []
+
+
 def test_kernels_of_a_layer_start_early(reports: list[dict[str, Any]]) -> None:
     found = [
         report
