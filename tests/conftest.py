@@ -62,6 +62,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def load_once() -> Iterator[None]:
     """Model folders are read once; reading them anew for each case would take most of the

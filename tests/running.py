@@ -16,6 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 QUICK = ("tracker=none", "prompts.limit=3", "max_new_tokens=10", "dtype=float32")
+SMALL_TARGET = "target.path=zoo:draft"  # where it does not matter which drafts are kept
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

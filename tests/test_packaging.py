@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.running import forked
+
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = ("drafters", "verifier", "kernels", "configs", "experiments")
 SOURCES = ("specdec", "hydra_plugins", "drafters", "verifier", "kernels", "experiments", "tests")
@@ -358,10 +360,26 @@ for name in ("target", "draft"):
 """
 
 
+# Of what is imported already, and of where it was found, only others' packages are left.
+INSTALLED = """
+import os
+import sys
+
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("specdec", "hydra_plugins", "tests"):
+        del sys.modules[name]
+elsewhere = [path for path in sys.path if not os.path.isdir(os.path.join(path, "specdec"))]
+sys.path[:] = [os.path.abspath("site"), *elsewhere]
+"""
+
+
 def test_the_installed_wheel_has_tools_and_models_offline(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    found = run_python(LOAD_ZOO + RUN_TOOL, cwd=tmp_path, path=tmp_path / "site")
+    (tmp_path / "installed.py").write_text(INSTALLED + LOAD_ZOO + RUN_TOOL)
+    done = forked(tmp_path, "installed")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
     assert found["tool"] == [0, 2]
     assert found["specdec"] == str(tmp_path / "site" / "specdec" / "__init__.py")
     for name, parameters in [("target", 14_062_464), ("draft", 2_409_408)]:

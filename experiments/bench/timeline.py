@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 # By the beginning of a kernel's name, or what it contains; the first that fits.
 GROUPS = {
-    "weights": r"^(stream|ring)_kernel|gemm|gemv|nvjet|cutlass|cublas|splitk",
+    "weights": r"^(stream|ring|widen)_kernel|gemm|gemv|nvjet|cutlass|cublas|splitk",
     "attention": r"^(attention|merge|_plan|_share)_kernel",
     "layers": r"^(add_norm|rotate|gate|write_tree|quantise)_kernel",
     "rules, top tokens": r"^(_scan|_law|_greedy|judge|race|rest|_prepare|_traverse|_divisor"

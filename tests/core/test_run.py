@@ -15,7 +15,7 @@ from specdec.training.methods.mtp import MTP
 from tests.heads.blocks import dflash
 from tests.heads.made import begun, medusa
 from tests.models.tiny import disturbed, save, tiny
-from tests.running import QUICK, ROOT, SHARED, jobs, lines, outputs, summary_of
+from tests.running import QUICK, ROOT, SHARED, SMALL_TARGET, jobs, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -197,7 +197,13 @@ def test_triton_is_refused_where_it_cannot_run(specdec, tmp_path, monkeypatch):
 
 def test_budget_zero_drafts_nothing(specdec, tmp_path):
     for drafter in ("small_llama", "ngram"):
-        specdec(f"drafter={drafter}", "tree.budget=0", f"out={tmp_path}/{drafter}", *QUICK)
+        specdec(
+            f"drafter={drafter}",
+            "tree.budget=0",
+            f"out={tmp_path}/{drafter}",
+            *QUICK,
+            SMALL_TARGET,
+        )
         summary = summary_of(tmp_path / drafter)
         assert summary["drafted_per_step"] == 0
         assert summary["mean_accepted_length"]["pooled"] == 1
@@ -206,7 +212,8 @@ def test_budget_zero_drafts_nothing(specdec, tmp_path):
 
 def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(specdec, tmp_path):
     code, printed, error = specdec(
-        "-m", "drafter=ngram,small_llama", "tree.budget=4,-1", f"out={tmp_path}/s", *QUICK
+        *("-m", "drafter=ngram,small_llama", "tree.budget=4,-1", f"out={tmp_path}/s"),
+        *(*QUICK, SMALL_TARGET),
     )
     summaries = sorted((tmp_path / "s").glob("*/summary.json"))
     assert code == 2

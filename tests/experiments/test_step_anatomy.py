@@ -85,7 +85,7 @@ def test_cases() -> None:
 def test_verbs_of_the_zoo_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "anatomy.json"
     words = ["anatomy", "target=zoo:target", "draft=zoo:draft", "device=cpu", "dtype=float32"]
-    words += ["tokens=24", "batches=1", f"out={out}"]
+    words += ["tokens=12", "batches=1", f"out={out}"]
     assert run.main([*words, "cases=none"]) == 0
     before = json.loads(out.read_text())["cases"]
     assert run.main([*words, "cases=[none,chain:2]", "resume=true"]) == 0

@@ -1,5 +1,6 @@
 """Quantisation by both implementations against numbers worked out in plain Python."""
 
+from bisect import bisect_left
 from fractions import Fraction
 from functools import cache
 from types import ModuleType
@@ -33,7 +34,10 @@ def rounded(x: Fraction, dtype: torch.dtype) -> Fraction:
     """The number of the type nearest to x, of two the even one."""
     if dtype == torch.int8:
         return Fraction(round(x))
-    size, _ = min(e4m3_numbers(), key=lambda number: (abs(number[0] - abs(x)), not number[1]))
+    numbers = e4m3_numbers()
+    above = bisect_left(numbers, abs(x), key=lambda number: number[0])
+    near = numbers[max(above - 1, 0) : above + 1]
+    size, _ = min(near, key=lambda number: (abs(number[0] - abs(x)), not number[1]))
     return size if x >= 0 else -size
 
 

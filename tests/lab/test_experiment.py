@@ -17,7 +17,7 @@ from specdec.lab.experiment import Experiment
 from specdec.lab.runs import SCHEMA
 from specdec.lab.tracking import NoTracker
 from specdec.verifier.verifier import TreeVerifier
-from tests.running import QUICK, jobs_by, lines, outputs, summary_of
+from tests.running import QUICK, SMALL_TARGET, jobs_by, lines, outputs, summary_of
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -113,6 +113,7 @@ def test_a_conversation_resumes_where_it_was(specdec, tmp_path, monkeypatch):
     (tmp_path / "asked.jsonl").write_text(json.dumps({"turns": turns}))
     arguments = ("drafter=none", "baseline=false", f"prompts.path={tmp_path}/asked.jsonl")
     arguments += ("prompts.samples=2", "sampling=sample", *QUICK[:1], "max_new_tokens=4")
+    arguments += (SMALL_TARGET,)
     assert specdec(*arguments, f"out={tmp_path}/whole")[0] == 0
     whole = lines(tmp_path / "whole/generations.jsonl")
     assert len({g["request"] for g in whole}) == len(whole) == 8
@@ -152,6 +153,7 @@ class Learner(NoDrafter):
 
 def test_a_resumed_run_says_what_its_drafter_no_longer_knows(specdec, tmp_path, monkeypatch):
     arguments = ("drafter=none", f"drafter._target_={__name__}.Learner", f"out={tmp_path}/o")
+    arguments += (SMALL_TARGET,)
 
     def interrupt(self: NoTracker, step: Any) -> None:
         if step.requests[0] >= 1000:
@@ -174,7 +176,8 @@ def test_a_resumed_run_says_what_its_drafter_no_longer_knows(specdec, tmp_path, 
 def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkeypatch):
     started: dict[str, Any] = {}
     monkeypatch.setattr(NoTracker, "start", lambda self, run: started.update(vars(run)))
-    code, printed, _ = specdec("drafter=synthetic", "ignore_eos=true", f"out={tmp_path}/o", *QUICK)
+    small = (*QUICK, SMALL_TARGET)
+    code, printed, _ = specdec("drafter=synthetic", "ignore_eos=true", f"out={tmp_path}/o", *small)
     summary = summary_of(tmp_path / "o")
     assert code == 0
     assert (summary["synthetic"], summary["acceptance"]) == (True, "synthetic")
@@ -187,7 +190,7 @@ def test_synthetic_outputs_are_marked_wherever_they_go(specdec, tmp_path, monkey
     assert started["name"].startswith("SYNTHETIC ")
 
     code, printed, _ = specdec(
-        "-m", "drafter=ngram,synthetic", "baseline=false", f"out={tmp_path}/s", *QUICK
+        "-m", "drafter=ngram,synthetic", "baseline=false", f"out={tmp_path}/s", *small
     )
     assert code == 0
     (row,) = (line for line in printed.splitlines() if "drafter=synthetic" in line and "│" in line)
@@ -283,7 +286,7 @@ def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch, draft
 
     monkeypatch.setattr(TreeVerifier, "prepare", prepared)
     monkeypatch.setattr(Experiment, "check", checked)
-    code, _, error = specdec(f"drafter={drafter}", f"out={tmp_path}/o", *QUICK)
+    code, _, error = specdec(f"drafter={drafter}", f"out={tmp_path}/o", *QUICK, SMALL_TARGET)
     assert (code, error) == (0, "")
     assert len(made) == 2
 
@@ -299,7 +302,7 @@ def test_a_failed_check_has_an_exit_code_of_its_own(specdec, tmp_path, monkeypat
 
     monkeypatch.setattr(Conversations, "finish", wrong)
     words = ("drafter=ngram", "prompts.limit=2", "max_new_tokens=8", *QUICK[:1], *QUICK[3:])
-    words += ("baseline=false",)
+    words += ("baseline=false", SMALL_TARGET)
     code, printed, _ = specdec("-m", *words, "tree.budget=0,2", f"out={tmp_path}/s")
     assert code == 3
     found = jobs_by(tmp_path / "s", "tree.budget")
