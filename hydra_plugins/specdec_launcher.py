@@ -39,7 +39,8 @@ class ProcessLauncher(_OurLauncher):
         tasks = []
         for number, words in enumerate(job_overrides, initial_job_idx):
             job = self.loader.load_sweep_config(self.config, list(words))
-            tasks.append(Task(number=number, words=list(words), device=str(job.device)))
+            device, gpus = str(job.device), job.target.get("tp", 1)
+            tasks.append(Task(number=number, words=list(words), device=device, gpus=gpus))
         folder = Path(self.config.hydra.sweep.dir).absolute()
         values = launch(tasks, folder, self.config.hydra.overrides.hydra, self.settings)
         return [

@@ -26,6 +26,7 @@ from specdec.protocols import (
     TreePolicy,
     Verifier,
 )
+from specdec.ranks import here
 from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams, uniforms
 from specdec.stop_strings import StopStrings
@@ -172,10 +173,12 @@ class Decoder:
             if len(flights) > self._ahead or not self._worth_a_step(flights):
                 flight = flights.popleft()
                 landed.append((flight, self._land(flight)))
+                here().landed(flight.sequences)
             if any(sequence.finish_reason for sequence in self.running):
                 report()
                 yield from self._retire()
         report()
+        here().ended()
 
     def warm_up(self, prompt_ids: Sequence[int], tokens: int = 8) -> None:
         """Decode a few tokens at every size of batch and tree, so that no prompt pays for what
@@ -438,12 +441,9 @@ class Decoder:
         stop = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_tokens), None)
         if self.stop_strings is not None:
             stop = self.stop_strings.end(sequence.tokens, tokens[:stop]) or stop
-        limits = dict(
-            zip(("stop", "length", "context"), (stop, *self._limits(sequence)), strict=True)
-        )
-        reason, limit = min(
-            ((name, n) for name, n in limits.items() if n is not None), key=lambda item: item[1]
-        )
+        limits = (stop or len(tokens) + 1, *self._limits(sequence))
+        named = zip(limits, ("stop", "length", "context"), strict=True)
+        limit, reason = min(named, key=lambda pair: pair[0])
         if len(tokens) >= limit:
             tokens, sequence.finish_reason = tokens[:limit], reason
         sequence.tokens += tokens

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from specdec.ranks import here
 from specdec.reasons import first_line
 
 T = TypeVar("T")
@@ -59,14 +60,18 @@ class Graphs:
     ) -> tuple[torch.cuda.CUDAGraph, Any] | None:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, result, obstacle = torch.cuda.CUDAGraph(), None, ""
+        # NCCL has a thread that watches over its operations, and may go on.
+        mode = "global" if here().size == 1 else "thread_local"
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                 result = function()
         except RuntimeError as error:  # something in the model waits for the device
+            obstacle = first_line(error)
+        if not here().least(int(not obstacle)):  # on any rank: all must launch the same
             self.enabled = False
             self._captured.clear()  # what was captured leaves no trace in Python objects
-            self.obstacle = first_line(error)
+            self.obstacle = obstacle or "another rank could not capture them"
             log.warning("steps run without CUDA graphs: %s", self.obstacle)
             torch.cuda.synchronize()
             return None

@@ -56,6 +56,7 @@ from specdec.lab.settings import (
 )
 from specdec.lab.sweep_table import show_sweep
 from specdec.protocols import DraftError
+from specdec.ranks import RanksError
 
 _codes: list[int] = []  # of the run of this process, or of the job it does for another
 
@@ -126,7 +127,7 @@ def _hydra_main(config: DictConfig) -> float | None:
 def _refuse(error: BaseException) -> int:
     """Print what is wrong, in one line; returns the exit code."""
     print(f"error: {message_of(error)}", file=sys.stderr)
-    return 1 if isinstance(error.__cause__, DraftError) else 2
+    return 1 if isinstance(error.__cause__, DraftError | RanksError) else 2
 
 
 def _job(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.models.paged import PagedLM
+from specdec.models.shards import whole
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,8 +44,8 @@ class Host:
             layers=target.layers,
             state_size=target.config.hidden_size,
             vocab_size=target.vocab_size,
-            embedding=target.model.get_input_embeddings().weight.detach(),
-            output=output.weight.detach(),
+            embedding=whole(target.model.get_input_embeddings().weight.detach()),
+            output=whole(output.weight.detach()),
             output_bias=getattr(output, "bias", None) is not None,
             device=target.device,
             dtype=target.dtype,

@@ -34,6 +34,7 @@ from specdec.heads.medusa import MedusaHeads
 from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
 from specdec.models.paged import PagedLM
+from specdec.models.shards import whole
 from specdec.models.standin import RANDOM_STD, Widening, check_memory, placed_heads
 
 DRAFT_VOCABULARY = 32_000  # tokens that EAGLE-3's published heads can name
@@ -337,7 +338,8 @@ def _medusa(
 def _weights(target: PagedLM) -> tuple[Tensor, Tensor]:
     """The target's embedding and its output matrix."""
     embedding = target.model.get_input_embeddings().weight
-    return embedding.detach(), target.model.get_output_embeddings().weight.detach()
+    output = target.model.get_output_embeddings().weight
+    return whole(embedding.detach()), whole(output.detach())
 
 
 def _is_small(small: Tensor, large: Tensor) -> bool:

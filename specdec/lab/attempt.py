@@ -24,6 +24,7 @@ from specdec.lab.jobs import (
     now,
 )
 from specdec.protocols import DraftError
+from specdec.ranks import RanksError
 
 Summary = dict[str, Any]
 
@@ -62,7 +63,7 @@ def attempt(
         job.state = INTERRUPTED
         raise
     except ValueError as error:
-        failed = isinstance(error.__cause__, DraftError)  # which has written its traceback
+        failed = isinstance(error.__cause__, DraftError | RanksError)  # no setting's fault
         job.state, job.reason = FAILED if failed else REFUSED, " ".join(str(error).split())
     except (Exception, SystemExit) as error:
         job.state, job.reason = FAILED, _crash(error, ledger, job)

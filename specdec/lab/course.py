@@ -16,6 +16,7 @@ from specdec.lab.records import Record
 from specdec.lab.runs import RunFolder, Side, of_requests
 from specdec.lab.tracking import Tracker, replay
 from specdec.protocols import DraftError, LogitsError
+from specdec.ranks import RanksError
 
 if TYPE_CHECKING:
     from specdec.lab.experiment import Experiment
@@ -99,13 +100,17 @@ class Course:
         """Whatever ends it within, what is finished gets its summary.
 
         Raises:
-            ValueError: the drafter failed, or the target's logits are NaN.
+            ValueError: the drafter failed, ranks have parted, or the target's logits are NaN.
         """
         try:
             yield
         except KeyboardInterrupt:
             self.finish(interrupted=True)
             raise
+        except RanksError as error:
+            self.finish(interrupted=True)
+            left = f"{self.folder.finished} finished texts are in {self.folder.path}"
+            raise ValueError(f"{error}; {left}") from error
         except (DraftError, LogitsError) as error:
             path = self.folder.write_error(error)
             self.finish(interrupted=True)

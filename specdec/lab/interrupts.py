@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from specdec.ranks import here
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -18,6 +20,7 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         for one in before:
             signal.signal(one, signal.SIG_DFL)
+        here().check()  # it may come because another rank is gone
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():

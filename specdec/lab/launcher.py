@@ -52,19 +52,21 @@ class Task:
         number: its place in the sweep.
         words: its settings.
         device: its setting of that name.
+        gpus: how many it takes, if any.
     """
 
     number: int
     words: list[str]
     device: str
+    gpus: int = 1
 
 
 @dataclass(kw_only=True)
 class Running:
-    """A job that is being done on `slot`: a GPU, or CPU."""
+    """A job that is being done on `slots`: GPUs, or CPU."""
 
     task: Task
-    slot: str
+    slots: list[str]
     process: subprocess.Popen[bytes]
     log: TextIO
     begun: float = field(default_factory=time.monotonic)
@@ -162,22 +164,27 @@ class Processes:
         while self._waiting:
             task = self._waiting[0]
             on_cpu = task.device == "cpu" or not self.gpus
-            slot = next((one for one in self._slots if (one == CPU) == on_cpu), None)
-            if slot is None:
+            # One that asks for more than there are is told so by its own process.
+            count = 1 if on_cpu else max(1, min(task.gpus, len(set(self.gpus))))
+            free = [one for one in self._slots if (one == CPU) == on_cpu]
+            slots = (free if on_cpu else list(dict.fromkeys(free)))[:count]
+            if len(slots) < count:
                 return
-            self._slots.remove(slot)
-            self._running.append(self._start(self._waiting.popleft(), slot))
+            for slot in slots:
+                self._slots.remove(slot)
+            self._running.append(self._start(self._waiting.popleft(), slots))
 
-    def _start(self, task: Task, slot: str) -> Running:
+    def _start(self, task: Task, slots: list[str]) -> Running:
         path = self.ledger.log(task.number)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             log = path.open("w", encoding="utf-8")
         given = {"number": task.number, "words": task.words, "started": now()}
         environment = {**os.environ, JOB: to_json(given)}
-        if slot != CPU:
-            environment["CUDA_VISIBLE_DEVICES"] = slot
-        where = "" if slot == CPU else f" on GPU {slot}"
+        where, names = "", ",".join(slots)
+        if slots != [CPU]:
+            environment["CUDA_VISIBLE_DEVICES"] = names
+            where = f" on GPU{'s' * (len(slots) > 1)} {names}"
         self._tell(task, f"started{where}, prints to {path}")
         process = subprocess.Popen(
             [*self.program, *task.words, *self.flags],  # with `out`, of which the last counts
@@ -187,7 +194,7 @@ class Processes:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C on a terminal would reach them as well
         )
-        return Running(task=task, slot=slot, process=process, log=log)
+        return Running(task=task, slots=slots, process=process, log=log)
 
     def _look(self) -> None:
         """After those that have ended, or should have."""
@@ -197,7 +204,7 @@ class Processes:
                 continue
             one.log.close()
             self._running.remove(one)
-            self._slots.append(one.slot)
+            self._slots += one.slots
             job = self._settle(one)
             self._tell(one.task, job.state + (f": {job.reason}" if job.reason else ""))
             self._failures += job.state == FAILED

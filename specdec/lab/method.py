@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from specdec.decode import Decoder
+from specdec.lab.led import led
 from specdec.processors import Processors
 from specdec.protocols import AcceptanceRule, Drafter, Loaded, TreePolicy, Verifier
 from specdec.request import Capacity
@@ -105,7 +106,7 @@ class Method:
         def made(tree: TreePolicy, capacity: Capacity, **rest: Any) -> Decoder:
             return Decoder(
                 verifier=self.verifier(target),
-                drafter=self.drafter,
+                drafter=led(self.drafter),
                 tree=tree,
                 rule=self.rule,
                 sampling=self.sampling,

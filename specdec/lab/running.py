@@ -30,12 +30,14 @@ from specdec.lab.runs import RunFolder, read_config
 from specdec.lab.settings import Settings
 from specdec.lab.setup import General, Source, general_of, record_of, target_of, tracker_of
 from specdec.lab.terminal import show_summary
+from specdec.lab.together import Task, check_together, own_folder, started
 from specdec.lab.tracked import tracked_run
-from specdec.lab.tracking import Careful, Tracker
+from specdec.lab.tracking import Careful, NoTracker, Tracker
 from specdec.lab.unused import without_effect
 from specdec.lab.values import shown, typed
 from specdec.models.load import Models, find_model
 from specdec.models.placement import Placement
+from specdec.ranks import here
 from specdec.sampling import SamplingParams
 
 MOST_TEXTS = 1_000_000  # of a run
@@ -83,6 +85,12 @@ def run(
         ValueError: a setting that cannot be used; the message names it.
     """
     settings, out = continued(settings, words, out)
+    if here().size == 1 and (size := target_of(settings).tp) > 1:
+        checked = check_settings(settings, Console(quiet=True))
+        began(checked.place(out, sweep=sweep))
+        cpu = checked.placement.device.type == "cpu"
+        task = Task(settings, str(out), list(words), again, sweep, size=size, cpu=cpu)
+        return started(task)
     begun = partial(opened, words=words, again=again, sweep=sweep, began=began)
     with begun(settings, out, console) as job:
         folder = job.folder
@@ -114,11 +122,14 @@ def opened(
         ValueError: a setting that cannot be used, before a model is loaded where that is possible.
     """
     checked = check_settings(settings, console)
-    method, sharing = checked.method, sweep and checked.general.baseline
+    # Whether plain decoding can be shared is decided by the clock.
+    sharing = sweep and checked.general.baseline and here().size == 1
+    method = checked.method
     folder = checked.folder(out, sweep=sweep)
     with folder:
         began(folder.path)
-        tracker = Careful(tracker_of(settings), partial(tell, console))
+        chosen = NoTracker() if here().rank else tracker_of(settings)
+        tracker = Careful(chosen, partial(tell, console))
         if folder.summary is not None:
             yield Opened(folder=folder, experiment=None, tracker=tracker, shared=None)
             return
@@ -155,12 +166,17 @@ class Checked:
     asked: dict[str, Any]
     identity: Identity
 
-    def folder(self, out: Path, *, sweep: bool) -> RunFolder:
-        """That of the run; in that of a sweep it is named by what it is."""
-        method, prompts = self.method, self.asked["prompts"]
+    def place(self, out: Path, *, sweep: bool) -> Path:
+        """Of the run's folder; in that of a sweep it is named by what it is."""
+        method = self.method
         name = f"{method.drafter_name}-{method.tree_name}-{self.identity.method[:8]}"
+        return out / name if sweep else out
+
+    def folder(self, out: Path, *, sweep: bool) -> RunFolder:
+        """That of the run; of a rank but the first one of its own."""
+        prompts = self.asked["prompts"]
         return RunFolder(
-            out / name if sweep else out,
+            own_folder(self.place(out, sweep=sweep)),
             config=self.settings,
             resume=self.general.resume,
             identity=self.identity,
@@ -172,6 +188,7 @@ class Checked:
 def check_settings(settings: Settings, console: Console) -> Checked:
     general, placement = general_of(settings), placement_of(settings)
     method, source = method_of(settings), target_of(settings)
+    check_together(settings, source.tp, source.path, placement)
     asked = _asked(settings, method.sampling, console)
     find_model(source.path, setting="target.path")
     method.drafter.find()

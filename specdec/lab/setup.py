@@ -13,6 +13,7 @@ from specdec.lab.tracking import Tracker
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
+from specdec.ranks import ALONE, here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +43,21 @@ class General:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the target comes from, and what becomes of its weights.
+    """Where the target comes from, what becomes of its weights, and how many GPUs share it.
 
     Raises:
-        ValueError: from nowhere.
+        ValueError: from nowhere, or fewer than one.
     """
 
     path: str
     quantize: Quantize = "none"
+    tp: int = 1
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("target.path=: must be given")
+        if self.tp < 1:
+            raise ValueError(f"target.tp={self.tp}: must be at least 1")
 
     def load(self, models: Models) -> PagedLM:
         """The target.
@@ -61,7 +65,13 @@ class Source:
         Raises:
             ValueError: as `load_model`.
         """
-        return models.load(self.path, setting="target.path", quantize=self.quantize)
+        if self.tp != here().size:
+            raise ValueError(
+                f"target.tp={self.tp}: is done by python -m specdec.run, each run in processes of "
+                f"its own; use target.tp=1 here"
+            )
+        ranks = here() if self.tp > 1 else ALONE
+        return models.load(self.path, setting="target.path", quantize=self.quantize, ranks=ranks)
 
 
 GROUPS = (

@@ -18,7 +18,9 @@ from specdec.cache import PagedKVCache
 from specdec.kernels.layout import Fp8Weight
 from specdec.models.forward import ForwardPass
 from specdec.models.quantised import Fp8Linear, join, joinable
+from specdec.models.shards import Shared, local, replace, replicate, rows_of
 from specdec.models.states import States
+from specdec.ranks import ALONE, Ranks
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 POSITIONS_AT_ONCE = 4096  # of the tables of angles, which grow by as many
@@ -34,9 +36,10 @@ def known(config: Any) -> bool:
     return config.model_type in FAMILIES and config.hidden_act == "silu" and not biased
 
 
-def can_run_directly(model: Any) -> bool:
+def can_run_directly(model: Any, ranks: Ranks = ALONE) -> bool:
     """Whether the model is of a known family and made of plain linear layers, or of ours in
-    float8: no adapters, and weights that are plain tensors, not quantised otherwise or sharded."""
+    float8: no adapters, and weights that are plain tensors, or cut for these ranks into such, and
+    not quantised otherwise."""
     if not known(model.config):
         return False
     layers = model.base_model.layers
@@ -45,9 +48,10 @@ def can_run_directly(model: Any) -> bool:
         child for part in parts for name, child in part.named_children() if name.endswith("_proj")
     ]
     # Quantised and sharded weights are tensors of classes of their own in a plain nn.Linear.
+    plain = local if ranks.size > 1 else Tensor.detach
     return (
         all(type(child) in (nn.Linear, Fp8Linear) for child in projections)
-        and all(type(parameter.data) is Tensor for parameter in model.parameters())
+        and all(type(plain(parameter.data)) is Tensor for parameter in model.parameters())
         and all(joinable(group) for layer in layers for group in _groups(layer))
     )
 
@@ -69,19 +73,30 @@ class DirectModel:
         windows: sliding window of each layer, None for full attention.
         positions: how many the model has.
         kernels: the module that computes, `specdec.kernels.reference` or `gpu`.
+        ranks: who shares the model's weights, which are then cut.
     """
 
     def __init__(
-        self, model: Any, windows: Sequence[int | None], positions: int, kernels: ModuleType
+        self,
+        model: Any,
+        windows: Sequence[int | None],
+        positions: int,
+        kernels: ModuleType,
+        ranks: Ranks = ALONE,
     ) -> None:
         base = model.base_model
         self.kernels = kernels
-        self.embedding: Tensor = base.embed_tokens.weight
         self.head: Tensor = model.lm_head.weight
+        self.together: ModuleType | Shared = kernels
+        if ranks.size > 1:
+            self.together = Shared(kernels, ranks, len(self.head))
+            self.head = rows_of(self.head, ranks)
+            replicate(base.embed_tokens)
+        self.embedding: Tensor = local(base.embed_tokens.weight)
         self.norm: Tensor = base.norm.weight
         self.eps: float = base.norm.variance_epsilon
         self.layers = [
-            Layer(layer, window, kernels)
+            Layer(layer, window, kernels, self.together)
             for layer, window in zip(base.layers, windows, strict=True)
         ]
         self.angles = Angles(base.rotary_emb, positions, self.embedding)
@@ -138,7 +153,7 @@ class DirectModel:
             states.keep(index, hidden, nodes)
             hidden, parts = layer(index, hidden, normal, angles, paged)
             bias = layer.down_bias
-        hidden, normal = self.kernels.add_norm(hidden, parts, self.norm, self.eps, bias)
+        hidden, normal = self.together.add_norm(hidden, parts, self.norm, self.eps, bias)
         states.keep(layers.stop, hidden, nodes)
         states.keep("normal", normal, nodes)
         return hidden.view_as(nodes), normal.view_as(nodes)
@@ -151,9 +166,9 @@ class DirectModel:
         rows = normal.flatten(0, 1)
         if isinstance(which, Tensor):
             first = torch.arange(0, batch * nodes, nodes, device=which.device)
-            chosen: Tensor = self.kernels.project(rows[first + which], self.head)
+            chosen: Tensor = self.together.project(rows[first + which], self.head)
             return chosen
-        every: Tensor = self.kernels.project(rows, self.head)
+        every: Tensor = self.together.project(rows, self.head)
         return every.view(batch, nodes, -1)
 
 
@@ -164,13 +179,21 @@ class Layer:
         layer: with or without a norm of its input.
         window: of its attention, None for all.
         kernels: the module that computes.
+        together: what computes products whose results are sums over ranks, and adds them up;
+            `kernels` where there are none.
     """
 
-    def __init__(self, layer: Any, window: int | None, kernels: ModuleType) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        window: int | None,
+        kernels: ModuleType,
+        together: ModuleType | Shared | None = None,
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.kernels, self.window = kernels, window
+        self.kernels, self.window, self.together = kernels, window, together or kernels
         self.scale: float = attention.scaling
-        self.query_heads = attention.q_proj.out_features // attention.head_dim
+        self.query_heads = _weight(attention.q_proj).shape[0] // attention.head_dim
         qkv, gate_up = _groups(layer)
         self.qkv, self.qkv_bias = _join(*qkv)
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -178,11 +201,11 @@ class Layer:
         self.head_eps: float = getattr(norms[0], "variance_epsilon", 0.0)
         gate = getattr(attention, "gate_proj", None)  # of attention, in MTP layers alone
         self.gate: Tensor | None = None if gate is None else gate.weight
-        self.output: Weight = attention.o_proj.weight
-        self.output_bias: Tensor | None = attention.o_proj.bias
+        self.output: Weight = _weight(attention.o_proj)
+        self.output_bias: Tensor | None = _bias(attention.o_proj)
         self.gate_up, _ = _join(*gate_up)
-        self.down: Weight = mlp.down_proj.weight
-        self.down_bias: Tensor | None = mlp.down_proj.bias
+        self.down: Weight = _weight(mlp.down_proj)
+        self.down_bias: Tensor | None = _bias(mlp.down_proj)
         self.input_norm, self.inner_norm = layer.input_layernorm, layer.post_attention_layernorm
 
     def enter(
@@ -191,7 +214,7 @@ class Layer:
         """What the layer before has left, as in `reference.add_norm`: the residual stream
         [B * N, H], and what attention reads."""
         norm = self.input_norm
-        entered: tuple[Tensor, Tensor] = self.kernels.add_norm(
+        entered: tuple[Tensor, Tensor] = self.together.add_norm(
             hidden, parts, norm.weight, norm.variance_epsilon, bias
         )
         return entered
@@ -209,7 +232,7 @@ class Layer:
             (residual stream; what is still to be added to it, parts [S, B * N, H], with
             `down_bias` [H].)
         """
-        do, norm = self.kernels, self.inner_norm
+        do, all_do, norm = self.kernels, self.together, self.inner_norm
         keys, values, first = paged.scratch(index)
         query = do.rotate_and_write(
             do.linear(inputs, self.qkv),
@@ -230,11 +253,11 @@ class Layer:
         seen = seen.flatten(0, 1).flatten(1)
         if self.gate is not None:
             seen = seen * do.project(inputs, self.gate).sigmoid()
-        parts = do.linear(seen, self.output)
-        hidden, normal = do.add_norm(
+        parts = all_do.linear(seen, self.output)
+        hidden, normal = all_do.add_norm(
             hidden, parts, norm.weight, norm.variance_epsilon, self.output_bias
         )
-        return hidden, do.linear(do.gated_linear(normal, self.gate_up), self.down)
+        return hidden, all_do.linear(do.gated_linear(normal, self.gate_up), self.down)
 
 
 class Angles:
@@ -290,10 +313,21 @@ def _join(*projections: Any) -> tuple[Weight, Tensor | None]:
     if isinstance(projections[0], Fp8Linear):
         weight = join(projections)
     else:
-        weight = torch.cat([projection.weight.data for projection in projections])
-        start = 0
-        for projection in projections:
-            projection.weight.data = weight[start : start + projection.out_features]
-            start += projection.out_features
-    biases = [projection.bias for projection in projections if projection.bias is not None]
+        parts = [local(projection.weight).data for projection in projections]
+        weight = torch.cat(parts)
+        for projection, part in zip(
+            projections, weight.split([len(p) for p in parts]), strict=True
+        ):
+            replace(projection, "weight", part)
+    biases = [bias for bias in map(_bias, projections) if bias is not None]
     return weight, torch.cat([bias.data for bias in biases]) if biases else None
+
+
+def _weight(projection: Any) -> Weight:
+    """This rank's."""
+    weight: Weight = projection.weight
+    return local(weight) if isinstance(weight, Tensor) else weight
+
+
+def _bias(projection: Any) -> Tensor | None:
+    return None if projection.bias is None else local(projection.bias)

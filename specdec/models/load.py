@@ -13,7 +13,8 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config
 from specdec.models.quantised import Quantize
-from specdec.models.standin import Widening, named_shape, standin
+from specdec.models.shards import check_split, check_whole, plan_of
+from specdec.models.standin import Widening, named_shape, standin, standin_config
 from specdec.models.weights import (
     BrokenFilesError,
     check_files,
@@ -21,6 +22,7 @@ from specdec.models.weights import (
     check_report,
     folder_of,
 )
+from specdec.ranks import ALONE, Ranks
 from specdec.reasons import first_line
 
 CPU = Placement()
@@ -34,12 +36,19 @@ class Models:
         self.placement = placement
         self._loaded: dict[tuple[str, Quantize], PagedLM] = {}
 
-    def load(self, path: str, *, setting: str = "path", quantize: Quantize = "none") -> PagedLM:
+    def load(
+        self,
+        path: str,
+        *,
+        setting: str = "path",
+        quantize: Quantize = "none",
+        ranks: Ranks = ALONE,
+    ) -> PagedLM:
         """As `load_model`."""
         key = path, quantize
         if key not in self._loaded:
             self._loaded[key] = load_model(
-                path, self.placement, setting=setting, quantize=quantize
+                path, self.placement, setting=setting, quantize=quantize, ranks=ranks
             )
         return self._loaded[key]
 
@@ -50,6 +59,7 @@ def load_model(
     *,
     setting: str = "path",
     quantize: Quantize = "none",
+    ranks: Ranks = ALONE,
 ) -> PagedLM:
     """Load a model and its tokenizer from a local folder or the Hugging Face hub; `zoo:NAME` is
     built in, `standin:NAME` is made from it (`standin.py`).
@@ -57,6 +67,7 @@ def load_model(
     Args:
         setting: the option that gave `path`, for error messages.
         quantize: fp8 quantises the weights of its layers as they are read or made.
+        ranks: who shares it, each of whom loads its own part at the same time.
 
     Raises:
         ValueError: nothing there, or nothing that can be run; one line that names the setting.
@@ -67,20 +78,20 @@ def load_model(
         shape, zoo = named_shape(path.removeprefix("standin:"), setting)
         source = zoo_path(zoo)
         check_files(source, name, complete=True)
-        large = standin(source, shape, device=device, dtype=dtype, quantize=quantize)
+        large = standin(source, shape, device=device, dtype=dtype, quantize=quantize, ranks=ranks)
         tokenizer = AutoTokenizer.from_pretrained(source)
         widening = Widening(small=AutoConfig.from_pretrained(source), shape=shape)
-        return PagedLM(large, tokenizer, name=name, kernels=kernels, standin=widening)
+        return PagedLM(large, tokenizer, name=name, kernels=kernels, standin=widening, ranks=ranks)
     where = find_model(path, setting=setting)
-    model, tokenizer, scheme = _load_files(where, placement, name, quantize)
-    lm = PagedLM(model, tokenizer, name=name, kernels=kernels, path=path)
+    model, tokenizer, scheme = _load_files(where, placement, name, quantize, ranks)
+    lm = PagedLM(model, tokenizer, name=name, kernels=kernels, path=path, ranks=ranks)
     if quantize == scheme == "fp8":
         lm.notes.append(f"{name}: its weights are fp8 already, and stay as its files have them")
     return lm
 
 
 def _load_files(
-    where: str, placement: Placement, name: str, quantize: Quantize
+    where: str, placement: Placement, name: str, quantize: Quantize, ranks: Ranks
 ) -> tuple[Any, Any, str | None]:
     """The model and the tokenizer of a folder or hub id, exactly as the files have them unless
     they are to be quantised; and what the files are quantised by.
@@ -95,6 +106,7 @@ def _load_files(
             check_files(Path(where), name, complete=True)
         config = _config(where)
         check_config(config)
+        check_split(config, ranks.size, name)
         folder = folder_of(where)
         if folder is not None and not local:
             check_files(folder, name, complete=False)
@@ -104,9 +116,10 @@ def _load_files(
             _check_quantisable(config, scheme, name)
         if known(config) and "fp8" in (quantize, scheme):
             files = Path(where) if local else fetch(where)
+            check_whole(ranks.size, "weights in float8")
             model = read_model(files, config, placement, name, "none" if scheme else quantize)
         else:
-            model = _by_transformers(where, config, placement, name)
+            model = _by_transformers(where, config, placement, name, ranks)
         check_finite(model, folder_of(where), name)
     except UnsupportedError as reason:
         kind = (config.architectures or [config.model_type])[0]
@@ -129,7 +142,9 @@ def _config(where: str) -> Any:
     return AutoConfig.for_model(alias, **{k: v for k, v in told.items() if k not in others})
 
 
-def _by_transformers(where: str, config: Any, placement: Placement, name: str) -> Any:
+def _by_transformers(
+    where: str, config: Any, placement: Placement, name: str, ranks: Ranks
+) -> Any:
     """A model as transformers loads it, with nothing made up.
 
     Raises:
@@ -142,11 +157,29 @@ def _by_transformers(where: str, config: Any, placement: Placement, name: str) -
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # the report has them, with both shapes
         output_loading_info=True,
+        **plan_of(ranks.size),
     )
     # Zero points of symmetric quantisation are zero, and in no file.
     missing = [key for key in report["missing_keys"] if not key.endswith("_zero_point")]
     check_report({**report, "missing_keys": missing}, folder_of(where), name)
-    return model.to(placement.device)
+    return model if ranks.size > 1 else model.to(placement.device)
+
+
+def config_of(path: str, *, setting: str = "path") -> Any:
+    """The configuration of what `load_model` would load; None if it cannot be read, which loading
+    will tell.
+
+    Raises:
+        ValueError: as `find_model`.
+    """
+    where = find_model(path, setting=setting)
+    try:
+        config = _config(where)
+        if path.startswith("standin:"):
+            config = standin_config(config, named_shape(path.removeprefix("standin:"))[0])
+        return config
+    except Exception:  # of any class, as above
+        return None
 
 
 def _check_quantisable(config: Any, scheme: str | None, name: str) -> None:

@@ -18,6 +18,7 @@ from specdec.models.quantised import quantisation_of, slow
 from specdec.models.standin import Widening
 from specdec.models.states import States, layers_of
 from specdec.observation import Tap
+from specdec.ranks import ALONE, Ranks
 
 See = Callable[[Tensor, Tensor, Tensor, Tensor | None, Mapping[Tap, Tensor]], None]
 PREFILL_STEP = 16  # a prompt is padded to a multiple of this on a GPU
@@ -33,6 +34,7 @@ class PagedLM:
         kernels: which implementation computes its attention and moves its keys and values.
         standin: of a stand-in, how it was made.
         path: folder, hub id or zoo:NAME of its files, if it was loaded from any.
+        ranks: who shares its weights, which are then cut, each calling what is called here.
 
     Attributes:
         quantised: what its weights are quantised to or by; None if they are not.
@@ -52,6 +54,7 @@ class PagedLM:
         kernels: Kernels = AUTO,
         standin: Widening | None = None,
         path: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model.eval()
         self.tokenizer, self.name, self.standin, self.path = tokenizer, name, standin, path
@@ -65,7 +68,7 @@ class PagedLM:
             check_config(model.config)
             self.config = model.config.get_text_config()
             self.max_context = max_context(self.config)
-            self.kv_shape, self._direct = probe(model, self.max_context, self._kernels)
+            self.kv_shape, self._direct = probe(model, self.max_context, self._kernels, ranks)
         except UnsupportedError as reason:
             architecture = type(model).__name__
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 
 from specdec.kernels.choose import AUTO, Kernels
+from specdec.ranks import here
 
 CPU = torch.device("cpu")
 TYPES = ("float64", "float32", "bfloat16", "float16")
@@ -84,11 +85,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that tensors may still take; on a CPU without /proc, all there are."""
+    """Bytes that tensors may still take; on a CPU without /proc, all there are. The least of all
+    ranks, which ask together: what follows from it is the same on each."""
     if device.type != "cuda":
         known = Path("/proc/meminfo")
         found = re.search(r"MemAvailable: +(\d+) kB", known.read_text() if known.exists() else "")
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(found[1]) * 1024 if found else total
+        return here().least(int(found[1]) * 1024 if found else total)
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    return here().least(torch.cuda.mem_get_info(device)[0] + kept)

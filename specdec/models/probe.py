@@ -17,6 +17,8 @@ from specdec.kernels import reference
 from specdec.kernels.layout import TreeLayout
 from specdec.models.direct import DirectModel, can_run_directly
 from specdec.models.hook import ATTENTION, NotFiniteError, UnsupportedError
+from specdec.models.shards import whole
+from specdec.ranks import ALONE, Ranks
 from specdec.sampling import sound
 
 PROBE_TOKENS = 8
@@ -95,16 +97,19 @@ def _exact() -> Iterator[None]:
 
 @_exact()
 @torch.inference_mode()
-def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, DirectModel | None]:
+def probe(
+    model: Any, positions: int, kernels: ModuleType, ranks: Ranks = ALONE
+) -> tuple[KVShape, DirectModel | None]:
     """Run a few tokens through both the model's own attention and ours, which the model uses from
     then on.
 
     Args:
         positions: how many the model has.
         kernels: the module that is to compute.
+        ranks: who shares the model's weights.
 
     Returns:
-        (the shapes of its keys and values; the shorter way through it, None if there is none.)
+        (the shapes of a rank's keys and values; the shorter way, None if there is none.)
 
     Raises:
         UnsupportedError: a layer was not reached, positions are absolute, the two disagree.
@@ -127,8 +132,7 @@ def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, Dir
             raise UnsupportedError(f"it refuses extra keywords ({error})") from None
 
     ours, found = run(0)
-    config = model.config.get_text_config()
-    shape = _common_shape(found, config, positions)
+    shape = _common_shape(found, model.config.get_text_config(), positions)
     bound = 0.1 if model.dtype.itemsize == 2 else 1e-3
     if _distance(run(5)[0], ours) > bound:
         raise UnsupportedError("its positions are absolute (learned or sinusoidal), not rotary")
@@ -136,10 +140,10 @@ def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, Dir
         raise UnsupportedError(
             "its own attention does more than scaling, soft-capping, windows and sinks"
         )
-    if not can_run_directly(model):
+    if not can_run_directly(model, ranks):
         return shape, None
     windows = [_narrow(found.windows[layer], positions) for layer in range(shape.layers)]
-    direct = DirectModel(model, windows, positions, kernels)
+    direct = DirectModel(model, windows, positions, kernels, ranks)
     direct.angles.reach(PROBE_TOKENS)
     there = Probe(shape).provide(direct.embedding)
     out = direct(tokens, places, there, "all")
@@ -150,7 +154,7 @@ def probe(model: Any, positions: int, kernels: ModuleType) -> tuple[KVShape, Dir
 def _probe_tokens(model: Any) -> Tensor:
     """[1, PROBE_TOKENS] int64 whose embeddings are not zero, as that of a padding token is: what
     becomes of zeros says nothing of attention."""
-    rows = model.get_input_embeddings().weight.any(1).nonzero()[:, 0]
+    rows = whole(model.get_input_embeddings().weight).any(1).nonzero()[:, 0]
     if not len(rows):
         raise UnsupportedError("its embeddings are all zero")
     place = torch.arange(PROBE_TOKENS, device=model.device)[None] * 7 % len(rows)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specdec.kernels.layout import SCALED_BLOCK, Fp8Weight
 from specdec.kernels.reference import quantise_weight
+from specdec.models.shards import local
 
 Quantize = Literal["none", "fp8"]
 SCALE_BYTES = 4
@@ -70,7 +71,7 @@ def quantise_layer(layer: nn.Module) -> None:
 
 def quantised_bytes(model: Any, quantize: Quantize | None) -> int:
     """Of the weights of a model that may not be made yet, once they are quantised."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
+    total = sum(local(parameter).nbytes for parameter in model.parameters())
     if quantize == "fp8":
         for layer in model.base_model.layers:
             for part, name in projections(layer):

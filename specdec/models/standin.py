@@ -18,7 +18,8 @@ Function-preserving growth is known from Net2Net (Chen et al. 2016); there it be
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec.models.placement import free_memory
 from specdec.models.quantised import Quantize, quantise_layer, quantised_bytes
+from specdec.models.shards import check_split, check_whole, cut, keep_part, local
 from specdec.observation import Tap
+from specdec.ranks import ALONE, Ranks
 
 MAX_POSITIONS = 131_072  # rotary angles are the small model's; it was trained on shorter contexts
 RANDOM_STD = 0.02
@@ -235,6 +238,7 @@ def standin(
     dtype: torch.dtype,
     quantize: Quantize = "none",
     seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Any:
     """A `LlamaForCausalLM` of a shape that computes the function of a smaller one.
 
@@ -248,6 +252,7 @@ def standin(
         shape: the sizes, or their name in `SHAPES`.
         quantize: fp8 quantises the weights of the layers.
         seed: of the random weights, whose results are dropped.
+        ranks: who shares it: each makes one whole layer after the other, and keeps its part.
 
     Returns:
         The model, in evaluation mode, with the source's generation settings. Of its hidden state,
@@ -265,24 +270,33 @@ def standin(
     small = AutoModelForCausalLM.from_pretrained(source, dtype=exact).to(device)
     with torch.device("meta"):
         large = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantize != "none":
+        check_whole(ranks.size, "weights in float8")
+    check_split(config, ranks.size, "the stand-in")
+    layer = copy.deepcopy(large.model.layers[0]) if ranks.size > 1 else None
+    large = cut(large, ranks.size)
     check_memory(large, "a stand-in", torch.device(device), quantize)
     # Its frequencies are no parameters: they would have stayed empty.
     large.model.rotary_emb = small.model.rotary_emb
     large.generation_config = copy.deepcopy(small.generation_config)
     random = torch.Generator(device).manual_seed(seed)
-    _fill_layers(large, small, shape, random, quantize)
+    _fill_layers(large, small, layer, random, quantize)
     for part in (large.model.embed_tokens, large.model.norm, large.lm_head):
         part.to_empty(device=device)
-    _place_ends(large, small, shape)
+    _place_ends(large, small)
     return large.eval()
 
 
 @torch.no_grad()
 def _fill_layers(
-    large: Any, small: Any, shape: Shape, random: torch.Generator, quantize: Quantize
+    large: Any, small: Any, whole: Any, random: torch.Generator, quantize: Quantize
 ) -> None:
-    """Make the layers one after the other, those that hold a small one's among them."""
-    own = small.config
+    """Make the layers one after the other, those that hold a small one's among them.
+
+    Args:
+        whole: a layer to make them in, if the model is cut; None: where they are.
+    """
+    own, shape = small.config, large.config
     places = placed_layers(own.num_hidden_layers, shape.num_hidden_layers)
     placed = dict(zip(places, small.model.layers, strict=True))
     heads = placed_heads(
@@ -291,26 +305,44 @@ def _fill_layers(
     )
     for place, layer in enumerate(large.model.layers):
         layer.to_empty(device=random.device)
-        _fill_identity(layer, random)
+        made = layer if whole is None else whole.to_empty(device=random.device)
+        _fill_identity(made, random)
         if place in placed:
-            _place_layer(layer, placed[place], heads)
+            _place_layer(made, placed[place], heads)
         if quantize == "fp8":
-            quantise_layer(layer)
+            quantise_layer(made)
+        if whole is not None:
+            for name, weight in layer.named_parameters():
+                keep_part(weight, made.get_parameter(name))
 
 
 @torch.no_grad()
-def _place_ends(large: Any, small: Any, shape: Shape) -> None:
+def _place_ends(large: Any, small: Any) -> None:
     """The small model's embedding, last norm and output head into the large one, and what keeps
     padded vocabulary away."""
     own = small.config
     _place_norm(large.model.norm, small.model.norm)
-    _place(large.model.embed_tokens.weight, small.model.embed_tokens.weight)
-    _place(large.lm_head.weight, small.lm_head.weight)
     width, vocabulary, constant = own.hidden_size, own.vocab_size, _constant(own)
-    large.model.embed_tokens.weight[:, width] = constant
-    gain = math.sqrt(FAR_BELOW / constant * math.sqrt(width / shape.hidden_size))
+    with _whole(large.model.embed_tokens.weight) as embedding:
+        _place(embedding, small.model.embed_tokens.weight)
+        embedding[:, width] = constant
+    gain = math.sqrt(FAR_BELOW / constant * math.sqrt(width / large.config.hidden_size))
     large.model.norm.weight[width] = gain
-    large.lm_head.weight[vocabulary:, width] = -gain
+    with _whole(large.lm_head.weight) as output:
+        _place(output, small.lm_head.weight)
+        output[vocabulary:, width] = -gain
+
+
+@contextmanager
+def _whole(weight: Tensor) -> Iterator[Tensor]:
+    """All of a weight, to be filled; of one that is cut this rank keeps its part."""
+    part = local(weight)
+    if part is weight:
+        yield weight
+        return
+    every = part.new_empty(weight.shape)
+    yield every
+    keep_part(weight, every)
 
 
 def _constant(source: Any) -> float:

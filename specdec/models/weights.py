@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from specdec.models.shards import local
 from specdec.reasons import first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -142,7 +143,7 @@ def check_finite(model: Any, folder: Path | None, name: str) -> None:
     Raises:
         ValueError: one line that names a file and a tensor.
     """
-    tensors = model.state_dict()
+    tensors = {key: local(tensor) for key, tensor in model.state_dict().items()}
     bad = not_finite(tensors)
     if bad:
         raise BrokenFilesError(

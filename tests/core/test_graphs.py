@@ -23,8 +23,8 @@ class Recorded:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     class Capturing:
-        def __init__(self, graph: Any, pool: Any) -> None:
-            assert pool == "pool"
+        def __init__(self, graph: Any, pool: Any, capture_error_mode: str) -> None:
+            assert (pool, capture_error_mode) == ("pool", "global")
 
         def __enter__(self) -> None: ...
 

@@ -89,10 +89,12 @@ def usual_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def processes(out: Path, *kinds: str, device: str = "cpu", **settings: Any) -> Processes:
+def processes(
+    out: Path, *kinds: str, device: str = "cpu", gpus: int = 1, **settings: Any
+) -> Processes:
     """On the CPU, so that as many run at once as are told to, whatever GPUs there are."""
     tasks = [
-        Task(number=number, words=[f"seed={kind}"], device=device)
+        Task(number=number, words=[f"seed={kind}"], device=device, gpus=gpus)
         for number, kind in enumerate(kinds)
     ]
     return Processes(Ledger(out, "token"), [f"out={out}"], tasks, **settings)
@@ -121,6 +123,20 @@ def test_each_gpu_has_one_job_at_a_time(tmp_path, monkeypatch):
     assert not any(job.shared for job in jobs)
     log = (tmp_path / "s/logs/token-4.txt").read_text()
     assert log == "printed by 4\n"
+
+
+def test_a_job_has_as_many_gpus_as_share_its_target(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    processes(tmp_path / "s", *FINE * 4, device="auto", gpus=2).run()
+    jobs = jobs_of(tmp_path / "s")
+    assert {job.gpu for job in jobs[:2]} == {"0,1", "2,3"}
+    assert at_a_time(jobs) == 2
+    assert "started on GPUs 2,3, prints to" in capsys.readouterr().out
+    # One that asks for too many is told so by its own process.
+    processes(tmp_path / "t", FINE, device="auto", gpus=8).run()
+    assert [job.gpu for job in jobs_of(tmp_path / "t")] == ["0,1,2,3,4"]
+    processes(tmp_path / "u", FINE, device="auto", gpus=8, devices=[1, 1]).run()
+    assert [job.gpu for job in jobs_of(tmp_path / "u")] == ["1"]
 
 
 @pytest.mark.parametrize(("at_once", "shared"), [(1, False), (2, True)])
