@@ -55,8 +55,10 @@ class Ranks:
     ) -> None:
         self.rank, self.size, self.wait = rank, size, wait
         self._store = store
-        self._steps: list[list[Any]] = []  # since the last comparison
-        self._compared = 0
+        self._steps: list[list[Any]] = []  # that others have not been told of
+        self._untried: list[tuple[str, list[list[Any]]]] = []  # and what they were not held to
+        self._last: list[Any] = []  # step
+        self._count = 0
         self._processes: dict[int, int] = {}
         self.since: float | None = None  # when the last step has landed, if more are to come
         if size > 1:
@@ -105,7 +107,17 @@ class Ranks:
         except RuntimeError as error:
             self.compare()  # says more, if there is more to be said
             reason = str(error).splitlines()[0]
-            raise RanksError(f"rank {self.rank}: the others do not answer: {reason}") from error
+            raise RanksError(
+                f"target.tp={self.size}: ranks no longer do the same {self._place()}: rank "
+                f"{self.rank} is not answered ({reason})"
+            ) from error
+
+    def _place(self) -> str:
+        """How far this one has come."""
+        if not self._last:
+            return "before the first step"
+        request, step, _ = self._last
+        return f"after step {step} of request {request}"
 
     # Whether all do the same
 
@@ -119,9 +131,11 @@ class Ranks:
             return
         self.since = time.monotonic()
         step = [(s.request.id, s.steps, s.tokens[-s.accepted_lengths[-1] :]) for s in sequences]
-        self._steps.append([*step[0][:2], crc32(repr(step).encode())])
+        self._last = [*step[0][:2], crc32(repr(step).encode())]
+        self._steps.append(self._last)
         if len(self._steps) >= EVERY:
-            self.compare()
+            self._tell_steps()
+            self._compare(1)  # others may not have come as far as this: nobody waits
 
     def ended(self) -> None:
         """All that was asked for is decoded.
@@ -139,19 +153,28 @@ class Ranks:
         Raises:
             RanksError: one has not; it names the step and the rank.
         """
-        name, self._compared = f"steps{self._compared}", self._compared + 1
-        mine, self._steps = self._steps, []
-        self.tell(name, json.dumps(mine))
-        for one in self.others:
-            theirs = json.loads(self.hear(name, one))
-            for here, there in zip_longest(mine, theirs):
-                if here != there:
-                    request, step, _ = here or there
-                    raise RanksError(
-                        f"target.tp={self.size}: ranks have parted in step {step} of request "
-                        f"{request}: rank {max(one, self.rank)} has decoded other tokens than "
-                        f"rank {min(one, self.rank)}"
-                    )
+        self._tell_steps()
+        self._compare(0)
+
+    def _tell_steps(self) -> None:
+        name, self._count = f"steps{self._count}", self._count + 1
+        self.tell(name, json.dumps(self._steps))
+        self._untried.append((name, self._steps))
+        self._steps = []
+
+    def _compare(self, left: int) -> None:
+        """What the others have told with what they were told, but for the last so many times."""
+        while len(self._untried) > left:
+            name, mine = self._untried.pop(0)
+            for one in self.others:
+                for ours, theirs in zip_longest(mine, json.loads(self.hear(name, one))):
+                    if ours != theirs:
+                        request, step, _ = ours or theirs
+                        raise RanksError(
+                            f"target.tp={self.size}: ranks have parted in step {step} of request "
+                            f"{request}: rank {max(one, self.rank)} has decoded other tokens than "
+                            f"rank {min(one, self.rank)}"
+                        )
 
     # Over the store
 
@@ -169,10 +192,9 @@ class Ranks:
         while not self._told(what, rank):
             self.check()
             if time.monotonic() - begun > 2 * self.wait:  # its collective ends before
-                step = f" after step {self._steps[-1][1]}" if self._steps else ""
                 raise RanksError(
                     f"target.tp={self.size}: rank {rank} has not come to where rank {self.rank} "
-                    f"waits{step} within {self.wait:g} s"
+                    f"waits {self._place()} within {2 * self.wait:g} s"
                 )
             time.sleep(PAUSE)
         found: bytes = self._store.get(f"{what}.{rank}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.kernels.gpu.rounding import round_rows, triton_type
 from specdec.kernels.gpu.rows import outer_strides
+from specdec.kernels.gpu.shared import Everyone, meet, memory_of
 
 
 def add_norm(
@@ -18,9 +19,12 @@ def add_norm(
     weight: Tensor,
     eps: float,
     bias: Tensor | None = None,
+    *,
+    everyone: Everyone | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `specdec.kernels.reference.add_norm`."""
+    """As `specdec.kernels.reference.add_norm`; of the parts of all ranks, if they are given."""
     rows, hidden = residual.shape
+    table, offset, rank, ranks = everyone or Everyone(0, 0, 0, 1)
     _dense(residual, parts)
     normed = torch.empty_like(residual)
     total = residual if parts is None else torch.empty_like(residual)
@@ -36,6 +40,10 @@ def add_norm(
             bias,
             eps,
             rows,
+            table,
+            OFFSET=offset,
+            RANK=rank,
+            RANKS=ranks,
             HIDDEN=hidden,
             BLOCK=block,
             SPLITS=0 if parts is None else len(parts),
@@ -114,7 +122,7 @@ def _dense(*tensors: Tensor | None) -> None:
             )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "table"])
 def add_norm_kernel(
     total_ptr,  # [M, H]
     normed_ptr,  # [M, H]
@@ -124,6 +132,10 @@ def add_norm_kernel(
     bias_ptr,  # [H] or None
     eps,
     rows,
+    table,  # address of the addresses of the memory of all ranks
+    OFFSET: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -145,9 +157,14 @@ def add_norm_kernel(
     total = tl.load(residual_ptr + here, mask=inside, other=0.0)
     if SPLITS > 0:
         added = tl.zeros([BLOCK], tl.float32)
-        for split in tl.static_range(SPLITS):
-            part = tl.load(parts_ptr + split * rows * HIDDEN + here, mask=inside, other=0.0)
-            added += part.to(tl.float32)
+        if RANKS > 1:
+            meet(table, row, RANK, RANKS)
+        for rank in tl.static_range(RANKS):
+            if RANKS > 1:
+                parts_ptr = memory_of(table, rank, OFFSET, parts_ptr.dtype.element_ty)
+            for split in tl.static_range(SPLITS):
+                part = tl.load(parts_ptr + split * rows * HIDDEN + here, mask=inside, other=0.0)
+                added += part.to(tl.float32)
         added = (added + bias).to(total.dtype).to(tl.float32)
         total = (total.to(tl.float32) + added).to(total.dtype)
         tl.store(total_ptr + here, total, mask=inside)

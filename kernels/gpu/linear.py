@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from specdec.kernels.gpu.ring import ring_descriptor, ring_kernel
+from specdec.kernels.gpu.shared import FEW_ROWS, SharedParts
 from specdec.kernels.gpu.stream import (
     FLOAT8_ROWS,
     SPLIT_COLUMNS,
@@ -41,7 +42,12 @@ BULK_ALIGNMENT = 16  # bytes, of the rows the bulk copy engine reads
 
 
 def linear(
-    x: Tensor, weight: Weight, *, blocks: Stream | None = None, exact: bool = False
+    x: Tensor,
+    weight: Weight,
+    *,
+    blocks: Stream | None = None,
+    exact: bool = False,
+    shared: SharedParts | None = None,
 ) -> Tensor:
     """As `specdec.kernels.reference.linear`: float32 parts, or one part in the type of x where
     torch's product is faster.
@@ -49,12 +55,18 @@ def linear(
     Args:
         blocks: launch parameters, for tuning; None chooses them by the shape.
         exact: float32 parts for any number of rows, whose bits do not depend on it.
+        shared: where the parts go, those of many rows in the type of x; None: anywhere.
     """
     blocks = blocks or _choose(x, weight, exact=exact)
     if blocks is None:
         return mm(x, weight)[None]
     chunk, splits = _chunks(x.shape[1], blocks)
-    parts = x.new_empty(splits, len(x), weight.shape[0], dtype=torch.float32)
+    shape = splits, len(x), weight.shape[0]
+    if shared is None:
+        parts = x.new_empty(shape, dtype=torch.float32)
+    else:
+        wide = exact or len(x) <= FEW_ROWS
+        parts = shared.place(shape, torch.float32 if wide else x.dtype)
     _stream(parts, x, weight, blocks, chunk)
     return parts
 

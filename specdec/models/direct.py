@@ -89,7 +89,7 @@ class DirectModel:
         self.head: Tensor = model.lm_head.weight
         self.together: ModuleType | Shared = kernels
         if ranks.size > 1:
-            self.together = Shared(kernels, ranks, len(self.head))
+            self.together = Shared(kernels, ranks, len(self.head), self.head.device)
             self.head = rows_of(self.head, ranks)
             replicate(base.embed_tokens)
         self.embedding: Tensor = local(base.embed_tokens.weight)

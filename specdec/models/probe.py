@@ -105,8 +105,7 @@ def probe(
 
     Args:
         positions: how many the model has.
-        kernels: the module that is to compute.
-        ranks: who shares the model's weights.
+        kernels, ranks: as of `DirectModel`.
 
     Returns:
         (the shapes of a rank's keys and values; the shorter way, None if there is none.)
@@ -145,8 +144,7 @@ def probe(
     windows = [_narrow(found.windows[layer], positions) for layer in range(shape.layers)]
     direct = DirectModel(model, windows, positions, kernels, ranks)
     direct.angles.reach(PROBE_TOKENS)
-    there = Probe(shape).provide(direct.embedding)
-    out = direct(tokens, places, there, "all")
+    out = direct(tokens, places, Probe(shape).provide(direct.embedding), "all")
     agrees = out is not None and _distance(out.float(), ours) <= bound
     return shape, direct if agrees else None
 

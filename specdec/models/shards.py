@@ -135,10 +135,19 @@ class Shared:
         kernels: the module that computes what a rank does by itself.
         ranks: who shares the weights.
         vocab: tokens that the output head has rows for, all ranks taken together.
+        device: where they compute. On a GPU the parts of few rows stay where they are made, and
+            `add_norm` reads them there.
     """
 
-    def __init__(self, kernels: ModuleType, ranks: Ranks, vocab: int) -> None:
+    def __init__(
+        self, kernels: ModuleType, ranks: Ranks, vocab: int, device: torch.device
+    ) -> None:
         self.kernels, self.ranks, self.vocab = kernels, ranks, vocab
+        self._parts: Any = None  # memory that all ranks read, on a GPU
+        if device.type == "cuda" and not kernels.LOOKS:
+            from specdec.kernels.gpu.shared import SharedParts
+
+            self._parts = SharedParts(device)
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """As `reference.linear`, with a weight whose columns the ranks share.
@@ -148,8 +157,11 @@ class Shared:
 
         Returns:
             [W * S, M, N], the parts of rank 0 first: all ranks add up the same numbers in the same
-            order, so that their sums have equal bits.
+            order, so that their sums have equal bits. Or [S, M, N] in memory that all ranks read.
         """
+        if self._parts is not None and self._parts.fits(len(x), weight.shape[0]):
+            near: Tensor = self.kernels.linear(x, weight, shared=self._parts)
+            return near
         return self.ranks.gather(self.kernels.linear(x, weight)).flatten(0, 1)
 
     def add_norm(
@@ -161,8 +173,10 @@ class Shared:
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `reference.add_norm`, of the parts of `linear`."""
+        everyone = None if self._parts is None else self._parts.of(parts)
+        how = {} if everyone is None else {"everyone": everyone}
         added: tuple[Tensor, Tensor]
-        added = self.kernels.add_norm(residual, parts, weight, eps, bias)
+        added = self.kernels.add_norm(residual, parts, weight, eps, bias, **how)
         return added
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:

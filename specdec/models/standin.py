@@ -240,7 +240,8 @@ def standin(
     seed: int = 0,
     ranks: Ranks = ALONE,
 ) -> Any:
-    """A `LlamaForCausalLM` of a shape that computes the function of a smaller one.
+    """A `LlamaForCausalLM` of a shape that computes the function of a smaller one. (Long by
+    what is to be said of it.)
 
     Its parameters are made in place, on the device and in their type, layer by layer: memory for
     one model of the shape, and for a layer that is being quantised, is all it takes. Weights in
