@@ -26,7 +26,7 @@ from specdec.protocols import (
     TreePolicy,
     Verifier,
 )
-from specdec.ranks import here
+from specdec.ranks import RanksError, here
 from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams, uniforms
 from specdec.stop_strings import StopStrings
@@ -379,7 +379,7 @@ class Decoder:
         """Name the drafter and what it drafted for in whatever it raises."""
         try:
             yield
-        except DraftError:
+        except (DraftError, RanksError):
             raise
         except Exception as error:
             raise DraftError.caused_by(error, self.drafter, sequences) from error

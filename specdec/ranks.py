@@ -58,6 +58,7 @@ class Ranks:
         self._steps: list[list[Any]] = []  # that others have not been told of
         self._untried: list[tuple[str, list[list[Any]]]] = []  # and what they were not held to
         self._last: list[Any] = []  # step
+        self._hash = 0  # of all steps
         self._count = 0
         self._processes: dict[int, int] = {}
         self.since: float | None = None  # when the last step has landed, if more are to come
@@ -80,8 +81,7 @@ class Ranks:
         every = part.new_empty(self.size, *part.shape)
         # Bytes: backends do not know all types.
         sent, found = part.contiguous().view(torch.uint8), every.flatten(0, 1).view(torch.uint8)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        self._together(lambda: gather(found, sent))
+        self._together(lambda: _all_gather(found, sent), None if part.is_cuda else found.nbytes)
         return every
 
     def least(self, number: int) -> int:
@@ -89,7 +89,7 @@ class Ranks:
         if self.size == 1:
             return number
         found = torch.tensor(number)
-        self._together(lambda: dist.all_reduce(found, dist.ReduceOp.MIN))
+        self._together(lambda: dist.all_reduce(found, dist.ReduceOp.MIN), -1)
         return int(found)
 
     def first(self, value: T) -> T:
@@ -98,18 +98,31 @@ class Ranks:
             return value
         found = [value]
         device = torch.device("cpu")
-        self._together(lambda: dist.broadcast_object_list(found, src=0, device=device))
+        self._together(lambda: dist.broadcast_object_list(found, src=0, device=device), -2)
         return found[0]
 
-    def _together(self, operation: Callable[[], Any]) -> None:
+    def _together(self, operation: Callable[[], Any], what: int | None) -> None:
+        """Do what all do.
+
+        Args:
+            what: it is, in a number. On the host all say it beforehand, and what they have
+                decoded: gloo ends a process whose others do something else. None leaves it out.
+        """
         try:
+            if what is not None:
+                mine = torch.tensor([what, self._hash])
+                every = mine.new_empty(2 * self.size)
+                _all_gather(every, mine)
+                unlike = (every.view(-1, 2) != mine).any(1).nonzero()
+                if len(unlike):
+                    raise RuntimeError(f"rank {int(unlike[0])} does something else")
             operation()
         except RuntimeError as error:
             self.compare()  # says more, if there is more to be said
             reason = str(error).splitlines()[0]
             raise RanksError(
-                f"target.tp={self.size}: ranks no longer do the same {self._place()}: rank "
-                f"{self.rank} is not answered ({reason})"
+                f"target.tp={self.size}: ranks no longer do the same {self._place()}, as rank "
+                f"{self.rank} sees it: {reason}"
             ) from error
 
     def _place(self) -> str:
@@ -133,6 +146,7 @@ class Ranks:
         step = [(s.request.id, s.steps, s.tokens[-s.accepted_lengths[-1] :]) for s in sequences]
         self._last = [*step[0][:2], crc32(repr(step).encode())]
         self._steps.append(self._last)
+        self._hash = crc32(repr(self._last).encode(), self._hash)
         if len(self._steps) >= EVERY:
             self._tell_steps()
             self._compare(1)  # others may not have come as far as this: nobody waits
@@ -217,6 +231,11 @@ class Ranks:
     def leader(self) -> int | None:
         """The process of rank 0; None: it is this one."""
         return self._processes.get(0)
+
+
+def _all_gather(every: Tensor, part: Tensor) -> None:
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(every, part)
 
 
 def runs(process: int) -> bool:

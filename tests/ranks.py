@@ -12,9 +12,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from specdec.ranks import Ranks, join
+from specdec.ranks import Ranks, RanksError, join
 
 PATIENCE = 60.0  # seconds until ranks are taken to hang
+GRACE = 2.0  # seconds until those are ended that outlive rank 0, as a run ends them
 
 
 def together(
@@ -35,11 +36,15 @@ def together(
             file = folder / f"{rank}.pickle"
             code = os.waitstatus_to_exitcode(status)
             found[rank] = pickle.loads(file.read_bytes()) if file.exists() else code
-        elif time.monotonic() - begun > PATIENCE:
-            for child in children:
+            begun = time.monotonic() if rank == 0 else begun
+        elif time.monotonic() - begun > (PATIENCE if 0 not in found else GRACE):
+            for child, rank in children.items():
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-            raise TimeoutError(f"ranks {sorted(children.values())} hang; others: {found}")
+                found[rank] = TimeoutError("hangs")
+            children.clear()
+            if isinstance(found[0], TimeoutError):
+                raise found[0]
         else:
             time.sleep(0.01)
     return [found[rank] for rank in range(size)]
@@ -61,7 +66,8 @@ def _fork(folder: Path, work: Callable[[Ranks], Any], rank: int, size: int, wait
             found = work(join(store, rank=rank, size=size, wait=wait))
         except Exception as error:
             traceback.print_exc()
-            found = error
+            plain = isinstance(error, ValueError | RanksError)  # others may need more to be made
+            found = error if plain else RuntimeError(f"{type(error).__name__}: {error}")
         (folder / f"{rank}.part").write_bytes(pickle.dumps(found))
         (folder / f"{rank}.part").rename(folder / f"{rank}.pickle")
     finally:
