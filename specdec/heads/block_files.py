@@ -2,7 +2,7 @@
 
 Sources: z-lab/dflash `dflash/model.py`, hao-ai-lab/JetSpec `jetflow/models/draft_head.py`,
 deepseek-ai/DeepSpec `modeling/dspark`, sgl-project/SpecForge `modeling/draft/dflash.py`,
-vllm-project/speculators `models/dflash`.
+vllm-project/speculators `models/dflash` and `models/dflash2`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from transformers import Qwen3Config
 
 from specdec.heads.block import MASK_ROW, BlockConfig, BlockHead
 from specdec.heads.files import CONFIG, HeadFiles, object_in
+from specdec.heads.flash2 import Flash2Config
 from specdec.heads.host import Host
 from specdec.heads.layouts import Layout
 from specdec.heads.reading import check_states, decoder_config, named
@@ -86,14 +87,52 @@ def spark_config(files: HeadFiles, layout: Layout, config: BlockConfig) -> Spark
             f"{', '.join(get_args(Markov))}; take another head"
         )
     columns = shapes.get("confidence_head.proj.weight", (0, 0))[1]
-    common = {field.name: getattr(config, field.name) for field in dataclass_fields(config)}
     return SparkConfig(
-        **common,
+        **_common(config),
         rank=rank,
         markov=kind,  # type: ignore[arg-type]  # checked if it is of use
         confidence=bool(columns or said.get("enable_confidence_head")),
         confidence_markov=bool(rank) and columns == config.layer.hidden_size + rank,
     )
+
+
+def flash2_config(files: HeadFiles, config: BlockConfig, host: Host) -> Flash2Config:
+    """Of a head of DFlash 2.
+
+    Args:
+        config: of what it has in common with DFlash.
+
+    Raises:
+        ValueError: sizes out of range, or slots or tokens that its selector does not know.
+    """
+    said, width = fields(files), config.layer.hidden_size
+    known = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 256}
+    sizes = {name: _count(said, name, default, files.name) for name, default in known.items()}
+    choices = _count(said, "selector_top_k", 16, files.name)
+    channels = sizes["conv_group_size"]
+    for name, wrong, must in (
+        ("conv_group_size", width % channels, f"divide its hidden_size={width}"),
+        ("conv_kernel_size", sizes["conv_kernel_size"] > config.block, "fit into a block"),
+        ("selector_top_k", choices > config.vocab_size, "be no more than its tokens"),
+        ("sample_from_anchor", config.shifted, "be false, as a selector comes after the root"),
+        ("draft_vocab_size", config.vocab_size != host.vocab_size, "be that of the target"),
+    ):
+        if wrong:
+            raise BrokenFilesError(
+                f"{files.name}: {CONFIG} has {name}={said.get(name, known.get(name))}, which must "
+                f"{must} in a head of DFlash 2; take another head"
+            )
+    return Flash2Config(
+        **_common(config),
+        taps_of_convolution=sizes["conv_kernel_size"],
+        channels=channels,
+        rank=sizes["selector_rank"],
+        choices=choices,
+    )
+
+
+def _common(config: BlockConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclass_fields(config)}
 
 
 def fields(files: HeadFiles) -> dict[str, Any]:
@@ -163,6 +202,17 @@ def number(said: Mapping[str, Any], field: str, default: float, name: str) -> fl
     return float(found)
 
 
+def _count(said: Mapping[str, Any], field: str, default: int, name: str) -> int:
+    """A field of config.json that is a number of at least 1; `default` if it is not there."""
+    found = said.get(field, default)
+    if type(found) is not int or found < 1:
+        raise BrokenFilesError(
+            f"{name}: {CONFIG} has {field}={found}, which must be a number of at least 1; take "
+            f"the head's own {CONFIG}"
+        )
+    return found
+
+
 def _mask(said: Mapping[str, Any], rows: int, name: str) -> int:
     mask = said.get("mask_token_id")
     if type(mask) is not int:
@@ -210,7 +260,7 @@ def _attention(
 
 def _causal(layout: Layout, said: Mapping[str, Any], sliding: Sequence[int]) -> tuple[bool, ...]:
     if layout.wrapped:  # full attention is always both ways there
-        both = bool(said.get("sliding_window_non_causal", False))
+        both = bool(said.get("sliding_window_non_causal", layout.selects))
         return tuple(bool(one) and not both for one in sliding)
     stated = (said.get(name) for name in ("is_causal", "causal_head", "causal"))
     every = next((one for one in stated if one is not None), None)

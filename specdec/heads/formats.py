@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specdec.heads.block import MASK_ROW, BlockHead
 from specdec.heads.block_files import (
     block_config,
+    flash2_config,
     mask_row,
     remarks_of,
     shape_of_block,
@@ -23,6 +24,7 @@ from specdec.heads.block_files import (
 )
 from specdec.heads.files import HeadFiles, find_head
 from specdec.heads.filling import EMBEDDING, OUTPUT, fill
+from specdec.heads.flash2 import Flash2Head
 from specdec.heads.host import Host
 from specdec.heads.layered import LayeredHead
 from specdec.heads.layouts import BLOCK_KINDS, Layout, recognise
@@ -218,6 +220,8 @@ def _block(
     with torch.device("meta"):
         if layout.kind == "dspark":
             head: BlockHead = SparkHead(spark_config(files, layout, config))
+        elif layout.selects:
+            head = Flash2Head(flash2_config(files, config, host))
         else:
             head = BlockHead(config)
     own = {} if row is None else {MASK_ROW: row.to(host.device, host.dtype)}

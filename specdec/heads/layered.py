@@ -8,7 +8,7 @@ tokens of target and head, E layers of the head.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import (
@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from specdec.kernels import reference
+from specdec.models.direct import Layer
 from specdec.observation import Tap
 
 LAYERS = {"llama": LlamaDecoderLayer, "qwen3": Qwen3DecoderLayer}
@@ -59,11 +60,13 @@ class LayeredHead(nn.Module):
         blind: a dimension of the target's states that it takes for zero; None: it sees all.
         kernels: the module that computes norms.
         description: a line for the start of a run; of a head that was loaded.
+        run: what `PagedHead` runs a layer by.
     """
 
     blind: int | None = None
     names: Tensor | None
     description: str = ""
+    run: ClassVar[type[Layer]] = Layer
     layers: Any  # nn.ModuleList of transformers' decoder layers
 
     def __init__(self, config: HeadConfig) -> None:

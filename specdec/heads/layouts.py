@@ -23,13 +23,12 @@ from specdec.reasons import first_line
 Kind = Literal["eagle3", "eagle", "medusa", "dflash", "dspark", "mtp"]
 BLOCK_KINDS = ("dflash", "dspark")
 Shapes = Mapping[str, tuple[int, ...]]
-READ = "heads of EAGLE 1 to 3, HASS, Medusa, DFlash, DSpark and MTP are read"
+READ = "heads of EAGLE 1 to 3, HASS, Medusa, DFlash 1 and 2, DSpark and MTP are read"
 
 REFUSED = {  # tensors that only heads of these kinds have, or their speculators_model_type
     "MTP layers as DeepSeek's or GLM's": (r"(.*\.)?eh_proj\.weight", "deepseek_mtp"),
     "an MTP layer with experts": (r"mtp.*\.mlp\.(experts|gate|shared_expert)\b", "moe_mtp"),
     "a P-EAGLE head": (r"mask_hidden", "peagle"),
-    "a DFlash 2 head": (r"candidate_selector\.", "dflash2"),
     "a Domino head": (r"prefix_gru\.", "domino"),
     "a Hydra head": (r"hydra_mlp\.|hydra_lm_head\.", "hydra"),
     "an MLP speculator": (r"(speculator\.)?emb\.0\.weight", "mlp_speculator"),
@@ -80,6 +79,7 @@ class Layout:
         shifted: as of `BlockConfig`, if config.json does not say it.
         hidden_first: of an MTP layer, whether it reads the state before the embedding.
         later: `files` of the MTP layers of further depths.
+        selects: whether it is DFlash 2.
     """
 
     kind: Kind
@@ -90,6 +90,7 @@ class Layout:
     shifted: bool = False
     hidden_first: bool = False
     later: tuple[Mapping[str, str], ...] = ()
+    selects: bool = False
 
     @property
     def by_transformers(self) -> bool:
@@ -249,13 +250,17 @@ def _dflash(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
         if own.get("causal_head")
         else "z-lab"
     )
+    second = config.get("speculators_model_type") == "dflash2" or any(
+        key.removeprefix("model.").startswith("candidate_selector.") for key in shapes
+    )
     return Layout(
         kind="dspark" if spark else "dflash",
-        label=f"{'DSpark' if spark else 'DFlash'} of {label}",
+        label=f"{'DSpark' if spark else 'DFlash 2' if second else 'DFlash'} of {label}",
         wrapped=wrapped,
         layer=layer or config,
         files=_names(shapes, name, lambda key: key.removeprefix("model.")),
         shifted=of_deepspec or spark,
+        selects=second,
     )
 
 

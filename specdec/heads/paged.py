@@ -11,7 +11,7 @@ from specdec.cached_model import pages_of
 from specdec.heads.layered import LayeredHead
 from specdec.kernels.choose import Kernels
 from specdec.kernels.layout import TreeLayout
-from specdec.models.direct import Angles, Layer
+from specdec.models.direct import Angles
 from specdec.models.forward import ForwardPass, layout_of, passes
 from specdec.models.paged import PagedLM
 from specdec.request import Capacity
@@ -41,7 +41,7 @@ class PagedHead:
         head.kernels = module
         self.head, self.kernels = head, module
         self.layers = [
-            Layer(layer, window, module)
+            head.run(layer, window, module)
             for layer, window in zip(
                 head.layers, windows or [None] * len(head.layers), strict=True
             )

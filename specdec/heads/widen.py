@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.heads.block import BlockHead
+from specdec.heads.flash2 import Flash2Head
 from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
@@ -270,6 +271,8 @@ def _fill_block(wide: Any, head: BlockHead, standin: Widening, carried: float) -
     _fill_norm(wide.norm, head.norm, carried)
     if isinstance(head, SparkHead):
         _fill_spark(wide, head)
+    if isinstance(head, Flash2Head):
+        _fill_flash2(wide, head)
     if head.mask_embedding is not None:
         _place(wide.mask_embedding[:, None], head.mask_embedding[:, None])
         if carried:
@@ -293,6 +296,21 @@ def _fill_spark(wide: Any, head: SparkHead) -> None:
     if head.confidence_head is not None:
         columns = both if head.config.confidence_markov else slot_first
         _fill(wide.confidence_head.proj, head.confidence_head.proj, None, columns)
+
+
+def _fill_flash2(wide: Any, head: Flash2Head) -> None:
+    """Convolutions, of which what is added finds zeros, and the selector."""
+    inner, outer, group = head.width, wide.width, head.config.channels
+    rows = _blocks(2 * head.config.taps_of_convolution, inner // group, outer // group)
+    for large, small in zip(wide.layers, head.layers, strict=True):
+        for name in ("attention_conv", "mlp_conv"):
+            mine, theirs = getattr(large, name), getattr(small, name)
+            mine.base_kernel.zero_()
+            mine.base_kernel[..., :inner] = theirs.base_kernel
+            _fill(mine.kernel_projection, theirs.kernel_projection, rows)
+    for name in ("predecessor_codebook", "successor_codebook"):
+        _place(getattr(wide.candidate_selector, name), getattr(head.candidate_selector, name))
+    _fill(wide.candidate_selector.hidden_projection, head.candidate_selector.hidden_projection)
 
 
 # Medusa

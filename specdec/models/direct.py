@@ -232,7 +232,15 @@ class Layer:
             (residual stream; what is still to be added to it, parts [S, B * N, H], with
             `down_bias` [H].)
         """
-        do, all_do, norm = self.kernels, self.together, self.inner_norm
+        norm, parts = self.inner_norm, self.attend(index, inputs, angles, paged)
+        hidden, normal = self.together.add_norm(
+            hidden, parts, norm.weight, norm.variance_epsilon, self.output_bias
+        )
+        return hidden, self.mlp(normal)
+
+    def attend(self, index: int, inputs: Tensor, angles: Turns, paged: ForwardPass) -> Tensor:
+        """What attention adds to the stream, parts [S, B * N, H], with `output_bias`."""
+        do = self.kernels
         keys, values, first = paged.scratch(index)
         query = do.rotate_and_write(
             do.linear(inputs, self.qkv),
@@ -253,11 +261,14 @@ class Layer:
         seen = seen.flatten(0, 1).flatten(1)
         if self.gate is not None:
             seen = seen * do.project(inputs, self.gate).sigmoid()
-        parts = all_do.linear(seen, self.output)
-        hidden, normal = all_do.add_norm(
-            hidden, parts, norm.weight, norm.variance_epsilon, self.output_bias
-        )
-        return hidden, all_do.linear(do.gated_linear(normal, self.gate_up), self.down)
+        parts: Tensor = self.together.linear(seen, self.output)
+        return parts
+
+    def mlp(self, normal: Tensor) -> Tensor:
+        """What the MLP adds likewise, with `down_bias`."""
+        inner = self.kernels.gated_linear(normal, self.gate_up)
+        parts: Tensor = self.together.linear(inner, self.down)
+        return parts
 
 
 class Angles:

@@ -22,7 +22,23 @@ from tests.heads.made import (
 )
 from tests.heads.oracle import Facts
 
-RANK = 6  # of DSpark's correction
+RANK = 6  # of DSpark's correction, and of DFlash 2's selector
+TAPS, CHANNELS = 3, 8  # of DFlash 2's convolutions, and of a group of theirs
+
+
+def selector(
+    random: Random, tensors: dict[str, Tensor], layers: Iterable[str], vocabulary: int
+) -> dict[str, Any]:
+    """Add what DFlash 2 has besides, by the names of its files; what config.json says of it."""
+    for name in (f"{layer}.{part}_conv" for layer in layers for part in ("attention", "mlp")):
+        tensors[f"{name}.base_kernel"] = 3 * random.matrix(2, TAPS, D)
+        rows = 2 * TAPS * D // CHANNELS
+        tensors[f"{name}.kernel_projection.weight"] = random.matrix(rows, D)
+    name = "candidate_selector"
+    tensors[f"{name}.predecessor_codebook"] = 6 * random.matrix(vocabulary, RANK)
+    tensors[f"{name}.successor_codebook"] = 6 * random.matrix(vocabulary, RANK)
+    tensors[f"{name}.hidden_projection.weight"] = random.matrix(RANK, D)
+    return {"conv_kernel_size": TAPS, "conv_group_size": CHANNELS, "selector_rank": RANK}
 
 
 def dflash(
@@ -41,6 +57,7 @@ def dflash(
     own_mask: str = "",
     markov: str = "",
     confidence: str = "",
+    choices: int = 0,
     head_dim: int = 8,
     prefix: str = "",
     rope: tuple[dict[str, Any], dict[str, Any]] = PLAIN,
@@ -56,6 +73,7 @@ def dflash(
         own_mask: "tensor" or "dict", what the file of the mask's embedding holds.
         markov: kind of the correction of DSpark.
         confidence: "slot" or "both", what a head of it reads.
+        choices: tokens that the selector of DFlash 2 scores; 0: it is none.
         config, inner: more of config.json, and of its dflash_config.
     """
     random, n = Random(), target.config.num_hidden_layers
@@ -99,6 +117,8 @@ def dflash(
         inputs = D + (RANK if confidence == "both" else 0)
         tensors["confidence_head.proj.weight"] = random.matrix(1, inputs)
         tensors["confidence_head.proj.bias"] = random.matrix(1)
+    if choices:
+        heads = selector(random, tensors, names, vocabulary) | {"selector_top_k": choices}
     types = ["sliding_attention" if i in set(sliding) else "full_attention" for i in range(layers)]
     layer = layer_config(target, model_type="qwen3", num_hidden_layers=layers, **rope[0])
     layer |= {"layer_types": types, "attention_bias": bool(bias)}
@@ -108,7 +128,7 @@ def dflash(
     own = {"target_layer_ids": outputs, "mask_token_id": mask, **(inner or {})}
     whole: dict[str, Any]
     if layout == "speculators":
-        kind = "dspark" if markov else "dflash"
+        kind = "dspark" if markov else "dflash2" if choices else "dflash"
         whole = wrapper(layer, where, ()) | {"speculators_model_type": kind} | heads
         whole = {key: value for key, value in whole.items() if key not in FLAGS}
         whole |= {
@@ -120,7 +140,8 @@ def dflash(
         whole = layer | own | {"block_size": slots, "markov_rank": 0, "num_anchors": 4} | heads
         whole["architectures"] = ["Qwen3DSparkModel"]
     else:
-        whole = layer | {"architectures": ["DFlashDraftModel"], "block_size": slots}
+        name = "DFlash2DraftModel" if choices else "DFlashDraftModel"
+        whole = layer | {"architectures": [name], "block_size": slots}
         whole["dflash_config"] = own
         own |= heads | ({"projector_type": "dspark"} if markov else {})
     if layout == "jetspec":
@@ -150,6 +171,7 @@ def dflash(
         flags=frozenset({"shifted"} if layout == "deepspec" or markov else ()),
         block={
             "slots": slots,
+            "choices": choices,
             "mask": row.double(),
             "causal": causal,
             "windows": [window if i in set(sliding) else None for i in range(layers)],

@@ -115,7 +115,11 @@ def attention(facts: Facts, layer: str, x: Tensor) -> Tensor:
 
 def mlp(facts: Facts, layer: str, x: Tensor) -> Tensor:
     w = facts.tensors
-    x = rms(x, w[f"{layer}.post_attention_layernorm.weight"], facts.eps)
+    return swiglu(facts, layer, rms(x, w[f"{layer}.post_attention_layernorm.weight"], facts.eps))
+
+
+def swiglu(facts: Facts, layer: str, x: Tensor) -> Tensor:
+    w = facts.tensors
     gate, up = (x @ w[f"{layer}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
     return (gate * gate.sigmoid() * up) @ w[f"{layer}.mlp.down_proj.weight"].T
 
@@ -249,9 +253,49 @@ def block(facts: Facts, states: Sequence[Tensor], tokens: list[int]) -> Tensor:
     y = torch.cat([root, how["mask"].expand(how["slots"] - 1, -1)]) * how.get("scale", 1.0)
     for index, layer in enumerate(facts.layers):
         x = rms(y, w[f"{layer}.input_layernorm.weight"], eps)
-        y = y + among(facts, layer, context, x, index)
-        y = y + mlp(facts, layer, y)
+        if f"{layer}.attention_conv.base_kernel" not in w:
+            y = y + among(facts, layer, context, x, index)
+            y = y + mlp(facts, layer, y)
+            continue
+        made = among(
+            facts, layer, context, mixed(facts, f"{layer}.attention_conv", 0, x, x), index
+        )
+        y = y + mixed(facts, f"{layer}.attention_conv", 1, x, made)
+        x = rms(y, w[f"{layer}.post_attention_layernorm.weight"], eps)
+        made = swiglu(facts, layer, mixed(facts, f"{layer}.mlp_conv", 0, x, x))
+        y = y + mixed(facts, f"{layer}.mlp_conv", 1, x, made)
     return rms(y, w["norm.weight"], eps)
+
+
+def mixed(facts: Facts, name: str, side: int, inputs: Tensor, x: Tensor) -> Tensor:
+    """What a convolution of DFlash 2 makes of a block [N, D], before (0) or after (1) a sublayer
+    that has these inputs."""
+    base = facts.tensors[f"{name}.base_kernel"][side]  # [K, D]
+    own = inputs @ facts.tensors[f"{name}.kernel_projection.weight"].T
+    taps, width = base.shape
+    groups = own.shape[1] // (2 * taps)
+    out = torch.zeros_like(x)
+    for slot in range(len(x)):
+        for tap in range(min(taps, slot + 1)):
+            for channel in range(width):
+                place = (side * taps + tap) * groups + channel * groups // width
+                share = base[tap, channel] + own[slot, place]
+                out[slot, channel] += share * x[slot - tap, channel]
+    return out
+
+
+def dflash2(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
+    """[V] logits after the path, of DFlash 2: -inf but of the best of the level."""
+    w, name, how = facts.tensors, "candidate_selector", facts.block
+    read = block(facts, states, tokens)[len(path) + 1]
+    alone = dflash(facts, states, tokens, path)
+    latent = w[f"{name}.predecessor_codebook"][[*tokens, *path][-1]]
+    latent = latent * (w[f"{name}.hidden_projection.weight"] @ read)
+    among = alone.topk(how["choices"]).indices
+    scores = torch.full_like(alone, -torch.inf)
+    for token in among.tolist():
+        scores[token] = alone[token] + latent @ w[f"{name}.successor_codebook"][token]
+    return scores
 
 
 def dflash(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:

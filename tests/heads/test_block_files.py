@@ -233,6 +233,64 @@ def test_confidence_is_a_factor_of_probabilities(
         torch.testing.assert_close(share.double(), logit.sigmoid().expand(2), rtol=1e-4, atol=1e-6)
 
 
+UNSELECTED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "groups": (inner(conv_group_size=7), r"conv_group_size=7, which must divide its hidden_size="),
+    "taps": (inner(conv_kernel_size=7), "conv_kernel_size=7, which must fit into a block"),
+    "words": (inner(selector_rank="256"), "selector_rank=256, which must be a number of at least"),
+    "none": (inner(selector_top_k=0), "selector_top_k=0, which must be a number of at least 1"),
+    "many": (inner(selector_top_k=97), "selector_top_k=97, which must be no more than its tokens"),
+    "rank": (inner(selector_rank=5), r"predecessor_codebook of shape \[96, 6\], and .* \[96, 5\]"),
+    "no kernel": (
+        without("layers.1.mlp_conv.base_kernel"),
+        r"has no layers\.1\.mlp_conv\.base_kernel, which a head",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), UNSELECTED.values(), ids=UNSELECTED.keys())
+def test_a_selector_that_does_not_fit_is_refused_in_one_line(
+    damage: Callable[[Path], None], message: str, target: PagedLM, tmp_path: Path
+) -> None:
+    blocks.dflash(tmp_path, target.model, choices=9)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_head(str(tmp_path), target, kinds=("dflash",))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "message"),
+    [
+        ({}, {"sample_from_anchor": True}, "sample_from_anchor=True, which must be false"),
+        ({"named": 40}, {}, "draft_vocab_size=40, which must be that of the target"),
+    ],
+)
+def test_a_selector_of_speculators_knows_all_tokens_after_the_root(
+    options: dict[str, Any], said: dict[str, Any], message: str, target: PagedLM, tmp_path: Path
+) -> None:
+    blocks.dflash(tmp_path, target.model, layout="speculators", choices=9, **options)
+    edited(tmp_path, **said)
+    with pytest.raises(ValueError, match=message):
+        load_head(str(tmp_path), target, kinds=("dflash",))
+
+
+def test_nothing_but_what_the_selector_scores_is_drafted(target: PagedLM, tmp_path: Path) -> None:
+    """A tree that asks for more children than there are gets those."""
+    blocks.dflash(tmp_path, target.model, choices=3)
+    decoder = decoder_of(target, DFlash(path=str(tmp_path)), Static(widths=[5, 5]))
+    sizes: list[int] = []
+    accept = decoder.rule.accept
+
+    def noting(context: Any, tree: Any, logits: Any) -> Any:
+        sizes.extend(tree.size.tolist())
+        return accept(context, tree, logits)
+
+    decoder.rule.accept = noting  # type: ignore[method-assign]
+    plain = outputs_of(decoder_of(target, NoDrafter()), [texts()[0]], 4)
+    assert outputs_of(decoder, [texts()[0]], 4) == plain
+    assert set(sizes) == {1 + 3 + 9}
+
+
 def test_fewer_tokens_need_an_output_head(target: PagedLM, tmp_path: Path) -> None:
     blocks.dflash(tmp_path, target.model, layout="speculators", named=40)
     without("lm_head.weight")(tmp_path)

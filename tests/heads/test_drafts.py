@@ -263,6 +263,32 @@ def test_so_are_those_that_parents_correct(
     assert drafter.notes["drafter.path"].startswith("DSpark of ")
 
 
+SELECTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "z-lab": ({"inner": CAPPED, "own_mask": "dict"}, HOW),
+    "windows, both ways": (
+        {"sliding": (0, 1), "config": {"is_causal": False}, "bias": "qkvo", "choices": 4},
+        {"causal": [False, False]},
+    ),
+    "speculators": ({"layout": "speculators", "sliding": (1,)}, {"causal": [False, False]}),
+    "jetspec": ({"layout": "jetspec"}, {}),
+}
+
+
+@pytest.mark.some(3)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("case", SELECTED)
+def test_so_are_those_that_a_selector_scores(
+    case: str, tree: str, target: PagedLM, tmp_path: Path
+) -> None:
+    options, how = SELECTED[case]
+    facts = blocks.dflash(tmp_path, target.model, **{"choices": 9} | options)
+    facts = replace(facts, block={**facts.block, **how})
+    drafter = DFlash(path=str(tmp_path))
+    watcher = watched(target, drafter, facts, partial(oracle.dflash2, facts), tree)
+    assert watcher.worst < TOLERANCE
+    assert drafter.notes["drafter.path"].startswith("DFlash 2 of ")
+
+
 @pytest.mark.parametrize("kind", [DFlash, Eagle3])
 def test_what_others_drafted_is_read_too(kind: Any, target: PagedLM, tmp_path: Path) -> None:
     """In a cascade whole steps go by without a draft of the head."""

@@ -63,6 +63,10 @@ def gated_spark(folder: Path, model: Any) -> None:
     blocks.dflash(folder, model, layout="speculators", named=40, markov="gated", taps=(2, 7))
 
 
+def second_block(folder: Path, model: Any) -> None:
+    blocks.dflash(folder, model, choices=9, own_mask="dict", bias="qkvo", taps=(2, 7))
+
+
 HEADS: dict[str, tuple[Any, Write, bool]] = {
     "eagle3": (Eagle3, made.eagle3, False),
     "eagle3, all flags, sampled": (Eagle3, all_flags, True),
@@ -75,6 +79,7 @@ HEADS: dict[str, tuple[Any, Write, bool]] = {
     "dspark, rnn, sampled": (DSpark, recurrent_spark, True),
     "dspark, gated, trimmed": (DSpark, gated_spark, False),
     "dspark, confidence": (partial(DSpark, confidence=True), recurrent_spark, False),
+    "dflash 2, sampled": (DFlash, second_block, True),
     "dflash, trimmed": (DFlash, trimmed_block, False),
 }
 
@@ -114,7 +119,7 @@ def drafts_of(target: PagedLM, drafter: Drafter, *, sampled: bool) -> Any:
     return done, trees
 
 
-@pytest.mark.some(6)
+@pytest.mark.some(7)
 @pytest.mark.parametrize("widen", [True, False])
 @pytest.mark.parametrize("name", HEADS)
 def test_the_large_pair_drafts_what_the_small_one_drafts(
