@@ -11,7 +11,7 @@ from specdec.drafters.logits import candidates_of
 from specdec.heads.spark import SparkHead
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
-from specdec.protocols import StepContext, TreePolicy
+from specdec.protocols import StepContext
 
 
 class DSpark(DFlash):
@@ -21,13 +21,12 @@ class DSpark(DFlash):
 
     Args:
         confidence: the chance of acceptance that the head states for a node's children is a factor
-            of their probabilities, so that trees go where it is sure. They do not sum to 1 then,
-            so that above temperature 0 it needs `tree.children=top_k`.
+            of their probabilities where the tree policy decides, so that trees go where it is
+            sure. What is drawn, and what rules are told, are the probabilities themselves.
         path, taps, depth, candidates, rope_theta, widen: those of `HeadDrafter`.
 
     Raises:
-        ValueError: as `DFlash`; children that are to be sampled with `confidence`, or a head that
-            states none.
+        ValueError: as `DFlash`; with `confidence` a head that states none.
     """
 
     kind = "dspark"
@@ -53,14 +52,8 @@ class DSpark(DFlash):
             widen=widen,
         )
         self.confidence = confidence
-
-    def check(self, tree: TreePolicy) -> None:
-        super().check(tree)
-        if self.confidence and tree.children != "top_k":
-            raise ValueError(
-                f"tree.children={tree.children}: with drafter.confidence=true probabilities do "
-                f"not sum to 1, so no child can be drawn from them; use top_k"
-            )
+        self.composable = not confidence  # compositions do not ask for it
+        self._normal: Tensor  # [B, levels, D] of the last block
 
     def _use(self, head: Any, target: PagedLM) -> None:
         if self.confidence and head.confidence_head is None:
@@ -72,6 +65,7 @@ class DSpark(DFlash):
 
     def begin(self, context: StepContext) -> Expand:
         normal, every = self._block(context)  # [B, levels, D] and [B, levels, VD]
+        self._normal = normal
         states: list[Tensor] = []  # [B, F, r] that the nodes of each level leave
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
@@ -94,9 +88,12 @@ class DSpark(DFlash):
                 candidates=self.candidates,
                 vocab=self.head.drafts,
             )
-            if self.confidence:
-                sure = self.head.confidence(normal[:, level], frontier.tokens).sigmoid()
-                probs = probs * sure[..., None]
             return self._named(ids), probs
 
         return expand
+
+    def sureness(self, frontier: Frontier) -> Tensor | None:
+        if not self.confidence:
+            return None
+        level = slice(frontier.level, frontier.level + 1)
+        return self.head.confidence(self._normal[:, level], frontier.tokens).sigmoid()

@@ -1,4 +1,7 @@
-"""drafter=eagle3, drafter=eagle: a recurrent head over the target's hidden states."""
+"""drafter=eagle3, eagle and peagle: a recurrent head over the target's hidden states."""
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +12,9 @@ from specdec.drafters.logits import candidates_of
 from specdec.heads.layered import LayeredHead
 from specdec.heads.paged import PagedHead
 from specdec.heads.paged_mtp import PagedMTP
+from specdec.heads.parallel import ParallelHead
 from specdec.heads.recurrent import MTPHead
+from specdec.kernels.layout import pack_bits
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation
 from specdec.protocols import StepContext, TreePolicy
@@ -146,6 +151,45 @@ class Eagle3(Eagle):
     """EAGLE-3 and EAGLE-3.1, in the layouts of SafeAILab, SpecForge, DeepSpec and speculators."""
 
     kind = "eagle3"
+
+
+class PEagle(Eagle):
+    """P-EAGLE, in the layouts of speculators and SpecForge: one pass reads the pairs that the last
+    step added and answers all levels, so that all nodes of a level have the same candidates."""
+
+    kind = "peagle"
+    head: ParallelHead
+
+    def _use(self, head: Any, target: PagedLM) -> None:
+        super()._use(head, target)
+        # Masked pairs stand at places that others of the pass have too, which exact sums forbid.
+        self.model = PagedHead(head, target, kernels=replace(target.kernels, exact=False))
+
+    def begin(self, context: StepContext) -> Expand:
+        states, count = self._noted(context.rows)
+        head, width, further = self.head, states.shape[1], self.levels - 1
+        device, batch = states.device, len(states)
+        embedded, feature = (x.expand(batch, further, -1) for x in head.masked())
+        news = self._news[context.rows, :width]
+        steps = torch.arange(width + further, device=device)
+        known = count.clamp(min=1)[:, None]  # pairs that stand in for what was read
+        offsets = torch.where(steps < width, steps, steps - width + known)  # [B, W + L - 1]
+        # A pair sees itself and those before it, a masked one no pair that does not count.
+        seen = steps <= steps[:, None]
+        seen = seen & ((steps < known) | (steps >= width))[:, None] | torch.eye(
+            len(steps), dtype=torch.bool, device=device
+        )
+        _, normal = self.model.forward(
+            context.rows,
+            torch.cat([head.embed(news), embedded], dim=1),
+            torch.cat([head.fuse(states), feature], dim=1),
+            offsets,
+            ancestors=pack_bits(seen),
+        )
+        self.model.cache.append(context.rows, None, count, width)
+        last = (known - 1)[..., None].expand(-1, -1, normal.shape[2])
+        read = torch.cat([normal.gather(1, last), normal[:, width:]], dim=1)
+        return self._in_levels(context, self.model.logits(read.contiguous()))
 
 
 class Eagle1(Eagle):

@@ -126,6 +126,12 @@ class GrowingDrafter(ShapedDrafter):
         """The trees are grown; `expanded` as `grow` returns it."""
         return tree
 
+    def sureness(self, frontier: Frontier) -> Tensor | None:
+        """[B, F], the chance that a child of these nodes is accepted, if the drafter knows it
+        apart from its probabilities: a factor of them for the policy, and for nobody else. Of the
+        frontier that was answered last."""
+        return None
+
     def follow(
         self, context: StepContext, tree: TokenTree, acceptance: Acceptance, seen: Observation
     ) -> None:
@@ -134,7 +140,8 @@ class GrowingDrafter(ShapedDrafter):
     def draft(self, context: StepContext) -> TokenTree:
         if not self.levels:
             return TokenTree.roots(context.roots)
-        return self.end(context, *grow(self.tree, self.levels, context, self.begin(context)))
+        expand, sure = self.begin(context), self.sureness
+        return self.end(context, *grow(self.tree, self.levels, context, expand, sure=sure))
 
 
 def grow(
@@ -144,6 +151,7 @@ def grow(
     expand: Expand,
     *,
     most: int | None = None,
+    sure: Callable[[Frontier], Tensor | None] = lambda frontier: None,
 ) -> tuple[TokenTree, Tensor]:
     """Grow one tree per sequence.
 
@@ -153,6 +161,7 @@ def grow(
 
     Args:
         most: no tree will have more nodes, the root included; None if only the budget is known.
+        sure: as `GrowingDrafter.sureness`.
 
     Returns:
         (the trees; expanded [B, N] int64: each node's number among the expanded nodes, -1 if it
@@ -178,15 +187,14 @@ def grow(
         width = min(policy.width(level), ids.shape[2])
         offered = (*offered, width)
         at = Growth(level=level, levels=levels, offered=offered, sampled=sampled, kernels=kernels)
-        slots = kernels.extend(score, probs[..., :width])  # [B, F, width]
+        known = _weighed(probs, sure(frontier))
+        slots = kernels.extend(score, known[..., :width])  # [B, F, width]
         selected = policy.select(at, slots)
         if sampled:
-            chosen = slots > DEAD
-            if selected is not None:
-                chosen &= selected
+            chosen = (slots > DEAD) & (True if selected is None else selected)
             drawn = _draw_children(context, level, policy.children, probs, width)
             ids = ids.gather(2, drawn)
-            slots = kernels.extend(score, probs.gather(2, drawn))
+            slots = kernels.extend(score, known.gather(2, drawn))
             chosen = torch.arange(width, device=ids.device) < chosen.sum(-1, keepdim=True)
         tokens.append(ids[..., :width].flatten(1))
         parents.append(index[..., None].expand(-1, -1, width).flatten(1))
@@ -213,8 +221,7 @@ def grow(
             parents=frontier.first + place // width,
             alive=score > DEAD,
         )
-        index = total + place
-        total += growing.shape[1]
+        index, total = total + place, total + growing.shape[1]
 
     every = torch.cat(scores, dim=1)  # [B, T]
     kept = every > DEAD
@@ -256,6 +263,10 @@ def _grow_all(
     leaf = order >= frontier.first
     number = order.masked_fill(leaf | (tree.parents == PADDING), -1)
     return replace(tree, proposal=_proposal(supports, number, policy.children)), number
+
+
+def _weighed(probs: Tensor, factor: Tensor | None) -> Tensor:
+    return probs if factor is None else probs * factor[..., None]
 
 
 def _root(context: StepContext) -> Frontier:

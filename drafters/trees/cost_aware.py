@@ -3,9 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
+
+from torch import Tensor
 
 from specdec.calibration import costs_of, unlike
 from specdec.costs import CALIBRATE, CostTable
+from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.fixed import FixedShape, measured_rates
 from specdec.drafters.trees.policy import check_positive
 from specdec.drafters.trees.shapes import (
@@ -16,7 +20,7 @@ from specdec.drafters.trees.shapes import (
     optimal,
     parents_by_level,
 )
-from specdec.protocols import Loaded
+from specdec.protocols import Growth, Loaded
 from specdec.rates import AcceptanceRates
 
 MEASURED = ("auto", "measure")
@@ -63,6 +67,9 @@ class CostAware(FixedShape):
         depth: levels at most.
         temperature, top_p: as in `Optimal`.
         children: how children are chosen.
+        adapts: the best shape gives nodes, levels and width alone; which nodes they are follows
+            from the draft at every step, as in `Dynamic`, so that a drafter that knows how sure it
+            is can say where they belong. What the shape promises is the least to expect then.
 
     Attributes:
         choice: the shape, and what is expected of it. Where costs are measured it is known after
@@ -84,7 +91,9 @@ class CostAware(FixedShape):
         temperature: float = 0.0,
         top_p: float | None = None,
         children: str = "top_k",
+        adapts: bool = False,
     ) -> None:
+        self.adapts = adapts
         check_positive(batch=batch, context=context)
         found = measured_rates(
             rates,
@@ -127,6 +136,27 @@ class CostAware(FixedShape):
         if self.table is None and depth is not None:  # `fit` will respect it
             return min(depth, super().levels(None))
         return super().levels(depth)
+
+    @property
+    def _followed(self) -> Dynamic:
+        """The policy that grows trees of the shape's size after the draft."""
+        widths = [self.width(level) for level in range(super().levels(None))]
+        nodes = [len(parents) for parents in parents_by_level(self.shape)]
+        return Dynamic(
+            budget=self.budget,
+            width=max(*widths, *nodes, 1),
+            depth=max(1, len(widths)),
+            children=self.children,
+        )
+
+    def select(self, at: Growth, scores: Tensor) -> Tensor | None:
+        return self._followed.select(at, scores) if self.adapts else super().select(at, scores)
+
+    def expand(self, at: Growth, scores: Tensor) -> Tensor | None:
+        return self._followed.expand(at, scores) if self.adapts else super().expand(at, scores)
+
+    def keep(self, scores: Tensor, kernels: ModuleType) -> Tensor | None:
+        return self._followed.keep(scores, kernels) if self.adapts else None
 
     def fit(self, run: Loaded) -> None:
         if self.notes:

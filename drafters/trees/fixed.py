@@ -83,7 +83,7 @@ class FixedShape(TreePolicy):
     def width(self, level: int) -> int:
         return self._widths[level]
 
-    def select(self, at: Growth, scores: Tensor) -> Tensor:
+    def select(self, at: Growth, scores: Tensor) -> Tensor | None:
         return self._tables(at.offered, scores.device)[0]
 
     def expand(self, at: Growth, scores: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.flash2 import Flash2Config
 from specdec.heads.host import Host
 from specdec.heads.layouts import Layout
-from specdec.heads.reading import check_states, decoder_config, named
+from specdec.heads.reading import check_states, decoder_config, mask_token, named
 from specdec.heads.spark import Markov, SparkConfig
 from specdec.heads.taps import settled_taps
 from specdec.models.weights import BrokenFilesError
@@ -59,7 +59,7 @@ def block_config(
         vocab_size=named(files, layout, host, shapes),
         output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         block=block,
-        mask=_mask(said, rows, files.name),
+        mask=mask_token(said, rows, files.name),
         shifted=shifted,
         causal=causal,
         windows=windows,
@@ -211,21 +211,6 @@ def _count(said: Mapping[str, Any], field: str, default: int, name: str) -> int:
             f"the head's own {CONFIG}"
         )
     return found
-
-
-def _mask(said: Mapping[str, Any], rows: int, name: str) -> int:
-    mask = said.get("mask_token_id")
-    if type(mask) is not int:
-        raise BrokenFilesError(
-            f"{name}: {CONFIG} has mask_token_id={mask}, and blocks are filled with that token; "
-            f"take the head's own {CONFIG}"
-        )
-    if not 0 <= mask < rows:
-        raise ValueError(
-            f"{name}: fills blocks with token {mask}, and the embedding has {rows} rows: this "
-            f"head belongs to another target"
-        )
-    return mask
 
 
 def _attention(

@@ -14,18 +14,20 @@ from specdec.heads.block import MASK_ROW, BlockHead
 from specdec.heads.block_files import MASK_FILE
 from specdec.heads.layered import HeadConfig, LayeredHead
 from specdec.heads.medusa import MedusaHeads
-from specdec.heads.recurrent import Eagle3Head, EagleConfig, MTPConfig, MTPHead
+from specdec.heads.parallel import ParallelConfig, ParallelHead
+from specdec.heads.recurrent import Eagle3Head, EagleConfig, EagleHead, MTPConfig, MTPHead
 from specdec.heads.spark import SparkConfig
 
 WEIGHTS, MEDUSA_WEIGHTS = "model.safetensors", "medusa_lm_head.safetensors"
 CONFIG = "config.json"
 VERSION = "0.3.0"  # of speculators, whose layout it is
-FLAGS = {
-    "eagle3": ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"),
-    "eagle": (),
-    "mtp": (),
+FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+NAMES: dict[type[LayeredHead], tuple[str, str]] = {  # of kinds, and of architectures
+    ParallelHead: ("peagle", "PEagleSpeculator"),
+    Eagle3Head: ("eagle3", "Eagle3Speculator"),
+    EagleHead: ("eagle", "EagleSpeculator"),
+    MTPHead: ("mtp", "MTPDraftModel"),
 }
-ARCHITECTURES = {"eagle3": "Eagle3Speculator", "eagle": "EagleSpeculator", "mtp": "MTPDraftModel"}
 MTP_NAMES = {  # of parts of an MTP layer, by their names here; others are of the decoder layer
     "embedding_layernorm": "token_layernorm",
     "hidden_states_layernorm": "hidden_layernorm",
@@ -194,6 +196,8 @@ def _more(config: HeadConfig) -> dict[str, Any]:
     """What config.json says of one kind alone."""
     if isinstance(config, MTPConfig):
         return {"num_nextn_predict_layers": 1}
+    if isinstance(config, ParallelConfig):
+        return {"mask_token_id": config.mask}
     return {"fusion_bias": config.bias} if isinstance(config, EagleConfig) else {}
 
 
@@ -205,12 +209,11 @@ def _mtp_name(name: str) -> str:
 
 def _config(head: LayeredHead, target_name: str, dtype: torch.dtype) -> dict[str, Any]:
     config = head.config
-    kind = "mtp" if isinstance(head, MTPHead) else "eagle"
-    kind = "eagle3" if isinstance(head, Eagle3Head) else kind
-    flags = {name: asdict(config)[name] for name in FLAGS[kind]}
+    kind, architecture = NAMES[type(head)]
+    flags = {name: asdict(config)[name] for name in FLAGS if hasattr(config, name)}
     proposal = {"proposal_type": "greedy", "speculative_tokens": DRAFTED}
     return {
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [architecture],
         "speculators_model_type": kind,
         "speculators_version": VERSION,
         "speculators_config": {

@@ -14,7 +14,14 @@ from specdec.models.weights import BrokenFilesError, more, not_finite
 
 EMBEDDING, OUTPUT = "embed_tokens.weight", "lm_head.weight"
 MAPS = ("d2t", "token_map")
-OF_TARGET = ("fc.", "fc_norm.", "input_norm.", EMBEDDING, OUTPUT)  # their shapes tell the target
+OF_TARGET = (
+    "fc.",
+    "mask_hidden",
+    "fc_norm.",
+    "input_norm.",
+    EMBEDDING,
+    OUTPUT,
+)  # their shapes tell the target
 BOTH = f"{CONFIG} and weights must be of one head: download both again"
 
 

@@ -27,11 +27,12 @@ from specdec.heads.filling import EMBEDDING, OUTPUT, fill
 from specdec.heads.flash2 import Flash2Head
 from specdec.heads.host import Host
 from specdec.heads.layered import LayeredHead
-from specdec.heads.layouts import BLOCK_KINDS, Layout, recognise
+from specdec.heads.layouts import BLOCK_KINDS, EAGLE3_KINDS, Layout, recognise
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.medusa_files import counts, medusa_config
 from specdec.heads.mtp_files import HowMTP, fold, handed_on, mtp_config, unfold
-from specdec.heads.reading import eagle3_config, eagle_config, unstated
+from specdec.heads.parallel import ParallelHead
+from specdec.heads.reading import eagle3_config, eagle_config, parallel_config, unstated
 from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
 from specdec.heads.verifier import check_verifier
@@ -41,6 +42,11 @@ from specdec.observation import Tap
 
 __all__ = ["find_head", "levels_of", "load_head"]
 
+RECURRENT: dict[str, tuple[Any, Any]] = {
+    "eagle3": (eagle3_config, Eagle3Head),
+    "peagle": (parallel_config, ParallelHead),
+    "eagle": (eagle_config, EagleHead),
+}
 FLAGS = (
     "norm_before_residual",
     "norm_before_fc",
@@ -172,10 +178,10 @@ def _recurrent(
     taps: Sequence[Tap] | None,
     rope_theta: float | None,
 ) -> LayeredHead:
-    read: Any = eagle3_config if layout.kind == "eagle3" else eagle_config
+    read, kind = RECURRENT[layout.kind]
     config = read(files, layout, host, taps=taps, rope_theta=rope_theta)
     with torch.device("meta"):
-        head: Any = (Eagle3Head if layout.kind == "eagle3" else EagleHead)(config)
+        head: Any = kind(config)
     if layout.kind == "eagle":
         head.one = torch.ones(head.width, dtype=host.dtype, device=host.device)
     unused = () if getattr(config, "fc", True) else ("fc.weight",)
@@ -253,7 +259,7 @@ def _lent_output(files: HeadFiles, layout: Layout, host: Host, config: Any) -> d
     """The target's output matrix, where the head may do with it. A head of EAGLE-3 that lost its
     own would not be noticed (sglang#27908), so that its config.json must say so."""
     said = files.config.get("draft_vocab_size", 0) is None  # SGLang takes the target's then
-    may = layout.kind != "eagle3" or said
+    may = layout.kind not in EAGLE3_KINDS or said
     if config.layer.hidden_size != host.state_size or not may or "d2t" in layout.files:
         return {}
     if host.output_bias and OUTPUT not in layout.files:
@@ -293,7 +299,7 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
         size = f"{count} layer{'s' * (count > 1)} of {head.width}"
         if isinstance(head, BlockHead):
             size += f", blocks of {config.block}"
-        else:
+        elif layout.kind != "peagle":
             per = "level"
     facts = [
         f"{layout.label}: {size}",

@@ -3,7 +3,7 @@ tensors have here, which are those of `speculators` (of Medusa those of `medusa.
 
 Sources: SafeAILab/EAGLE `eagle/model/cnets.py` and `cnets1.py`, sgl-project/SpecForge
 `modeling/draft/llama3_eagle.py`, sglang `models/llama_eagle3.py`, deepseek-ai/DeepSpec
-`modeling/eagle3`, vllm-project/speculators `models/eagle3` and `models/eagle.py`, vLLM
+`modeling/eagle3`, vllm-project/speculators `models/eagle3`, `peagle` and `eagle.py`, vLLM
 `models/eagle.py` and `models/medusa.py`, FasterDecoding/Medusa `medusa_model.py`; those of block
 heads in `block_files.py`, of MTP layers in `mtp_files.py`.
 """
@@ -20,15 +20,15 @@ from specdec.heads.layered import LAYERS
 from specdec.models.weights import MTP_TENSORS, BrokenFilesError
 from specdec.reasons import first_line
 
-Kind = Literal["eagle3", "eagle", "medusa", "dflash", "dspark", "mtp"]
+Kind = Literal["eagle3", "peagle", "eagle", "medusa", "dflash", "dspark", "mtp"]
 BLOCK_KINDS = ("dflash", "dspark")
+EAGLE3_KINDS = ("eagle3", "peagle")  # of the same tensors
 Shapes = Mapping[str, tuple[int, ...]]
-READ = "heads of EAGLE 1 to 3, HASS, Medusa, DFlash 1 and 2, DSpark and MTP are read"
+READ = "heads of EAGLE 1 to 3, P-EAGLE, HASS, Medusa, DFlash 1 and 2, DSpark and MTP are read"
 
 REFUSED = {  # tensors that only heads of these kinds have, or their speculators_model_type
     "MTP layers as DeepSeek's or GLM's": (r"(.*\.)?eh_proj\.weight", "deepseek_mtp"),
     "an MTP layer with experts": (r"mtp.*\.mlp\.(experts|gate|shared_expert)\b", "moe_mtp"),
-    "a P-EAGLE head": (r"mask_hidden", "peagle"),
     "a Domino head": (r"prefix_gru\.", "domino"),
     "a Hydra head": (r"hydra_mlp\.|hydra_lm_head\.", "hydra"),
     "an MLP speculator": (r"(speculator\.)?emb\.0\.weight", "mlp_speculator"),
@@ -165,6 +165,7 @@ def _eagle3(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
         if one not in files and other in files:
             files[one], of_sglang = files.pop(other), True
     bare = {key.removeprefix("model.") for key in shapes}
+    parallel = "mask_hidden" in files or config.get("speculators_model_type") == "peagle"
     label = (
         "speculators"
         if wrapped
@@ -173,12 +174,12 @@ def _eagle3(shapes: Shapes, config: Mapping[str, Any], name: str) -> Layout:
         else "SGLang"
         if of_sglang or any(key.startswith("additional_layers.") for key in bare)
         else "SpecForge"
-        if "LlamaForCausalLMEagle3" in (config.get("architectures") or ())
+        if parallel or "LlamaForCausalLMEagle3" in (config.get("architectures") or ())
         else "SafeAILab"
     )
     return Layout(
-        kind="eagle3",
-        label=f"EAGLE-3 of {label}",
+        kind="peagle" if parallel else "eagle3",
+        label=f"{'P-EAGLE' if parallel else 'EAGLE-3'} of {label}",
         wrapped=wrapped,
         layer=layer or config,
         files=files,

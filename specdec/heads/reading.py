@@ -1,6 +1,7 @@
 """From config.json and the shapes of tensors to the configuration of a recurrent head."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from transformers import LlamaConfig, Qwen3Config
@@ -8,7 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.host import Host
-from specdec.heads.layouts import BLOCK_KINDS, Layout
+from specdec.heads.layouts import BLOCK_KINDS, EAGLE3_KINDS, Layout
+from specdec.heads.parallel import ParallelConfig
 from specdec.heads.recurrent import Eagle3Config, EagleConfig
 from specdec.heads.rope import rope_parameters
 from specdec.heads.taps import settled_taps
@@ -63,10 +65,46 @@ def eagle3_config(
     )
 
 
+def parallel_config(
+    files: HeadFiles,
+    layout: Layout,
+    host: Host,
+    *,
+    taps: Sequence[Tap] | None,
+    rope_theta: float | None,
+) -> ParallelConfig:
+    """Of a head of P-EAGLE.
+
+    Raises:
+        ValueError: as for `eagle3_config`, or no mask token.
+    """
+    config = eagle3_config(files, layout, host, taps=taps, rope_theta=rope_theta)
+    said = dict(files.config)
+    said.setdefault("mask_token_id", said.get("ptd_token_id"))  # its first name
+    common = {field.name: getattr(config, field.name) for field in fields(config)}
+    return ParallelConfig(**common, mask=mask_token(said, config.target_vocab, files.name))
+
+
+def mask_token(said: Mapping[str, Any], rows: int, name: str) -> int:
+    """The token that stands where none is known yet, of an embedding of so many rows."""
+    mask = said.get("mask_token_id")
+    if type(mask) is not int:
+        raise BrokenFilesError(
+            f"{name}: {CONFIG} has mask_token_id={mask}, and blocks are filled with that token; "
+            f"take the head's own {CONFIG}"
+        )
+    if not 0 <= mask < rows:
+        raise ValueError(
+            f"{name}: fills blocks with token {mask}, and the embedding has {rows} rows: this "
+            f"head belongs to another target"
+        )
+    return mask
+
+
 def unstated(files: HeadFiles, layout: Layout) -> list[str]:
     """What the start of a run should say of flags that no file states. Readers of `speculators`
     files take norm_before_residual for true then (vLLM `speculators/algos.py`)."""
-    missing = layout.kind == "eagle3" and "norm_before_residual" not in files.config
+    missing = layout.kind in EAGLE3_KINDS and "norm_before_residual" not in files.config
     remark = "which states no norm_before_residual: taken for true"
     return [remark] if missing and layout.wrapped else []
 

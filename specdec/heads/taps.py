@@ -6,7 +6,7 @@ from typing import Any
 
 from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.host import Host
-from specdec.heads.layouts import BLOCK_KINDS, Layout
+from specdec.heads.layouts import BLOCK_KINDS, EAGLE3_KINDS, Layout
 from specdec.models.weights import BrokenFilesError
 from specdec.observation import Tap
 
@@ -36,7 +36,7 @@ def settled_taps(
         ValueError: states that the target does not have, or one twice that no file names twice.
     """
     n, stated = host.layers, _stated(files, layout, host.layers)
-    usual: tuple[Tap, ...] = usual_taps(n) if layout.kind == "eagle3" else ("normal",)
+    usual: tuple[Tap, ...] = usual_taps(n) if layout.kind in EAGLE3_KINDS else ("normal",)
     if layout.kind in BLOCK_KINDS:
         usual = usual_block_taps(n, int(layout.layer.get("num_hidden_layers") or 1))
     found = tuple(taps) if taps else stated or usual
@@ -64,7 +64,7 @@ def _stated(files: HeadFiles, layout: Layout, layers: int) -> tuple[Tap, ...]:
         said = {**files.config, **object_in(files.config, "dflash_config", files.name)}
         own = _listed(said, "target_layer_ids", files.name)
         return tuple("normal" if tap == layers - 1 else _next(tap) for tap in own)
-    if layout.kind != "eagle3":
+    if layout.kind not in EAGLE3_KINDS:
         return ()
     if states.get("use_aux_hidden_state") is False:
         return ("normal",)

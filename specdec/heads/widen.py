@@ -21,7 +21,6 @@ Legend: d and D the width of the small target and the large one.
 
 import copy
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -32,16 +31,16 @@ from specdec.heads.block import BlockHead
 from specdec.heads.flash2 import Flash2Head
 from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
+from specdec.heads.parallel import ParallelHead
+from specdec.heads.placing import beginning, fill, fill_norm, place, ranges, side_by_side
 from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
 from specdec.models.paged import PagedLM
 from specdec.models.shards import whole
-from specdec.models.standin import RANDOM_STD, Widening, check_memory, placed_heads
+from specdec.models.standin import Widening, check_memory, placed_heads
 
 DRAFT_VOCABULARY = 32_000  # tokens that EAGLE-3's published heads can name
 Head = TypeVar("Head", bound=nn.Module)
-Places = tuple[Tensor, Tensor]
-"""Where numbers go in a large tensor, and where they stand in the small one."""
 
 
 @torch.no_grad()
@@ -126,11 +125,11 @@ def _layered(
     if own:
         wide.embed_tokens = nn.Embedding.from_pretrained(embedding)
     else:
-        _place(wide.embed_tokens.weight, head.embed_tokens.weight)
+        place(wide.embed_tokens.weight, head.embed_tokens.weight)
     if tied:
         wide.lm_head = _linear(output)
     else:
-        _fill(wide.lm_head, head.lm_head, random=random)
+        fill(wide.lm_head, head.lm_head, random=random)
     carried = standin.constant**2 if own else 0.0  # by embeddings, in sum of squares
     kept = 0.0  # the same of the stream that layers hand on
     if isinstance(head, BlockHead):
@@ -199,22 +198,22 @@ def _fill_layer(
     size, width = theirs.head_dim, theirs.config.hidden_size
     queries, pairs = _heads(theirs.config, standin)
     count = theirs.q_proj.in_features // width  # vectors side by side
-    columns = _blocks(count, width, standin.shape.hidden_size)
-    of_queries = _ranges(((to * size, of * size) for of, to in enumerate(queries)), size)
-    of_keys = _ranges(((to * size, of * size) for to, of in pairs), size)
-    _fill(mine.q_proj, theirs.q_proj, of_queries, columns, random)
-    _fill(mine.k_proj, theirs.k_proj, of_keys, columns, random)
-    _fill(mine.v_proj, theirs.v_proj, of_keys, columns, random)
-    _fill(mine.o_proj, theirs.o_proj, None, of_queries)
+    columns = side_by_side(count, width, standin.shape.hidden_size)
+    of_queries = ranges(((to * size, of * size) for of, to in enumerate(queries)), size)
+    of_keys = ranges(((to * size, of * size) for to, of in pairs), size)
+    fill(mine.q_proj, theirs.q_proj, of_queries, columns, random)
+    fill(mine.k_proj, theirs.k_proj, of_keys, columns, random)
+    fill(mine.v_proj, theirs.v_proj, of_keys, columns, random)
+    fill(mine.o_proj, theirs.o_proj, None, of_queries)
     if hasattr(theirs, "gate_proj"):
-        _fill(mine.gate_proj, theirs.gate_proj, of_queries, columns, random)
+        fill(mine.gate_proj, theirs.gate_proj, of_queries, columns, random)
     for name in ("q_norm", "k_norm"):
         if hasattr(theirs, name):
-            _fill_norm(getattr(mine, name), getattr(theirs, name))
-    _fill(large.mlp.gate_proj, small.mlp.gate_proj, random=random)
-    _fill(large.mlp.up_proj, small.mlp.up_proj, random=random)
-    _fill(large.mlp.down_proj, small.mlp.down_proj)
-    _fill_norm(large.post_attention_layernorm, small.post_attention_layernorm, kept)
+            fill_norm(getattr(mine, name), getattr(theirs, name))
+    fill(large.mlp.gate_proj, small.mlp.gate_proj, random=random)
+    fill(large.mlp.up_proj, small.mlp.up_proj, random=random)
+    fill(large.mlp.down_proj, small.mlp.down_proj)
+    fill_norm(large.post_attention_layernorm, small.post_attention_layernorm, kept)
 
 
 def _fill_eagle3(wide: Eagle3Head, head: Eagle3Head, standin: Widening, carried: float) -> None:
@@ -223,58 +222,64 @@ def _fill_eagle3(wide: Eagle3Head, head: Eagle3Head, standin: Widening, carried:
     if not config.fc or (normed and "normal" in config.taps):
         wide.blind = config.state_size
         square = 0.0
-    states = _blocks(len(config.taps), config.state_size, standin.shape.hidden_size)
+    states = side_by_side(len(config.taps), config.state_size, standin.shape.hidden_size)
     if config.fc:
-        _fill(wide.fc, head.fc, None, states)
+        fill(wide.fc, head.fc, None, states)
     constants = [0.0 if tap == "normal" else square for tap in config.taps]
     if config.fc_norm:
         for mine, theirs, constant in zip(wide.fc_norm, head.fc_norm, constants, strict=True):
-            _fill_norm(mine, theirs, constant)
+            fill_norm(mine, theirs, constant)
     if config.norm_before_fc:
-        _fill_norm(wide.input_norm, head.input_norm, sum(constants), states)
+        fill_norm(wide.input_norm, head.input_norm, sum(constants), states)
+    if isinstance(wide, ParallelHead) and isinstance(head, ParallelHead):  # as if it were states
+        hidden = wide.mask_hidden.view(-1, 1)
+        place(hidden, head.mask_hidden.view(-1, 1), states)
+        for index, constant in enumerate(constants):
+            at = index * standin.shape.hidden_size + config.state_size
+            hidden[at] = math.sqrt(constant)
     for index, (large, small) in enumerate(zip(wide.layers, head.layers, strict=True)):
         pair = index < config.pairs
-        _fill_norm(large.input_layernorm, small.input_layernorm, carried if pair else 0.0)
+        fill_norm(large.input_layernorm, small.input_layernorm, carried if pair else 0.0)
         if pair:
-            _fill_norm(large.hidden_norm, small.hidden_norm)
-    _fill_norm(wide.norm, head.norm)
+            fill_norm(large.hidden_norm, small.hidden_norm)
+    fill_norm(wide.norm, head.norm)
 
 
 def _fill_eagle(wide: Any, head: EagleHead, standin: Widening, carried: float) -> None:
     wide.one.fill_(1)
-    columns = _blocks(2, head.width, standin.shape.hidden_size)
-    _fill(wide.fc, head.fc, None, columns)
+    columns = side_by_side(2, head.width, standin.shape.hidden_size)
+    fill(wide.fc, head.fc, None, columns)
     if head.embedding_layernorm is not None:
-        _fill_norm(wide.embedding_layernorm, head.embedding_layernorm, carried)
+        fill_norm(wide.embedding_layernorm, head.embedding_layernorm, carried)
     if head.hidden_states_layernorm is not None:
         wide.blind = head.config.state_size  # it reads the head's own states too: nothing there
-        _fill_norm(wide.hidden_states_layernorm, head.hidden_states_layernorm)
+        fill_norm(wide.hidden_states_layernorm, head.hidden_states_layernorm)
     for index, (large, small) in enumerate(zip(wide.layers, head.layers, strict=True)):
         if index or head.config.input_norm:
-            _fill_norm(large.input_layernorm, small.input_layernorm)
+            fill_norm(large.input_layernorm, small.input_layernorm)
     if head.norm is not None:
-        _fill_norm(wide.norm, head.norm)
+        fill_norm(wide.norm, head.norm)
 
 
 def _fill_block(wide: Any, head: BlockHead, standin: Widening, carried: float) -> None:
     """Its stream begins with embeddings, and keeps their constant."""
     config = head.config
-    _fill(
+    fill(
         wide.fc,
         head.fc,
         None,
-        _blocks(len(config.taps), config.state_size, standin.shape.hidden_size),
+        side_by_side(len(config.taps), config.state_size, standin.shape.hidden_size),
     )
-    _fill_norm(wide.hidden_norm, head.hidden_norm)
+    fill_norm(wide.hidden_norm, head.hidden_norm)
     for large, small in zip(wide.layers, head.layers, strict=True):
-        _fill_norm(large.input_layernorm, small.input_layernorm, carried)
-    _fill_norm(wide.norm, head.norm, carried)
+        fill_norm(large.input_layernorm, small.input_layernorm, carried)
+    fill_norm(wide.norm, head.norm, carried)
     if isinstance(head, SparkHead):
         _fill_spark(wide, head)
     if isinstance(head, Flash2Head):
         _fill_flash2(wide, head)
     if head.mask_embedding is not None:
-        _place(wide.mask_embedding[:, None], head.mask_embedding[:, None])
+        place(wide.mask_embedding[:, None], head.mask_embedding[:, None])
         if carried:
             wide.mask_embedding[head.width] = standin.constant
 
@@ -282,35 +287,35 @@ def _fill_block(wide: Any, head: BlockHead, standin: Widening, carried: float) -
 def _fill_spark(wide: Any, head: SparkHead) -> None:
     """What corrects logits: of the large model's further tokens nothing is known, or drafted."""
     rank, inner, outer = head.config.rank, head.width, wide.width
-    slot_first = _ranges([(0, 0)], inner)  # the slot, then the token's embedding
+    slot_first = ranges([(0, 0)], inner)  # the slot, then the token's embedding
     to, of = slot_first
     both = torch.cat([to, outer + torch.arange(rank)]), torch.cat([of, inner + torch.arange(rank)])
     if head.markov_head is not None:
         large, small = wide.markov_head, head.markov_head
-        _place(large.markov_w1.weight, small.markov_w1.weight)
-        _fill(large.markov_w2, small.markov_w2)
+        place(large.markov_w1.weight, small.markov_w1.weight)
+        fill(large.markov_w2, small.markov_w2)
         if head.config.markov == "gated":
-            _fill(large.gate_proj, small.gate_proj, None, both)
+            fill(large.gate_proj, small.gate_proj, None, both)
         if head.config.markov == "rnn":  # state and embedding come first
-            _fill(large.joint_proj, small.joint_proj, None, _first(2 * rank + inner))
+            fill(large.joint_proj, small.joint_proj, None, beginning(2 * rank + inner))
     if head.confidence_head is not None:
         columns = both if head.config.confidence_markov else slot_first
-        _fill(wide.confidence_head.proj, head.confidence_head.proj, None, columns)
+        fill(wide.confidence_head.proj, head.confidence_head.proj, None, columns)
 
 
 def _fill_flash2(wide: Any, head: Flash2Head) -> None:
     """Convolutions, of which what is added finds zeros, and the selector."""
     inner, outer, group = head.width, wide.width, head.config.channels
-    rows = _blocks(2 * head.config.taps_of_convolution, inner // group, outer // group)
+    rows = side_by_side(2 * head.config.taps_of_convolution, inner // group, outer // group)
     for large, small in zip(wide.layers, head.layers, strict=True):
         for name in ("attention_conv", "mlp_conv"):
             mine, theirs = getattr(large, name), getattr(small, name)
             mine.base_kernel.zero_()
             mine.base_kernel[..., :inner] = theirs.base_kernel
-            _fill(mine.kernel_projection, theirs.kernel_projection, rows)
+            fill(mine.kernel_projection, theirs.kernel_projection, rows)
     for name in ("predecessor_codebook", "successor_codebook"):
-        _place(getattr(wide.candidate_selector, name), getattr(head.candidate_selector, name))
-    _fill(wide.candidate_selector.hidden_projection, head.candidate_selector.hidden_projection)
+        place(getattr(wide.candidate_selector, name), getattr(head.candidate_selector, name))
+    fill(wide.candidate_selector.hidden_projection, head.candidate_selector.hidden_projection)
 
 
 # Medusa
@@ -337,14 +342,14 @@ def _medusa(
     wide.to_empty(device=target.device)
     for mine, theirs in zip(wide.blocks, heads.blocks, strict=True):
         for large, small in zip(mine, theirs, strict=True):
-            _fill(large, small)
+            fill(large, small)
     outputs = list(zip(wide.lm_heads, heads.lm_heads, strict=True))
     if shared:
         wide.lm_head = _linear(output)
     elif heads.lm_head is not None:
         outputs = [(wide.lm_head, heads.lm_head)]
     for large, small in outputs:
-        _fill(large, small, random=random)
+        fill(large, small, random=random)
         large.weight[:, config.state_size] = 0  # the blocks let the state's pass
     made: MedusaHeads = wide
     return made
@@ -377,74 +382,3 @@ def _linear(weight: Tensor) -> nn.Linear:
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
     return made
-
-
-def _ranges(starts: Iterable[tuple[int, int]], size: int) -> Places:
-    """Ranges of `size` numbers, from where they begin in the large tensor and in the small."""
-    pairs = list(starts)
-    to, of = (
-        torch.cat([torch.arange(start[side], start[side] + size) for start in pairs])
-        for side in (0, 1)
-    )
-    return to, of
-
-
-def _blocks(count: int, small: int, large: int) -> Places:
-    """Where so many vectors go that stand side by side."""
-    return _ranges(((index * large, index * small) for index in range(count)), small)
-
-
-def _first(size: int) -> Places:
-    return _ranges([(0, 0)], size)
-
-
-def _place(
-    large: Tensor, small: Tensor, rows: Places | None = None, columns: Places | None = None
-) -> None:
-    """A small matrix into a large one, which is zero elsewhere."""
-    large.zero_()
-    _put(large, small, rows, columns)
-
-
-def _put(
-    large: Tensor, small: Tensor, rows: Places | None = None, columns: Places | None = None
-) -> None:
-    """Without places, into the first rows or columns."""
-    to_rows, of_rows = rows or _first(small.shape[0])
-    to_columns, of_columns = columns or _first(small.shape[1])
-    device = large.device
-    chosen = small.to(device)[of_rows.to(device)][:, of_columns.to(device)]
-    large[to_rows.to(device)[:, None], to_columns.to(device)] = chosen.to(large.dtype)
-
-
-def _fill(
-    large: Any,
-    small: Any,
-    rows: Places | None = None,
-    columns: Places | None = None,
-    random: torch.Generator | None = None,
-) -> None:
-    """A product, with zeros where there is nothing of the small one's; or with random numbers, if
-    what reads it drops the rows and what it reads has zeros for the columns."""
-    if random is None:
-        large.weight.zero_()
-    else:
-        large.weight.normal_(std=RANDOM_STD, generator=random)
-    _put(large.weight, small.weight, rows, columns)
-    if small.bias is not None:
-        column = _first(1)
-        _place(large.bias[:, None], small.bias[:, None], rows, column)
-
-
-def _fill_norm(
-    large: Any, small: Any, constant: float = 0.0, places: Places | None = None
-) -> None:
-    """What the small norm makes, of a larger input that is zero elsewhere.
-
-    Args:
-        constant: sum of squares of what else is in the input.
-    """
-    of, to = small.weight.shape[0], large.weight.shape[0]
-    scaled = small.weight * math.sqrt(of / to)
-    _place(large.weight[:, None], scaled[:, None], places, _first(1))
-    large.variance_epsilon = (of * small.variance_epsilon - constant) / to

@@ -1,4 +1,5 @@
-"""Blocks of a block head at many places of a sequence at once (DFlash, Chen et al. 2026).
+"""Blocks of a block head at many places of a sequence at once (DFlash, Chen et al. 2026), and what
+P-EAGLE drafts at many.
 
 Slot t of a sequence holds the pair of the state at token t with token t + 1, as everywhere in
 training. A block that is anchored there has token t + 1 for its root and sees the states of tokens
@@ -9,11 +10,16 @@ Legend: B sequences, T slots, A anchors, N slots of a block, L levels, D width o
 of the correction of DSpark.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from specdec.heads.block import BlockHead
+from specdec.heads.parallel import ParallelHead
 from specdec.heads.spark import SparkHead
+from specdec.training.batches import Seen
 
 SPREAD = 0.6180339887498949  # whose multiples, without their whole parts, are spread evenly
 
@@ -81,6 +87,36 @@ def corrected(head: SparkHead, states: Tensor, tokens: Tensor, anchors: Tensor) 
     return torch.cat([read, torch.stack(parts, dim=2)], dim=-1)
 
 
+def rolled(
+    head: ParallelHead, states: Tensor, tokens: Tensor, anchors: Tensor, levels: int
+) -> tuple[Tensor, Tensor]:
+    """What the output head of P-EAGLE reads at every slot [B, T, D], and at all levels of drafts
+    that begin at some [B, A, L, D]: level 0 is that of their slot, the others are masked pairs,
+    which see the pairs up to there and each other backwards. Arguments as of `drafted`."""
+    slots, count, further = tokens.shape[1], anchors.shape[1], levels - 1
+    masked = [x.expand(len(tokens), count * further, -1) for x in head.masked()]
+    embedded = torch.cat([head.embed(tokens), masked[0]], dim=1)
+    feature = torch.cat([head.fuse(states), masked[1]], dim=1)
+    known = torch.arange(slots, device=anchors.device)
+    places = anchors[..., None] + 1 + torch.arange(further, device=anchors.device)
+    every = torch.cat([known.expand(len(tokens), -1), places.flatten(1)], dim=1)
+    of_pairs = known[None, :] <= known[:, None]  # [T, T]
+    mask = of_pairs.expand(len(tokens), 1, -1, -1)
+    if further:
+        behind = visible(anchors, known, places.flatten(1), causal=True, window=None)
+        mask = torch.cat([nn.functional.pad(mask, (0, count * further)), behind], dim=2)
+
+    def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=True
+        )
+
+    _, read = head(embedded, feature, head.rotary(feature, every), attend)
+    at = anchors[..., None].expand(-1, -1, read.shape[2])
+    first, rest = read[:, :slots], read[:, slots:].unflatten(1, (count, further))
+    return first, torch.cat([first.gather(1, at)[:, :, None], rest], dim=2)
+
+
 def parents(tokens: Tensor, anchors: Tensor, levels: int) -> Tensor:
     """[B, A, L], the tokens [B, T] that levels of blocks come after; past the end the last."""
     places = anchors[..., None] + torch.arange(levels, device=anchors.device)
@@ -109,3 +145,51 @@ def visible(
         keys = torch.cat([known.expand(len(anchors), -1), places], dim=1)
         seen = seen & (keys[:, None] > places[..., None] - window)
     return seen[:, None]
+
+
+def levels_at(
+    seen: Seen, anchors: Tensor, outputs: Tensor
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each level what the output head reads [B, A, D], the target's logits, the tokens, and
+    which blocks have come so far in slots that count.
+
+    Args:
+        outputs: [B, A, L, D].
+    """
+    parts, inside = [], torch.ones_like(anchors, dtype=torch.bool)
+    for level in range(outputs.shape[2]):
+        place = anchors + level
+        inside = inside & (place < seen.mask.shape[1])
+        place = place.clamp(max=seen.mask.shape[1] - 1)
+        inside = inside & seen.mask.gather(1, place)
+        wanted = seen.logits.gather(1, place[..., None].expand(-1, -1, seen.logits.shape[2]))
+        parts.append((outputs[:, :, level], wanted, seen.labels.gather(1, place), inside))
+    return parts
+
+
+def chains_of(
+    seen: Seen,
+    depth: int,
+    reads: Callable[[Tensor], Tensor],
+    chances: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    at_once: int,
+) -> tuple[Tensor, Tensor]:
+    """As `Trainee.chains`, of blocks at every slot.
+
+    Args:
+        reads: of anchors [B, A] what the output head reads [B, A, L, D].
+        chances: as `Judge.chances`, without the output head.
+        at_once: blocks of a sequence.
+    """
+    slots = seen.mask.shape[1]
+    found = seen.logits.new_zeros(2, depth, *seen.mask.shape, dtype=torch.float32)
+    whole = replace(seen, mask=torch.ones_like(seen.mask))  # what counts is asked elsewhere
+    for start in range(0, slots, at_once):
+        some = torch.arange(start, min(start + at_once, slots), device=seen.mask.device)
+        anchors = some.expand(len(seen.mask), -1)
+        outputs = reads(anchors)[:, :, :depth]
+        for level, part in enumerate(levels_at(whole, anchors, outputs)):
+            output, wanted, labels, inside = part
+            for kind, one in enumerate(chances(output, wanted, labels)):
+                found[kind, level, :, some] = one.float() * inside
+    return found[0], found[1]

@@ -13,7 +13,7 @@ from specdec.models.load import Models, load_model, zoo_path
 from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.mtp import MTP
 from tests.heads.blocks import dflash
-from tests.heads.made import begun, medusa
+from tests.heads.made import begun, eagle3, medusa
 from tests.models.tiny import disturbed, save, tiny
 from tests.running import QUICK, ROOT, SHARED, SMALL_TARGET, jobs, lines, outputs, summary_of
 
@@ -46,6 +46,11 @@ def needed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str
             model = load_model("zoo:target").model
             markov = "gated" if drafter == "dspark" else ""
             dflash(folder, model, layout="speculators", slots=9, markov=markov)
+            return [f"drafter.path={folder}"]
+        if drafter == "peagle":
+            folder = tmp_path_factory.mktemp("heads")
+            model, size = load_model("zoo:target").model, {"target_hidden_size": 384}
+            eagle3(folder, model, layout="speculators", taps=(1, 3, 5), mask=7, config=size)
             return [f"drafter.path={folder}"]
         if drafter in ("eagle", "mtp"):
             folder = tmp_path_factory.mktemp("heads")

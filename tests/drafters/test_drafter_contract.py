@@ -26,7 +26,7 @@ from specdec.training.methods.mtp import MTP
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from tests.heads.blocks import dflash
-from tests.heads.made import begun, medusa
+from tests.heads.made import begun, eagle3, medusa
 
 NAMES = sorted(path.stem for path in Path(CONFIGS, "drafter").glob("*.yaml"))
 DRAFTING = [name for name in NAMES if name != "none"]
@@ -45,6 +45,7 @@ MANY = {  # with many candidates; so few of them that all draws of two can be en
             "medusa",
             "mtp",
             "ngram",
+            "peagle",
             "rest",
             "retriever",
             "small_llama",
@@ -91,6 +92,10 @@ def heads(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
     dflash(folder / "dspark", target.model, layout="speculators", markov="rnn")
     begun(folder / "eagle", target, Eagle())
     begun(folder / "mtp", target, MTP())
+    size = {"target_hidden_size": 384}
+    eagle3(
+        folder / "peagle", target.model, layout="speculators", taps=(1, 3, 5), mask=7, config=size
+    )
     return folder
 
 
@@ -103,7 +108,7 @@ def make(name: str, datastore: Path, heads: Path) -> contract.Make:
         words.append(f"drafter.mode={mode}")
     if name == "rest":
         words.append(f"drafter.datastore={datastore}")
-    if name in ("dflash", "dspark", "eagle", "medusa", "mtp"):
+    if name in ("dflash", "dspark", "eagle", "medusa", "mtp", "peagle"):
         words.append(f"drafter.path={heads / name}")
     if name == "user":
         words.append(f"drafter._target_={__name__}.echo")

@@ -138,6 +138,7 @@ def eagle3(
     listed: bool = False,
     taps: tuple[int, ...] | None = None,
     own_embedding: bool = False,
+    mask: int | None = None,
     file: str | None = None,
     prefix: str = "",
     dtype: torch.dtype | None = None,
@@ -150,6 +151,7 @@ def eagle3(
         named: tokens it can name; None for all.
         listed: SGLang's further layers have the numbers of layers.
         taps: the states it reads; None for those of its layout.
+        mask: token of P-EAGLE; None: it is none.
         prefix: before every name of a tensor.
         dtype: of matrices and norms in the file.
         rope: as config.json says it, and as the oracle has it.
@@ -175,6 +177,8 @@ def eagle3(
         embedding = random.matrix(vocabulary, D)
     if layout in ("speculators", "deepspec") or own_embedding or states != D:
         tensors["embed_tokens.weight"] = embedding
+    if mask is not None:
+        tensors["mask_hidden"] = 5 * random.matrix(1, 1, len(where) * states)
     if dtype is not None:
         for key, value in tensors.items():
             tensors[key] = value.to(dtype) if value.is_floating_point() else value
@@ -190,6 +194,9 @@ def eagle3(
         whole = layer | said | dict.fromkeys(flags, True)
     else:
         whole = wrapper(layer, where, flags)
+    if mask is not None:
+        kind = {"speculators_model_type": "peagle"} if layout == "speculators" else {}
+        whole = {**whole, **kind, "mask_token_id": mask}
     whole = {**whole, "draft_vocab_size": named or vocabulary, **(config or {})}
     if file is None:
         file = "pytorch_model.bin" if layout == "safeailab" else "model.safetensors"
@@ -206,6 +213,7 @@ def eagle3(
         ids=ids,
         rope=rope[1],
         flags=flags | more,
+        block={} if mask is None else {"mask": mask},
     )
 
 

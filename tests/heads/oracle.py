@@ -130,31 +130,51 @@ def eagle3(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list
     Args:
         states: [T - 1 or more, H], one for each tap.
     """
+    features = fused(facts, [state[: len(tokens) - 1].double() for state in states])
+    for drafted in range(len(path) + 1):
+        embedded = facts.embedding[torch.tensor(tokens[1:] + path[:drafted])]
+        fed, normal = eagle3_layers(facts, features, embedded)
+        features = torch.cat([features, fed[-1:]])
+    return normal[-1] @ facts.output.T
+
+
+def peagle(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
+    """[VD] logits after the path, of which P-EAGLE knows the length."""
+    pairs, mask, hidden = len(tokens) - 1, facts.block["mask"], facts.tensors["mask_hidden"]
+    pieces = [state[:pairs].double() for state in states]
+    masks = hidden[0, 0].expand(len(path), -1).split([x.shape[1] for x in pieces], dim=-1)
+    joined = [torch.cat(both) for both in zip(pieces, masks, strict=True)]
+    embedded = facts.embedding[torch.tensor(tokens[1:] + [mask] * len(path))]
+    _, normal = eagle3_layers(facts, fused(facts, joined), embedded)
+    return normal[-1] @ facts.output.T
+
+
+def fused(facts: Facts, pieces: Sequence[Tensor]) -> Tensor:
+    """The features of states [T, H] of each tap."""
     w, eps, flags = facts.tensors, facts.eps, facts.flags
-    pieces = [state[: len(tokens) - 1].double() for state in states]
     if "fc_norm" in flags:
         pieces = [rms(x, w[f"fc_norm.{i}.weight"], eps) for i, x in enumerate(pieces)]
     joined = torch.cat(pieces, dim=-1)
     if "norm_before_fc" in flags:
         joined = rms(joined, w["input_norm.weight"], eps)
-    features = joined if "no_fc" in flags else joined @ w["fc.weight"].T + w.get("fc.bias", 0.0)
-    for drafted in range(len(path) + 1):
-        embedded = facts.embedding[torch.tensor(tokens[1:] + path[:drafted])]
-        y = features
-        for index, layer in enumerate(facts.layers):
-            if index and "pairs" not in flags:
-                name = "hidden_norm" if "sglang" in flags else "input_layernorm"
-                y = y + attention(facts, layer, rms(y, w[f"{layer}.{name}.weight"], eps))
-            else:
-                e = rms(embedded, w[f"{layer}.input_layernorm.weight"], eps)
-                f = rms(y, w[f"{layer}.hidden_norm.weight"], eps)
-                stream = f if "norm_before_residual" in flags and not index else y
-                y = stream + attention(facts, layer, torch.cat([e, f], dim=-1))
-            y = y + mlp(facts, layer, y)
-        normal = rms(y, w["norm.weight"], eps)
-        fed = normal if "norm_output" in flags else y
-        features = torch.cat([features, fed[-1:]])
-    return normal[-1] @ facts.output.T
+    return joined if "no_fc" in flags else joined @ w["fc.weight"].T + w.get("fc.bias", 0.0)
+
+
+def eagle3_layers(facts: Facts, y: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+    """What is fed back after pairs [T, D], and what the output head reads."""
+    w, eps, flags = facts.tensors, facts.eps, facts.flags
+    for index, layer in enumerate(facts.layers):
+        if index and "pairs" not in flags:
+            name = "hidden_norm" if "sglang" in flags else "input_layernorm"
+            y = y + attention(facts, layer, rms(y, w[f"{layer}.{name}.weight"], eps))
+        else:
+            e = rms(embedded, w[f"{layer}.input_layernorm.weight"], eps)
+            f = rms(y, w[f"{layer}.hidden_norm.weight"], eps)
+            stream = f if "norm_before_residual" in flags and not index else y
+            y = stream + attention(facts, layer, torch.cat([e, f], dim=-1))
+        y = y + mlp(facts, layer, y)
+    normal = rms(y, w["norm.weight"], eps)
+    return (normal if "norm_output" in flags else y), normal
 
 
 def eagle(facts: Facts, states: Sequence[Tensor], tokens: list[int], path: list[int]) -> Tensor:
@@ -277,10 +297,9 @@ def mixed(facts: Facts, name: str, side: int, inputs: Tensor, x: Tensor) -> Tens
     out = torch.zeros_like(x)
     for slot in range(len(x)):
         for tap in range(min(taps, slot + 1)):
-            for channel in range(width):
-                place = (side * taps + tap) * groups + channel * groups // width
-                share = base[tap, channel] + own[slot, place]
-                out[slot, channel] += share * x[slot - tap, channel]
+            first = (side * taps + tap) * groups
+            share = base[tap] + own[slot, first + torch.arange(width) * groups // width]
+            out[slot] += share * x[slot - tap]
     return out
 
 

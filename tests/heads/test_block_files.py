@@ -184,29 +184,40 @@ def test_a_correction_of_another_kind_is_refused(target: PagedLM, tmp_path: Path
         load_head(str(tmp_path), target, kinds=("dflash",))
 
 
-def test_confidence_needs_its_head_and_the_most_probable_children(
-    target: PagedLM, tmp_path: Path
-) -> None:
+def test_confidence_needs_its_head(target: PagedLM, tmp_path: Path) -> None:
     blocks.dflash(tmp_path, target.model, layout="deepspec", markov="vanilla")
     drafter = DSpark(path=str(tmp_path), confidence=True)
     with pytest.raises(ValueError, match=r"^drafter\.confidence=true: .* has no confidence head"):
         loaded(drafter, target)
-    with pytest.raises(ValueError, match=r"^tree\.children=sample: with drafter\.confidence=true"):
-        drafter.check(Static(widths=[1], children="sample"))
+    with pytest.raises(ValueError, match=r"^drafter\.parts\.a: DSpark needs trees of its own"):
+        Compose(parts={"a": drafter, "b": NGram()}, mode="union")
 
 
+class Noting(Static):
+    """Keeps what it is asked."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.asked: list[torch.Tensor] = []  # chances [B, F, width]
+
+    def select(self, at: Any, scores: torch.Tensor) -> None:
+        self.asked.append(scores.exp())
+
+
+@pytest.mark.parametrize("children", ["top_k", "sample"])
 @pytest.mark.parametrize("reads", ["slot", "both"])
-def test_confidence_is_a_factor_of_probabilities(
-    reads: str, target: PagedLM, tmp_path: Path
+def test_confidence_is_a_factor_where_a_policy_decides(
+    reads: str, children: str, target: PagedLM, tmp_path: Path
 ) -> None:
+    """What is proposed and drawn is the same without it."""
     facts = blocks.dflash(
         tmp_path, target.model, layout="deepspec", markov="vanilla", confidence=reads
     )
-    every = []
+    every, asked = [], []
     for confidence in (False, True):
-        decoder = decoder_of(
-            target, DSpark(path=str(tmp_path), confidence=confidence), Static(widths=[2, 2])
-        )
+        policy = Noting(widths=[2, 2], children=children)
+        drafter = DSpark(path=str(tmp_path), confidence=confidence)
+        decoder = decoder_of(target, drafter, policy, temperature=1.0)
         found: list[Any] = []
         accept = decoder.rule.accept
 
@@ -219,18 +230,23 @@ def test_confidence_is_a_factor_of_probabilities(
         decoder.rule.accept = noting  # type: ignore[method-assign]
         outputs_of(decoder, [texts()[0]], 1)
         every.append(found[0])
+        asked.append(policy.asked)
     plain, sure = every
     assert plain.tokens.equal(sure.tokens)
+    assert plain.proposal.probs.equal(sure.proposal.probs)
     states = states_of(own_attention(target.model), texts()[0], facts.taps)
     slots = oracle.block(facts, states, texts()[0])
-    w = facts.tensors
+    w, chances = facts.tensors, []
     for node, level in enumerate((0, 1, 1)):
         token = int(plain.tokens[0, node])
         inputs = [slots[level], w["markov_head.markov_w1.weight"][token]]
         read = torch.cat(inputs if reads == "both" else inputs[:1])
         logit = w["confidence_head.proj.weight"][0] @ read + w["confidence_head.proj.bias"][0]
-        share = sure.proposal.probs[0, node] / plain.proposal.probs[0, node]
-        torch.testing.assert_close(share.double(), logit.sigmoid().expand(2), rtol=1e-4, atol=1e-6)
+        chances.append(float(logit.sigmoid()))
+    first, second = (b / a for a, b in zip(*asked, strict=True))
+    torch.testing.assert_close(first[0].flatten(), torch.full((2,), chances[0]).double())
+    wanted = chances[0] * torch.tensor(chances[1:]).double()[:, None].expand(2, 2)
+    torch.testing.assert_close(second[0], wanted, rtol=1e-4, atol=1e-6)
 
 
 UNSELECTED: dict[str, tuple[Callable[[Path], None], str]] = {

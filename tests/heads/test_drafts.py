@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.drafters.compose import Compose
 from specdec.drafters.dflash import DFlash
 from specdec.drafters.dspark import DSpark
-from specdec.drafters.eagle import Eagle, Eagle1, Eagle3
+from specdec.drafters.eagle import Eagle, Eagle1, Eagle3, PEagle
 from specdec.drafters.medusa import Medusa
 from specdec.drafters.ngram import NGram
 from specdec.drafters.trees.dynamic import Dynamic
@@ -168,6 +168,53 @@ def test_every_node_of_every_tree_is_as_restated(
     assert watcher.worst < TOLERANCE
 
 
+PARALLEL: dict[str, dict[str, Any]] = {
+    "specforge": {"layout": "specforge", "layers": 3},
+    "speculators": {"layout": "speculators", "own_embedding": True, "named": None},
+    "flags": {"layout": "speculators", "flags": EVERY, "layers": 2, "bias": "qkvo"},
+}
+
+
+@pytest.mark.some(3)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("case", PARALLEL)
+def test_so_are_those_of_one_pass(case: str, tree: str, target: PagedLM, tmp_path: Path) -> None:
+    facts = made.eagle3(tmp_path, target.model, mask=7, **PARALLEL[case])
+    drafter = PEagle(path=str(tmp_path))
+    watcher = watched(target, drafter, facts, partial(oracle.peagle, facts), tree)
+    assert watcher.worst < TOLERANCE
+    assert drafter.notes["drafter.path"].startswith("P-EAGLE of ")
+
+
+@pytest.mark.parametrize("trap", ["shifted", "mask", "hidden", "places"])
+def test_the_traps_of_one_pass_are_seen(trap: str, target: PagedLM, tmp_path: Path) -> None:
+    facts = made.eagle3(tmp_path, target.model, mask=7, layout="specforge", layers=2)
+    drafter: Any = (ShiftedParallel if trap == "shifted" else PEagle)(path=str(tmp_path))
+    load = drafter.load
+
+    def spoilt(*given: Any) -> None:
+        load(*given)
+        head, model = drafter.head, drafter.model
+        if trap == "mask":
+            head.config = replace(head.config, mask=8)
+        if trap == "hidden":
+            head.mask_hidden.mul_(-1)
+        if trap == "places":  # masked pairs stand one place too late
+            forward = model.forward
+
+            def late(rows: Tensor, x: Tensor, y: Tensor, offsets: Tensor, **rest: Any) -> Any:
+                masks = offsets.shape[1] - drafter.levels + 1
+                moved = offsets.clone()
+                moved[:, masks:] += 1
+                return forward(rows, x, y, moved if "ancestors" in rest else offsets, **rest)
+
+            model.forward = late
+
+    drafter.load = spoilt
+    watcher = watched(target, drafter, facts, partial(oracle.peagle, facts), "static")
+    assert watcher.worst > 1000 * TOLERANCE
+
+
 @pytest.mark.parametrize("tree", ["static", "sampled"])
 def test_so_are_medusa_s(tree: str, target: PagedLM, tmp_path: Path) -> None:
     tensors = own_layout(1, last=True)
@@ -289,12 +336,14 @@ def test_so_are_those_that_a_selector_scores(
     assert drafter.notes["drafter.path"].startswith("DFlash 2 of ")
 
 
-@pytest.mark.parametrize("kind", [DFlash, Eagle3])
+@pytest.mark.parametrize("kind", [DFlash, Eagle3, PEagle])
 def test_what_others_drafted_is_read_too(kind: Any, target: PagedLM, tmp_path: Path) -> None:
     """In a cascade whole steps go by without a draft of the head."""
-    make, restate = {DFlash: (blocks.dflash, oracle.dflash), Eagle3: (made.eagle3, oracle.eagle3)}[
-        kind
-    ]
+    make, restate = {
+        DFlash: (blocks.dflash, oracle.dflash),
+        Eagle3: (made.eagle3, oracle.eagle3),
+        PEagle: (partial(made.eagle3, mask=7), oracle.peagle),
+    }[kind]
     facts = make(tmp_path, target.model)
     parts = {"ngram": NGram(), "head": kind(path=str(tmp_path))}
     drafter = Compose(parts=parts, mode="cascade", min_match=1)
@@ -324,6 +373,15 @@ class Late(DFlash):
 
 class Shifted(Eagle3):
     """Pairs each token with the state of the token before the one it should."""
+
+    def note(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
+        path = acceptance.path.clone()
+        path[:, 1:] = acceptance.path[:, :-1]
+        super().note(context, tree, replace(acceptance, path=path), seen)
+
+
+class ShiftedParallel(PEagle):
+    """The same of P-EAGLE."""
 
     def note(self, context: Any, tree: Any, acceptance: Any, seen: Any) -> None:
         path = acceptance.path.clone()

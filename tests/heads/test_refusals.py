@@ -176,7 +176,6 @@ def test_weights_may_lie_in_several_files(target: PagedLM, tmp_path: Path) -> No
 # Other kinds of heads
 
 FOREIGN = {
-    "a P-EAGLE head": ["layers.0.hidden_norm.weight", "fc.weight", "mask_hidden"],
     "a Domino head": ["hidden_norm.weight", "prefix_gru.weight_ih_l0"],
     "a Hydra head": ["hydra_mlp.0.0.linear.weight", "hydra_lm_head.0.weight"],
     "an MLP speculator": ["emb.0.weight", "proj.0.weight"],
@@ -194,7 +193,7 @@ def test_heads_that_are_not_read_are_named(kind: str, target: PagedLM, tmp_path:
     refused(tmp_path, target, f"holds {what}, which is not read; heads of EAGLE")
 
 
-@pytest.mark.parametrize("kind", ["peagle", "domino"])
+@pytest.mark.parametrize("kind", ["domino", "hydra"])
 def test_heads_that_are_not_read_are_known_by_their_wrapper(
     kind: str, target: PagedLM, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.drafters.dflash import DFlash
 from specdec.drafters.dspark import DSpark
-from specdec.drafters.eagle import Eagle1, Eagle3
+from specdec.drafters.eagle import Eagle1, Eagle3, PEagle
 from specdec.drafters.medusa import Medusa
 from specdec.drafters.mtp import MTP
 from specdec.drafters.trees.dynamic import Dynamic
@@ -63,6 +63,11 @@ def gated_spark(folder: Path, model: Any) -> None:
     blocks.dflash(folder, model, layout="speculators", named=40, markov="gated", taps=(2, 7))
 
 
+def parallel(folder: Path, model: Any) -> None:
+    flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+    made.eagle3(folder, model, layout="speculators", flags=flags, mask=7, layers=2)
+
+
 def second_block(folder: Path, model: Any) -> None:
     blocks.dflash(folder, model, choices=9, own_mask="dict", bias="qkvo", taps=(2, 7))
 
@@ -70,6 +75,7 @@ def second_block(folder: Path, model: Any) -> None:
 HEADS: dict[str, tuple[Any, Write, bool]] = {
     "eagle3": (Eagle3, made.eagle3, False),
     "eagle3, all flags, sampled": (Eagle3, all_flags, True),
+    "peagle, sampled": (PEagle, parallel, True),
     "eagle": (Eagle1, made.eagle, False),
     "mtp, sampled": (MTP, mtp, True),
     "mtp, two layers": (MTP, partial(mtp, layers=2), False),

@@ -24,6 +24,7 @@ NEEDED = {
     "eagle": "drafter.path=heads",
     "medusa": "drafter.path=heads",
     "mtp": "drafter.path=heads",
+    "peagle": "drafter.path=heads",
     "rest": "drafter.datastore=store",
     "user": "drafter._target_=builtins.len",
     "hf": "target.path=zoo:target",

@@ -15,6 +15,7 @@ from specdec.training import blocks
 from specdec.training.blocks import anchors_of, drafted
 from specdec.training.methods.dflash import DFlash
 from specdec.training.methods.dspark import DSpark
+from specdec.training.methods.peagle import PEagle
 from tests.heads import oracle
 from tests.training.small import VOCAB, WIDTH, filled, surroundings, target
 from tests.training.test_methods import seen_of
@@ -35,8 +36,8 @@ def head_of(**form: Any) -> BlockHead:
     return filled(head)
 
 
-def facts_of(head: BlockHead) -> oracle.Facts:
-    config: BlockConfig = head.config
+def facts_of(head: Any) -> oracle.Facts:
+    config = head.config
     tensors = {name: value.double() for name, value in head.state_dict().items()}
     layer = config.layer
     return oracle.Facts(
@@ -54,7 +55,9 @@ def facts_of(head: BlockHead) -> oracle.Facts:
             "causal": config.causal,
             "windows": config.windows,
             "scale": config.scale,
-        },
+        }
+        if isinstance(config, BlockConfig)
+        else {},
     )
 
 
@@ -216,3 +219,38 @@ def test_dspark_is_read_again_as_specforge_has_it(markov: Any, tmp_path: Path) -
     given = states, tokens[:, 1:], torch.tensor([[0, 3], [5, 2]])
     ours, theirs = (blocks.corrected(head, *given) for head in (trainee.head, read))
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@torch.no_grad()
+def test_levels_of_one_pass_are_those_of_a_draft(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = target()
+    method = PEagle(steps=BLOCK, anchors=20, taps=[0, 1, "normal"])
+    trainee = method.make(surroundings(lm))
+    head = filled(trainee.head)
+    if wrong:  # masked pairs see a pair more than there is
+        right = blocks.visible
+        monkeypatch.setattr(
+            blocks, "visible", lambda at, *rest, **how: right(at + 1, *rest, **how)
+        )
+    seen = seen_of(lm, trainee, rows=2)
+    slots = seen.mask.shape[1]
+    _, overlap = trainee.chains(seen, BLOCK)
+    facts = replace(facts_of(head), flags=frozenset({"fc_norm"}), block={"mask": head.config.mask})
+    off = 0.0
+    for row in range(2):
+        states, text = seen.states[row].split(WIDTH, dim=-1), seen.tokens[row].tolist()
+        for slot in range(slots):
+            for level in range(min(BLOCK, slots - slot)):
+                path = text[slot + 2 : slot + 2 + level]
+                drafts = oracle.peagle(facts, states, text[: slot + 2], path).softmax(-1)
+                wanted = seen.logits[row, slot + level].double().softmax(-1)
+                kept = float(torch.minimum(drafts, wanted).sum())
+                off = max(off, abs(float(overlap[level, row, slot]) - kept))
+    assert (off > 1e-3) if wrong else (off < 1e-5)
+    figures = trainee.lesson(seen).figures  # of anchors at all slots
+    for level in range(BLOCK):
+        mean = float(overlap[level, :, : slots - level].mean())
+        assert float(figures[f"overlap/depth_{level + 1}"]) == pytest.approx(mean, rel=1e-4)

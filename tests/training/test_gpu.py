@@ -18,6 +18,7 @@ from specdec.training.methods.eagle3 import Eagle3
 from specdec.training.methods.early_exit import EarlyExit
 from specdec.training.methods.medusa import Medusa
 from specdec.training.methods.mtp import MTP
+from specdec.training.methods.peagle import PEagle
 from specdec.training.methods.small_llama import SmallLlama
 from specdec.training.teacher import Teacher, plain
 from specdec.training.trainee import Surroundings
@@ -33,6 +34,7 @@ METHODS: dict[str, Any] = {
     "dflash": lambda: DFlash(),
     "dspark": lambda: DSpark(),
     "mtp": lambda: MTP(),
+    "peagle": lambda: PEagle(),
     "small_llama": lambda: SmallLlama(loss="lk"),
     "early_exit": lambda: EarlyExit(),
 }

@@ -19,6 +19,7 @@ from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.early_exit import EarlyExit
 from specdec.training.methods.medusa import Medusa
 from specdec.training.methods.mtp import MTP
+from specdec.training.methods.peagle import PEagle
 from specdec.training.methods.small_llama import SmallLlama
 from specdec.training.optimise import Optimisers
 from specdec.training.teacher import Teacher, plain
@@ -35,6 +36,7 @@ METHODS: dict[str, Any] = {
         block=3, layers=1, anchors=3, rank=4, confidence=False, **rates
     ),
     "mtp": lambda **rates: MTP(**rates),
+    "peagle": lambda **rates: PEagle(steps=3, layers=1, anchors=3, **rates),
     "small_llama": lambda **rates: SmallLlama(**rates),
     "early_exit": lambda **rates: EarlyExit(exit_layer=1, weight=1.0, **rates),
 }
@@ -204,7 +206,7 @@ def test_eagle1_learns_the_next_state() -> None:
     assert found.loss.item() == pytest.approx((wanted + 0.1 * tokens).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dflash", "dspark", "eagle", "medusa", "mtp"])
+@pytest.mark.parametrize("name", ["dflash", "dspark", "eagle", "medusa", "mtp", "peagle"])
 @torch.no_grad()
 def test_heads_are_read_back(name: str, tmp_path: Path) -> None:
     lm = target()
@@ -249,6 +251,7 @@ def test_a_model_from_scratch_follows_from_the_seed() -> None:
         (lambda: Eagle(loss="l2"), r"^method\.loss=l2: must be one of .*eagle1$"),
         (lambda: Eagle(steps=0), r"^method\.steps=0: must be at least 1$"),
         (lambda: DFlash(block=1), r"^method\.block=1: must be at least 2"),
+        (lambda: PEagle(anchors=0), r"^method\.anchors=0: must be at least 1$"),
         (lambda: DSpark(block=0), r"^method\.block=0: must be at least 1, or nothing"),
         (lambda: DSpark(rank=0), r"^method\.rank=0: must be at least 1$"),
         (lambda: DSpark(markov="lstm"), r"^method\.markov=lstm: must be one of vanilla, gated"),  # type: ignore[arg-type]

@@ -2,7 +2,8 @@
 under the target's output head."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from specdec.heads.block import BlockConfig, BlockHead
 from specdec.heads.export import save_block
 from specdec.observation import Tap
 from specdec.training.batches import Seen
-from specdec.training.blocks import anchors_of, drafted, parents
+from specdec.training.blocks import anchors_of, chains_of, drafted, levels_at, parents
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
 from specdec.training.methods.recurrent import begin, layer_config
@@ -166,27 +167,12 @@ class DFlashTrainee(Drafts):
         inside = (*self.head.layers.parameters(), *self.head.fc.parameters())
         return [one for one in inside if one.ndim == 2]
 
-    def _parts(
-        self, seen: Seen, anchors: Tensor, outputs: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Of each level what the output head reads [B, A, D], the target's logits, the tokens, and
-        which blocks have come so far in slots that count."""
-        parts, inside = [], torch.ones_like(anchors, dtype=torch.bool)
-        for level in range(outputs.shape[2]):
-            place = anchors + level
-            inside = inside & (place < seen.mask.shape[1])
-            place = place.clamp(max=seen.mask.shape[1] - 1)
-            inside = inside & seen.mask.gather(1, place)
-            wanted = seen.logits.gather(1, place[..., None].expand(-1, -1, seen.logits.shape[2]))
-            parts.append((outputs[:, :, level], wanted, seen.labels.gather(1, place), inside))
-        return parts
-
     def lesson(self, seen: Seen) -> Lesson:
         count = min(self.anchors, seen.mask.shape[1])
         salt = SALT * self.head.norm.weight.detach().double().sum()  # changes with each step
         anchors = anchors_of(seen.mask, seen.tokens, count, salt)
         outputs = self._reads(self.head, seen.states, seen.next_tokens, anchors)
-        parts = list(zip(*self._parts(seen, anchors, outputs), strict=True))
+        parts = list(zip(*levels_at(seen, anchors, outputs), strict=True))
         judged = self.judge.judged([self.output] * outputs.shape[2], *parts)
         lesson = judged.lesson(self.weights)
         return self.also(
@@ -216,19 +202,12 @@ class DFlashTrainee(Drafts):
 
     @torch.no_grad()
     def chains(self, seen: Seen, depth: int) -> tuple[Tensor, Tensor]:
-        slots, levels = seen.mask.shape[1], min(depth, self.head.config.levels)
-        found = seen.logits.new_zeros(2, depth, *seen.mask.shape, dtype=torch.float32)
-        whole = replace(seen, mask=torch.ones_like(seen.mask))  # what counts is asked elsewhere
-        for start in range(0, slots, self.anchors):
-            some = torch.arange(start, min(start + self.anchors, slots), device=seen.mask.device)
-            anchors = some.expand(len(seen.mask), -1)
-            outputs = self.reads(self.head, seen.states, seen.next_tokens, anchors)[:, :, :levels]
-            for level, part in enumerate(self._parts(whole, anchors, outputs)):
-                output, wanted, labels, inside = part
-                chances = self.judge.chances(self.output, output, wanted, labels)
-                for kind, one in enumerate(chances):
-                    found[kind, level, :, some] = one.float() * inside
-        return found[0], found[1]
+        def reads(anchors: Tensor) -> Tensor:
+            return self.reads(self.head, seen.states, seen.next_tokens, anchors)
+
+        return chains_of(
+            seen, depth, reads, partial(self.judge.chances, self.output), self.anchors
+        )
 
     def save(self, folder: Path, target_name: str) -> None:
         save_block(self.head, folder, target_name=target_name, target_layers=self.target_layers)

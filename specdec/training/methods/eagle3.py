@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdec.heads.recurrent import Eagle3Config, Eagle3Head
+from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.losses import LOSSES
 from specdec.training.methods.recurrent import (
@@ -72,31 +73,39 @@ class Eagle3(TrainingMethod):
             )
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
-        target = surroundings.target
-        vocab = target.vocab_size
-        size = self.draft_vocab or vocab
-        head = Eagle3Head(
-            Eagle3Config(
-                layer=layer_config(
-                    target.model.config, layers=self.layers, rope_theta=self.rope_theta
-                ),
-                taps=self._taps(target.model.config),
-                state_size=target.config.hidden_size,
-                target_vocab=target.model.get_input_embeddings().weight.shape[0],
-                vocab_size=size,
-                fc_norm=self.fc_norm,
-                norm_before_fc=self.norm_before_fc,
-                norm_before_residual=self.norm_before_residual,
-                norm_output=self.norm_output,
-            )
-        )
-        if size < vocab:
-            head.names = frequent(surroundings.counts, size)
-        return RecurrentTrainee(
-            head,
-            surroundings,
-            loss=self.loss,
-            steps=self.steps,
-            decay=self.decay,
-            tied=self.tied,
-        )
+        return RecurrentTrainee(self._head(surroundings), surroundings, **self._how())
+
+    def _head(self, surroundings: Surroundings) -> Eagle3Head:
+        head = self._of(surroundings)
+        if head.config.vocab_size < surroundings.target.vocab_size:
+            head.names = frequent(surroundings.counts, head.config.vocab_size)
+        return head
+
+    def _of(self, surroundings: Surroundings) -> Eagle3Head:
+        """A head that names the first tokens."""
+        return Eagle3Head(Eagle3Config(**self._sizes(surroundings.target)))
+
+    def _sizes(self, target: PagedLM) -> dict[str, Any]:
+        """Of the head, as `Eagle3Config` has them."""
+        return {
+            "layer": layer_config(
+                target.model.config, layers=self.layers, rope_theta=self.rope_theta
+            ),
+            "taps": self._taps(target.model.config),
+            "state_size": target.config.hidden_size,
+            "target_vocab": target.model.get_input_embeddings().weight.shape[0],
+            "vocab_size": self.draft_vocab or target.vocab_size,
+            "fc_norm": self.fc_norm,
+            "norm_before_fc": self.norm_before_fc,
+            "norm_before_residual": self.norm_before_residual,
+            "norm_output": self.norm_output,
+        }
+
+    def _how(self) -> dict[str, Any]:
+        """What a trainee is told besides."""
+        return {
+            "loss": self.loss,
+            "steps": self.steps,
+            "decay": self.decay,
+            "tied": self.tied,
+        }

@@ -7,19 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.costs import CostTable
 from specdec.drafters.trees import cost_aware
 from specdec.drafters.trees.cost_aware import Choice, CostAware, choose, predictions
+from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.shapes import (
     Node,
     expected_accepted,
     optimal,
     parents_by_level,
 )
-from specdec.protocols import Drafter
+from specdec.kernels import reference
+from specdec.protocols import Drafter, Growth
 from specdec.rates import AcceptanceRates
 from tests.drafters.trees.measured import random_rates, rates_of
 
@@ -155,6 +158,31 @@ def test_cost_aware_says_what_it_expects() -> None:
     rates = AcceptanceRates.load("zoo", children="top_k", temperature=0.0)
     assert policy.shape == policy.choice.shape
     assert policy.choice.tokens == pytest.approx(1 + expected_accepted(policy.shape, rates))
+
+
+@pytest.mark.parametrize("children", ["top_k", "sample"])
+def test_one_that_adapts_grows_trees_of_its_size_after_the_draft(children: str) -> None:
+    policy = CostAware(rates="zoo", costs="cpu", budget=12, adapts=True, children=children)
+    widths = [len(parents) for parents in parents_by_level(policy.shape)]
+    children_of = [policy.width(level) for level in range(len(widths))]
+    levels = policy.levels(None)
+    like = Dynamic(
+        budget=len(policy.shape),
+        width=max(*widths, *children_of),
+        depth=levels,
+        children=children,
+    )
+    at = Growth(
+        level=0, levels=levels, offered=(4,), sampled=children != "top_k", kernels=reference
+    )
+    scores = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)).double().log()
+    mine, theirs = policy.select(at, scores), like.select(at, scores)
+    assert mine is theirs is None or mine.equal(theirs)  # type: ignore[union-attr, arg-type]
+    for ours, other in (
+        (policy.expand(at, scores.flatten(1)), like.expand(at, scores.flatten(1))),
+        (policy.keep(scores.flatten(1), reference), like.keep(scores.flatten(1), reference)),
+    ):
+        assert ours is other is None or ours.equal(other)  # type: ignore[union-attr, arg-type]
 
 
 class Fixed(Drafter):
