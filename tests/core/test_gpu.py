@@ -20,7 +20,7 @@ from specdec.decode import Decoder, Step
 from specdec.drafters.compose import Compose
 from specdec.drafters.dflash import DFlash
 from specdec.drafters.dspark import DSpark
-from specdec.drafters.eagle import Eagle3
+from specdec.drafters.eagle import Eagle3, PEagle
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.mtp import MTP
 from specdec.drafters.ngram import NGram
@@ -76,7 +76,7 @@ GROWN = (  # on the device
     "cascade eagle3",
     "cascade dflash",
 )
-UNTRAINED = ("dflash", "dspark", "mtp")  # random heads: nothing of theirs is kept
+UNTRAINED = ("dflash", "dflash 2", "dspark", "mtp", "peagle")  # random: nothing is kept
 PLANS = [
     ("none", "chain"),
     *((kind, tree) for kind in (*GROWN, "ngram") for tree in TREES),
@@ -92,8 +92,18 @@ def random_head(kind: str) -> str:
         made.begun(folder, load_model("zoo:target"), mtp.MTP())
         return str(folder)
     target = AutoModelForCausalLM.from_pretrained(zoo_path("target"), dtype=torch.float32)
-    markov = "gated" if kind == "dspark" else ""
-    blocks.dflash(folder, target, layout="speculators", markov=markov)
+    markov, choices = ("gated" if kind == "dspark" else ""), (9 if kind == "dflash 2" else 0)
+    if kind == "peagle":
+        made.eagle3(
+            folder,
+            target,
+            layout="speculators",
+            taps=(1, 3, 5),
+            mask=7,
+            config={"target_hidden_size": 384},
+        )
+    else:
+        blocks.dflash(folder, target, layout="speculators", markov=markov, choices=choices)
     return str(folder)
 
 
@@ -137,7 +147,9 @@ def build(kind: str) -> Drafter:
         return TokenRecycling()
     if kind == "eagle3":
         return Eagle3(path="zoo:eagle3")
-    if kind == "dflash":
+    if kind == "peagle":
+        return PEagle(path=random_head(kind))
+    if kind.startswith("dflash"):
         return DFlash(path=random_head(kind))
     if kind == "mtp":
         return MTP(path=random_head(kind))

@@ -15,6 +15,7 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.paths import Paths
 from specdec.drafters.trees.static import Static
+from specdec.drafters.trees.threshold import Threshold
 from specdec.protocols import TreePolicy, levels_of
 from specdec.sampling import uniforms
 from tests.decoding import prepared
@@ -160,6 +161,47 @@ def test_children_are_drawn_from_the_proposal(children: str) -> None:
         law[first, second, third] = table[first] * table[second] / left * below[third]
     assert (observed[law == 0] == 0).all()
     assert stats.chisquare(observed[law > 0], law[law > 0] * rows).pvalue > 1e-6
+
+
+def test_how_sure_a_drafter_is_decides_how_many_children_are_drawn() -> None:
+    """And nothing else: what is proposed and drawn keeps its law."""
+    table, below = torch.tensor([[0.55, 0.3, 0.15], [0.7, 0.2, 0.1]], dtype=torch.float64)
+
+    def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
+        shape = (*frontier.tokens.shape, 3)
+        probs = below if frontier.level else table
+        return torch.arange(3).expand(shape), probs.expand(shape)
+
+    def sure(frontier: Frontier) -> Tensor:
+        """Of nothing after token 1."""
+        doubt = (frontier.tokens == 1) & (frontier.level > 0)
+        return torch.where(doubt, 0.01, 1.0).double()
+
+    rows = 20_000
+    numbers = torch.tensor(np.random.default_rng(2).random((8, rows, 40)))
+    context = replace(
+        context_for([0]),
+        roots=torch.zeros(rows).long(),
+        uniforms=lambda stream, count: numbers[stream, :, :count],
+    )
+    policy = Threshold(threshold=0.05, budget=8, width=2, depth=2, children="sample")
+    tree, _ = grow(policy, 2, context, expand, sure=sure)
+    assert tree.proposal is not None
+    law = tree.proposal.probs[:, 0].double()
+    assert torch.equal(law, table.expand(rows, -1))
+    parent = tree.tokens.gather(1, tree.parents.clamp(min=0))  # tokens of parents
+    deep = tree.parents > 0
+    for token, count in ((0, 2), (1, 0), (2, 1)):  # 0.15 * 0.2 does not pass
+        mine = (tree.tokens[:, 1:3] == token).any(1)
+        children = (deep & (parent == token)).sum(1)
+        assert (children[mine] == count).all()
+    first = tree.tokens[:, 1].bincount(minlength=3)
+    assert stats.chisquare(first.numpy(), table.numpy() * rows).pvalue > 1e-6
+    eldest = torch.tensor(
+        [row[3] for row, at in zip(tree.tokens.tolist(), deep.tolist(), strict=True) if at[3]]
+    ).bincount(minlength=3)
+    expected = below.numpy() * int(eldest.sum())
+    assert stats.chisquare(eldest.numpy(), expected).pvalue > 1e-6
 
 
 def test_depth_of_the_drafter_and_of_the_policy() -> None:

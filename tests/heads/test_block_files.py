@@ -20,7 +20,7 @@ from specdec.drafters.trees.static import Static
 from specdec.heads.formats import levels_of, load_head
 from specdec.models.paged import PagedLM
 from tests.decoding import decoder_of, loaded, outputs_of
-from tests.heads import blocks, oracle
+from tests.heads import blocks, made, oracle
 from tests.heads.test_formats import states_of
 from tests.models.tiny import own_attention, texts, tiny
 
@@ -247,6 +247,33 @@ def test_confidence_is_a_factor_where_a_policy_decides(
     torch.testing.assert_close(first[0].flatten(), torch.full((2,), chances[0]).double())
     wanted = chances[0] * torch.tensor(chances[1:]).double()[:, None].expand(2, 2)
     torch.testing.assert_close(second[0], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_p_eagle_needs_a_mask_token(target: PagedLM, tmp_path: Path) -> None:
+    made.eagle3(tmp_path, target.model, layout="specforge", mask=7)
+    head: Any = load_head(str(tmp_path), target, kinds=("peagle",))
+    assert head.config.mask == 7
+    assert "P-EAGLE of SpecForge: 1 layer of 32" in head.description
+    edited(tmp_path, mask_token_id=None, ptd_token_id=9)  # its first name
+    head = load_head(str(tmp_path), target, kinds=("peagle",))
+    assert head.config.mask == 9
+    for token, message in (
+        (None, "has mask_token_id=None, and blocks are filled"),
+        (96, "token 96, and the embedding has 96 rows: this head belongs to another target"),
+    ):
+        edited(tmp_path, mask_token_id=token, ptd_token_id=None)
+        with pytest.raises(ValueError, match=message):
+            load_head(str(tmp_path), target, kinds=("peagle",))
+    edited(tmp_path, mask_token_id=7)
+    with pytest.raises(ValueError, match=r"of kind peagle \(P-EAGLE of .*drafter=peagle"):
+        load_head(str(tmp_path), target, kinds=("eagle3",))
+    found = load_file(tmp_path / FILE)
+    found["mask_hidden"] = found["mask_hidden"][..., :-1].contiguous()
+    save_file(found, tmp_path / FILE)
+    with pytest.raises(
+        ValueError, match=r"mask_hidden of shape \[1, 1, 95\], and .* \[1, 1, 96\]"
+    ):
+        load_head(str(tmp_path), target, kinds=("peagle",))
 
 
 UNSELECTED: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -162,7 +162,8 @@ def test_cost_aware_says_what_it_expects() -> None:
 
 @pytest.mark.parametrize("children", ["top_k", "sample"])
 def test_one_that_adapts_grows_trees_of_its_size_after_the_draft(children: str) -> None:
-    policy = CostAware(rates="zoo", costs="cpu", budget=12, adapts=True, children=children)
+    warm = {"temperature": 0.0 if children == "top_k" else 1.0, "children": children}
+    policy = CostAware(rates="zoo", costs="cpu", budget=12, adapts=True, **warm)  # type: ignore[arg-type]
     widths = [len(parents) for parents in parents_by_level(policy.shape)]
     children_of = [policy.width(level) for level in range(len(widths))]
     levels = policy.levels(None)
