@@ -19,7 +19,6 @@ number of steps; in a median step the draft, the pass of the target and the rest
 share of the run's seconds by which replay has more, so that one above 0 makes replay slower.
 """
 
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from specdec.calibration import costs_of
 from specdec.costs import CostTable
 from specdec.drafters.trees.fixed import FixedShape
 from specdec.experiments.figures.markdown import show
-from specdec.experiments.figures.replay import runs_table
+from specdec.experiments.figures.replay import beside_runs, runs_table
 from specdec.lab.build import sampling_of
 from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.method import Method
@@ -86,7 +85,9 @@ class Options:
     record: Path = option(Path("replay_record"), "folder of the record, made if there is none")
     run: Literal["six", "every", "none"] = option("six", "of the configurations: every pair of a")
     batch: Positive = option(1, "sequences together in runs; speeds are compared at 1 alone")
-    page: Path | None = option(None, "HTML file of what is replayed, as of specdec replay")
+    page: Path | None = option(
+        None, "HTML file of what is replayed, as of specdec replay, and of the runs"
+    )
     out: Path = option(about="result file")
 
     @property
@@ -172,7 +173,6 @@ def work(options: Options) -> None:
     if options.page is not None:
         given = command.Options(record=(record.path,), policies=POLICIES, budgets=options.budgets)
         command.work(given)
-        shutil.copyfile(record.path / "report.html", options.page)
     result["run"] = []
     write(options.out, result)
     found: list[dict[str, Any]] = []
@@ -180,6 +180,9 @@ def work(options: Options) -> None:
         found.append(compared(one, record, runs))
         result["run"] = corrected(found)
         write(options.out, result)
+    if options.page is not None:
+        page = (record.path / "report.html").read_text(encoding="utf-8")
+        options.page.write_text(beside_runs(page, result), encoding="utf-8")
     show(runs_table(result))
 
 
@@ -276,6 +279,7 @@ def compared(one: Configuration, record: Record, runs: Runs) -> dict[str, Any]:
         "replay": ratio(told_tokens, told_steps).around,
         "ratio": apart.around,
         "p": apart.p,
+        "prompts": apart.singles,
         "seconds": sum(d.seconds for d in done),
     }
     return {**found, "speed": speed(one, done, record, tables)} if timed else found

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from specdec.experiments.figures import draw, pages
+from specdec.experiments.figures.replay import END, beside_runs
 
 DOCUMENTS = pages.documents()
 
@@ -56,3 +57,11 @@ def test_a_file_without_a_plot_is_refused(capsys: pytest.CaptureFixture[str]) ->
     for name, said in (("cpu_speed", "has no plot"), ("nothing", "no such file")):
         assert draw.main([str(pages.RESULTS / f"{name}.json")]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_page_of_a_replay_has_the_runs_beside_it() -> None:
+    page = (pages.ROOT / "docs" / "results" / "replay.html").read_text(encoding="utf-8")
+    result = json.loads((pages.RESULTS / "replay.json").read_text())
+    begin, end = page.index('<article id="runs">'), page.rindex(END)
+    assert beside_runs(page[:begin] + page[end:], result) == page
+    assert page[begin:end].count("<tr>") == 1 + len(result["run"])
