@@ -23,7 +23,8 @@ from specdec.replay.record import CANDIDATES, FINISHES, WIDEST, Arrays
 from specdec.sampling import SamplingParams, filtered
 from specdec.tree import Acceptance, Children, TokenTree
 
-HEADS = ("eagle3", "eagle", "mtp", "medusa")  # whose law depends on where a step begins as well
+# Whose law depends on where a step begins as well.
+HEADS = ("eagle3", "eagle", "mtp", "medusa", "dflash", "dspark")
 LEVELS = 8  # of what is recorded of them, if their depth is open
 RECORDED = ("small_llama", "translated", "early_exit")  # whose law depends on the tokens alone
 SEARCHING = ("ngram", "pld", "retriever", "rest", "suffix_decoding")  # functions of the tokens
@@ -148,6 +149,11 @@ def watching(method: Method, plain: AcceptanceRule) -> tuple[Method, Watch]:
     if name not in HEADS:
         tree = OneNode(budget=int(name in RECORDED))
         return replace(method, tree=tree, rule=watch), watch
+    if getattr(method.drafter, "confidence", False):
+        raise ValueError(
+            "drafter.confidence=true: shapes of trees that are replayed do not follow it, and "
+            "children cannot be drawn by it; leave it out"
+        )
     watch.along = imported("drafter", "specdec.drafters.along.AlongText")(method.drafter)
     tree = OneNode(budget=method.drafter.depth or LEVELS)
     return replace(method, drafter=watch.along, tree=tree, rule=watch), watch

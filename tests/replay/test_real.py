@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from specdec.compare.read import read
+from specdec.experiments.tools import build_datastore
+from specdec.experiments.tools.retokenize import retokenize
 from specdec.lab.build import sampling_of
 from specdec.lab.running import run
 from specdec.lab.settings import settings_of
@@ -23,9 +26,13 @@ from specdec.replay.rates import RATES
 from specdec.replay.record import CANDIDATES, Record, drawn_from
 from specdec.replay.recording import HEADS, RECORDED
 from specdec.replay.replaying import Replayer
+from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.mtp import MTP
 from tests.compare import folders
+from tests.drafters.retokenized import KEPT
 from tests.heads import made
+from tests.heads.blocks import dflash
+from tests.running import ROOT
 
 WORK = "device=cpu dtype=float32 kernels=reference tracker=none ignore_eos=true baseline=false"
 SMALL = f"{WORK} prompts.limit=2 max_new_tokens=24"
@@ -92,6 +99,9 @@ POLICIES = {
     "ngram": ("chain", "optimal", "dynamic", "threshold"),
     "pld": ("chain", "static", "optimal", "threshold"),
     "suffix_decoding": ("chain", "static", "dynamic", "threshold"),
+    "translated": ("chain", "static", "optimal", "dynamic"),
+    "retriever": ("chain", "static", "dynamic", "threshold"),
+    "rest": ("chain", "static", "dynamic", "threshold"),
 }
 QUICK: dict[str, tuple[str, ...]] = {
     "small_llama": ("static", "dynamic"),
@@ -123,14 +133,30 @@ def words_of(record: Record, name: str, policy: str, budget: int) -> str:
 def test_greedy_accepted_lengths_entry_by_entry(
     drafter: str, policies: tuple[str, ...], tmp_path: Path
 ) -> None:
-    base = f"{SMALL} drafter={drafter}"
+    base = f"{SMALL} drafter={drafter} {files_of(drafter, tmp_path / 'files')}"
     record = recorded(tmp_path / "record", base)
+    longest = 0
     for policy in policies:
         shape = words_of(record, drafter, policy, 8)
         texts = real(tmp_path / policy, f"{base} {shape}")
         assert [text["output_ids"] for text in texts] == record.outputs
         expected = [text["accepted_lengths"] for text in texts]
         assert replayed(record, drafter, policy, 8) == expected, policy
+        longest = max(longest, *map(max, expected))
+    assert longest > 2
+
+
+def files_of(drafter: str, folder: Path) -> str:
+    """Words for what a drafter reads: a draft with fewer tokens, a datastore."""
+    folder.mkdir()
+    if drafter == "translated":
+        retokenize("zoo:draft", folder / "draft", keep=KEPT, seed=0)
+        return f"drafter.path={folder / 'draft'}"
+    if drafter == "rest":
+        pages = [str(path) for path in sorted((ROOT / "docs").glob("*.md"))]
+        build_datastore.main(["tokenizer=zoo:target", f"out={folder / 'built'}", *pages])
+        return f"drafter.datastore={folder / 'built'}"
+    return ""
 
 
 def head(name: str, folder: Path) -> str:
@@ -138,25 +164,43 @@ def head(name: str, folder: Path) -> str:
     if name == "eagle3":
         return "drafter=eagle3"
     target = load_model("zoo:target")
-    if name == "mtp":
-        made.begun(folder, target, MTP())
-        return f"drafter=mtp drafter.path={folder}"
-    made.medusa(folder, target)
-    return f"drafter=medusa drafter.path={folder}"
+    if name in ("eagle", "mtp"):
+        made.begun(folder, target, {"eagle": Eagle(), "mtp": MTP()}[name])
+    elif name == "medusa":
+        made.medusa(folder, target)
+    else:
+        markov = "rnn" if name == "dspark" else ""
+        dflash(folder, target.model, layout="speculators", markov=markov)
+    return f"drafter={name} drafter.path={folder}"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("medusa", "mtp")]
+CHAIN = "tree=chain tree.budget=3 tree.children=sample"
 
 
-@pytest.mark.parametrize("name", ["eagle3", *SLOW])
-def test_heads_are_recorded_as_they_draft_in_a_run(name: str, tmp_path: Path) -> None:
+def every_draft_kept(folder: Path, words: str) -> tuple[list[dict[str, Any]], Finished]:
+    """A run that keeps all that is drafted, whose texts are recorded although they are not the
+    target's: heads that were never trained then have long paths, too."""
+    rule = "acceptance=relaxed acceptance.allow_lossy=true acceptance.top_n=8192"
+    texts = real(folder, f"{words} {rule} acceptance.delta=1 {CHAIN}")
+    outputs = {text["request"]: text["output_ids"] for text in texts}
+    return texts, Finished(run=read(folder, str(folder), None, {}), texts=outputs)
+
+
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("eagle", "medusa", "mtp", "dflash", "early_exit")
+]
+
+
+@pytest.mark.parametrize("name", ["eagle3", "dspark", *SLOW])
+def test_drafts_are_recorded_as_they_are_in_a_run(name: str, tmp_path: Path) -> None:
     """A run with sampled chains, and the record of its own texts: what the drafter gave to each
-    token that it drew after a beginning of the text, and the target, is what the record has; of
-    Medusa, who knows nothing of the nodes in between, after any."""
-    words = f"{SMALL} {head(name, tmp_path / 'head')} sampling=sample max_new_tokens=12"
+    token that it drew, at each depth after what it drew before, and the target, is what the
+    record has."""
+    words = head(name, tmp_path / "head") if name != "early_exit" else f"drafter={name}"
+    words = f"{SMALL} {words} sampling=sample max_new_tokens=12"
     folder = tmp_path / "run"
-    texts = real(folder, f"{words} tree=chain tree.budget=3 record.trees=99")
-    finished = Finished.read(folder)
+    texts, finished = every_draft_kept(folder, f"{words} record.trees=99")
     given = settings(" ".join(finished.words([*words.split()[-3:], f"out={tmp_path / 'record'}"])))
     record = make(given, tmp_path / "record", QUIET(), finished)
     assert record.outputs == [text["output_ids"] for text in texts]
@@ -164,27 +208,21 @@ def test_heads_are_recorded_as_they_draft_in_a_run(name: str, tmp_path: Path) ->
     ids, logs, target = (record.read(one) for one in names)
     draft = drawn_from(logs.astype(float), sampling_of(record.settings), CANDIDATES)
     starts_of = {
-        text["request"]: np.cumsum([0, *text["accepted_lengths"]]) + record.offsets[row]
-        for row, text in enumerate(texts)
+        text["request"]: np.cumsum([first, *text["accepted_lengths"]])
+        for text, first in zip(texts, record.offsets.tolist(), strict=False)
     }
-    deep = {"draft": 0, "target": 0}
+    seen = 0
     for line in (folder / "trees.jsonl").read_text().splitlines():
         tree = json.loads(line)
         place, end = (int(starts_of[tree["request"]][step]) for step in (tree["step"], -1))
-        for depth, token in enumerate(tree["tokens"][1 : 1 + end - place]):
-            along = depth < len(tree["path"])
-            if depth and not along and name != "medusa":
-                break
-            (rank,) = np.flatnonzero(ids[place, depth] == token)
-            told = draft[place, depth, rank]
-            np.testing.assert_allclose(told, tree["draft"][depth + 1], atol=2e-5)
-            deep["draft"] += depth > 0 or name == "mtp"  # a fresh head, of which nothing is kept
-            if along:
-                told = np.exp(target[place, depth, rank])
-                np.testing.assert_allclose(told, tree["target"][depth + 1], atol=2e-5)
-                deep["target"] += depth > 0
-    assert deep["draft"] > 5
-    assert deep["target"] > 5 or name in ("medusa", "mtp")
+        for depth in range(min(len(tree["path"]) - 1, end - place)):
+            here = (place, depth) if record.levels else (place + depth,)
+            (rank,) = np.flatnonzero(ids[here] == tree["tokens"][depth + 1])
+            assert draft[(*here, rank)] == pytest.approx(tree["draft"][depth + 1], abs=2e-5)
+            told = np.exp(target[(*here, rank)])
+            assert told == pytest.approx(tree["target"][depth + 1], abs=2e-5)
+            seen += 1
+    assert seen >= 2 * 3 * 3  # texts, steps and drafts of a step
 
 
 def test_texts_of_a_run_are_recorded_as_those_of_plain_decoding(tmp_path: Path) -> None:
