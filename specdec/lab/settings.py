@@ -254,6 +254,11 @@ def check_words(words: Sequence[str]) -> None:
         name, equals, value = word.partition("=")
         if not name:
             raise ValueError(f"{word}: must be group=option or setting=value")
+        if name.lstrip("+") == "hydra.sweeper.params":  # OmegaConf stumbles over it
+            raise ValueError(
+                f"{name}: what is swept over are words, as in tree.budget=4,8; in a file of "
+                f"settings it stands there"
+            )
         if not equals:  # Hydra says it, or the word begins with ~ and removes something
             continue
         if value[:1] in ("", "[") or value == "null":

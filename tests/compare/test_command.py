@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +155,9 @@ def test_twenty_runs_of_a_hundred_prompts_take_seconds(tmp_path: Path) -> None:
             one["category"] = f"category {one['prompt'] % 13}"
         plain = texts([1.0] * 100, tokens=128)
         run(tmp_path / str(budget), side, plain=plain, budget=budget)
-    begun = time.monotonic()
     words = [sys.executable, "-m", "specdec", "compare", str(tmp_path)]
+    before = os.times()
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=os.environ)
-    assert time.monotonic() - begun < 10.0
+    after = os.times()  # of the processor, whatever else it is doing
+    used = after.children_user + after.children_system
+    assert used - before.children_user - before.children_system < 10.0

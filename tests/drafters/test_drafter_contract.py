@@ -196,6 +196,7 @@ def assert_law(vocab: int, ids: torch.Tensor, probs: torch.Tensor, width: int, s
     assert np.abs(law - wanted).max() < 1e-9
 
 
+@pytest.mark.some(3)
 @pytest.mark.parametrize("name", DRAFTING)
 def test_a_failing_drafter_is_named_with_what_it_drafted_for(
     make: contract.Make, models: Models, name: str

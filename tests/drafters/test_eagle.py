@@ -57,6 +57,7 @@ def plain(target: PagedLM, prompts: list[list[int]]) -> list[list[int]]:
     return outputs_of(decoder_of(target, NoDrafter(), rows=2), prompts, NEW)
 
 
+@pytest.mark.some(4)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("tree", TREES)
 def test_outputs_are_those_of_plain_decoding(

@@ -60,6 +60,7 @@ def test_the_options_that_were_taken_are_named():
             "drafter=compose drafter@drafter.parts.x=ngram",
             "drafter@drafter.parts.x: nothing there",
         ),
+        ("hydra.sweeper.params={a:1}", "hydra.sweeper.params: what is swept over are words"),
         ("--config-dri x", "--config-dri: no such option; the nearest is --config-dir; settings"),
         ("--config-dir /no/such", "--config-dir /no/such: no such folder"),
         ("--cfg jobs", "--cfg=jobs: must be job, hydra, all"),

@@ -96,6 +96,7 @@ DRAWN = [
 ]
 
 
+@pytest.mark.some(30)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("shape", "children"), DRAWN)
 def test_recursive_rejection_is_lossless(world: str, shape: str, children: str) -> None:
@@ -105,7 +106,7 @@ def test_recursive_rejection_is_lossless(world: str, shape: str, children: str) 
     assert_lossless(RecursiveRejection(), trees, tree, target)
 
 
-@pytest.mark.some(50)
+@pytest.mark.some(25)
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(
     ("shape", "children"),
