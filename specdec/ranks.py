@@ -61,6 +61,7 @@ class Ranks:
         self._hash = 0  # of all steps
         self._count = 0
         self._processes: dict[int, int] = {}
+        self.parted = False  # known to have, and why is being said
         self.since: float | None = None  # when the last step has landed, if more are to come
         if size > 1:
             self.tell("process", str(os.getpid()))
@@ -118,6 +119,7 @@ class Ranks:
                     raise RuntimeError(f"rank {int(unlike[0])} does something else")
             operation()
         except RuntimeError as error:
+            self.parted = True
             self.compare()  # says more, if there is more to be said
             reason = str(error).splitlines()[0]
             raise RanksError(
@@ -217,6 +219,7 @@ class Ranks:
     def check(self) -> None:
         """Raise RanksError if another rank has failed, saying why, or is gone."""
         for one, process in self._processes.items():
+            self.parted |= self._told("failed", one) or not runs(process)
             if self._told("failed", one):
                 raise RanksError(f"rank {one}: {self._store.get(f'failed.{one}').decode()}")
             if not runs(process):
@@ -272,7 +275,6 @@ def join(store: Any, *, rank: int, size: int, device: str = "cpu", wait: float =
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=wait),
-        device_id=torch.device("cuda", torch.cuda.current_device()) if gpu else None,
     )
     told = PrefixStore("specdec", store)
     _joined.append(Ranks(rank=rank, size=size, store=told, wait=wait))

@@ -35,7 +35,7 @@ from specdec.models.paged import PagedLM
 from specdec.models.shards import Shared, local
 from specdec.observation import Observation
 from specdec.protocols import StepContext
-from specdec.ranks import Ranks, here, join, leave
+from specdec.ranks import Ranks, here, join
 from specdec.tree import TokenTree
 from specdec.verifier.verifier import TreeVerifier
 
@@ -338,10 +338,7 @@ def work(options: Options) -> int:
     if rank == 0:
         print(*(f"{name}: {value}" for name, value in result["ratios"].items()), sep="\n")
         sys.stdout.flush()
-    if code:
-        os._exit(code)  # other ranks may wait on this GPU for ever
-    leave()
-    return code
+    os._exit(code)  # not by way of a GPU that may wait for another for ever
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -42,7 +42,8 @@ class Everyone(NamedTuple):
 
 
 class SharedParts:
-    """Memory for the parts of products, of all ranks of the default group; all make it together.
+    """Memory for the parts of products, of all ranks of the default group; all make it together,
+    and none uses it before all have made it.
 
     Args:
         device: this rank's GPU.
@@ -68,7 +69,6 @@ class SharedParts:
             raise RuntimeError("NVLink multicast is on: set TORCH_SYMM_MEM_DISABLE_MULTICAST=1")
         self._memory.zero_()
         torch.cuda.synchronize(device)
-        dist.barrier()
         self._turn = 0
 
     def place(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:

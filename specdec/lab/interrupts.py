@@ -20,8 +20,9 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         for one in before:
             signal.signal(one, signal.SIG_DFL)
-        here().check()  # it may come because another rank is gone
-        raise KeyboardInterrupt
+        if not here().parted:  # else this process ends already, and says why
+            here().check()  # it may come because another rank is gone
+            raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         for one in SIGNALS:

@@ -148,6 +148,7 @@ class Shared:
             from specdec.kernels.gpu.shared import SharedParts
 
             self._parts = SharedParts(device)
+            ranks.least(0)  # all have made theirs before one writes to it
 
     def linear(self, x: Tensor, weight: Weight) -> Tensor:
         """As `reference.linear`, with a weight whose columns the ranks share.

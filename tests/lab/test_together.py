@@ -138,7 +138,8 @@ def test_what_ends_one_process_ends_all(
     long = ("max_new_tokens=90", "prompts.limit=null", "ignore_eos=true")
     run = start(tmp_path, *words, *long, f"out={tmp_path / 'o'}")
     begun = time.monotonic()
-    while not (tmp_path / "o/baseline/generations.jsonl").exists():
+    done = tmp_path / "o/baseline/generations.jsonl"
+    while not (done.exists() and done.stat().st_size):
         assert run.poll() is None
         assert time.monotonic() - begun < 90
         time.sleep(0.1)
