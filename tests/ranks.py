@@ -37,7 +37,7 @@ def together(
             code = os.waitstatus_to_exitcode(status)
             found[rank] = pickle.loads(file.read_bytes()) if file.exists() else code
             begun = time.monotonic() if rank == 0 else begun
-        elif time.monotonic() - begun > (PATIENCE if 0 not in found else GRACE):
+        elif time.monotonic() - begun > (max(PATIENCE, 2 * wait) if 0 not in found else GRACE):
             for child, rank in children.items():
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)

@@ -16,9 +16,11 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
+from specdec.kernels.choose import Kernels
 from specdec.lab.led import led
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
+from specdec.models.placement import Placement
 from specdec.models.shards import check_split, whole
 from specdec.protocols import Drafter
 from specdec.ranks import ALONE, Ranks
@@ -118,6 +120,33 @@ def test_standins_made_in_parts_have_the_weights_of_whole_ones(tmp_path: Path) -
         assert theirs == tokens
         for name, weight in weights.items():
             assert torch.equal(found[name], weight), name
+
+
+def exactly(folder: Path, ranks: Ranks) -> tuple[list[list[list[int]]], bool]:
+    """Texts of batches of one and of three in exact mode, and whether logits of a prompt have the
+    same bits on all ranks."""
+    placement = Placement(dtype=torch.bfloat16, kernels=Kernels(impl="triton", exact=True))
+    target = load_model(str(folder), placement, ranks=ranks)
+    texts = []
+    for rows in (1, 3):
+        decoder = decoder_of(target, EarlyExit(exit_layer=2), Chain(budget=2), rows=rows)
+        texts.append(outputs_of(decoder, PROMPTS[:3], 3))
+    cache = target.new_cache(rows=1, pages=4, page_size=16, max_tokens=32)
+    cache.open(0, tokens=32)
+    bits = target.extend(cache, [0], PROMPTS[:1]).view(torch.int16)
+    every = ranks.gather(bits) if ranks.size > 1 else bits[None]
+    return texts, all(torch.equal(one, bits) for one in every)
+
+
+@pytest.mark.slow
+def test_exact_mode_has_the_same_bits_on_all_ranks_and_texts_in_all_batches(
+    models: Path, tmp_path: Path
+) -> None:
+    first, second = together(tmp_path, partial(exactly, models / "target"), wait=100.0)
+    assert first == second
+    (alone, batched), equal = first
+    assert alone == batched
+    assert equal
 
 
 @pytest.mark.parametrize(
