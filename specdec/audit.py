@@ -15,7 +15,7 @@ target's vocabulary is asked; of any other drafter that can be recorded, a recor
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def audited(
     method, models = method_of(settings), Models(placement_of(settings))
     if method.rule.synthetic:
         raise ValueError(f"{folder}: acceptance is synthetic, its texts are nobody's")
-    target = target_of(settings).load(models)
+    target = replace(target_of(settings), tp=1).load(models)  # however many decoded with it
     method.load(target, models)
     side, plain = Side(folder), _baseline(folder)
     side.read()
