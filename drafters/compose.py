@@ -349,6 +349,6 @@ def _check(
             )
     if sum(isinstance(p, GrowingDrafter) and p.fills_scratch for p in parts.values()) > 1:
         raise ValueError(
-            f"drafter.parts={list(parts)}: two early exits need the same scratch of the target's "
-            f"cache; leave one out"
+            f"drafter.parts={list(parts)}: two draft in the same scratch of the target's cache; "
+            f"leave one out"
         )

@@ -109,8 +109,8 @@ class GrowingDrafter(ShapedDrafter):
     """
 
     on_device = True
-    fills_scratch = False  # True if its draft lies in the scratch of the target's cache,
-    layers = 0  # of so many of its first layers, which verification skips
+    fills_scratch = False  # True if its draft lies in the scratch of the target's cache
+    layers = 0  # of the target's first ones, which it has run and verification skips
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -8,8 +8,8 @@ from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.protocols import StepContext, TreePolicy
+from specdec.rates import Rates, by_depth
 
-Rates = float | list[float | list[float]]
 STRIDE = 48271  # spreads the tokens of neighbouring parents over the vocabulary
 
 
@@ -70,26 +70,3 @@ class Synthetic(GrowingDrafter):
             return ids, rates.expand(ids.shape)
 
         return expand
-
-
-def by_depth(rates: Rates) -> list[list[float]]:
-    """Rates of each level by rank.
-
-    Raises:
-        ValueError: no rates, one outside 0 to 1, or siblings that ascend or sum to more than 1.
-    """
-    levels = rates if isinstance(rates, list) else [rates]
-    rows = [level if isinstance(level, list) else [level] for level in levels]
-    for place, row in enumerate(rows or [[]]):
-        reason = None
-        if not row:
-            reason = "there must be at least one"
-        elif not all(0.0 <= rate <= 1.0 for rate in row):
-            reason = "each must be from 0 to 1"
-        elif sorted(row, reverse=True) != row:
-            reason = "siblings must be in descending order"
-        elif sum(row) > 1.0 + 1e-9:
-            reason = f"siblings exclude each other and must sum to 1 at most, not {sum(row):g}"
-        if reason:
-            raise ValueError(f"drafter.rates={rates}: depth {place + 1} has {row}; {reason}")
-    return rows

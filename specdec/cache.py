@@ -44,6 +44,24 @@ class KVShape:
         return self.layers * self.kv_heads * (numbers + scales)
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class PageView:
+    """Some pages of each of B rows, which attention reads as if they were all: keys hold their
+    positions in themselves, so a page may be left out of the table.
+
+    Args:
+        page_table: [B, C] int32.
+        lengths: [B] int32, committed tokens in these pages.
+        left_out: [B] int32, those in other pages, whole ones.
+        most: no length exceeds it.
+    """
+
+    page_table: Tensor
+    lengths: Tensor
+    left_out: Tensor
+    most: int
+
+
 class PagedKVCache:
     """Keys and values of up to `rows` sequences in a pool of pages.
 
@@ -115,6 +133,10 @@ class PagedKVCache:
     @property
     def free_pages(self) -> int:
         return self._pages.free
+
+    @property
+    def open_rows(self) -> list[int]:
+        return self._pages.rows
 
     def committed(self, row: int) -> int:
         """Waits for the device."""
@@ -234,6 +256,28 @@ class PagedKVCache:
             self.value_scales,
         )
         self.lengths.index_add_(0, rows, length)
+
+    def view(self, rows: Tensor, *, sink: int, window: int) -> PageView:
+        """The first pages of each row and its last ones. Waits for nothing.
+
+        Args:
+            rows: [B] int64 on the device.
+            sink, window: tokens at the beginning and at the end, of which none is left out; with
+                them come the others of their pages.
+        """
+        size, columns = self.page_size, self.page_table.shape[1]
+        first, last = self.pages_for(sink), self.pages_for(window) + 1  # a window may begin in one
+        lengths = self.lengths.index_select(0, rows)
+        left_out = ((lengths - window).clamp(min=0) // size - first).clamp(min=0)  # pages
+        column = torch.arange(min(first + last, columns), device=rows.device)
+        place = column + torch.where(column < first, 0, left_out[:, None])
+        table = self.page_table.index_select(0, rows)
+        return PageView(
+            page_table=table.gather(1, place.clamp(max=columns - 1)),
+            lengths=lengths - left_out * size,
+            left_out=left_out * size,
+            most=min((first + last) * size, self.max_tokens),
+        )
 
     def check(self) -> None:
         """Raise RuntimeError, naming the first violation, unless every invariant of the cache

@@ -23,7 +23,7 @@ class CostTable:
     Args:
         verify_grid: batches, nodes and contexts, ascending.
         verify_seconds: one for each combination.
-        draft_grid: batches and widths, ascending.
+        draft_grid: batches, widths and, if it was measured at several, contexts, ascending.
         draft_seconds: one for each combination.
         loop_batches, loop_level, loop_step: batches, ascending, and for each the seconds that the
             decoding loop adds to a drafted level and to a step.
@@ -60,7 +60,8 @@ class CostTable:
     @classmethod
     def load(cls, path: str | Path, *, setting: str | None = None) -> "CostTable":
         """Read a file of `specdec.experiments.tools.calibrate`. A combination that it could not
-        measure counts as the same one with the longest context that it could.
+        measure counts as the same one with the longest context that it could. A draft that was
+        measured at a single context costs the same at any.
 
         Args:
             path: the file, or the name of one in `specdec/data/costs`.
@@ -83,11 +84,12 @@ class CostTable:
         loop = data.get("loop", {})
         if "todo" in str((verify["seconds"], draft["seconds"], loop)):
             raise ValueError(f"unfinished; {CALIBRATE} with resume=true goes on with it")
+        axes = ["batch", "width", *["context"] * isinstance(draft["context"], list)]
         return cls(
             verify_grid=[verify[name] for name in ("batch", "nodes", "context")],
             verify_seconds=_filled(verify["seconds"]),
-            draft_grid=[draft[name] for name in ("batch", "width")],
-            draft_seconds=draft["seconds"],
+            draft_grid=[draft[name] for name in axes],
+            draft_seconds=_filled(draft["seconds"]) if "context" in axes else draft["seconds"],
             about=data.get("about"),
             **{name: loop[key] for name, key in LOOP.items() if key in loop},
         )
@@ -112,9 +114,11 @@ class CostTable:
         sequence having that many tokens before its tree."""
         return self._verify.at(batch, nodes, context)
 
-    def draft(self, batch: float, width: float) -> float:
-        """Seconds of a pass of the draft over a level of that many nodes for each sequence."""
-        return self._draft.at(batch, width)
+    def draft(self, batch: float, width: float, context: float) -> float:
+        """Seconds of a pass of the draft over a level of that many nodes for each sequence, each
+        having that many tokens before its tree."""
+        point = batch, width, context
+        return self._draft.at(*point[: len(self._draft.axes)])
 
     def level(self, batch: float) -> float:
         """Seconds that the loop adds to such a pass."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdec.arrivals import Arrivals, Intake
 from specdec.batch import SIZES, Batch, Batches, HostTrees
 from specdec.flight import Flight, Step, Yield, to_host
 from specdec.graphs import Graphs
@@ -96,9 +97,9 @@ class Decoder:
         verifier.prepare(capacity, drafter.observes)
         drafter.prepare(capacity, tree)
         drafter.forget()
-        self.waiting: deque[Request] = deque()
+        self._arrivals = Arrivals(capacity.rows, self._start)
+        self.waiting = self._arrivals.waiting
         self.running: list[Decoding] = []
-        self._free_rows = list(range(capacity.rows))
         self._stopwatch = Stopwatch(self.device)
         padded = self.device.type == "cuda" and not self._kernels.LOOKS
         self.graphs = Graphs(enabled=padded and verifier.kernels.graphs)
@@ -110,7 +111,6 @@ class Decoder:
         self._wanted: Hashable = None  # variant of the draft, while warming up
         self._flights: deque[Flight] = deque()
         self._finished: deque[Decoding] = deque()
-        self._full = False  # a request waits for another to end
 
     def submit(self, request: Request, *, first: bool = False) -> None:
         """Queue a request, at the front of the queue if `first`.
@@ -165,7 +165,7 @@ class Decoder:
             landed.clear()
 
         yield from self._retire()  # what a run that was given up had finished
-        while self.waiting or self.running or flights:
+        while self._arrivals or self.running or flights:
             self._admit()
             if self._worth_a_step(flights):
                 flights.append(self._step())
@@ -219,28 +219,23 @@ class Decoder:
         return any(min(self._limits(sequence)) > coming for sequence in self.running)
 
     def _admit(self) -> None:
-        """Fill free rows with waiting requests, as far as the caches have room."""
-        if self._full and self.running:
-            return
-        asked = [
-            Decoding(request, row, list(request.prompt_ids))
-            for request, row in zip(self.waiting, reversed(self._free_rows), strict=False)
-        ]
-        if not asked:
+        """Let those join whose prompts are read, as far as there are rows and room."""
+        beside = bool(self.running)
+        if not self._arrivals.wants(beside=beside):
             return
         self._stopwatch.lap("other")
-        admitted = self.verifier.start(asked, self._start_draft, partial(self._read_prompt, asked))
-        if not admitted and not self.running:
-            raise ValueError(f"request {asked[0].request.id}: the caches have no room for it")
-        self._full = len(admitted) < len(asked)
-        self.running += admitted
-        self._batches.join(admitted, self.sampling.seed)
-        if self._processing is not None:
-            self._processing.join(admitted)
-        for sequence in admitted:
-            self.waiting.remove(sequence.request)
-            self._free_rows.remove(sequence.row)
+        admitted = self._arrivals.admit(beside=beside)
+        if admitted:
+            self.running += admitted
+            self._batches.join(admitted, self.sampling.seed)
+            if self._processing is not None:
+                self._processing.join(admitted)
         self._stopwatch.lap("prefill")
+
+    def _start(self, sequences: list[Decoding]) -> Intake:
+        return self.verifier.start(
+            sequences, self._start_draft, partial(self._read_prompt, sequences)
+        )
 
     def _start_draft(self, sequences: list[Decoding]) -> Sequence[Decoding]:
         with self._blame(sequences):
@@ -265,8 +260,7 @@ class Decoder:
         for sequence in finished:
             self.verifier.finish(sequence)
             self.drafter.finish(sequence)
-            self._free_rows.append(sequence.row)
-        self._full = False
+            self._arrivals.leave(sequence)
         self._finished.extend(finished)
         while self._finished:
             yield self._finished.popleft()

@@ -25,6 +25,7 @@ from specdec.sampling import SamplingParams
 from specdec.tree import MOST_LEVELS, MOST_NODES, Acceptance, Children, TokenTree
 
 if TYPE_CHECKING:
+    from specdec.arrivals import Intake
     from specdec.decode import Decoder
     from specdec.models.load import Models
     from specdec.models.paged import PagedLM
@@ -426,16 +427,13 @@ class Verifier(Protocol):
         sequences: Sequence[Decoding],
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
-    ) -> list[Decoding]:
-        """Take these sequences in, in order, as far as there is room.
+    ) -> "Intake":
+        """Begin to take these sequences in, in order, as far as there is room.
 
         Args:
             join: called with those that found room, before their prompts are read; returns those
                 that the drafter takes too.
             read: as `Drafter.read`, called if that is asked for.
-
-        Returns:
-            Those taken.
         """
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:

@@ -17,6 +17,9 @@ from specdec.tables import load_table
 if TYPE_CHECKING:
     from specdec.protocols import Loaded
 
+Rates = float | list[float | list[float]]
+"""Stated ones: a number for the only child of every node; or by depth, the last entry for all
+deeper levels too, each a number or numbers by rank."""
 MEASURE = "python -m specdec.experiments.tools.measure_acceptance measures them"
 
 
@@ -142,3 +145,26 @@ def _rectangle(values: Any) -> NDArray[np.float64]:
     if found.ndim != 2 or not found.size or found.dtype.kind not in "iuf":
         raise ValueError("rates must be lists of numbers, all equally long, in a list")
     return found.astype(np.float64)
+
+
+def by_depth(rates: Rates, setting: str = "drafter.rates") -> list[list[float]]:
+    """Stated rates of each level by rank.
+
+    Raises:
+        ValueError: no rates, one outside 0 to 1, or siblings that ascend or sum to more than 1.
+    """
+    levels = rates if isinstance(rates, list) else [rates]
+    rows = [level if isinstance(level, list) else [level] for level in levels]
+    for place, row in enumerate(rows or [[]]):
+        reason = None
+        if not row:
+            reason = "there must be at least one"
+        elif not all(0.0 <= rate <= 1.0 for rate in row):
+            reason = "each must be from 0 to 1"
+        elif sorted(row, reverse=True) != row:
+            reason = "siblings must be in descending order"
+        elif sum(row) > 1.0 + 1e-9:
+            reason = f"siblings exclude each other and must sum to 1 at most, not {sum(row):g}"
+        if reason:
+            raise ValueError(f"{setting}={rates}: depth {place + 1} has {row}; {reason}")
+    return rows

@@ -101,6 +101,8 @@ class CacheSettings:
         pages: pages of each cache; None is enough for the whole batch, or what the memory of the
             GPU holds.
         prefill_chunk: prompt tokens of a sequence that go through a model at a time.
+        prefill_beside: prompt tokens read per step on average while other rows decode, of what a
+            prompt has beyond 4,096 (`specdec.cached_model`); None reads prompts whole.
         dtype: what the pages hold keys and values as: auto (the type of each model), fp8_e4m3 or
             int8.
         share: whether sequences share the pages of equal beginnings; None: unless the drafter
@@ -113,11 +115,12 @@ class CacheSettings:
     page_size: int | None = None
     pages: int | None = None
     prefill_chunk: int = 512
+    prefill_beside: int | None = 64
     dtype: str = "auto"
     share: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "pages", "prefill_chunk"):
+        for name in ("page_size", "pages", "prefill_chunk", "prefill_beside"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"cache.{name}={value}: must be at least 1")

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from specdec.arrivals import Intake, Unread
 from specdec.decode import Decoder
 from specdec.drafters.trees.chain import Chain
 from specdec.kernels import reference
@@ -143,8 +144,8 @@ class FakeVerifier:
         sequences: Sequence[Decoding],
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
-    ) -> list[Decoding]:
-        return list(join(list(sequences)))
+    ) -> Intake:
+        return Unread(join(list(sequences)))
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         logits = self.logits(context, tree)

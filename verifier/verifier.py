@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from specdec.cache import PagedKVCache
-from specdec.cached_model import CachedModel, Join
+from specdec.cached_model import CachedModel, Join, Reading
 from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
 from specdec.models.states import States
 from specdec.observation import Observation, Observes, Tap, observe
+from specdec.prefixes import Prefixes
 from specdec.protocols import StepContext
 from specdec.request import Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
@@ -22,11 +23,24 @@ class TreeVerifier:
 
     Args:
         target: the target model.
-        prefill_chunk: prompt tokens of a sequence that go through the model at a time.
+        prefill_chunk, prefill_beside: as in `CacheSettings`.
+        prefixes: as in `CachedModel`.
     """
 
-    def __init__(self, target: PagedLM, *, prefill_chunk: int = 512) -> None:
-        self.target = CachedModel(target, prefill_chunk=prefill_chunk)
+    def __init__(
+        self,
+        target: PagedLM,
+        *,
+        prefill_chunk: int = 512,
+        prefill_beside: int | None = None,
+        prefixes: Prefixes | None = None,
+    ) -> None:
+        self.target = CachedModel(
+            target,
+            prefill_chunk=prefill_chunk,
+            prefill_beside=prefill_beside,
+            prefixes=prefixes,
+        )
         self.device: torch.device = target.device
         self.kernels: Kernels = target.kernels
         self.max_context: int = target.max_context
@@ -45,7 +59,7 @@ class TreeVerifier:
         sequences: Sequence[Decoding],
         join: Join,
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
-    ) -> list[Decoding]:
+    ) -> Reading:
         kernels = self.kernels.on(self.device)
 
         asked = self._observes
@@ -60,8 +74,9 @@ class TreeVerifier:
             read(rows, tokens, length, observe(asked, logits, states, kernels))
 
         if not asked.prompts:
-            return self.target.start(sequences, join)
-        return self.target.start(sequences, join, see, logits=asked.tokens > 0, taps=asked.taps)
+            return Reading(self.target, sequences, join)
+        logits = asked.tokens > 0
+        return Reading(self.target, sequences, join, see, logits=logits, taps=asked.taps)
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         """Logits by tree attention (SpecInfer, Miao et al. 2024, section 4)."""

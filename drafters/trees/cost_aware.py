@@ -215,7 +215,7 @@ def predictions(
     step += costs.start(batch)
     verify = [costs.verify(batch, nodes + 1, context) + step for nodes in range(budget + 1)]
     level = costs.level(batch)
-    draft = [costs.draft(batch, width) + level for width in range(costs.most_width + 1)]
+    draft = [costs.draft(batch, width, context) + level for width in range(costs.most_width + 1)]
     listed: set[Shape] = {frozenset()}
     for levels in range(1, min(depth, budget) + 1):
         shapes = OptimalShapes(rates, budget, levels)

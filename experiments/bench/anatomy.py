@@ -163,7 +163,7 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
     for temperature, case in product(options.temperatures, options.cases):
         words_of(case, temperature, options.draft)
     if options.device == "cuda":
-        _warm_up_profiler()
+        warm_up_profiler()
     shop = Workshop(
         word("target.path", options.target),
         f"target.quantize={options.quantize} device={options.device} dtype={options.dtype}",
@@ -193,7 +193,7 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
     return 0
 
 
-def _warm_up_profiler() -> None:
+def warm_up_profiler() -> None:
     """The profiler has to see the first CUDA graph being made, and must not leave in between."""
     os.environ["TEARDOWN_CUPTI"] = "0"
     os.environ["DISABLE_CUPTI_LAZY_REINIT"] = "1"

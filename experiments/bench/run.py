@@ -9,6 +9,7 @@
     python -m specdec.experiments.bench.run taps         what keeping hidden states costs
     python -m specdec.experiments.bench.run exact        bits and times of exact mode
     python -m specdec.experiments.bench.run products     products by rows, beside cuBLAS
+    python -m specdec.experiments.bench.run long         contexts of 32k to 128k, and own_cache
 
 `--help` after a part shows its options. Each writes a JSON file, anew after every shape or case,
 and ends with a table; `specdec.experiments.figures.draw` draws the plots.
@@ -39,6 +40,7 @@ PARTS = {  # module and options; a function of the part's name measures
     "taps": ("taps", "Options"),
     "exact": ("exact", "Options"),
     "products": ("products", "Options"),
+    "long": ("long", "Options"),
 }
 RECORDS = ("shapes", "batches", "rows", "cases", "products")
 
@@ -52,7 +54,9 @@ def work(name: str, measure: Any, options: Any) -> int:
     """
     device = torch.device(getattr(options, "device", "cuda"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{name}: needs an NVIDIA GPU; rules and anatomy take device=cpu as well")
+        raise ValueError(
+            f"{name}: needs an NVIDIA GPU; rules, anatomy and long take device=cpu as well"
+        )
     torch.manual_seed(0)
     begun = time.perf_counter()
     program = f"specdec.experiments.bench.run {name}"

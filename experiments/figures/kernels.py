@@ -221,6 +221,28 @@ def anatomy(result: Result) -> str:
     return piece(about, ["step", "all", *names, "idle"], rows)
 
 
+def long(result: Result) -> str:
+    """Passes by part, the loop with drafts over a part of the cache and without, and a prompt that
+    is read beside rows that decode."""
+    settings, cases = result["settings"], result["cases"]
+    about = (
+        f"`{settings['target']}`, {settings['batch']} sequences of {settings['context']} tokens, "
+        f"pages of type {settings['kv']}, on one {device(result)}: milliseconds of a pass or a "
+        f"step, with drafts that are accepted at a rate of {settings['rate']}; of `beside` a mean "
+        f"step while a prompt is read, over one without ({source(result, 'long')}):"
+    )
+    parts = {name: _pieces(case) for name, case in cases.items() if "kernels" in case}
+    names = list(dict.fromkeys(name for part in parts.values() for name in part))
+    rows = []
+    for name, case in cases.items():
+        cells = (number(parts.get(name, {}).get(piece)) for piece in names)
+        time = next(case[key] for key in ("ms", "step_ms", "mean_ms") if key in case)
+        loop = (case.get(key) for key in ("tokens_per_second", "accepted_length"))
+        over = case.get("over_none", case.get("stretch"))
+        rows.append([name, number(time), *cells, *map(number, loop), number(over)])
+    return piece(about, ["", "ms", *names, "tokens/s", "accepted", "over"], rows)
+
+
 def _pieces(case: dict[str, Any]) -> dict[str, float]:
     if "kernels" not in case:
         verbs: dict[str, float] = case["verbs_ms"]
@@ -372,6 +394,7 @@ TABLES: dict[str, Callable[[Result], str]] = {  # by part of the benchmark
     "taps": taps,
     "exact": exact,
     "products": products,
+    "long": long,
 }
 PLOTS: dict[str, Callable[[Result, Path], None]] = {
     "attention": plot_attention,

@@ -317,7 +317,7 @@ def speed(
 def step_costs(one: Configuration, table: CostTable) -> NDArray[np.float64]:
     """Seconds of draft, verification and loop in a step, by a table of a single context."""
     shape = one.shape or frozenset()
-    levels = [table.draft(1, width) + table.level(1) for width in widths_by_level(shape)]
+    levels = [table.draft(1, width, 1.0) + table.level(1) for width in widths_by_level(shape)]
     verify = table.verify(1, len(shape) + 1, 1.0)
     return np.array([table.start(1) + sum(levels), verify, table.step(1)])
 

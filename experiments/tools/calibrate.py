@@ -16,8 +16,8 @@ The file, which `specdec.costs.CostTable` reads and tree policies may:
     verify.batch, .nodes, .context      the grid; nodes count the root
     verify.seconds[batch][nodes][context]       null: would not fit into memory
     draft.batch, .width                 the grid; nodes of a level for each sequence
-    draft.context                       tokens before the tree
-    draft.seconds[batch][width]
+    draft.context                       tokens before the tree; a number in files of one context,
+    draft.seconds[batch][width][context]    whose seconds have no such axis
     loop.batch
     loop.level[batch]                   seconds of a drafted level beyond its pass
     loop.start[batch]                   of the first drafted level beyond the others
@@ -73,7 +73,7 @@ class Options:
     )
     contexts: Axis = option((128, 1024, 4096), "tokens before the tree")
     widths: Axis = option((1, 2, 4, 8, 16, 32, 64), "nodes of a level")
-    draft_context: Positive = option(1024, "tokens before the tree of a draft")
+    draft_contexts: Axis = option((1024,), "tokens before the tree of a draft")
     replays: Positive = option(15, "of which the median counts", varies=True)
     only: tuple[Literal["draft", "verify", "loop"], ...] = option(
         ("draft", "verify", "loop"), "parts of the file; the shortest comes first", varies=True
@@ -104,16 +104,22 @@ def calibrate_verify(
 
 def calibrate_draft(options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]) -> None:
     """Fill the table of the draft."""
-    context, widest = options.draft_context, max(options.widths)
-    for b, batch in enumerate(options.batches):
+    widest = max(options.widths)
+    places = product(*map(enumerate, (options.batches, options.draft_contexts)))
+    for (b, batch), (c, context) in places:
         passes = Passes(lm, batch=batch, context=context, nodes=2 * widest)
-        if passes.cache is None:
-            raise ValueError(f"draft_context={context}: exceeds the memory")
         for w, width in enumerate(options.widths):
-            if seconds[b][w] == "todo":
+            if seconds[b][w][c] != "todo":
+                continue
+            found = None
+            if passes.cache is not None:
                 call = passes.draft(width)
-                (seconds[b][w],) = median_seconds([call], lm.device, replays=options.replays)
-                save()
+                (found,) = median_seconds([call], lm.device, replays=options.replays)
+            elif not c:
+                raise ValueError(f"draft_contexts={context}: exceeds the memory")
+            seconds[b][w][c] = found
+            save()
+        del passes  # frees its cache before the next is made
 
 
 def calibrate_loop(
@@ -125,7 +131,7 @@ def calibrate_loop(
         prompts = loop_prompts(shop.target, batch)
         first, second = (_chain(options, shop, prompts, levels) for levels in CHAINS)
         level, loop["start"][b], loop["step"][b] = loop_costs(first, second, CHAINS)
-        loop["level"][b] = max(0.0, level - result["draft"]["seconds"][b][0])
+        loop["level"][b] = max(0.0, level - result["draft"]["seconds"][b][0][0])
         save()
 
 
@@ -154,8 +160,10 @@ def blank(options: Options) -> dict[str, Any]:
         "draft": {
             "batch": batches,
             "width": options.widths,
-            "context": options.draft_context,
-            "seconds": [["todo"] * len(options.widths) for _ in batches],
+            "context": options.draft_contexts,
+            "seconds": [
+                [["todo"] * len(options.draft_contexts) for _ in options.widths] for _ in batches
+            ],
         },
         "loop": {"batch": batches}
         | {name: ["todo"] * len(batches) for name in ("level", "start", "step")},

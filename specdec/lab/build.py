@@ -87,7 +87,7 @@ def _method(
     sampling: SamplingParams,
     own: Mapping[str, str],
 ) -> Method:
-    verifier = pkgutil.resolve_name(f"{RULES}.verifier.TreeVerifier")
+    verifier, cache = pkgutil.resolve_name(f"{RULES}.verifier.TreeVerifier"), cache_of(settings)
     return Method(
         drafter=drafter,
         drafter_name=names[0],
@@ -95,7 +95,9 @@ def _method(
         tree_name=names[1],
         rule=rule,
         sampling=sampling,
-        verifier=partial(verifier, prefill_chunk=cache_of(settings).prefill_chunk),
+        verifier=partial(
+            verifier, prefill_chunk=cache.prefill_chunk, prefill_beside=cache.prefill_beside
+        ),
         own=own,
     )
 

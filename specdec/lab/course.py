@@ -74,6 +74,12 @@ class Course:
             self._own.side.begin()
         return [self._own, self.main]
 
+    def add_shared_prefill(self, tokens: int, seconds: float) -> None:
+        """So much of its prompts was read for all that take turns, on no side's time."""
+        known = self._facts.setdefault("shared_prefill", {"tokens": 0, "seconds": 0.0})
+        known["tokens"] += tokens
+        known["seconds"] += seconds
+
     def begin(self) -> None:
         """Write the settings, and say what is to be known of what goes on."""
         self.folder.begin()

@@ -29,6 +29,7 @@ from specdec.lab.tracking import Tracker
 from specdec.lab.witness import Witness, drafts_of
 from specdec.models.generation import own_settings, stop_strings_of
 from specdec.models.paged import PagedLM
+from specdec.prefixes import Prefixes
 from specdec.processors import Processors
 from specdec.request import CacheSettings, Capacity
 from specdec.stop_strings import StopStrings
@@ -165,20 +166,27 @@ class Experiment:
         return Course(self, folder, tracker, live, shared).run()
 
     def session(
-        self, method: Method, *, longest: int | None = None, stops: bool = True
+        self,
+        method: Method,
+        *,
+        longest: int | None = None,
+        stops: bool = True,
+        prefixes: Prefixes | None = None,
     ) -> OurSession:
         """A decoder of one of the two methods, or of both sides' plain decoding.
 
         Args:
             longest: tokens that a sequence may have; None for those of the run.
             stops: whether texts end before they are as long as they may be.
+            prefixes: as in `Method.decoder`.
         """
         capacity = self.capacity
         if longest is not None:
             capacity = replace(capacity, max_tokens=longest)
         ends = (self.stop_tokens, self._ends) if stops else ((), None)
         trees = self.record.trees if method is self.method else 0  # plain ones are roots alone
-        return OurSession(method, self.target, capacity, *ends, trees, self.record.evidence)
+        evidence = self.record.evidence
+        return OurSession(method, self.target, capacity, *ends, trees, evidence, prefixes)
 
     def summarise(self, side: Side, plain: Records | None) -> Record:
         """The figures of what a side holds, beside those of plain decoding."""

@@ -16,6 +16,7 @@ from specdec.lab.prompts import Prompt, encode
 from specdec.lab.records import Record, step_record
 from specdec.lab.runs import Side
 from specdec.lab.session import OurSession
+from specdec.prefixes import Prefixes
 from specdec.protocols import DraftError, LogitsError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Lane:
     ) -> None:
         self.method, self.side, self.live = method, side, live
         self.notes: Record = {}  # of the session that is closed
+        self.prefixes: Prefixes | None = None  # shared with lanes that it takes turns with
         self.unmeasured: str | None = None  # why its energy was not measured
         self._experiment, self._on_step = experiment, on_step
         self._session: OurSession | None = None
@@ -112,7 +114,7 @@ class Lane:
         if self._session is not None:
             return self._session
         of = self._experiment
-        session = of.session(self.method)
+        session = of.session(self.method, prefixes=self.prefixes)
         for name, note in self.method.notes.items():
             tell(self.live.console, f"{name}: {note}")
         first = of.prompts[0]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from specdec.decode import Decoder
 from specdec.lab.led import led
+from specdec.prefixes import Prefixes
 from specdec.processors import Processors
 from specdec.protocols import AcceptanceRule, Drafter, Loaded, TreePolicy, Verifier
 from specdec.request import Capacity
@@ -31,7 +32,7 @@ class Method:
 
     Args:
         drafter_name, tree_name: the options of these groups; a rule knows its own name.
-        verifier: makes a verifier of the target.
+        verifier: makes a verifier of the target, and of the `prefixes` it shares, if any.
         own: what runs that these names do not tell, by setting: module, name and file of a class
             or function of the user's.
     """
@@ -42,7 +43,7 @@ class Method:
     tree_name: str
     rule: AcceptanceRule
     sampling: SamplingParams
-    verifier: "Callable[[PagedLM], Verifier]"
+    verifier: "Callable[..., Verifier]"
     own: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -94,18 +95,24 @@ class Method:
         stop_strings: StopStrings | None = None,
         trees: int = 0,
         evidence: bool = False,
+        prefixes: Prefixes | None = None,
     ) -> Decoder:
         """A decoder of its own; one made before is of no use any more. The tree policy is fitted
         before. Arguments are those of `Decoder`.
+
+        Args:
+            prefixes: what it shares with decoders that it takes turns with.
 
         Raises:
             ValueError: as `processors`, or of the tree policy.
         """
         processors = self.processors(target, stop_tokens)
 
-        def made(tree: TreePolicy, capacity: Capacity, **rest: Any) -> Decoder:
+        def made(
+            tree: TreePolicy, capacity: Capacity, shared: Prefixes | None = None, **rest: Any
+        ) -> Decoder:
             return Decoder(
-                verifier=self.verifier(target),
+                verifier=self.verifier(target, **({} if shared is None else {"prefixes": shared})),
                 drafter=led(self.drafter),
                 tree=tree,
                 rule=self.rule,
@@ -117,4 +124,4 @@ class Method:
 
         self.tree.fit(Loaded(target=target, drafter=self.drafter, capacity=capacity, decoder=made))
         rest = {"stop_tokens": stop_tokens, "stop_strings": stop_strings}
-        return made(self.tree, capacity, trees=trees, evidence=evidence, **rest)
+        return made(self.tree, capacity, prefixes, trees=trees, evidence=evidence, **rest)

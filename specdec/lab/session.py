@@ -12,6 +12,7 @@ from specdec.flight import Step
 from specdec.lab.method import Method
 from specdec.lab.prompts import Asked
 from specdec.models.paged import PagedLM
+from specdec.prefixes import Prefixes
 from specdec.request import Capacity, Request
 from specdec.stop_strings import StopStrings
 
@@ -64,6 +65,7 @@ class OurSession:
         stop_tokens, stop_strings: none for outputs of equal length.
         trees: of the first so many steps of each sequence the trees are recorded.
         evidence: whether sequences get theirs.
+        prefixes: as in `Method.decoder`.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class OurSession:
         stop_strings: StopStrings | None = None,
         trees: int = 0,
         evidence: bool = False,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.method, self.device = method, target.device
-        self.decoder = method.decoder(target, capacity, stop_tokens, stop_strings, trees, evidence)
+        ends = stop_tokens, stop_strings
+        self.decoder = method.decoder(target, capacity, *ends, trees, evidence, prefixes)
 
     def warm_up(self, tokens: Sequence[int], new: int = WARM_UP_TOKENS) -> None:
         self.decoder.warm_up(tokens, new)

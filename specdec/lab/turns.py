@@ -1,6 +1,7 @@
 """Methods in turns: jobs of a sweep in one process, prompt by prompt, so that whatever the machine
 does meanwhile it does to all of them."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from specdec.lab.attempt import attempt, gpu_name
 from specdec.lab.baselines import SharedBaseline
-from specdec.lab.build import shares_pages
+from specdec.lab.build import cache_of, shares_pages
 from specdec.lab.course import Course
 from specdec.lab.fingerprints import digest
 from specdec.lab.identity import METHOD, NO_PART
@@ -20,9 +21,11 @@ from specdec.lab.jobs import Job, Ledger, objective, summary_of
 from specdec.lab.lane import Lane
 from specdec.lab.lines import tell
 from specdec.lab.progress import Live
-from specdec.lab.prompts import Prompt
+from specdec.lab.prompts import Prompt, encode
 from specdec.lab.running import opened
+from specdec.lab.session import wait
 from specdec.lab.settings import Settings
+from specdec.prefixes import Prefixes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +140,7 @@ class Round:
             lanes: list[tuple[Lane, list[Course]]] = [(plain, self._courses)] if plain else []
             for course in self._courses:
                 lanes += [(lane, [course]) for lane in course.in_turns(shared=plain is not None)]
+            prefixes = self._share_prompts(lanes)
             try:
                 ready = [one for one in lanes if self._does(one[0].ready, one[1])]
                 size = experiment.batch_size
@@ -145,19 +149,49 @@ class Round:
                 total = sum(lane.left(prompts).turns for lane, _ in ready)
                 with self._live.side("in turns", total):
                     for number, chunk in enumerate(chunks):
-                        self._turn(ready, number, chunk)
+                        self._turn(ready, number, chunk, prefixes)
             finally:
                 for lane, _ in lanes:
                     lane.close()
 
     def _turn(
-        self, lanes: Sequence[tuple[Lane, list[Course]]], number: int, chunk: Sequence[Prompt]
+        self,
+        lanes: Sequence[tuple[Lane, list[Course]]],
+        number: int,
+        chunk: Sequence[Prompt],
+        prefixes: Prefixes | None,
     ) -> None:
         """A few prompts by all methods, of which none is always the first."""
+        if prefixes is not None and any(lane.left(chunk).open for lane, _ in lanes):
+            self._read_ahead(prefixes, chunk)
         start = number % max(1, len(lanes))
         for lane, courses in (*lanes[start:], *lanes[:start]):
             if not any(course in self._faults for course in courses):
                 self._does(partial(lane.decode, chunk), courses)
+            if prefixes is not None:
+                prefixes.settle()
+
+    def _share_prompts(self, lanes: Sequence[tuple[Lane, list[Course]]]) -> Prefixes | None:
+        """One cache of the target for all of them, if their sequences share pages."""
+        of = self._courses[0].experiment
+        if not of.capacity.share:
+            return None
+        chunk = cache_of(self.jobs[0].settings).prefill_chunk
+        prefixes = Prefixes(of.target, of.capacity, chunk=chunk)
+        for lane, _ in lanes:
+            lane.prefixes = prefixes
+        return prefixes
+
+    def _read_ahead(self, prefixes: Prefixes, chunk: Sequence[Prompt]) -> None:
+        """Read what they all begin with, on nobody's time."""
+        of = self._courses[0].experiment
+        prompts = [encode(of.target.tokenizer, prompt, chat=of.chat) for prompt in chunk]
+        begun = time.perf_counter()
+        tokens = prefixes.hold(prompts)
+        wait(of.target.device)
+        seconds = time.perf_counter() - begun
+        for course in self._courses:
+            course.add_shared_prefill(tokens, seconds)
 
     def _does(self, work: Callable[[], Any], courses: Sequence[Course]) -> bool:
         """Whether it went well; if not, it is the fault of these."""

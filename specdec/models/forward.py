@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from specdec.cache import PagedKVCache
+from specdec.cache import PagedKVCache, PageView
 from specdec.kernels import reference
 from specdec.kernels.choose import Kernels
 from specdec.kernels.layout import TreeLayout
@@ -81,6 +81,7 @@ def layout_of(
     *,
     positions: int,
     looks: bool,
+    view: PageView | None = None,
 ) -> TreeLayout:
     """Who sees whom, for new nodes at these offsets; there is room for them in the scratch.
 
@@ -88,18 +89,25 @@ def layout_of(
         rows, offsets, ancestors, first, key_offsets: as in `PagedLM.forward`.
         positions: how many the model has.
         looks: whether the host may look at results for free.
+        view: the pages that are seen; None for all. With it positions are those in the view, so
+            that any attention may take them for a shorter sequence.
     """
     lengths = cache.lengths.index_select(0, rows)
-    # A bound of what is read; the reference gathers that much, and is better off with less.
-    longest = int(lengths.max()) if looks else cache.max_tokens
     # Draft nodes past the end of the context are never kept; they must not reach positions the
     # model does not have.
     places = (lengths[:, None] + offsets).clamp(max=positions - 1)
+    most = cache.max_tokens
+    if view is None:
+        table = cache.page_table.index_select(0, rows)
+    else:
+        table, lengths, most = view.page_table, view.lengths, view.most
+        places = places - view.left_out[:, None]
     cache.scratch(len(rows), first + offsets.shape[1])
     return TreeLayout(
-        page_table=cache.page_table.index_select(0, rows),
+        page_table=table,
         context_lens=lengths,
-        max_context=longest,
+        # A bound of what is read; the reference gathers that much, and is better off with less.
+        max_context=int(lengths.max()) if looks else most,
         positions=places,
         key_positions=places if key_offsets is None else lengths[:, None] + key_offsets,
         first=first,

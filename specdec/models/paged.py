@@ -6,14 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from specdec.cache import PagedKVCache
+from specdec.cache import PagedKVCache, PageView
 from specdec.kernels.choose import AUTO, Kernels
 from specdec.kernels.layout import TreeLayout
 from specdec.models.direct import FAMILIES, Logits
 from specdec.models.forward import layout_of, passes
 from specdec.models.hook import NotFiniteError, UnsupportedError
 from specdec.models.placement import Placement
-from specdec.models.probe import check_config, max_context, probe
+from specdec.models.probe import check_config, max_context, probe, sliding_windows
 from specdec.models.quantised import quantisation_of, slow
 from specdec.models.standin import Widening
 from specdec.models.states import States, layers_of
@@ -119,6 +119,15 @@ class PagedLM:
                 f"a target of {', '.join(FAMILIES)} with plain linear layers, or another drafter"
             )
 
+    def check_views(self, setting: str) -> None:
+        """Raise ValueError, naming the setting that needs it, unless `forward` can leave pages
+        out: a sliding window hides keys by how far behind they are, which a view changes."""
+        if any(sliding_windows(self.config, self.max_context)):
+            raise ValueError(
+                f"{setting}: {self.name} has sliding windows of its own, which see no page of the "
+                f"beginning; choose a target with full attention, or another drafter"
+            )
+
     def check_taps(self, taps: Collection[Tap], setting: str) -> None:
         """Raise ValueError, naming the setting, unless it has these states to show."""
         beyond = [tap for tap in taps if tap != "normal" and not 0 <= tap <= self.layers]
@@ -171,9 +180,10 @@ class PagedLM:
         key_offsets: Tensor | None = None,
         logits: Logits | Tensor = "all",
         states: States | None = None,
+        view: PageView | None = None,
     ) -> Tensor | None:
         """One pass over draft nodes; their keys and values go to scratch rows first .. first + N -
-        1.
+        1. (Long for what it is told.)
 
         Over the kernels it waits for nothing and copies nothing from the host if `rows` is a
         tensor, so that it may be captured in a CUDA graph.
@@ -188,18 +198,23 @@ class PagedLM:
             key_offsets: [B, first + N], offsets of all scratch rows; None if `first` is 0.
             logits: of all nodes, of none, or of node [B] int64 of each sequence.
             states: what is to be kept on the way.
+            view: of these rows, the pages that are seen; None for all. Not with sliding windows
+                (`check_views`).
 
         Returns:
             [B, N, V], None or [B, V].
         """
         rows = torch.as_tensor(rows, device=self.device)
-        layout = self._layout(cache, rows, offsets, ancestors, first, key_offsets)
+        layout = self._layout(cache, rows, offsets, ancestors, first, key_offsets, view)
+        positions = layout.positions
+        if view is not None:
+            positions = positions + view.left_out[:, None]
         paged = self._begin(cache, layout, range(self.layers))
         out: Tensor | None = None
         if self._direct is not None:
-            out = self._direct(tokens, layout.positions, paged, logits, states)
+            out = self._direct(tokens, positions, paged, logits, states)
         else:
-            inputs = {"input_ids": tokens, "position_ids": layout.positions, "use_cache": False}
+            inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": False}
             with (states or States()).of(self.model):
                 if isinstance(logits, str) and logits == "none":
                     self.model.base_model(**inputs, paged=paged)
@@ -252,6 +267,7 @@ class PagedLM:
         ancestors: Tensor | None,
         first: int,
         key_offsets: Tensor | None,
+        view: PageView | None = None,
     ) -> TreeLayout:
         """As `layout_of`, for this model."""
         if cache.exact != self.kernels.exact:
@@ -270,6 +286,7 @@ class PagedLM:
             key_offsets,
             positions=self.max_context,
             looks=self.looks,
+            view=view,
         )
 
     def append(self, cache: PagedKVCache, rows: Tensor, tokens: Tensor, length: Tensor) -> Tensor:

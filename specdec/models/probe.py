@@ -208,6 +208,11 @@ def check_config(config: Any) -> None:
         raise UnsupportedError("its configuration states no max_position_embeddings")
 
 
+def sliding_windows(config: Any, positions: int) -> list[int | None]:
+    """Of each layer of a model with so many positions; None where it hides nothing."""
+    return [_narrow(window, positions) for window in _windows(config).values()]
+
+
 def _windows(config: Any) -> dict[int, int | None]:
     """The sliding window each layer must hand on: one longer than the probe goes unnoticed
     there."""

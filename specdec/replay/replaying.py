@@ -172,7 +172,9 @@ class Replayer:
             here = nodes == count
             found[here] = np.interp(places[here], grid, verify)
         found += table.step(batch) + (table.start(batch) if widths else 0.0)
-        found += sum(table.draft(batch, width) + table.level(batch) for width in widths)
+        for width in widths:
+            draft = [table.draft(batch, width, float(context)) for context in grid]
+            found += np.interp(places, grid, draft) + table.level(batch)
         return found
 
     def by_conversation(self, values: Array) -> list[float]:

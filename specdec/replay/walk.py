@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specdec.arrivals import Unread
 from specdec.cache import PagedKVCache
 from specdec.decode import Decoder
 from specdec.kernels.choose import Kernels
@@ -47,8 +48,8 @@ class NoTarget:
         sequences: Sequence[Decoding],
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
-    ) -> list[Decoding]:
-        return list(join(list(sequences)))
+    ) -> Unread:
+        return Unread(join(list(sequences)))
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         return torch.zeros(*tree.tokens.shape, 1), Observation()

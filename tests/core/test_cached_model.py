@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 from torch import Tensor
 
+from specdec.cached_model import Reading
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation, Observes
 from specdec.request import Capacity, Decoding, Request
@@ -27,6 +28,14 @@ def sequences() -> list[Decoding]:
     return [Decoding(r, r.id, list(r.prompt_ids)) for r in requests]
 
 
+def whole(reading: Reading) -> list[Decoding]:
+    """All that it takes."""
+    found: list[Decoding] = []
+    while not reading.done:
+        found += reading.read()
+    return sorted(found, key=lambda sequence: sequence.request.id)
+
+
 @pytest.mark.parametrize("most", range(5))
 def test_rows_that_the_drafter_does_not_take_are_given_back(target: PagedLM, most: int) -> None:
     verifier = TreeVerifier(target, prefill_chunk=5)
@@ -45,14 +54,16 @@ def test_rows_that_the_drafter_does_not_take_are_given_back(target: PagedLM, mos
     def see(rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         read.update(rows.tolist())
 
-    started = verifier.start(asked, join, see)
+    started = whole(verifier.start(asked, join, see))
     assert started == taken == asked[:most]
     assert read == {s.row for s in started}
     cache.check()
     for s in started:
         assert cache.committed(s.row) == len(s.tokens) - 1
     most = len(asked)
-    started += verifier.start(asked[len(started) :], join, see)  # the rows of the others are free
+    started += whole(
+        verifier.start(asked[len(started) :], join, see)
+    )  # the rows of the others are free
     assert started == asked
     cache.check()
     for s in asked:
@@ -71,7 +82,7 @@ def test_a_drafter_may_take_a_later_one_without_the_one_before(
     verifier.prepare(Capacity(rows=4, max_tokens=40, page_size=PAGE_SIZE), Observes())
     cache, asked = verifier.cache, sequences()[:2]
     part = [asked[i] for i in kept]
-    started = verifier.start(asked, lambda wave: part, lambda *_: None)
+    started = whole(verifier.start(asked, lambda wave: part, lambda *_: None))
     assert started == part
     for sequence in part:
         assert cache.committed(sequence.row) == len(sequence.tokens) - 1

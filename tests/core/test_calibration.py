@@ -195,7 +195,7 @@ def test_costs_of_the_built_in_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     (path,) = (tmp_path / "costs").iterdir()
     table = CostTable.of(json.loads(path.read_text()))
     assert (table.verify_batches, table.most_nodes, table.most_width) == ([1], 5, 4)
-    assert 0 < table.draft(1, 1) < table.verify(1, 1, 48)
+    assert 0 < table.draft(1, 1, 48) < table.verify(1, 1, 48)
 
 
 def test_rates_of_another_drafter_or_other_models_say_so(run: Loaded) -> None:

@@ -52,7 +52,9 @@ def test_inside_the_grid(tmp_path: Path, point: tuple[float, float, float]) -> N
     table = load(tmp_path, data())
     assert table.verify(*point) == pytest.approx(verify_cost(*point), rel=1e-12)
     batch, width = point[0], min(point[1], 4)
-    assert table.draft(batch, width) == pytest.approx(draft_cost(batch, width), rel=1e-12)
+    assert table.draft(batch, width, point[2]) == pytest.approx(
+        draft_cost(batch, width), rel=1e-12
+    )
     assert table.verify_batches == BATCHES
 
 
@@ -61,13 +63,30 @@ def test_outside_the_edge_counts(tmp_path: Path) -> None:
     assert table.verify(0, 1, 1) == pytest.approx(verify_cost(1, 1, 128))
     assert table.verify(100, 65, 9999) == pytest.approx(verify_cost(32, 64, 1024))
     assert table.verify(100, 33, 0) == pytest.approx(verify_cost(32, 33, 128))
-    assert table.draft(1, 99) == pytest.approx(draft_cost(1, 4))
+    assert table.draft(1, 99, 5) == pytest.approx(draft_cost(1, 4))
 
 
 def test_a_grid_of_one_value(tmp_path: Path) -> None:
     found = data()
     found["draft"] |= {"batch": [8], "width": [1], "seconds": [[0.25]]}
-    assert load(tmp_path, found).draft(3, 7) == 0.25
+    assert load(tmp_path, found).draft(3, 7, 100) == 0.25
+
+
+def test_drafts_of_several_contexts(tmp_path: Path) -> None:
+    """Between contexts by a line, at an edge its own, and what did not fit as before."""
+    found = data()
+    contexts = [1024, 8192, 32768]
+    seconds = [
+        [[draft_cost(b, w) + 1e-9 * b * c for c in contexts] for w in WIDTHS] for b in BATCHES
+    ]
+    seconds[2][1][2] = None  # type: ignore[call-overload]
+    found["draft"] |= {"context": contexts, "seconds": seconds}
+    table = load(tmp_path, found)
+    for batch, width, context in ((1, 1, 1024), (8, 2, 5000), (20, 3, 8192), (8, 4, 20000)):
+        wanted = draft_cost(batch, width) + 1e-9 * batch * context
+        assert table.draft(batch, width, context) == pytest.approx(wanted, rel=1e-12)
+    assert table.draft(8, 1, 1) == table.draft(8, 1, 1024)
+    assert table.draft(32, 4, 32768) == table.draft(32, 4, 8192)
 
 
 def test_what_did_not_fit_into_memory_costs_what_a_shorter_context_does(tmp_path: Path) -> None:

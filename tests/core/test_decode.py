@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from specdec import timing
+from specdec.arrivals import Intake
 from specdec.drafters.host import HostDrafter
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
@@ -98,7 +99,7 @@ def test_a_common_beginning_is_computed_once(zoo: Pair, monkeypatch: pytest.Monk
     run = decode(zoo.target, NoDrafter(), None, [first, second], 4, batch_size=2)
     assert run.outputs == [zoo.outputs[0][:4], zoo.outputs[2][:4]]
     reused = shared // PAGE_SIZE * PAGE_SIZE
-    assert prefilled == [len(first) - 1, len(second) - 1 - reused]
+    assert sum(prefilled) == len(first) - 1 + len(second) - 1 - reused
 
 
 def test_a_drafter_with_less_room_than_the_target(zoo: Any) -> None:
@@ -117,10 +118,10 @@ class Crowded(Scripted):
 
     held = 0
 
-    def start(self, sequences: Any, join: Callable[..., Any], read: Any) -> list[Decoding]:
-        admitted = super().start(list(sequences)[: 2 - self.held], join, read)
+    def start(self, sequences: Any, join: Callable[..., Any], read: Any) -> Intake:
+        admitted = list(sequences)[: 2 - self.held]
         self.held += len(admitted)
-        return admitted
+        return super().start(admitted, join, read)
 
     def finish(self, sequence: Decoding) -> None:
         self.held -= 1
@@ -166,7 +167,7 @@ class Slow(Scripted):
 
     clock = 0.0
 
-    def start(self, *given: Any) -> list[Decoding]:
+    def start(self, *given: Any) -> Intake:
         self.clock += 5
         return super().start(*given)
 

@@ -25,6 +25,7 @@ from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.mtp import MTP
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.own_cache import OwnCache
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trees.chain import Chain
@@ -69,6 +70,7 @@ TREES = {
 GROWN = (  # on the device
     "small_llama",
     "early_exit",
+    "own_cache",
     "token_recycling",
     "eagle3",
     "compose union",
@@ -143,6 +145,8 @@ def build(kind: str) -> Drafter:
         return NGram()
     if kind == "early_exit":
         return EarlyExit()
+    if kind == "own_cache":
+        return OwnCache(window=128)
     if kind == "token_recycling":
         return TokenRecycling()
     if kind == "eagle3":

@@ -109,7 +109,7 @@ def test_rounding_may_exceed_a_sum_of_one() -> None:
 def test_packaged_costs(name: str) -> None:
     table = CostTable.load(name)
     assert table.verify(1, table.most_nodes, 512) > 0
-    assert table.draft(1, table.most_width) > 0
+    assert table.draft(1, table.most_width, 128) > 0
     path = DATA / f"costs/{name}.json"
     assert CostTable.load(path).verify(2, 5, 300) == table.verify(2, 5, 300)
 

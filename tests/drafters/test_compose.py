@@ -273,7 +273,7 @@ def test_parts_that_would_be_told_nothing_or_never_be_asked_are_refused() -> Non
     with pytest.raises(ValueError, match=r"drafter\.parts\.one: a model is always sure"):
         Compose(parts={"one": model, "two": text})
     exits = {f"exit {n}": EarlyExit(exit_layer=n) for n in (1, 2)}
-    with pytest.raises(ValueError, match=r"two early exits need the same scratch"):
+    with pytest.raises(ValueError, match=r"two draft in the same scratch"):
         Compose(parts=exits, mode="union")
 
 

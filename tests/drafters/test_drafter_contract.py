@@ -45,6 +45,7 @@ MANY = {  # with many candidates; so few of them that all draws of two can be en
             "medusa",
             "mtp",
             "ngram",
+            "own_cache",
             "peagle",
             "rest",
             "retriever",
@@ -112,6 +113,8 @@ def make(name: str, datastore: Path, heads: Path) -> contract.Make:
         words.append(f"drafter.path={heads / name}")
     if name == "user":
         words.append(f"drafter._target_={__name__}.echo")
+    if name == "own_cache":
+        words.append("drafter.window=16")  # less than the texts have
 
     def made(*more: str) -> Method:
         return contract.method_for(words, *more)

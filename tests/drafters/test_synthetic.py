@@ -2,6 +2,7 @@
 against the target's law."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate, product
 from math import prod
 from operator import mul
@@ -15,11 +16,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specdec.drafters.synthetic import Synthetic as Drafter
-from specdec.drafters.synthetic import by_depth
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.protocols import StepContext, TreePolicy
+from specdec.rates import by_depth
 from specdec.sampling import SamplingParams, probabilities, uniforms
 from specdec.tree import Acceptance, Proposal, TokenTree
 from specdec.verifier.synthetic import Synthetic as Rule
@@ -148,6 +149,28 @@ def test_repeated_siblings_and_idle_rows():
 
     assert accepted(0.59) == [2, 0]
     assert accepted(0.61) == [1, 0]  # the same token again is no second chance
+
+
+@pytest.mark.parametrize("children", ["top_k", "sample"])
+def test_stated_rates_take_the_place_of_what_a_drafter_says(children):
+    """By depth and rank, of whatever drafter: this one says that all of its guesses are sure."""
+    rule = Rule(rates=[[0.5, 0.3], 0.8])
+    assert (rule.needs_proposal, Rule().needs_proposal) == (False, True)
+    context = context_for(0.0)
+    tree = prepared(Drafter(rates=[[0.5, 0.25, 0.25]]), Static(widths=[3, 1]), TARGET).draft(
+        context
+    )
+    assert tree.proposal is not None
+    tree = replace(tree, proposal=replace(tree.proposal, children=children))
+    logits = torch.randn(ROWS, tree.nodes, VOCAB, generator=torch.manual_seed(0))
+    acceptance = rule.accept(context, tree, logits)
+    first = acceptance.path[:, 1][acceptance.length > 1].bincount(minlength=4)[1:4].tolist()
+    assert first[2] == 0  # the third child has no rate
+    assert likely(first[0], 0.5)
+    assert likely(first[1], 0.3)
+    assert likely(int((acceptance.length > 2).sum()), 0.8 * 0.8)
+    untold = rule.accept(context, replace(tree, proposal=None), logits)
+    assert untold.path.equal(acceptance.path)
 
 
 def test_neither_waits_for_the_device():

@@ -17,7 +17,7 @@ from specdec.models.load import load_model
 
 TINY = shlex.split(
     "target=zoo:target draft=zoo:draft device=cpu dtype=float32 replays=1 "
-    "batches=[2,1] nodes=[1,5] contexts=[16,32] widths=[1,3] draft_context=16"
+    "batches=[2,1] nodes=[1,5] contexts=[16,32] widths=[1,3] draft_contexts=[16]"
 )
 
 
@@ -52,7 +52,7 @@ def test_calibrate(
     assert ms.round().tolist() == [[[1, 3], [2, 4]], [[5, 7], [6, 8]]]
     table = CostTable.load(out)
     assert table.verify(1, 5, 32) == pytest.approx(0.004)
-    assert table.draft(2, 3) > 0
+    assert table.draft(2, 3, 16) > 0
 
     assert "8.00 (1.14)" in capsys.readouterr().out
     lines = decoding.calibrate(result).splitlines()
@@ -60,9 +60,9 @@ def test_calibrate(
 
     assert calibrate.main([*words, "resume=true"]) == 0
     assert len(timed) == 8  # nothing was missing
-    words.remove("draft_context=16")
-    assert calibrate.main([*words, "draft_context=8", "resume=true"]) == 2
-    assert "draft_context=16 there, 8 now" in capsys.readouterr().err
+    words.remove("draft_contexts=[16]")
+    assert calibrate.main([*words, "draft_contexts=[8,16]", "resume=true"]) == 2
+    assert "draft_contexts=" in capsys.readouterr().err
 
 
 def test_passes_are_those_of_a_step() -> None:

@@ -216,6 +216,7 @@ def test_methods_in_turns_are_what_they_are_alone(specdec, tmp_path, monkeypatch
         assert (summary["in_turns"], summary["lossless"]["verdict"]) == (True, "passed")
         assert outputs(job / summary["baseline_from"]) == outputs(out / "baseline")
         assert summary["speedup"] > 0
+        assert summary["shared_prefill"]["tokens"] % 16 == 0 < summary["shared_prefill"]["tokens"]
         assert summary["lossless"].get("identical") == (2 if cold else None)
     assert own(tmp_path / "s") == []
     assert not any(job.shared for job in jobs_of(tmp_path / "s"))

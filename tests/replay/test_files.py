@@ -273,7 +273,7 @@ def test_trees_that_follow_the_draft_have_costs(folder: Path, tmp_path: Path) ->
     drafter.begin = watched  # type: ignore[attr-defined]
     walked = walker.walked(one)
     widths = seen[: one.tree.depth]  # type: ignore[attr-defined]
-    drafting = table.start(1) + sum(table.draft(1, n) + table.level(1) for n in widths)
+    drafting = table.start(1) + sum(table.draft(1, n, 1) + table.level(1) for n in widths)
     total, steps = 0.0, 0
     for text, (prompt, output) in enumerate(zip(record.prompts, record.outputs, strict=True)):
         place = 0

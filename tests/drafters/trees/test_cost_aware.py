@@ -70,10 +70,10 @@ def test_cost_aware_is_the_best_of_all_it_may_choose(
         shapes.add(shape)
         seconds = costs.verify(batch, len(shape) + 1, 300)
         if shape:
-            seconds += costs.draft(batch, 1)
+            seconds += costs.draft(batch, 1, 300)
         for level in range(1, max(map(len, shape), default=0)):
             expanded = {node[:-1] for node in shape if len(node) == level + 1}
-            seconds += costs.draft(batch, len(expanded))
+            seconds += costs.draft(batch, len(expanded), 300)
         best = max(
             best,
             ((1 + expected_accepted(shape, rates)) / seconds, shape),
