@@ -60,7 +60,7 @@ def linear(
     blocks = blocks or _choose(x, weight, exact=exact)
     if blocks is None:
         return mm(x, weight)[None]
-    chunk, splits = _chunks(x.shape[1], blocks)
+    chunk, splits = _chunks(x.shape[1], blocks, isinstance(weight, Fp8Weight))
     shape = splits, len(x), weight.shape[0]
     if shared is None:
         parts = x.new_empty(shape, dtype=torch.float32)
@@ -159,9 +159,9 @@ def _on_hopper(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _chunks(inputs: int, blocks: Stream) -> tuple[int, int]:
+def _chunks(inputs: int, blocks: Stream, float8: bool = False) -> tuple[int, int]:
     """Columns of a split, and how many splits that makes."""
-    unit = max(SPLIT_COLUMNS, blocks.columns)
+    unit = 2 * SPLIT_COLUMNS if float8 else SPLIT_COLUMNS  # of which a tile has at most as many
     chunk = triton.cdiv(triton.cdiv(inputs, blocks.splits), unit) * unit
     return chunk, triton.cdiv(inputs, chunk)
 

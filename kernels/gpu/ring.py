@@ -75,6 +75,7 @@ def ring_kernel(
 ):
     """One program for a tile of rows of the weight, one split of its columns and a tile of x."""
     HALVES: gl.constexpr = 2 if WITH_GATE else 1
+    BEHIND: gl.constexpr = 1 if scale_ptr is None else 0
     tile: gl.constexpr = weight_desc.block_type.shape
     weights = gl.allocate_shared_memory(
         weight_desc.dtype, [STAGES * HALVES, tile[0], tile[1]], weight_desc.layout
@@ -124,10 +125,10 @@ def ring_kernel(
             acc += part * scale
             if WITH_GATE:
                 up += up_part * up_scale
-        # The step before this one is done with its slot now.
-        freed = (step + STAGES - 1) % STAGES
-        ahead = begin + (step + STAGES - 1) * BLOCK_K
-        more = (step > 0) & (ahead < end)
+        # The step before this one is done with its slot now; in float8 this one is, too.
+        freed = (step + STAGES - BEHIND) % STAGES
+        ahead = begin + (step + STAGES - BEHIND) * BLOCK_K
+        more = (step >= BEHIND) & (ahead < end)
         _weight(weight_desc, weights, barriers, inputs, first, ahead, freed, more, HALVES, WIDTH)
         _x(x_desc, inputs, barriers, first_x, rows, ahead, freed, more)
     if WITH_GATE:
@@ -141,8 +142,6 @@ def ring_kernel(
         acc = acc.to(out_ptr.dtype.element_ty).to(gl.float32)
         up = up.to(out_ptr.dtype.element_ty).to(gl.float32)
         acc = acc / (1.0 + gl.exp(-acc)) * up
-    for slot in gl.static_range(STAGES):
-        mbarrier.invalidate(barriers.index(slot))
     offs_n = first + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
     offs_m = first_x + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
     target = (gl.program_id(1) * rows + offs_m)[None, :].to(gl.int64) * WIDTH + offs_n[:, None]

@@ -16,6 +16,7 @@ TILE_ROWS = 256  # of x to a program, at most
 SPLIT_COLUMNS = 128  # columns of a split are a multiple of these
 PROGRAMS = 132  # about as many as a GPU has multiprocessors
 RING = 200 * 1024  # bytes of shared memory for tiles on their way to one multiprocessor
+FLOAT8_RING = 216 * 1024  # with a weight in float8, of which programs share it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,17 +116,17 @@ def _choose_float8(
     programs = triton.cdiv(outputs // halves, FLOAT8.rows) * splits
     if rows > STREAM_ROWS:
         stream = FLOAT8_GATED if gated else FLOAT8_WIDE if rows <= 128 else FLOAT8_WIDEST
+    elif gated:  # a second round of a few small tiles would leave most of the GPU idle
+        stream = FLOAT8 if rows <= 32 and programs <= 3 * PROGRAMS else FLOAT8_GATED
     elif rows <= 32:
         stream = FLOAT8
-    elif gated:
-        stream = FLOAT8_GATED
     else:  # three with large tiles of x do not fit
         stream = FLOAT8_TALL if programs > 2 * PROGRAMS else FLOAT8
     programs = triton.cdiv(outputs // halves, stream.rows) * splits
     most = 1 if rows > 128 else 16 // stream.warps  # that have room for their registers
     together = max(1, min(triton.cdiv(programs, PROGRAMS), 3, most))
     line = halves * stream.rows + padded_rows(rows, gated=gated) * dtype.itemsize
-    stages = min(stream.stages, RING // together // (line * stream.columns))
+    stages = min(stream.stages, FLOAT8_RING // together // (line * stream.columns))
     steps = triton.cdiv(triton.cdiv(inputs, splits), stream.columns)
     return replace(stream, splits=splits, stages=max(2, min(stages, steps)))
 

@@ -105,7 +105,7 @@ def test_many_splits_whatever_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_a_split_of_other_columns_shows(tmp_path: Path) -> None:
     """One part, but of a sum that many rows begin elsewhere."""
     x, weight = normal(max(COUNTS), 512, dtype=BF16), normal(96, 512, dtype=BF16)
-    parts = "parts = x.new_empty(splits"
+    parts = "shape = splits, len(x)"
     fault = plant(
         tmp_path,
         ("linear", parts, f"chunk += SPLIT_COLUMNS if len(x) > 16 else 0\n    {parts}"),

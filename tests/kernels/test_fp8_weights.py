@@ -15,7 +15,14 @@ from torch import Tensor
 from specdec.kernels import exact, gpu, reference
 from specdec.kernels.gpu import widen
 from specdec.kernels.gpu.linear import _chunks
-from specdec.kernels.gpu.stream import EXACT, RING, STREAM_ROWS, Stream, choose_stream, padded_rows
+from specdec.kernels.gpu.stream import (
+    EXACT,
+    FLOAT8_RING,
+    STREAM_ROWS,
+    Stream,
+    choose_stream,
+    padded_rows,
+)
 from specdec.kernels.layout import SCALED_BLOCK, Fp8Weight
 from tests.kernels.memory import DEVICE, poisoned_allocations
 
@@ -261,17 +268,17 @@ def test_exact_rows_are_the_same_among_any_others(
 
 def test_the_schedule_follows_from_the_weight() -> None:
     """Splits and their columns; and every tile fits its multiprocessor."""
-    shapes = [(6144, 4096), (4096, 4096), (4096, 14336), (10240, 8192), (8192, 28672), (768, 768)]
+    shapes = [(6144, 4096), (4096, 4096), (4096, 14336), (10240, 8192), (8192, 28672), (768, 640)]
     for (outputs, inputs), kind in product_of(shapes, ("linear", "project", "gated_linear")):
         weight = Fp8Weight(torch.empty(outputs, inputs, device="meta"), torch.empty(0))
         divisions = set()
         for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000):
             x = torch.empty(rows, inputs, dtype=torch.bfloat16, device="meta")
             blocks = blocks_for(kind, x, weight)
-            columns, splits = _chunks(inputs, blocks)
+            columns, splits = _chunks(inputs, blocks, float8=True)
             divisions.add((columns, splits))
             gated = kind == "gated_linear"
             line = (1 + gated) * blocks.rows + 2 * padded_rows(rows, gated=gated)
-            assert blocks.stages * line * blocks.columns <= RING
+            assert blocks.stages * line * blocks.columns <= FLOAT8_RING
             assert blocks.rows % (16 * blocks.warps) == 0
         assert len(divisions) == 1, (outputs, inputs, kind)
