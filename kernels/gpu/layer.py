@@ -83,7 +83,7 @@ def rotate_and_write(
     block = max(1, min(512 // half, 4))
     interpreting = triton.knobs.runtime.interpret
     if rows:
-        rotate_kernel[(heads, triton.cdiv(rows, block))](
+        rotate_kernel[(heads * triton.cdiv(rows, block),)](
             query,
             key_tree,
             value_tree,
@@ -205,11 +205,11 @@ def rotate_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One program for one head, of queries, keys or values, and a block of rows; a head in
-    halves."""
+    halves. All in one dimension of the grid: the others end at 65,535."""
     HEADS: tl.constexpr = QUERY_HEADS + 2 * KV_HEADS
     dtype: tl.constexpr = query_ptr.dtype.element_ty
-    head = tl.program_id(0)
-    offs_row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    head = tl.program_id(0) % HEADS
+    offs_row = tl.program_id(0) // HEADS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_half = tl.arange(0, BLOCK_HALF)
     row = offs_row.to(tl.int64)
     mask = (offs_row < rows)[:, None] & (offs_half < HALF)[None, :]

@@ -29,7 +29,10 @@ def whole(weight: Tensor) -> Tensor:
     """All of a weight; of one that is cut a copy, which all ranks must ask for together."""
     if not isinstance(weight, DTensor):
         return weight
-    return local(weight) if weight.placements == (Replicate(),) else weight.full_tensor()
+    # Torch 2.11 cannot gather a parameter without recording it for autograd.
+    plain: Any = weight.detach()
+    found: Tensor = local(plain) if plain.placements == (Replicate(),) else plain.full_tensor()
+    return found
 
 
 @torch.inference_mode(False)

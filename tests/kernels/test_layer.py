@@ -298,6 +298,22 @@ def test_rotate_and_write(
         assert tree[untouched].isnan().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")
+def test_more_rows_than_a_grid_has_in_its_second_dimension() -> None:
+    """A prefill of hundreds of sequences has as many."""
+    batch, nodes, dim = 600, 512, 16
+    parts = normal(1, batch * nodes, 3 * dim)
+    cos, sin = halves(batch, nodes, dim, dtype=torch.bfloat16)
+    found = [
+        (kernels.rotate_and_write(parts, cos, sin, *made, 0, query_heads=1), *made)
+        for kernels in (reference, gpu)
+        for made in [trees(batch, 1, nodes, dim, torch.bfloat16)]
+    ]
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs.double(), torch.bfloat16)
+
+
 @pytest.mark.some(3)
 @both
 @types
