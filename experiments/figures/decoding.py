@@ -28,15 +28,16 @@ def cpu_speed(result: Result) -> str:
     return piece(about, heads, rows)
 
 
-def calibrate(result: Result) -> str:
-    """The table of `calibrate.py`: passes of the target at one context."""
+def calibrate(result: Result, name: str = "calibrate") -> str:
+    """The table of `calibrate.py`: passes of the target at one context. The file has that name."""
     verify = result["verify"]
     context = min(verify["context"], key=lambda tokens: abs(tokens - 1024))
     place = verify["context"].index(context)
+    small = ", weights in fp8," if result["settings"].get("quantize") == "fp8" else ""
     about = (
-        f"A pass of `{result['settings']['target']}` over trees at a context of {context}, on one "
-        f"{device(result)}: milliseconds, and in parentheses multiples of a plain step "
-        f"({source(result, 'calibrate')}):"
+        f"A pass of `{result['settings']['target']}`{small} over trees at a context of {context}, "
+        f"on one {device(result)}: milliseconds, and in parentheses multiples of a plain step "
+        f"({source(result, name)}):"
     )
     rows = []
     for batch, by_nodes in zip(verify["batch"], verify["seconds"], strict=True):

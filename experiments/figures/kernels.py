@@ -166,12 +166,12 @@ def exact(result: Result) -> str:
     return "\n\n".join([piece(about, heads, rows), bits])
 
 
-def products(result: Result) -> str:
+def products(result: Result, name: str = "products") -> str:
     """Products by rows, and what launch parameters that were tried are worth."""
     about = (
         f"Microseconds of products with the weights of an 8B Llama, x in bfloat16, on one "
         f"{device(result)}; `roof` is the larger of weights over read rate and operations over "
-        f"product rate ({source(result, 'products')}):"
+        f"product rate ({source(result, name)}):"
     )
     kinds = ["bfloat16", *(["fp8"] if any("fp8" in one for one in result["products"]) else [])]
     rows = []

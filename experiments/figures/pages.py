@@ -112,8 +112,13 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
     "quantised": (
         "Quantised targets and caches",
         "Whether acceptance moves when weights or pages are quantised, beside how far "
-        "probabilities move.",
-        [("quantised", quantised, {})],
+        "probabilities move; and what weights in fp8 are worth, with the tiles that came first.",
+        [
+            ("quantised", quantised, {}),
+            ("pass_bf16", partial(calibrate, name="pass_bf16"), {}),
+            ("pass_fp8", partial(calibrate, name="pass_fp8"), {}),
+            ("products_fp8", partial(kernels.products, name="products_fp8"), {}),
+        ],
     ),
     "kernels": (
         "Kernels",

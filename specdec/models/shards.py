@@ -25,11 +25,15 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def whole(weight: Tensor) -> Tensor:
-    """All of a weight; of one that is cut a copy, which all ranks must ask for together."""
+    """All of a weight; of one that is cut a copy, which all ranks must ask for together.
+
+    Not of the parameter itself, nor in inference mode: torch 2.11 gathers neither.
+    """
     if not isinstance(weight, DTensor):
         return weight
-    # Torch 2.11 cannot gather a parameter without recording it for autograd.
     plain: Any = weight.detach()
     found: Tensor = local(plain) if plain.placements == (Replicate(),) else plain.full_tensor()
     return found
