@@ -17,6 +17,7 @@ from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
+from specdec.heads.flash2 import Convolution, Selector
 from specdec.heads.formats import levels_of, load_head
 from specdec.models.paged import PagedLM
 from tests.decoding import decoder_of, loaded, outputs_of
@@ -315,6 +316,47 @@ def test_a_selector_of_speculators_knows_all_tokens_after_the_root(
     edited(tmp_path, **said)
     with pytest.raises(ValueError, match=message):
         load_head(str(tmp_path), target, kinds=("dflash",))
+
+
+@pytest.mark.parametrize("trap", ["before", "after", "taps", "parent", "slot"])
+def test_the_traps_of_a_selector_are_seen(trap: str, target: PagedLM, tmp_path: Path) -> None:
+    """None of these crashes; each moves a probability of the first levels."""
+    facts = blocks.dflash(tmp_path, target.model, choices=9)
+    drafter: Any = DFlash(path=str(tmp_path))
+    decoder = decoder_of(target, drafter, Static(widths=[2, 2]))
+    head = drafter.head
+    mixing, scoring = Convolution.coefficients, Selector.forward
+
+    def wrong(self: Any, inputs: torch.Tensor) -> torch.Tensor:
+        found = mixing(self, inputs).clone()
+        if trap == "taps":
+            return found.flip(3)
+        found[0 if trap == "before" else 1] = mixing(self, 0 * inputs)[0]
+        return found
+
+    def other(self: Any, normal: Any, tokens: torch.Tensor, ids: Any) -> torch.Tensor:
+        tokens = (tokens + 1) % 96 if trap == "parent" else tokens
+        return scoring(self, normal.roll(1, -1) if trap == "slot" else normal, tokens, ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if trap in ("parent", "slot"):
+            patch.setattr(Selector, "forward", other)
+        else:
+            patch.setattr(Convolution, "coefficients", wrong)
+        found: list[Any] = []
+        accept = decoder.rule.accept
+
+        def noting(context: Any, tree: Any, logits: Any) -> Any:
+            found.append(tree)
+            return accept(context, tree, logits)
+
+        decoder.rule.accept = noting  # type: ignore[method-assign]
+        outputs_of(decoder, [texts()[0]], 1)
+    assert head.config.choices == 9
+    states = states_of(own_attention(target.model), texts()[0], facts.taps)
+    law = oracle.dflash2(facts, states, texts()[0], []).softmax(-1)
+    ids, probs = found[0].proposal.ids[0, 0], found[0].proposal.probs[0, 0].double()
+    assert (probs - law[ids]).abs().max() > 1e-3
 
 
 def test_nothing_but_what_the_selector_scores_is_drafted(target: PagedLM, tmp_path: Path) -> None:
