@@ -113,10 +113,9 @@ def joinable(linears: Sequence[Any]) -> bool:
 
 def join(linears: Sequence[Fp8Linear]) -> Fp8Weight:
     """Their weights, one below the other; theirs become views of it."""
-    joined = Fp8Weight(
-        torch.cat([linear.values for linear in linears]),
-        torch.cat([linear.scale for linear in linears]),
-    )
+    values = torch.cat([linear.values.view(torch.uint8) for linear in linears])  # any torch can
+    scale = torch.cat([linear.scale for linear in linears])
+    joined = Fp8Weight(values.view(torch.float8_e4m3fn), scale)
     row = first = 0
     for linear in linears:
         linear.values = joined.values[row : row + len(linear.values)]

@@ -24,6 +24,7 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.quantised import Fp8Linear, Quantize
 from specdec.protocols import Drafter, TreePolicy
+from specdec.training.methods.causal import trained_copy
 from tests.decoding import decoder_of, outputs_of
 from tests.kernels.memory import DEVICE
 from tests.models.fp8_files import (
@@ -251,6 +252,14 @@ def test_torchao_is_not_quantised_twice(tmp_path: Path) -> None:
     save(tiny("llama"), tmp_path)
     configure(tmp_path, quantization_config={"quant_method": "torchao"})
     assert "by torchao already" in refusal_of(tmp_path, "fp8")
+
+
+def test_quantised_weights_are_not_trained(tmp_path: Path) -> None:
+    lm = load(save(tiny("llama", num_hidden_layers=1), tmp_path), "fp8")
+    with pytest.raises(ValueError, match="quantised by fp8, and this method trains them; take"):
+        trained_copy(lm)
+    fresh = trained_copy(lm, fresh=1)  # of its shape alone
+    assert all(type(one) is not Fp8Linear for one in fresh.modules())
 
 
 KEY = "model.layers.1.mlp.up_proj.weight"
