@@ -38,7 +38,9 @@ def _weights(result: Result) -> str:
     )
     about = (
         f"Weights in float8 (`target.quantize=fp8`): overlap is the chance that a token drawn "
-        f"from the draft is accepted. Along the same texts it differs by {worst:.4f} at most:"
+        f"from the draft is accepted. Along the same texts it differs by {worst:.4f} at most. "
+        f"The other overlaps and accepted lengths are of texts that each target writes itself, "
+        f"and so differ by those texts too:"
     )
     return piece(about, heads, rows)
 
