@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    PretrainedConfig,
+)
 
 from specdec.models.checkpoints import fetch, read_model, scheme_of
 from specdec.models.direct import FAMILIES, known
@@ -12,7 +18,7 @@ from specdec.models.hook import UnsupportedError
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config
-from specdec.models.quantised import Quantize
+from specdec.models.quantised import Quantize, slow
 from specdec.models.shards import check_split, check_whole, plan_of
 from specdec.models.standin import Widening, named_shape, standin, standin_config
 from specdec.models.weights import (
@@ -85,6 +91,9 @@ def load_model(
     where = find_model(path, setting=setting)
     model, tokenizer, scheme = _load_files(where, placement, name, quantize, ranks)
     lm = PagedLM(model, tokenizer, name=name, kernels=kernels, path=path, ranks=ranks)
+    if scheme is not None and lm.quantised is None:  # dequantised as it was loaded
+        lm.quantised = scheme
+        lm.notes.append(f"{name}: {slow(model, scheme)}")
     if quantize == scheme == "fp8":
         lm.notes.append(f"{name}: its weights are fp8 already, and stay as its files have them")
     return lm
@@ -150,6 +159,10 @@ def _by_transformers(
     Raises:
         ValueError: files that lack what the configuration asks for, or hold more.
     """
+    stated = getattr(config, "quantization_config", None)
+    plain = {}
+    if isinstance(stated, dict) and stated.get("quant_method") == "compressed-tensors":
+        plain["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model, report = AutoModelForCausalLM.from_pretrained(
         where,
         config=config,
@@ -157,6 +170,7 @@ def _by_transformers(
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # the report has them, with both shapes
         output_loading_info=True,
+        **plain,
         **plan_of(ranks.size),
     )
     # Zero points of symmetric quantisation are zero, and in no file.

@@ -84,7 +84,7 @@ class PagedLM:
             )
         self.quantised, self.notes = quantisation_of(model), list[str]()
         if self.quantised is not None and self._direct is None:
-            self.notes.append(f"{name}: {slow(model)}")
+            self.notes.append(f"{name}: {slow(model, self.quantised)}")
         self.layers: int = self.config.num_hidden_layers
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         readable = model.get_input_embeddings().weight.shape[0]

@@ -90,10 +90,10 @@ def quantisation_of(model: Any) -> str | None:
     return None if found is None else str(getattr(found, "value", found))
 
 
-def slow(model: Any) -> str:
+def slow(model: Any, quantised: str) -> str:
     """What to say of a quantised model that does not go the direct way."""
     return (
-        f"quantised by {quantisation_of(model)}, {type(model).__name__} is not run by our own "
+        f"quantised by {quantised}, {type(model).__name__} is not run by our own "
         f"products but by transformers', which is slow: good for studies of what is said, not of "
         f"speed"
     )

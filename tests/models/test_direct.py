@@ -121,7 +121,7 @@ def test_fp8_of_other_families_goes_the_general_way(tmp_path: Path) -> None:
     configure(folder, quantization_config=config)
     lm = load_model(str(folder))
     assert lm._direct is None
-    assert "quantised by compressed-tensors" in lm.notes[0]
+    assert "quantised by fp8" in lm.notes[0]
     for ours, expected in paged_and_own(lm, own_attention(meant)):
         assert error(ours, expected) < FLOAT32_ROUNDING
 
