@@ -149,11 +149,6 @@ def watching(method: Method, plain: AcceptanceRule) -> tuple[Method, Watch]:
     if name not in HEADS:
         tree = OneNode(budget=int(name in RECORDED))
         return replace(method, tree=tree, rule=watch), watch
-    if getattr(method.drafter, "confidence", False):
-        raise ValueError(
-            "drafter.confidence=true: shapes of trees that are replayed do not follow it, and "
-            "children cannot be drawn by it; leave it out"
-        )
     watch.along = imported("drafter", "specdec.drafters.along.AlongText")(method.drafter)
     tree = OneNode(budget=method.drafter.depth or LEVELS)
     return replace(method, drafter=watch.along, tree=tree, rule=watch), watch

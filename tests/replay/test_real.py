@@ -168,9 +168,11 @@ def head(name: str, folder: Path) -> str:
         made.begun(folder, target, {"eagle": Eagle(), "mtp": MTP()}[name])
     elif name == "medusa":
         made.medusa(folder, target)
-    else:
-        markov = "rnn" if name == "dspark" else ""
-        dflash(folder, target.model, layout="speculators", markov=markov)
+    elif name == "dflash":
+        dflash(folder, target.model, layout="speculators")
+    else:  # what it says of its own chances is not among the probabilities
+        dflash(folder, target.model, layout="speculators", markov="rnn", confidence="slot")
+        return f"drafter=dspark drafter.path={folder} drafter.confidence=true"
     return f"drafter={name} drafter.path={folder}"
 
 
