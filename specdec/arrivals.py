@@ -27,6 +27,9 @@ class Intake(Protocol):
         """
 
 
+Start = Callable[[list[Decoding]], Intake]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Coming:
     """Sequences that were given rows, and what reads their prompts."""
@@ -45,15 +48,14 @@ class Arrivals:
 
     Args:
         rows: of the caches.
-        start: begins to take sequences in.
 
     Attributes:
         waiting: requests without a row.
     """
 
-    def __init__(self, rows: int, start: Callable[[list[Decoding]], Intake]) -> None:
+    def __init__(self, rows: int) -> None:
         self.waiting: deque[Request] = deque()
-        self._free, self._start = list(range(rows)), start
+        self._free = list(range(rows))
         self._coming: deque[_Coming] = deque()
         self._full = False  # a request waits for another to end
 
@@ -68,16 +70,17 @@ class Arrivals:
     def _may_ask(self, *, beside: bool) -> bool:
         return bool(self._free and self.waiting) and not (self._full and beside)
 
-    def admit(self, *, beside: bool) -> list[Decoding]:
+    def admit(self, start: Start, *, beside: bool) -> list[Decoding]:
         """The sequences that can be decoded from now on.
 
         Args:
+            start: begins to take sequences in.
             beside: others are decoding.
 
         Raises:
             ValueError: a request that the empty caches cannot hold.
         """
-        fresh, found = self._ask(beside=beside), list[Decoding]()
+        fresh, found = self._ask(start, beside=beside), list[Decoding]()
         if fresh is not None and beside:  # a short one is read at once
             found += self._read(fresh, beside=True)
         if self._coming and beside:
@@ -107,7 +110,7 @@ class Arrivals:
         self._free.append(sequence.row)
         self._full = False
 
-    def _ask(self, *, beside: bool) -> _Coming | None:
+    def _ask(self, start: Start, *, beside: bool) -> _Coming | None:
         """Begin with those there are rows for."""
         if not self._may_ask(beside=beside):
             return None
@@ -115,7 +118,7 @@ class Arrivals:
             Decoding(request, row, list(request.prompt_ids))
             for request, row in zip(self.waiting, reversed(self._free), strict=False)
         ]
-        intake = self._start(asked)  # if that fails they go on waiting
+        intake = start(asked)  # if that fails they go on waiting
         for sequence in asked:
             self.waiting.remove(sequence.request)
             self._free.remove(sequence.row)

@@ -97,7 +97,7 @@ class Decoder:
         verifier.prepare(capacity, drafter.observes)
         drafter.prepare(capacity, tree)
         drafter.forget()
-        self._arrivals = Arrivals(capacity.rows, self._start)
+        self._arrivals = Arrivals(capacity.rows)
         self.waiting = self._arrivals.waiting
         self.running: list[Decoding] = []
         self._stopwatch = Stopwatch(self.device)
@@ -224,7 +224,7 @@ class Decoder:
         if not self._arrivals.wants(beside=beside):
             return
         self._stopwatch.lap("other")
-        admitted = self._arrivals.admit(beside=beside)
+        admitted = self._arrivals.admit(self._start, beside=beside)
         if admitted:
             self.running += admitted
             self._batches.join(admitted, self.sampling.seed)

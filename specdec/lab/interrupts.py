@@ -1,12 +1,11 @@
 """Signals that end a run."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from specdec.ranks import here
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -20,8 +19,11 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         for one in before:
             signal.signal(one, signal.SIG_DFL)
-        if not here().parted:  # else this process ends already, and says why
-            here().check()  # it may come because another rank is gone
+        ranks: Any = sys.modules.get("specdec.ranks")  # imports torch, which not all have done
+        if ranks is None:
+            raise KeyboardInterrupt
+        if not ranks.here().parted:  # else this process ends already, and says why
+            ranks.here().check()  # it may come because another rank is gone
             raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():

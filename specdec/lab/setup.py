@@ -59,8 +59,8 @@ class Source:
         if self.tp < 1:
             raise ValueError(f"target.tp={self.tp}: must be at least 1")
 
-    def load(self, models: Models) -> PagedLM:
-        """The target.
+    def load(self, models: Models, setting: str = "target.path") -> PagedLM:
+        """The target; messages name it by the setting.
 
         Raises:
             ValueError: as `load_model`.
@@ -71,7 +71,7 @@ class Source:
                 f"its own; use target.tp=1 here"
             )
         ranks = here() if self.tp > 1 else ALONE
-        return models.load(self.path, setting="target.path", quantize=self.quantize, ranks=ranks)
+        return models.load(self.path, setting=setting, quantize=self.quantize, ranks=ranks)
 
 
 GROUPS = (

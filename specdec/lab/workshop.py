@@ -94,7 +94,7 @@ class Workshop:
 
     @cached_property
     def target(self) -> PagedLM:
-        return target_of(self._settings).load(self.models)
+        return target_of(self._settings).load(self.models, "target")
 
     def settings(self, words: str) -> Settings:
         return settings_of(" ".join([*self.words, words]))

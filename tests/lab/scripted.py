@@ -131,6 +131,7 @@ def experiment(record: RecordSettings = NOTHING_MORE) -> Experiment:
         dtype=torch.float32,
         kv_shape=KVShape(layers=1, kv_heads=1, key_dim=1, value_dim=1),
         kernels=Kernels(impl="reference"),
+        quantised=None,
     )
     method = Method(
         drafter=NoDrafter(),
