@@ -82,6 +82,8 @@ def forked(folder: Path, module: str, *arguments: str) -> Ended:
             os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
         sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
         os.chdir(folder)
+        # The pool of threads that the fork has lost is made again before several of them ask.
+        torch.set_num_threads(torch.get_num_threads())
         sys.path.insert(0, str(folder))
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
