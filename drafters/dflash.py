@@ -4,7 +4,6 @@ from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier
 from specdec.drafters.heads import CachedHeadDrafter
-from specdec.drafters.logits import candidates_of
 from specdec.heads.block import BlockHead
 from specdec.heads.flash2 import Flash2Head
 from specdec.heads.paged_block import PagedBlock
@@ -65,13 +64,8 @@ class DFlash(CachedHeadDrafter):
             level = slice(frontier.level, frontier.level + 1)
             among = every[:, level]
             added = head.candidate_selector(normal[:, level], frontier.tokens, among)
-            places, probs = candidates_of(
-                context,
-                alone[:, level] + added,
-                self.tree,
-                frontier.level,
-                candidates=self.candidates,
-                vocab=choices,
+            places, probs = self.candidates_after(
+                context, alone[:, level] + added, frontier.level, choices
             )
             found = among.expand(-1, places.shape[1], -1).gather(2, places)
             return self._named(found), probs

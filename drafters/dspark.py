@@ -7,7 +7,6 @@ from torch import Tensor
 
 from specdec.drafters.dflash import DFlash
 from specdec.drafters.growth import Expand, Frontier
-from specdec.drafters.logits import candidates_of
 from specdec.heads.spark import SparkHead
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
@@ -80,13 +79,8 @@ class DSpark(DFlash):
             )
             if left is not None:
                 states.append(left)
-            ids, probs = candidates_of(
-                context,
-                logits.contiguous(),
-                self.tree,
-                frontier.level,
-                candidates=self.candidates,
-                vocab=self.head.drafts,
+            ids, probs = self.candidates_after(
+                context, logits.contiguous(), frontier.level, self.head.drafts
             )
             return self._named(ids), probs
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier
 from specdec.drafters.heads import CachedHeadDrafter
-from specdec.drafters.logits import candidates_of
 from specdec.heads.layered import LayeredHead
 from specdec.heads.paged import PagedHead
 from specdec.heads.paged_mtp import PagedMTP
@@ -114,13 +113,8 @@ class Eagle(CachedHeadDrafter):
                     key_offsets=structure.depths,
                 )
                 features.append(made)
-            ids, probs = candidates_of(
-                context,
-                self.model.logits(last),
-                self.tree,
-                frontier.level,
-                candidates=self.candidates,
-                vocab=self.head.drafts,
+            ids, probs = self.candidates_after(
+                context, self.model.logits(last), frontier.level, self.head.drafts
             )
             return self._named(ids), probs
 

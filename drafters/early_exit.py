@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
-from specdec.drafters.logits import candidates_of
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.protocols import StepContext
@@ -65,14 +64,7 @@ class EarlyExit(GrowingDrafter):
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:
             logits = nodes.add(frontier.tokens, frontier.parents, head=True)
             assert logits is not None
-            return candidates_of(
-                context,
-                logits,
-                self.tree,
-                frontier.level,
-                candidates=self.candidates,
-                vocab=self.lm.vocab_size,
-            )
+            return self.candidates_after(context, logits, frontier.level, self.lm.vocab_size)
 
         return expand
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specdec.drafters.logits import candidates_of
 from specdec.observation import Observation
 from specdec.protocols import (
     Drafter,
@@ -121,6 +122,15 @@ class GrowingDrafter(ShapedDrafter):
     def begin(self, context: StepContext) -> Expand:
         """Get ready for the trees of this step: what answers their frontiers."""
         raise NotImplementedError
+
+    def candidates_after(
+        self, context: StepContext, logits: Tensor, level: int, vocab: int
+    ) -> tuple[Tensor, Tensor]:
+        """What `Expand` returns, for logits [B, F, V] after nodes of a level, as
+        `logits.candidates_of` makes it for the tree of this run."""
+        return candidates_of(
+            context, logits, self.tree, level, candidates=self.candidates, vocab=vocab
+        )
 
     def end(self, context: StepContext, tree: TokenTree, expanded: Tensor) -> TokenTree:
         """The trees are grown; `expanded` as `grow` returns it."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from specdec.cache import CacheFullError
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
-from specdec.drafters.logits import candidates_of
 from specdec.heads.formats import find_head, levels_of, load_head
 from specdec.heads.mtp_files import HowMTP
 from specdec.models.load import Models
@@ -156,9 +155,7 @@ class HeadDrafter(GrowingDrafter):
         """Answers that are the same for all nodes of a level: logits [B, levels, VD]."""
         tree = self.tree
         widest = max(range(logits.shape[1]), key=tree.width)
-        every_ids, every_probs = candidates_of(
-            context, logits, tree, widest, candidates=self.candidates, vocab=self.head.drafts
-        )
+        every_ids, every_probs = self.candidates_after(context, logits, widest, self.head.drafts)
         every_ids = self._named(every_ids)
 
         def expand(frontier: Frontier) -> tuple[Tensor, Tensor]:

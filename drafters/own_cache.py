@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
-from specdec.drafters.logits import candidates_of
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.protocols import StepContext
@@ -83,13 +82,6 @@ class OwnCache(GrowingDrafter):
                 view=view,
             )
             assert logits is not None
-            return candidates_of(
-                context,
-                logits,
-                self.tree,
-                frontier.level,
-                candidates=self.candidates,
-                vocab=self.lm.vocab_size,
-            )
+            return self.candidates_after(context, logits, frontier.level, self.lm.vocab_size)
 
         return expand

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from specdec.cached_model import CachedModel
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
-from specdec.drafters.logits import candidates_of
 from specdec.models.load import Models, find_model
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
@@ -119,13 +118,8 @@ class SmallLlama(GrowingDrafter):
             if frontier.level:
                 parents.append(frontier.parents - 1)  # expanded node n has scratch row n - 1
                 logits = self._forward(context, frontier, parents)
-            ids, probs = candidates_of(
-                context,
-                self._shared(logits),
-                self.tree,
-                frontier.level,
-                candidates=self.candidates,
-                vocab=self.vocab_size,
+            ids, probs = self.candidates_after(
+                context, self._shared(logits), frontier.level, self.vocab_size
             )
             return self._named(ids), probs
 

@@ -20,11 +20,11 @@ def interruptible() -> Iterator[None]:
         for one in before:
             signal.signal(one, signal.SIG_DFL)
         ranks: Any = sys.modules.get("specdec.ranks")  # imports torch, which not all have done
-        if ranks is None:
-            raise KeyboardInterrupt
-        if not ranks.here().parted:  # else this process ends already, and says why
+        if ranks is not None:
+            if ranks.here().parted:
+                return  # this process ends already, and says why
             ranks.here().check()  # it may come because another rank is gone
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         for one in SIGNALS:
