@@ -134,7 +134,7 @@ class Passes:
         if lm.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-            needed = pages * page_size * lm.kv_shape.bytes_per_token(lm.dtype)
+            needed = pages * page_size * lm.kv_shape.bytes_per_token(kv_dtype or lm.dtype)
             needed += 2 * self.batch * nodes * lm.vocab_size * lm.dtype.itemsize
             if needed > MEMORY_SHARE * torch.cuda.mem_get_info(lm.device)[0]:
                 return None

@@ -2,17 +2,18 @@
 
     python -m specdec.experiments.bench.run long context=32768 batch=8
     python -m specdec.experiments.bench.run long context=130048 batch=4     an H200 in bfloat16
-    python -m specdec.experiments.bench.run long context=130048 batch=4 kv=fp8_e4m3
+    python -m specdec.experiments.bench.run long context=130048 batch=4 kv=fp8_e4m3 quantize=fp8
 
 Three parts, to result["cases"]:
 
 - `verify N`: a pass of the target over trees of N nodes after such contexts, and `draft 1`, one of
   `own_cache` over one node; on a GPU also where its time goes (`timeline.py`);
 - `none` and `own_cache G`: the whole loop, methods in turns, with chains of G nodes that are
-  accepted at a stated rate (`acceptance=synthetic`). Tokens and seconds of all steps, prompts left
-  out;
+  accepted at a stated rate (`acceptance=synthetic`). Tokens and seconds of the steps of all
+  sequences, prompts left out: how they end, one after the other, is a matter of chance;
 - `beside`: a prompt of that length is read while the other rows decode. Steps meanwhile against
-  steps before and after.
+  steps afterwards. Rows need room for the steps that takes, so near the end of the target's
+  positions all of them are shorter.
 
 Keys and values of contexts are random, which costs as much; but the prompt of `beside` is read.
 """
@@ -20,7 +21,7 @@ Keys and values of contexts are random, which costs as much; but the prompt of `
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from specdec.lab.command import Positive, option
 from specdec.lab.prompts import Asked
 from specdec.lab.session import Decoded, OurSession, wait
 from specdec.lab.workshop import PLAIN, Workshop, word
+from specdec.models.quantised import Quantize
 from specdec.prefixes import Prefixes
 from specdec.request import KV_DTYPES, Request
 
@@ -58,6 +60,7 @@ class Options:
     beside: Positive = option(64, "cache.prefill_beside")
     chunk: Positive = option(512, "cache.prefill_chunk")
     kv: str = option("auto", "cache.dtype")
+    quantize: Quantize = option("none", "weights of the target: none or fp8")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of the target")
     only: tuple[str, ...] = option((), "verify, loop, beside; all if empty", varies=True)
@@ -84,6 +87,7 @@ def long(options: Options, result: dict[str, Any], save: Callable[[], None]) -> 
     shop = Workshop(
         word("target.path", options.target),
         f"device={options.device} dtype={options.dtype} cache.dtype={options.kv}",
+        word("target.quantize", options.quantize),
         word("cache.prefill_beside", options.beside),
         word("cache.prefill_chunk", options.chunk),
     )
@@ -113,10 +117,7 @@ def passes(options: Options, shop: Workshop, cases: dict[str, Any]) -> None:
     )
     cache = made.cache
     if cache is None:
-        raise ValueError(
-            f"context={options.context}: {options.batch} of them exceed the memory; lower batch, "
-            f"or use kv=fp8_e4m3"
-        )
+        raise no_room(options)
     token, first = made.tokens(1), torch.zeros(options.batch, 1, dtype=torch.int64)
     first = first.to(lm.device)
 
@@ -157,7 +158,7 @@ def filled_of(options: Options, shop: Workshop, tokens: int) -> Filled:
     """The cache of all methods.
 
     Raises:
-        ValueError: sequences exceed the positions of the target.
+        ValueError: sequences exceed the positions of the target, or the memory.
     """
     longest = options.context + tokens
     if longest > shop.target.max_context:
@@ -167,8 +168,17 @@ def filled_of(options: Options, shop: Workshop, tokens: int) -> Filled:
         )
     cache = cache_of(shop.settings(""))
     rows, device = options.batch, shop.target.device
-    return Filled(
-        shop.target, cache.capacity(rows=rows, max_tokens=longest, device=device), chunk=CHUNK
+    capacity = cache.capacity(rows=rows, max_tokens=longest, device=device)
+    filled = Filled(shop.target, capacity, chunk=CHUNK)
+    if filled.cache.pages < capacity.pool_pages:  # rows would wait for one another
+        raise no_room(options)
+    return filled
+
+
+def no_room(options: Options) -> ValueError:
+    return ValueError(
+        f"context={options.context}: {options.batch} of them exceed the memory; lower batch, or "
+        f"use kv=fp8_e4m3"
     )
 
 
@@ -192,7 +202,7 @@ def loop(options: Options, shop: Workshop, cases: dict[str, Any]) -> None:
                 runs[name].append(done)
     for name, found in runs.items():
         steps = [step for done in found for step in done.steps]
-        cases[name] = of_steps(steps)
+        cases[name] = of_steps([step for step in steps if len(step.requests) == options.batch])
     for name in list(words)[1:]:
         gain = cases[name]["tokens_per_second"] / cases["none"]["tokens_per_second"]
         cases[name]["over_none"] = gain
@@ -203,7 +213,7 @@ def session(words: str, shop: Workshop, filled: Filled) -> OurSession:
 
 
 def of_steps(steps: Sequence[Step]) -> dict[str, Any]:
-    """Tokens per second of all sequences, and means of steps; prompts are left out."""
+    """Tokens per second of all sequences, and means of these steps; prompts are left out."""
     tokens = sum(sum(step.tokens) for step in steps)
     verbs: dict[str, float] = {}
     for step in steps:
@@ -230,21 +240,18 @@ def beside(options: Options, shop: Workshop, cases: dict[str, Any]) -> None:
     if options.batch < 2:
         raise ValueError("batch=1: no row decodes while a prompt is read; raise it")
     steps_to_read = options.context // options.beside + 64
+    room = shop.target.max_context - steps_to_read
+    options = replace(options, context=min(options.context, max(1, room)))
     filled = filled_of(options, shop, steps_to_read)
     *asked, late = prompts_of(options, shop)
     one = session(PLAIN, shop, filled)
     filled.hold([other.tokens for other in asked])
-    one.decode(asked, 8)
-    requests = [Request(id=a.id, prompt_ids=a.tokens, max_new_tokens=steps_to_read) for a in asked]
-    count = len(requests)
-    requests += [
-        Request(id=count, prompt_ids=late.tokens[:SHORT], max_new_tokens=1),
-        Request(id=count + 1, prompt_ids=late.tokens, max_new_tokens=8),
-    ]
+    for _ in one.decoder.run(joining(asked, late.tokens[: options.chunk + 1], 32)):
+        pass  # compiles and captures
     steps: list[Step] = []
-    for _ in one.decoder.run(requests, on_step=steps.append):
+    for _ in one.decoder.run(joining(asked, late.tokens, steps_to_read), on_step=steps.append):
         pass
-    joined = next(i for i, step in enumerate(steps) if count + 1 in step.requests)
+    joined = next(i for i, step in enumerate(steps) if options.batch in step.requests)
     seconds = [sum(step.seconds.values()) for step in steps]
     meanwhile = seconds[1:joined]
     after = seconds[joined + 1 + 8 :]
@@ -252,6 +259,7 @@ def beside(options: Options, shop: Workshop, cases: dict[str, Any]) -> None:
         raise ValueError(f"context={options.context}: too short for a prompt to be read beside")
     plain = statistics.median(after)
     cases["beside"] = {
+        "context": options.context,
         "steps": len(meanwhile),
         "mean_ms": statistics.fmean(meanwhile) * 1e3,
         "longest_ms": max(meanwhile) * 1e3,
@@ -259,3 +267,13 @@ def beside(options: Options, shop: Workshop, cases: dict[str, Any]) -> None:
         "stretch": statistics.fmean(meanwhile) / plain,
         "read_seconds": sum(meanwhile),
     }
+
+
+def joining(asked: Sequence[Asked], late: Sequence[int], new: int) -> list[Request]:
+    """Requests that decode `new` tokens each, a short one whose row is soon free, and the one that
+    is read beside them."""
+    prompts = [*((one.tokens, new) for one in asked), (late[:SHORT], 1), (late, 8)]
+    return [
+        Request(id=i, prompt_ids=tokens, max_new_tokens=count)
+        for i, (tokens, count) in enumerate(prompts)
+    ]

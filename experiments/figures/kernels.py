@@ -227,9 +227,10 @@ def long(result: Result) -> str:
     settings, cases = result["settings"], result["cases"]
     about = (
         f"`{settings['target']}`, {settings['batch']} sequences of {settings['context']} tokens, "
-        f"pages of type {settings['kv']}, on one {device(result)}: milliseconds of a pass or a "
-        f"step, with drafts that are accepted at a rate of {settings['rate']}; of `beside` a mean "
-        f"step while a prompt is read, over one without ({source(result, 'long')}):"
+        f"pages of type {settings['kv']}, quantised weights: {settings.get('quantize', 'none')}, "
+        f"on one {device(result)}: milliseconds of a pass or a step, with drafts that are "
+        f"accepted at a rate of {settings['rate']}; of `beside` a mean step while a prompt is "
+        f"read, over one without ({source(result, 'long')}):"
     )
     parts = {name: _pieces(case) for name, case in cases.items() if "kernels" in case}
     names = list(dict.fromkeys(name for part in parts.values() for name in part))
