@@ -3,8 +3,9 @@
     python -m specdec.experiments.bench.run anatomy cases=[none,chain:4] batches=[1,8]
 
 A case is `none`, or the tree of a drafting model: chain:BUDGET, "dynamic:BUDGET,WIDTH,DEPTH" or
-"static:WIDTHS", which need their quotes in a list. For each, batch and temperature, means over
-steady steps, after a warm-up:
+"static:WIDTHS", which need their quotes in a list; after the name of a learned head it is that of
+the head, as in "eagle3 chain:16". For each, batch and temperature, means over steady steps, after
+a warm-up:
 
 - milliseconds of each verb, by device events, and their sum over a whole run against the clock,
   which must agree within 3 %;
@@ -28,6 +29,7 @@ import torch
 
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.bench.timeline import breakdown, read_profile
+from specdec.experiments.studies.drafters import HEADS, model_words
 from specdec.flight import Step
 from specdec.lab.command import Positive, option
 from specdec.lab.metrics import VERBS
@@ -48,6 +50,9 @@ class Options:
     temperatures: tuple[Literal[0, 1], ...] = option((0,), "0 or 1", varies=True)
     target: str = option("standin:llama3_8b", "model folder, hub id, zoo:NAME or standin:NAME")
     draft: str = option("standin:llama_160m", "likewise")
+    heads: tuple[str, ...] = option(
+        (), "DRAFTER=folder or hub id of each head; eagle3 has its own", varies=True
+    )
     quantize: Quantize = option("none", "of the target: none or fp8")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "of both models")
@@ -58,16 +63,20 @@ class Options:
     resume: bool = option(False, "what the file has stays, faults excepted")
 
 
-def words_of(case: str, temperature: float, draft: str) -> str:
+def words_of(case: str, temperature: float, options: Options) -> str:
     """A case in the words of `specdec.run`.
 
     Raises:
-        ValueError: not a case.
+        ValueError: not a case, or a head that `heads` does not name.
     """
     sampling = f"sampling.temperature={temperature}"
     if case == "none":
         return f"{PLAIN} {sampling}"
-    kind, _, sizes = case.partition(":")
+    head, _, shape = case.rpartition(" ")
+    if head and head not in HEADS:
+        raise ValueError(f"cases={case}: of the learned heads there are {', '.join(HEADS)}")
+    drafter = model_words(head or "small_llama", options.draft, options.heads)
+    kind, _, sizes = shape.partition(":")
     numbers = tuple(int(size) for size in sizes.split(",") if size.isdigit())
     wanted = {"chain": 1, "dynamic": 3, "static": max(1, len(numbers))}
     if len(numbers) != wanted.get(kind) or len(numbers) != len(sizes.split(",")):
@@ -75,7 +84,7 @@ def words_of(case: str, temperature: float, draft: str) -> str:
             f"cases={case}: must be none, chain:BUDGET, dynamic:BUDGET,WIDTH,DEPTH or "
             f"static:WIDTHS"
         )
-    return f"drafter=small_llama {word('drafter.path', draft)} {tree(kind, *numbers)} {sampling}"
+    return f"{drafter} {tree(kind, *numbers)} {sampling}"
 
 
 def steady(steps: Sequence[Step], batch: int) -> list[Step]:
@@ -161,7 +170,7 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
         ValueError: a case or a temperature that is none, or a model that cannot be loaded.
     """
     for temperature, case in product(options.temperatures, options.cases):
-        words_of(case, temperature, options.draft)
+        words_of(case, temperature, options)
     if options.device == "cuda":
         warm_up_profiler()
     shop = Workshop(
@@ -175,7 +184,7 @@ def anatomy(options: Options, result: dict[str, Any], save: Callable[[], None]) 
         name = f"{case}, batch {batch}" + (f", T={temperature:g}" if temperature else "")
         if "wall_ms" in cases.get(name, {}):
             continue
-        words = words_of(case, temperature, options.draft)
+        words = words_of(case, temperature, options)
         try:
             cases[name] = measure(words, shop, prompts[:batch], options)
         except Exception as fault:

@@ -19,7 +19,7 @@ after every prompt.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -135,6 +135,19 @@ class Anew(EarlyExit):
         return replace(super().end(context, tree, expanded), begun=None)
 
 
+def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
+    """`small_llama` or a head in the words of `specdec.run`.
+
+    Raises:
+        ValueError: a head that `heads` does not name.
+    """
+    paths = {"small_llama": draft, "eagle3": "zoo:eagle3"}
+    paths |= dict(one.split("=", 1) for one in heads)
+    if name not in paths:
+        raise ValueError(f"drafters={name}: needs heads=[{name}=FOLDER]")
+    return f"drafter={name} {word('drafter.path', paths[name])}"
+
+
 def drafter_words(name: str, options: Options) -> str:
     """A drafter in the words of `specdec.run`.
 
@@ -143,15 +156,10 @@ def drafter_words(name: str, options: Options) -> str:
     """
     if name not in FAST:
         raise ValueError(f"drafters={name}: there are {', '.join(FAST)}")
+    if name in HEADS or name == "small_llama":
+        return model_words(name, options.draft, options.heads)
     kind, _, mode = name.partition(" ")
     words = [f"drafter={kind}"]
-    if name in HEADS:
-        paths = {"eagle3": "zoo:eagle3"} | dict(one.split("=", 1) for one in options.heads)
-        if name not in paths:
-            raise ValueError(f"drafters={name}: needs heads=[{name}=FOLDER]")
-        words.append(word("drafter.path", paths[name]))
-    if name == "small_llama":
-        words.append(word("drafter.path", options.draft))
     needed = {"rest": "datastore", "translated": "other_draft"}.get(name)
     if needed:
         value = getattr(options, needed)
