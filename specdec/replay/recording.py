@@ -24,7 +24,7 @@ from specdec.sampling import SamplingParams, filtered
 from specdec.tree import Acceptance, Children, TokenTree
 
 # Whose law depends on where a step begins as well.
-HEADS = ("eagle3", "eagle", "mtp", "medusa", "dflash", "dspark")
+HEADS = ("eagle3", "eagle", "peagle", "mtp", "medusa", "dflash", "dspark")
 LEVELS = 8  # of what is recorded of them, if their depth is open
 RECORDED = ("small_llama", "translated", "early_exit")  # whose law depends on the tokens alone
 SEARCHING = ("ngram", "pld", "retriever", "rest", "suffix_decoding")  # functions of the tokens

@@ -28,6 +28,7 @@ from specdec.replay.recording import HEADS, RECORDED
 from specdec.replay.replaying import Replayer
 from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.mtp import MTP
+from specdec.training.methods.peagle import PEagle
 from tests.compare import folders
 from tests.drafters.retokenized import KEPT
 from tests.heads import made
@@ -159,13 +160,16 @@ def files_of(drafter: str, folder: Path) -> str:
     return ""
 
 
+TRAINED = {"eagle": Eagle, "mtp": MTP, "peagle": PEagle}  # by methods that begin a head
+
+
 def head(name: str, folder: Path) -> str:
     """Words of a drafter with a head."""
     if name == "eagle3":
         return "drafter=eagle3"
     target = load_model("zoo:target")
-    if name in ("eagle", "mtp"):
-        made.begun(folder, target, {"eagle": Eagle(), "mtp": MTP()}[name])
+    if name in TRAINED:
+        made.begun(folder, target, TRAINED[name]())
     elif name == "medusa":
         made.medusa(folder, target)
     elif name == "dflash":
@@ -190,7 +194,7 @@ def every_draft_kept(folder: Path, words: str) -> tuple[list[dict[str, Any]], Fi
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("eagle", "medusa", "mtp", "dflash", "early_exit")
+    for name in ("eagle", "peagle", "medusa", "mtp", "dflash", "early_exit")
 ]
 
 
