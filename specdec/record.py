@@ -51,9 +51,13 @@ def command(arguments: Sequence[str]) -> int:
         if {"--help", "-h"} & set(flags):
             print(usage(folders_of(flags), "run", __doc__ or ""))
             return 0
+        if many := {"--multirun", "-m"} & set(flags):
+            raise ValueError(f"{many.pop()}: a record is one; make one after the other")
         given = [word for word in words if not word.startswith("run=")]
         runs = [Path(word.removeprefix("run=")) for word in words if word not in given]
-        finished = Finished.read(runs[-1]) if runs else None
+        if len(runs) > 1:
+            raise ValueError(f"run={runs[1]}: given twice; a record is of one run, leave one out")
+        finished = Finished.read(runs[0]) if runs else None
         words = finished.words(given) if finished else given
         settings = settings_of([*words, "tracker=none", "kernels.graphs=false", *flags])
         with interruptible():

@@ -124,6 +124,11 @@ def _asked(record: Record, options: Options, name: str) -> Asked:
     if name == "none":
         raise ValueError(f"drafter=none: nothing is drafted; give one of {', '.join(SEARCHING)}")
     searching = name in SEARCHING
+    if searching and not {"all", "top_k"} & {*options.children}:
+        raise ValueError(
+            f"children={','.join(options.children)}: {name} has no probabilities to draw children "
+            f"by; use children=top_k"
+        )
     own = record.path / RATES
     rates = str(own) if own.is_file() and not searching else None
     return Asked(

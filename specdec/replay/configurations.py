@@ -77,10 +77,14 @@ class Asked:
             ("children", self.children, ("all", *KINDS)),
             ("rules", self.rules, ("all", "greedy", *SAMPLED)),
         ):
+            if not given:
+                raise ValueError(f"{name}=[]: must name one of {', '.join(known)} at least")
             for one in given:
                 if one not in known:
                     near = nearest(one, known)
                     raise ValueError(f"{name}={one}: must be of {', '.join(known)}{near}")
+        if not self.budgets:
+            raise ValueError("budgets=[]: must be one number at least")
         if "cost_aware" in self.policies and self.costs is None:
             raise ValueError("policies=cost_aware: needs costs=NAME or a file of a cost table")
 
@@ -99,8 +103,9 @@ class Asked:
         ]
         if not found:
             raise ValueError(
-                f"rules={','.join(self.rules)}: none of them goes with these policies and "
-                f"children without changing the law of texts"
+                f"rules={','.join(self.rules)}: none of them goes with policies="
+                f"{','.join(self.policies)} and children={','.join(self.children)} without "
+                f"changing the law of texts; leave one of the three out"
             )
         return found
 
@@ -163,6 +168,7 @@ class Asked:
         assert self.rates is not None
         rates = AcceptanceRates.load(
             self.rates,
+            setting="rates",
             children=children,
             temperature=self.sampling.temperature,
             top_p=self.sampling.top_p,

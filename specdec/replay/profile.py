@@ -58,8 +58,8 @@ class Profile:
     @property
     def conditional(self) -> tuple[float, ...]:
         """Of drafted token i + 1 being kept if all before it are; 0 where none is."""
-        before = (1.0, *self.marginal[:-1])
-        return tuple(m / b if b > 0 else 0.0 for m, b in zip(self.marginal, before, strict=True))
+        pairs = pairwise((1.0, *self.marginal))
+        return tuple(after / before if before > 0 else 0.0 for before, after in pairs)
 
     @property
     def implied(self) -> float:

@@ -161,7 +161,10 @@ def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
 
 def write(out: Path, result: dict[str, Any], rows: Sequence[Row], profile: dict[str, Any]) -> None:
     """The files, and the page of `specdec compare` of them."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={out}: cannot be made, {error.strerror}; choose another") from error
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")

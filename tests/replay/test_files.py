@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,19 @@ NAMES = ("output_ids", "offsets", "target_logs", "own_log", "draft_ids", "draft_
 WORDS = "device=cpu dtype=float32 prompts.turns=1 max_new_tokens=8 ignore_eos=true"
 
 
-def profile() -> Profile:
-    steps: dict[int, float] = {tokens: float(count) for tokens, count in HISTOGRAM.items()}
+def profile(histogram: Mapping[int, int] = HISTOGRAM) -> Profile:
+    steps: dict[int, float] = {tokens: float(count) for tokens, count in histogram.items()}
     return Profile.of_steps(steps, mean_per_request=2.5467, per_category={"code": 2.6})
 
 
-def written(path: Path, *, blockwise: bool = False, **changes: object) -> Path:
-    data = profile().write(
+def written(
+    path: Path,
+    *,
+    histogram: Mapping[int, int] = HISTOGRAM,
+    blockwise: bool = False,
+    **changes: object,
+) -> Path:
+    data = profile(histogram).write(
         method="eagle3",
         target="t",
         draft=None,
@@ -61,6 +68,11 @@ def test_profile_has_both_conventions_and_comes_back(tmp_path: Path) -> None:
     again = read_profile(path)
     assert again.marginal == pytest.approx(profile().marginal, abs=1e-6)
     assert again.mean_per_request == 2.5467
+
+
+def test_profile_of_steps_that_keep_nothing_has_no_rates(tmp_path: Path) -> None:
+    again = read_profile(written(tmp_path / "p.json", histogram={1: 7}))
+    assert (again.marginal, again.conditional, again.mean) == ((), (), 1.0)
 
 
 def test_profile_of_paths_judged_as_wholes_withholds_rates_and_keeps_steps(tmp_path: Path) -> None:
@@ -294,7 +306,15 @@ def test_trees_that_follow_the_draft_have_costs(folder: Path, tmp_path: Path) ->
         (["oracle=true"], "needs costs"),
         (["rules=[k_seq]", "children=[sample]"], "none of them goes"),
         (["drafter=lookahead"], "the record is of small_llama"),
-        (["policies=[dynamic]", "children=[sample]"], "none of them goes"),
+        (["policies=[dynamic]", "children=[sample]"], "policies=dynamic and children=sample"),
+        (["drafter=ngram", "children=sample"], "children=sample: ngram has no probabilities"),
+        (["policies=[]"], "policies=[]: must name one"),
+        (["budgets=[]"], "budgets=[]: must be one number"),
+        (["rates=nothing"], "rates=nothing: no such table"),
+        (
+            ["policies=[chain]", "budgets=[1]", "out=/dev/null/x"],
+            "out=/dev/null/x: cannot be made",
+        ),
     ],
 )
 def test_replay_refuses_in_one_line(
@@ -306,9 +326,19 @@ def test_replay_refuses_in_one_line(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("drafter", ["token_recycling", "lookahead"])
-def test_drafters_that_a_record_cannot_answer_for(
-    drafter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["drafter=token_recycling"], "cannot answer"),
+        (["drafter=lookahead"], "cannot answer"),
+        (["run=one", "run=two"], "run=two: given twice"),
+        (["-m", "drafter=small_llama,early_exit"], "-m: a record is one"),
+    ],
+)
+def test_record_refuses_in_one_line(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command([f"drafter={drafter}", f"out={tmp_path / 'x'}"]) == 2
-    assert "cannot answer" in capsys.readouterr().err
+    assert command([*words, f"out={tmp_path / 'x'}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
