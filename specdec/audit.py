@@ -133,7 +133,9 @@ class Recorded:
 
     def __init__(self, record: Record, target: PagedLM) -> None:
         if not record.drafts:
-            raise ValueError(f"record={record.path}: holds no distributions of a drafter")
+            raise ValueError(
+                f"record={record.path}: holds no distributions of a drafter; audit without record"
+            )
         self._path, self._target = record.path, target
         firsts, requests = record.offsets[:-1].tolist(), record.read("request").tolist()
         places = zip(firsts, record.outputs, strict=True)

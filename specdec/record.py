@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from specdec.compare.read import is_run
 from specdec.lab.build import baseline_of
 from specdec.lab.environment import describe_environment
 from specdec.lab.experiment import Experiment
@@ -83,6 +84,8 @@ def make(
     """
     check_drafter(settings["choices"]["drafter"])
     settings = {**settings, "baseline": False}
+    if is_run(out):
+        raise ValueError(f"out={out}: holds a run; choose another folder")
     checked = check_settings(settings, console)
     if finished is not None:
         finished.check(checked.identity, checked.asked["prompts"], checked.asked["samples"])

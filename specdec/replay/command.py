@@ -32,11 +32,13 @@ from specdec.protocols import Drafter, TreePolicy, levels_of
 from specdec.replay import results
 from specdec.replay.configurations import Asked, Configuration
 from specdec.replay.rates import RATES
-from specdec.replay.record import Record
+from specdec.replay.record import Record, known_draws
 from specdec.replay.recording import HEADS, RECORDED, SEARCHING
 from specdec.replay.replaying import Outcome, Replayer
 from specdec.replay.walk import Spoken, Walked, draft_widths, walk
 from specdec.request import Request
+
+TOGETHER = 16  # texts that a draft model walks along
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,11 @@ def _drafter_settings(record: Record, words: str | None) -> tuple[str, dict[str,
             f"drafter={name}: the record is of {own}; replay that, one of "
             f"{', '.join(SEARCHING)}, or record {name}"
         )
-    given = settings_of([*shlex.split(f"drafter={words}"), "tracker=none"])
+    try:
+        apart = shlex.split(f"drafter={words}")
+    except ValueError as error:
+        raise ValueError(f"drafter={words}: {error}; close it") from None
+    given = settings_of([*apart, "tracker=none"])
     fixed = {k: v for k, v in given["drafter"].items() if k not in ("candidates", "depth")}
     before = settings["drafter"]
     if (
@@ -129,14 +135,17 @@ def _asked(record: Record, options: Options, name: str) -> Asked:
             f"children={','.join(options.children)}: {name} has no probabilities to draw children "
             f"by; use children=top_k"
         )
+    sampling = sampling_of(record.settings)
+    # Of filters at another temperature than 1 a record does not say what children are drawn from.
+    fixed = searching or ("all" in options.children and not known_draws(sampling))
     own = record.path / RATES
     rates = str(own) if own.is_file() and not searching else None
     return Asked(
         policies=options.policies,
         budgets=options.budgets,
         rules=options.rules,
-        children=("top_k",) if searching else options.children,
-        sampling=sampling_of(record.settings),
+        children=("top_k",) if fixed else options.children,
+        sampling=sampling,
         rates=options.rates or rates,
         costs=options.costs,
         batch=options.batch,
@@ -200,6 +209,7 @@ class Walker:
             tree=configuration.tree,
             sampling=sampling_of(record.settings),
             everywhere=everywhere,
+            rows=TOGETHER if self.name in RECORDED else 1,
         )
 
     def replay(self, configuration: Configuration, replayer: Replayer) -> Outcome:

@@ -198,6 +198,11 @@ def _ahead(values: NDArray[Any], count: NDArray[np.int64], by: int, fill: float)
     return np.where(place < ends, values[place.clip(max=len(values) - 1)], fill)
 
 
+def known_draws(sampling: SamplingParams) -> bool:
+    """Whether what sampled children are drawn from can be worked out from what is stored."""
+    return sampling.greedy or not sampling.filters or sampling.temperature == 1.0
+
+
 def drawn_from(logs: Array, sampling: SamplingParams, candidates: int) -> Array:
     """[..., K] what sampled children are drawn from, by logs of probabilities at temperature
     1, the most probable first: as `specdec.drafters.logits`.
@@ -207,7 +212,7 @@ def drawn_from(logs: Array, sampling: SamplingParams, candidates: int) -> Array:
     """
     if sampling.greedy:
         return np.exp(logs)
-    if sampling.filters and sampling.temperature != 1.0:
+    if not known_draws(sampling):
         raise ValueError(
             f"sampling.temperature={sampling.temperature}: of filtered draft distributions those "
             f"of temperature 1 alone can be worked out from a record; use tree.children=top_k"

@@ -135,13 +135,15 @@ def walk(
     tree: TreePolicy,
     sampling: SamplingParams,
     everywhere: bool = False,
+    rows: int = 1,
     page_size: int = 16,
 ) -> Walked:
-    """What steps keep of these texts, one after the other in the order in which they were
-    recorded.
+    """What steps keep of these texts.
 
     Args:
         drafter: loaded.
+        rows: texts together; with 1, which a drafter needs that looks into earlier ones, they go
+            one after the other in the order in which they were recorded.
         everywhere: as in `Follow`.
     """
     texts = dict(zip((one.id for one in requests), outputs, strict=True))
@@ -154,7 +156,9 @@ def walk(
         rule=rule,
         sampling=sampling,
         capacity=Capacity(
-            rows=1, max_tokens=max(one.max_tokens for one in some), page_size=page_size
+            rows=min(rows, len(some)),
+            max_tokens=max(one.max_tokens for one in some),
+            page_size=page_size,
         ),
     )
     done = {sequence.request.id: sequence for sequence in decoder.run(some)}
@@ -163,10 +167,10 @@ def walk(
             raise RuntimeError(f"request {one.id}: the walk left the text")
     longest = max(map(len, outputs))
     kept, nodes = (np.zeros((len(requests), longest), np.int64) for _ in range(2))
-    rows = {one.id: row for row, one in enumerate(requests)}
+    order = {one.id: place for place, one in enumerate(requests)}
     for (number, place), (length, size) in rule.seen.items():
         if place < len(texts[number]):
-            kept[rows[number], place], nodes[rows[number], place] = length, size
+            kept[order[number], place], nodes[order[number], place] = length, size
     return Walked(kept=kept, nodes=nodes)
 
 

@@ -18,7 +18,7 @@ import pytest
 from specdec.costs import CostTable
 from specdec.lab.command import run_main
 from specdec.record import SHARD, command
-from specdec.replay.command import Options, Walker, work
+from specdec.replay.command import Options, Walker, _asked, work
 from specdec.replay.configurations import Asked
 from specdec.replay.profile import Profile, read_profile
 from specdec.replay.record import Record, drawn_from, shard_path
@@ -306,6 +306,7 @@ def test_trees_that_follow_the_draft_have_costs(folder: Path, tmp_path: Path) ->
         (["oracle=true"], "needs costs"),
         (["rules=[k_seq]", "children=[sample]"], "none of them goes"),
         (["drafter=lookahead"], "the record is of small_llama"),
+        (["drafter=pld 'x"], "drafter=pld 'x: No closing quotation"),
         (["policies=[dynamic]", "children=[sample]"], "policies=dynamic and children=sample"),
         (["drafter=ngram", "children=sample"], "children=sample: ngram has no probabilities"),
         (["policies=[]"], "policies=[]: must name one"),
@@ -342,3 +343,22 @@ def test_record_refuses_in_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_record_is_not_put_into_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    assert command([f"out={tmp_path}"]) == 2
+    assert (
+        capsys.readouterr().err == f"error: out={tmp_path}: holds a run; choose another folder\n"
+    )
+
+
+def test_all_children_are_those_that_a_record_knows(folder: Path) -> None:
+    known = Record.open(folder)
+    given = {**known.settings["sampling"], "temperature": 0.7}
+    for filters, kinds in (({"top_p": None}, {"all"}), ({"top_p": 0.9}, {"top_k"})):
+        settings = {**known.settings, "sampling": {**given, **filters}}
+        record = Record(path=folder, about={**known.about, "settings": settings})
+        assert {*_asked(record, Options(record=(folder,)), "small_llama").children} == kinds
