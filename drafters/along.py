@@ -43,6 +43,9 @@ class AlongText(Drafter):
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding] | None:
         return self.inner.start(sequences)
 
+    def prefill(self, sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding] | None:
+        return self.inner.prefill(sequences, tokens)
+
     def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         self.inner.read(rows, tokens, length, seen)
 

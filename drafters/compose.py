@@ -193,6 +193,14 @@ class Compose(ShapedDrafter):
             taken = fitting
         return taken
 
+    def prefill(self, sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding]:
+        read = sequences
+        for part in self.parts:
+            whole = part.prefill(sequences, tokens)
+            if whole is not None:
+                read = [sequence for sequence in read if sequence in whole]
+        return read
+
     def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         for part in self.parts:
             if part.observes.prompts:

@@ -94,12 +94,20 @@ class SmallLlama(GrowingDrafter):
         if not self.levels:
             return sequences  # no draft will be asked for
         started = self.model.start([self._reread(sequence) for sequence in sequences])
-        if started:
-            rows = torch.tensor([s.row for s in started], device=self.lm.device)
-            last = torch.tensor([[s.tokens[-1]] for s in started], device=self.lm.device)
-            self._put(rows, last, torch.ones_like(rows))
+        for sequence in started:
+            self._news[sequence.row, 0] = sequence.tokens[-1]
+            self._count[sequence.row] = 1
         taken = {s.row for s in started}
         return [sequence for sequence in sequences if sequence.row in taken]
+
+    def prefill(self, sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding]:
+        if not self.levels:
+            return sequences
+        read = [sequence.row for sequence in self.model.read(sequences, tokens)]
+        if read and self._reads_ahead:
+            rows = torch.tensor(read, device=self.lm.device)
+            self._logits[rows] = self._read(rows, 1)
+        return [sequence for sequence in sequences if self.model.has_read(sequence)]
 
     def finish(self, sequence: Decoding) -> None:
         if self.levels:

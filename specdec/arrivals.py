@@ -7,6 +7,8 @@ from typing import Protocol
 
 from specdec.request import Decoding, Request
 
+CHUNK = 512  # tokens of a prompt that a drafter reads at a time where the target reads none
+
 
 class Intake(Protocol):
     """Sequences that a verifier is taking in, pass by pass."""
@@ -139,15 +141,22 @@ class Unread:
 
     Args:
         sequences: those there is room for.
+        prefill: as in `Verifier.start`.
     """
 
-    def __init__(self, sequences: Sequence[Decoding]) -> None:
-        self._left = list(sequences)
+    def __init__(
+        self,
+        sequences: Sequence[Decoding],
+        prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
+    ) -> None:
+        self._left, self._prefill = list(sequences), prefill
 
     @property
     def done(self) -> bool:
         return not self._left
 
     def read(self, *, beside: bool = False) -> list[Decoding]:
-        found, self._left = self._left, []
+        read = self._prefill(self._left, CHUNK)
+        found = [sequence for sequence in self._left if sequence in read]
+        self._left = [sequence for sequence in self._left if sequence not in read]
         return found

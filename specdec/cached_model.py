@@ -4,21 +4,22 @@ What the verifier and every drafting model share: taking prompts in (common begi
 giving rows back.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specdec.cache import CacheFullError, KVShape, PagedKVCache
-from specdec.models.paged import PagedLM, See
+from specdec.models.paged import PagedLM
 from specdec.models.placement import free_memory
-from specdec.observation import Tap
 from specdec.request import Capacity, Decoding
 
 if TYPE_CHECKING:
     from specdec.prefixes import Prefixes
 
 Join = Callable[[list[Decoding]], Sequence[Decoding]]
+Prefill = Callable[[Sequence[Decoding], int], Sequence[Decoding]]
 AT_ONCE = 4096  # tokens of a prompt that are read a pass a step before reading is slowed down
 MEMORY_SHARE = 0.8  # of the free memory of a GPU that pages may take
 
@@ -28,26 +29,14 @@ class CachedModel:
 
     Args:
         lm: the model.
-        prefill_chunk: prompt tokens of a sequence that go through the model at a time.
-        prefill_beside: as in `CacheSettings`.
         prefixes: whose cache it uses for their capacity; None: it has its own.
     """
 
-    def __init__(
-        self,
-        lm: PagedLM,
-        *,
-        prefill_chunk: int = 512,
-        prefill_beside: int | None = None,
-        prefixes: "Prefixes | None" = None,
-    ) -> None:
-        for name, value in {"chunk": prefill_chunk, "beside": prefill_beside}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"cache.prefill_{name}={value}: must be at least 1")
+    def __init__(self, lm: PagedLM, *, prefixes: "Prefixes | None" = None) -> None:
         self.lm, self._prefixes = lm, prefixes
-        self.prefill_chunk, self.prefill_beside = prefill_chunk, prefill_beside
         self.cache: PagedKVCache
         self._share = True
+        self._unread: dict[int, list[int]] = {}  # by row, of prompts that are not read whole
 
     def prepare(self, capacity: Capacity) -> None:
         """Start over with an empty cache; what was before can no longer be decoded.
@@ -58,6 +47,7 @@ class CachedModel:
         if hasattr(self, "cache"):
             del self.cache  # its memory is free for the new one
         self._share = capacity.share
+        self._unread.clear()
         if self._prefixes is not None and self._prefixes.serves(self.lm, capacity):
             self.cache = self._prefixes.cache
             return
@@ -70,76 +60,102 @@ class CachedModel:
         )
 
     def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
-        """Take these in, in order, as far as there is room: those taken, all but the last token of
-        each read.
+        """Rows for these, in order, as far as there is room; `read` reads their prompts.
 
         Raises:
             ValueError: a sequence that the empty pool could not hold.
         """
-        reading = Reading(self, sequences)
-        found: list[Decoding] = []
-        while not reading.done:
-            found += reading.read()
-        return [sequence for sequence in sequences if sequence in found]
+        return [*takewhile(self._open, sequences)]
 
-    def open(
-        self, pending: list[Decoding]
-    ) -> tuple[list[Decoding], list[list[int]], list[Decoding]]:
-        """Rows for those that share nothing with one another but what is in the cache already, as
-        far as there is room: these, what is to be prefilled of each, and who is next."""
+    def wave(self, pending: Sequence[Decoding]) -> tuple[list[Decoding], list[Decoding]]:
+        """As `start`, for those that share nothing with one another but what is in the cache
+        already: these, and who is next."""
         wave: list[Decoding] = []
         later: list[Decoding] = []
-        rest: list[list[int]] = []
         page = self.cache.page_size
         for sequence in pending:
             prefix = sequence.tokens[:-1]
             common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
             if self._share and common // page * page > self.cache.shareable(prefix):
                 later.append(sequence)
-                continue
-            tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
-            shared = prefix if self._share else ()
-            try:
-                done = self.cache.open(sequence.row, tokens=tokens, prefix=shared)
-            except CacheFullError:
-                return wave, rest, []
-            wave.append(sequence)
-            rest.append(prefix[done:])
-        return wave, rest, later
+            elif self._open(sequence):
+                wave.append(sequence)
+            else:
+                return wave, []
+        return wave, later
+
+    def _open(self, sequence: Decoding) -> bool:
+        """Whether there was room for it."""
+        prefix = sequence.tokens[:-1]
+        tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
+        shared = prefix if self._share else ()
+        try:
+            done = self.cache.open(sequence.row, tokens=tokens, prefix=shared)
+        except CacheFullError:
+            return False
+        self._unread[sequence.row] = prefix[done:]
+        return True
+
+    def read(self, sequences: Sequence[Decoding], tokens: int, **how: Any) -> list[Decoding]:
+        """Read so many tokens more of the prompts of each of these, of which the last one is left
+        out.
+
+        Args:
+            how: of `PagedLM.prefill`.
+
+        Returns:
+            Those whose prompts it has now read whole, and had not before.
+        """
+        rests = {s.row: self._unread[s.row] for s in sequences if s.row in self._unread}
+        parts = {row: rest[:tokens] for row, rest in rests.items() if rest}
+        self.lm.prefill(self.cache, list(parts), list(parts.values()), chunk=tokens, **how)
+        for row, rest in rests.items():
+            self._unread[row] = rest[tokens:]
+            if not self._unread[row]:
+                del self._unread[row]
+        return [s for s in sequences if s.row in rests and self.has_read(s)]
+
+    def has_read(self, sequence: Decoding) -> bool:
+        """Whether nothing of a prompt that it has a row for is left to read."""
+        return sequence.row not in self._unread
 
     def finish(self, sequence: Decoding) -> None:
+        self._unread.pop(sequence.row, None)
         self.cache.close(sequence.row)
 
 
 class Reading:
     """Sequences on their way into a model's cache, an `Intake`: rows are opened, then all but the
-    last token of each is read, pass by pass.
+    last token of each is read, pass by pass. A drafter with a model of its own reads as many
+    tokens in the same passes.
 
     A prompt that begins like another of the same call waits until the other's pages can be shared.
     Beside rows that decode, passes are no wider than one of a single sequence, and what a prompt
-    has beyond `AT_ONCE` tokens is read at the rate of `prefill_beside`.
+    has beyond `AT_ONCE` tokens is read at the rate of `beside`.
 
     Args:
         model: whose cache it is.
         sequences: in order; those that find no room are never returned.
-        join: as in `Verifier.start`.
-        see, logits, taps: as in `PagedLM.prefill`.
+        join, prefill: as in `Verifier.start`.
+        chunk, beside: `prefill_chunk` and `prefill_beside` of `CacheSettings`.
+        how: `see`, `logits` and `taps` of `PagedLM.prefill`.
     """
 
     def __init__(
         self,
         model: CachedModel,
         sequences: Sequence[Decoding],
-        join: Join | None = None,
-        see: See | None = None,
+        join: Join,
+        prefill: Prefill,
         *,
-        logits: bool = True,
-        taps: Collection[Tap] = (),
+        chunk: int,
+        beside: int | None,
+        **how: Any,
     ) -> None:
-        self._model, self._join = model, join
-        self._how: dict[str, Any] = {"see": see, "logits": logits, "taps": taps}
+        self._model, self._join, self._prefill, self._how = model, join, prefill, how
+        self._chunk, self._rate = chunk, beside
         self._pending = list(sequences)
-        self._wave: dict[Decoding, list[int]] = {}  # what is still to be read of each
+        self._wave: list[Decoding] = []  # those that are being read
         self._read, self._paid = 0, 0  # tokens
         self._at_once = AT_ONCE * len(self._pending)
         self._begin()
@@ -149,36 +165,34 @@ class Reading:
         return not self._wave and not self._pending
 
     def read(self, *, beside: bool = False) -> list[Decoding]:
-        model, found = self._model, list[Decoding]()
-        chunk, rate = model.prefill_chunk, model.prefill_beside
-        if beside and rate is None:
+        chunk, found = self._chunk, list[Decoding]()
+        if beside and self._rate is None:
             while not self.done:
                 found += self.read()
             return found
-        if beside and rate is not None:
-            self._paid += rate if self._read >= self._at_once else 0
+        if beside and self._rate is not None:
+            self._paid += self._rate if self._read >= self._at_once else 0
             if self._read >= self._at_once + self._paid:
                 return []
             chunk = max(1, chunk // len(self._wave))
-        parts = {sequence: rest[:chunk] for sequence, rest in self._wave.items() if rest}
-        rows = [sequence.row for sequence in parts]
-        model.lm.prefill(model.cache, rows, list(parts.values()), chunk=chunk, **self._how)
-        self._read += sum(map(len, parts.values()))
-        left = {sequence: rest[chunk:] for sequence, rest in self._wave.items()}
-        self._wave = {sequence: rest for sequence, rest in left.items() if rest}
+        self._read += chunk * len(self._wave)
+        self._model.read(self._wave, chunk, **self._how)
+        drafted = self._prefill(self._wave, chunk)
+        found = [s for s in self._wave if self._model.has_read(s) and s in drafted]
+        self._wave = [sequence for sequence in self._wave if sequence not in found]
         if not self._wave:
             self._begin()
-        return [sequence for sequence, rest in left.items() if not rest]
+        return found
 
     def _begin(self) -> None:
         """Open rows for those that need not wait for the pages of another."""
-        wave, rest, self._pending = self._model.open(self._pending)
-        taken = self._join(wave) if self._join is not None and wave else wave
+        wave, self._pending = self._model.wave(self._pending)
+        taken = self._join(wave) if wave else wave
         if len(taken) < len(wave):
             self._pending = []
-        for sequence, part in zip(wave, rest, strict=True):
+        for sequence in wave:
             if sequence in taken:
-                self._wave[sequence] = part
+                self._wave.append(sequence)
             else:
                 self._model.finish(sequence)
 

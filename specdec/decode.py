@@ -234,13 +234,21 @@ class Decoder:
 
     def _start(self, sequences: list[Decoding]) -> Intake:
         return self.verifier.start(
-            sequences, self._start_draft, partial(self._read_prompt, sequences)
+            sequences,
+            self._start_draft,
+            partial(self._read_prompt, sequences),
+            self._prefill_draft,
         )
 
     def _start_draft(self, sequences: list[Decoding]) -> Sequence[Decoding]:
         with self._blame(sequences):
             taken = self.drafter.start(sequences)
         return sequences if taken is None else taken
+
+    def _prefill_draft(self, sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding]:
+        with self._blame(sequences):
+            read = self.drafter.prefill(sequences, tokens)
+        return sequences if read is None else read
 
     def _read_prompt(
         self,

@@ -175,8 +175,13 @@ class Drafter:
         of this policy, which `check` has passed."""
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding] | None:
-        """These sequences have just joined the batch; all but the last of their tokens are
+        """These sequences are about to join the batch; all but the last of their tokens are
         context. Returned are those there is room for, in order, or None: all."""
+
+    def prefill(self, sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding] | None:
+        """After `start`, beside each pass of the target over their prompts: read so many tokens
+        more of each of them, if it is for itself that it reads prompts. Returned are those that
+        are read whole, or None: all. They may come again, with others that are not."""
 
     def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         """After `start`, if it `observes` prompts: the target has read more of some of them, in
@@ -427,6 +432,7 @@ class Verifier(Protocol):
         sequences: Sequence[Decoding],
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
+        prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
     ) -> "Intake":
         """Begin to take these sequences in, in order, as far as there is room.
 
@@ -434,6 +440,7 @@ class Verifier(Protocol):
             join: called with those that found room, before their prompts are read; returns those
                 that the drafter takes too.
             read: as `Drafter.read`, called if that is asked for.
+            prefill: of the drafter likewise, to be called until it has returned them all.
         """
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:

@@ -144,8 +144,9 @@ class FakeVerifier:
         sequences: Sequence[Decoding],
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
+        prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
     ) -> Intake:
-        return Unread(join(list(sequences)))
+        return Unread(join(list(sequences)), prefill)
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         logits = self.logits(context, tree)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.cache import PagedKVCache
-from specdec.cached_model import CachedModel, Join, Reading
+from specdec.cached_model import CachedModel, Join, Prefill, Reading
 from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
 from specdec.models.states import States
@@ -35,12 +35,11 @@ class TreeVerifier:
         prefill_beside: int | None = None,
         prefixes: Prefixes | None = None,
     ) -> None:
-        self.target = CachedModel(
-            target,
-            prefill_chunk=prefill_chunk,
-            prefill_beside=prefill_beside,
-            prefixes=prefixes,
-        )
+        for name, value in {"chunk": prefill_chunk, "beside": prefill_beside}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"cache.prefill_{name}={value}: must be at least 1")
+        self.target = CachedModel(target, prefixes=prefixes)
+        self._pace: dict[str, Any] = {"chunk": prefill_chunk, "beside": prefill_beside}
         self.device: torch.device = target.device
         self.kernels: Kernels = target.kernels
         self.max_context: int = target.max_context
@@ -59,10 +58,9 @@ class TreeVerifier:
         sequences: Sequence[Decoding],
         join: Join,
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
+        prefill: Prefill,
     ) -> Reading:
-        kernels = self.kernels.on(self.device)
-
-        asked = self._observes
+        kernels, asked, how = self.kernels.on(self.device), self._observes, dict(self._pace)
 
         def see(
             rows: Tensor,
@@ -73,10 +71,9 @@ class TreeVerifier:
         ) -> None:
             read(rows, tokens, length, observe(asked, logits, states, kernels))
 
-        if not asked.prompts:
-            return Reading(self.target, sequences, join)
-        logits = asked.tokens > 0
-        return Reading(self.target, sequences, join, see, logits=logits, taps=asked.taps)
+        if asked.prompts:
+            how |= {"see": see, "logits": asked.tokens > 0, "taps": asked.taps}
+        return Reading(self.target, sequences, join, prefill, **how)
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         """Logits by tree attention (SpecInfer, Miao et al. 2024, section 4)."""

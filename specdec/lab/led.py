@@ -33,9 +33,18 @@ class Led:
         return getattr(self._drafter, name)
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding] | None:
-        taken = self._drafter.start(sequences) if self._leads else None
-        all_of_them = taken is None
-        places = [] if taken is None else [sequences.index(sequence) for sequence in taken]
+        return self._told(sequences, self._drafter.start(sequences) if self._leads else None)
+
+    def prefill(self, sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding] | None:
+        read = self._drafter.prefill(sequences, tokens) if self._leads else None
+        return self._told(sequences, read)
+
+    def _told(
+        self, sequences: Sequence[Decoding], some: Sequence[Decoding] | None
+    ) -> Sequence[Decoding] | None:
+        """Those of them that rank 0 has named."""
+        all_of_them = some is None
+        places = [] if some is None else [sequences.index(sequence) for sequence in some]
         all_of_them, places = self._ranks.first((all_of_them, places))
         return None if all_of_them else [sequences[place] for place in places]
 

@@ -48,8 +48,9 @@ class NoTarget:
         sequences: Sequence[Decoding],
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
+        prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
     ) -> Unread:
-        return Unread(join(list(sequences)))
+        return Unread(join(list(sequences)), prefill)
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         return torch.zeros(*tree.tokens.shape, 1), Observation()

@@ -1,7 +1,7 @@
 """Prompts that are read beside rows that decode: what comes out is the same, nobody waits
 long, and no row is lost."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from specdec import cached_model
 from specdec.decode import Decoder
+from specdec.drafters.compose import Compose
 from specdec.drafters.eagle import Eagle3
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
@@ -21,8 +22,9 @@ from specdec.flight import Step
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
+from specdec.prefixes import Prefixes
 from specdec.protocols import Drafter
-from specdec.request import Request
+from specdec.request import Capacity, Request
 from specdec.verifier.verifier import TreeVerifier
 from tests.decoding import decoder_of, loaded
 from tests.models.tiny import VOCABULARY, tiny
@@ -196,9 +198,17 @@ def test_sizes_below_one_are_refused(target: PagedLM, name: str) -> None:
 
 
 @pytest.mark.some(1)
-@pytest.mark.parametrize("kind", ["eagle3", "small_llama"])
+@pytest.mark.parametrize("kind", ["compose", "eagle3", "small_llama"])
 def test_drafts_of_models_are_those_of_prompts_read_whole(kind: str) -> None:
-    """Heads read the target's states of a prompt as it comes, while they draft for other rows."""
+    """Heads read the target's states of a prompt as it comes, and models the prompt itself, while
+    they draft for other rows."""
+    made: dict[str, Callable[[], Drafter]] = {
+        "eagle3": lambda: Eagle3(path="zoo:eagle3"),
+        "small_llama": lambda: SmallLlama(path="zoo:draft"),
+        "compose": lambda: Compose(
+            parts={"model": SmallLlama(path="zoo:draft"), "text": NGram()}, mode="union"
+        ),
+    }
     target = load_model("zoo:target", Placement(dtype=torch.float64))
     texts = ["Name three colours.", "def fibonacci(n):\n    " * 6, "It was a dark night, and"]
     asked = [
@@ -208,13 +218,52 @@ def test_drafts_of_models_are_those_of_prompts_read_whole(kind: str) -> None:
     asked = [asked[2], asked[0], asked[1]]
     kept = []
     for chunk, beside in ((64, None), (5, 2)):
-        drafter: Drafter = (
-            SmallLlama(path="zoo:draft") if kind == "small_llama" else Eagle3(path="zoo:eagle3")
-        )
         verifier = TreeVerifier(target, prefill_chunk=chunk, prefill_beside=beside)
-        one = decoder_of(
-            verifier, loaded(drafter, target), Chain(budget=3), rows=2, max_tokens=160
-        )
+        drafter = loaded(made[kind](), target)
+        one = decoder_of(verifier, drafter, Chain(budget=3), rows=2, max_tokens=160)
         done = {s.request.id: (s.output_ids, s.accepted_lengths) for s in one.run(asked)}
         kept.append([done[request.id] for request in asked])
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["read", "held"])
+def test_no_pass_of_a_draft_model_is_longer_than_the_targets(
+    monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    """Nor are there two without a step between them: not even where the target finds the prompt
+    in pages that are held, and has nothing to read itself."""
+    target, chunk, beside = load_model("zoo:target"), 8, 4
+    asked = requests([6, 6, LONG], [1, 110, 4])
+    model = SmallLlama(path="zoo:draft")
+    drafter: Drafter = model
+    if held:
+        drafter = Compose(parts={"model": model, "text": NGram()}, mode="union")
+    loaded(drafter, target)
+    capacity = Capacity(rows=2, max_tokens=128)
+    prefixes = Prefixes(target, capacity)
+    if held:
+        prefixes.hold([asked[2].prompt_ids])
+    verifier = TreeVerifier(
+        target, prefill_chunk=chunk, prefill_beside=beside, prefixes=prefixes if held else None
+    )
+    one = decoder_of(verifier, drafter, Chain(budget=3), rows=2, max_tokens=128)
+    seen: list[int] = []  # tokens of each pass of the draft; -1 stands for a step
+    prefill, verify = PagedLM.prefill, TreeVerifier.verify
+
+    def read(self, cache, rows, tokens, **how):  # type: ignore[no-untyped-def]
+        if self is model.lm and any(tokens):
+            seen.append(sum(map(len, tokens)))
+        prefill(self, cache, rows, tokens, **how)
+
+    def stepped(self, *what):  # type: ignore[no-untyped-def]
+        seen.append(-1)
+        return verify(self, *what)
+
+    monkeypatch.setattr(PagedLM, "prefill", read)
+    monkeypatch.setattr(TreeVerifier, "verify", stepped)
+    outputs(one, asked)
+    later = seen[seen.index(-1) :]
+    passes = [tokens for tokens in later if tokens > 0]
+    assert sum(passes) == LONG - 1
+    assert max(passes) <= chunk
+    assert all(-1 in pair for pair in pairwise(later))

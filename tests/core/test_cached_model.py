@@ -36,6 +36,11 @@ def whole(reading: Reading) -> list[Decoding]:
     return sorted(found, key=lambda sequence: sequence.request.id)
 
 
+def at_once(sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding]:
+    """A drafter that reads no prompts."""
+    return sequences
+
+
 @pytest.mark.parametrize("most", range(5))
 def test_rows_that_the_drafter_does_not_take_are_given_back(target: PagedLM, most: int) -> None:
     verifier = TreeVerifier(target, prefill_chunk=5)
@@ -54,16 +59,15 @@ def test_rows_that_the_drafter_does_not_take_are_given_back(target: PagedLM, mos
     def see(rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         read.update(rows.tolist())
 
-    started = whole(verifier.start(asked, join, see))
+    started = whole(verifier.start(asked, join, see, at_once))
     assert started == taken == asked[:most]
     assert read == {s.row for s in started}
     cache.check()
     for s in started:
         assert cache.committed(s.row) == len(s.tokens) - 1
     most = len(asked)
-    started += whole(
-        verifier.start(asked[len(started) :], join, see)
-    )  # the rows of the others are free
+    # The rows of the others are free.
+    started += whole(verifier.start(asked[len(started) :], join, see, at_once))
     assert started == asked
     cache.check()
     for s in asked:
@@ -82,7 +86,7 @@ def test_a_drafter_may_take_a_later_one_without_the_one_before(
     verifier.prepare(Capacity(rows=4, max_tokens=40, page_size=PAGE_SIZE), Observes())
     cache, asked = verifier.cache, sequences()[:2]
     part = [asked[i] for i in kept]
-    started = whole(verifier.start(asked, lambda wave: part, lambda *_: None))
+    started = whole(verifier.start(asked, lambda wave: part, lambda *_: None, at_once))
     assert started == part
     for sequence in part:
         assert cache.committed(sequence.row) == len(sequence.tokens) - 1

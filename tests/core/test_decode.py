@@ -2,7 +2,7 @@
 what a drafter is told."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,10 +118,10 @@ class Crowded(Scripted):
 
     held = 0
 
-    def start(self, sequences: Any, join: Callable[..., Any], read: Any) -> Intake:
+    def start(self, sequences: Any, *given: Any) -> Intake:
         admitted = list(sequences)[: 2 - self.held]
         self.held += len(admitted)
-        return super().start(admitted, join, read)
+        return super().start(admitted, *given)
 
     def finish(self, sequence: Decoding) -> None:
         self.held -= 1
