@@ -211,6 +211,25 @@ class Fp8Weight(NamedTuple):
         """Whether scales belong to blocks and not to rows."""
         return self.scale.dim() == 2
 
+    def part(self, dim: int, parts: int, one: int) -> "Fp8Weight":
+        """One of so many parts of its rows (dim 0) or columns (1), cut as `Tensor.chunk` cuts, in
+        memory of its own. Each number has the scale that it has in the whole.
+
+        Raises:
+            ValueError: a cut through blocks that have a scale together.
+        """
+        size = -(-self.shape[dim] // parts)
+        scale = self.scale
+        if self.blocked and size % SCALED_BLOCK:
+            lines = ("rows", "columns")[dim]
+            raise ValueError(
+                f"parts of {size} {lines} would cut through blocks of {SCALED_BLOCK} x "
+                f"{SCALED_BLOCK}, which have a scale together"
+            )
+        if self.blocked or dim == 0:
+            scale = scale.split(size // SCALED_BLOCK if self.blocked else size, dim)[one]
+        return Fp8Weight(self.values.split(size, dim)[one].clone(), scale.clone())
+
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """[N, K] of a type, rounded once: of bfloat16 it is exact if scales are powers of two."""
         wide = torch.promote_types(dtype, torch.float32)

@@ -32,6 +32,7 @@ from specdec.lab.session import WARM_UP_TOKENS
 from specdec.lab.together import ENVIRONMENT
 from specdec.lab.workshop import Workshop, word
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.models.shards import Shared, local
 from specdec.observation import Observation
 from specdec.protocols import StepContext
@@ -49,6 +50,7 @@ REPLAYS = 15
 class Options:
     small: str = option("standin:llama3_8b", "target of which one GPU holds all")
     large: str = option("standin:llama3_70b", "target for all of them; none leaves it out")
+    quantize: Quantize = option("none", "fp8: weights of the large target")
     draft: str = option("standin:llama_160m", "of small_llama, whole on each GPU")
     device: str = option("cuda", "cuda or cpu")
     dtype: str = option("bfloat16", "of all models")
@@ -84,9 +86,9 @@ class Watched(TreeVerifier):
 # Alone and together
 
 
-def workshop(options: Options, path: str, ranks: Ranks) -> Workshop:
+def workshop(options: Options, path: str, ranks: Ranks, quantize: Quantize = "none") -> Workshop:
     placed = f"device={options.device} dtype={options.dtype} target.tp={ranks.size}"
-    return Workshop(word("target.path", path), placed)
+    return Workshop(f"{word('target.path', path)} target.quantize={quantize}", placed)
 
 
 def asked_of(shop: Workshop, options: Options) -> list[Asked]:
@@ -260,16 +262,18 @@ def together(options: Options, ranks: Ranks, result: dict[str, Any], save: Save)
     free()
     if options.large == "none":
         return
-    shop = workshop(options, options.large, ranks)
+    shop = workshop(options, options.large, ranks, options.quantize)
     save({"large": {"weights": weights_of(shop.target)}})
     save({"large": {"passes": passes(shop.target, options)}})
     save({"large": {"plain": decoded(shop, PLAIN, options)}})
+    save({"large": {"bits": check_steps(shop, options)}})
 
 
 def weights_of(lm: PagedLM) -> int:
     """Bytes that a step reads of them on this rank: all but the embedding."""
     embedding = lm.model.get_input_embeddings().weight
-    return sum(local(w).nbytes for w in lm.model.parameters() if w is not embedding)
+    every = (*lm.model.parameters(), *lm.model.buffers())  # which weights in float8 are
+    return sum(local(w).nbytes for w in every if w is not embedding)
 
 
 def ratios(result: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from specdec.lab.interrupts import SIGNALS, interruptible
 from specdec.lab.jobs import ending
 from specdec.models.load import config_of
 from specdec.models.placement import Placement
-from specdec.models.shards import check_split, check_whole
+from specdec.models.shards import check_split
 from specdec.protocols import DraftError
 from specdec.ranks import Ranks, RanksError, here, join, runs
 
@@ -76,8 +76,6 @@ def check_together(
     config = config_of(path, setting="target.path")
     if config is not None:
         check_split(config, size, f"target.path={path}")
-    if settings["target"].get("quantize") not in (None, "none"):
-        check_whole(size, "weights in float8")
     if ":" in str(placement.device):
         raise ValueError(
             f"device={placement.device}: {said} takes a GPU for each rank; use device=cuda, and "

@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from specdec.kernels.layout import SCALED_BLOCK, Fp8Weight
 from specdec.kernels.reference import quantise_weight
 from specdec.models.placement import Placement, free_memory
-from specdec.models.quantised import Fp8Linear, Quantize, projections
+from specdec.models.quantised import Quantize, projections, put
+from specdec.models.shards import cut, local, part_of, replace
 from specdec.models.weights import INDEX, WEIGHTS, BrokenFilesError, check_report, weight_files
+from specdec.ranks import ALONE, Ranks
 
 E4M3 = "F8_E4M3"  # as safetensors calls it
 SCALES = ("weight_scale", "weight_scale_inv")  # both are what values are multiplied by
@@ -113,13 +115,19 @@ class Entry(NamedTuple):
 
 @torch.no_grad()
 def read_model(
-    folder: Path, config: Any, placement: Placement, name: str, quantize: Quantize
+    folder: Path,
+    config: Any,
+    placement: Placement,
+    name: str,
+    quantize: Quantize,
+    ranks: Ranks = ALONE,
 ) -> Any:
     """A causal LM whose layers are of the Llama kind, tensor by tensor.
 
     Args:
         name: setting and value, for messages.
         quantize: what becomes of the weights of layers that are not quantised already.
+        ranks: who shares it; each reads all, a tensor at a time, and keeps its part.
 
     Raises:
         ValueError: tensors that are missing, too many, of other shapes or not finite; or there is
@@ -130,7 +138,8 @@ def read_model(
         del plain.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain, dtype=placement.dtype)
-    with Checkpoint(folder, name, placement) as files:
+    model = cut(model, ranks.size)
+    with Checkpoint(folder, name, placement, ranks) as files:
         files.check(model)
         files.check_room(model, quantize)
         for layer in model.base_model.layers:
@@ -154,10 +163,13 @@ class Checkpoint:
         folder: where they lie.
         name: setting and value, for messages.
         placement: of the model.
+        ranks: who shares the model.
     """
 
-    def __init__(self, folder: Path, name: str, placement: Placement) -> None:
-        self.folder, self.name, self.placement = folder, name, placement
+    def __init__(
+        self, folder: Path, name: str, placement: Placement, ranks: Ranks = ALONE
+    ) -> None:
+        self.folder, self.name, self.placement, self.ranks = folder, name, placement, ranks
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
         self.entries: dict[str, Entry] = {}
@@ -208,7 +220,7 @@ class Checkpoint:
         needed = 0
         for key, tensor in model.named_parameters():
             small = key in layers and (quantize == "fp8" or self._scale(key) is not None)
-            needed += tensor.numel() * (1 if small else self.placement.dtype.itemsize)
+            needed += local(tensor).numel() * (1 if small else self.placement.dtype.itemsize)
         free = free_memory(self.placement.device)
         if needed > free:
             raise BrokenFilesError(
@@ -222,26 +234,29 @@ class Checkpoint:
         linear: Any = getattr(part, child)
         path = f"{self._names[id(part)]}.{child}"
         key = f"{path}.weight"
-        if self._scale(key) is not None:
-            weight = self._fp8(key)
-        elif quantize == "fp8":
-            try:
-                weight = quantise_weight(self._read(key).to(self.placement.device))
-            except ValueError as error:
-                raise BrokenFilesError(
-                    f"{self.name}: {self.entries[key].file.name}: {key}: {error}"
-                ) from None
-        else:
+        stored = self._scale(key) is not None
+        if not stored and quantize != "fp8":
             return
         bias = None if linear.bias is None else self._plain(f"{path}.bias")
-        setattr(part, child, Fp8Linear(weight, bias))
+        weight = self._fp8(key) if stored else None
+        try:
+            if weight is None:
+                weight = quantise_weight(self._read(key).to(self.placement.device))
+            put(part, child, weight, bias, self.ranks)
+        except ValueError as error:
+            mend = "; lower target.tp" if stored else ""
+            raise BrokenFilesError(
+                f"{self.name}: {self.entries[key].file.name}: {key}: {error}{mend}"
+            ) from None
 
     def fill(self, model: Any) -> None:
         """Read what is left."""
         for key, parameter in [*model.named_parameters()]:
             if parameter.is_meta and key in self.entries:
                 path, _, last = key.rpartition(".")
-                setattr(model.get_submodule(path), last, nn.Parameter(self._plain(key)))
+                every = self._plain(key)
+                mine = part_of(parameter, every, self.ranks)
+                replace(model.get_submodule(path), last, mine if mine is every else mine.clone())
 
     def _read(self, key: str) -> Tensor:
         found: Tensor = self._open[self.entries[key].file].get_tensor(key)

@@ -19,7 +19,7 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config
 from specdec.models.quantised import Quantize, slow
-from specdec.models.shards import check_split, check_whole, plan_of
+from specdec.models.shards import check_split, plan_of
 from specdec.models.standin import Widening, named_shape, standin, standin_config
 from specdec.models.weights import (
     BrokenFilesError,
@@ -125,8 +125,8 @@ def _load_files(
             _check_quantisable(config, scheme, name)
         if known(config) and "fp8" in (quantize, scheme):
             files = Path(where) if local else fetch(where)
-            check_whole(ranks.size, "weights in float8")
-            model = read_model(files, config, placement, name, "none" if scheme else quantize)
+            kept: Quantize = "none" if scheme else quantize
+            model = read_model(files, config, placement, name, kept, ranks)
         else:
             model = _by_transformers(where, config, placement, name, ranks)
         check_finite(model, folder_of(where), name)

@@ -4,6 +4,9 @@ transformers hold `nn.Linear`. Embedding, output head and norms stay in the type
 The direct way hands the weights to our own product kernels. `model(...)`, which checks a run, and
 which other architectures go by, dequantises each of them when it comes to it: slow, but of the
 same weights, and never more than one of them at a time.
+
+Where ranks share a model a weight is quantised first and cut then, so that each number has the
+scale that it has in one process.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 
 from specdec.kernels.layout import SCALED_BLOCK, Fp8Weight
 from specdec.kernels.reference import quantise_weight
-from specdec.models.shards import local
+from specdec.models.shards import cut_along, local, part_of
+from specdec.ranks import ALONE, Ranks
 
 Quantize = Literal["none", "fp8"]
 SCALE_BYTES = 4
@@ -26,10 +30,14 @@ class Fp8Linear(nn.Module):
     Args:
         weight: [N, K].
         bias: [N], in the type of the model.
+        ranks: who has the other columns of the weight.
     """
 
-    def __init__(self, weight: Fp8Weight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Fp8Weight, bias: Tensor | None = None, ranks: Ranks = ALONE
+    ) -> None:
         super().__init__()
+        self._ranks = ranks
         self.values: Tensor
         self.scale: Tensor
         self.register_buffer("values", weight.values)
@@ -43,7 +51,11 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
-        return nn.functional.linear(x, self.weight.dequantised(x.dtype), self.bias)
+        weight = self.weight.dequantised(x.dtype)
+        if self._ranks.size == 1:
+            return nn.functional.linear(x, weight, self.bias)
+        every = self._ranks.gather(nn.functional.linear(x, weight))  # equal bits, when added up
+        return every.sum(0) if self.bias is None else every.sum(0) + self.bias
 
 
 def projections(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -55,18 +67,44 @@ def projections(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 yield part, name
 
 
+def put(
+    part: nn.Module, name: str, weight: Fp8Weight, bias: Tensor | None, ranks: Ranks = ALONE
+) -> None:
+    """Put `Fp8Linear` in the place of a linear layer.
+
+    Args:
+        part, name: of which module the layer is a child, and which.
+        weight, bias: all of them, of which this rank keeps its part.
+        ranks: who shares the layer, if it is cut.
+
+    Raises:
+        ValueError: parts of `weight` that cannot have scales of their own.
+    """
+    linear = getattr(part, name)
+    dim = cut_along(linear.weight)
+    if dim is not None:
+        weight = weight.part(dim, ranks.size, ranks.rank)
+        bias = None if bias is None else part_of(linear.bias, bias, ranks).clone()
+    setattr(part, name, Fp8Linear(weight, bias, ranks if dim == 1 else ALONE))
+
+
 @torch.no_grad()
-def quantise_layer(layer: nn.Module) -> None:
+def quantise_layer(layer: nn.Module, made: nn.Module | None = None, ranks: Ranks = ALONE) -> None:
     """Put `Fp8Linear` in the place of the linear layers of a decoder layer, one after the other.
+
+    Args:
+        made: a layer with all of the weights, where `ranks` share this one; None: itself.
 
     Raises:
         ValueError: a weight that is not finite.
     """
-    for part, name in projections(layer):
-        linear = getattr(part, name)
+    for (part, name), (whole, _) in zip(
+        projections(layer), projections(made or layer), strict=True
+    ):
+        linear = getattr(whole, name)
         if isinstance(linear, nn.Linear):
             bias = None if linear.bias is None else linear.bias.data
-            setattr(part, name, Fp8Linear(quantise_weight(linear.weight.data), bias))
+            put(part, name, quantise_weight(linear.weight.data), bias, ranks)
 
 
 def quantised_bytes(model: Any, quantize: Quantize | None) -> int:
@@ -75,7 +113,7 @@ def quantised_bytes(model: Any, quantize: Quantize | None) -> int:
     if quantize == "fp8":
         for layer in model.base_model.layers:
             for part, name in projections(layer):
-                weight = getattr(part, name).weight
+                weight = local(getattr(part, name).weight)
                 total -= weight.nbytes - weight.numel() - SCALE_BYTES * len(weight)
     return total
 

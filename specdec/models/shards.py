@@ -42,13 +42,16 @@ def whole(weight: Tensor) -> Tensor:
 @torch.inference_mode(False)
 @torch.no_grad()
 def replace(module: nn.Module, name: str, part: Tensor) -> None:
-    """Let this rank's part of a parameter be this tensor, of the same numbers.
+    """Let this rank's part of a parameter be this tensor: of the same numbers, or the first.
 
     Not in inference mode: the model is the caller's, and autograd cannot use inference tensors.
     """
     before = module.get_parameter(name)
     if not isinstance(before, DTensor):
-        before.data = part
+        if before.is_meta:  # which takes no numbers
+            module._parameters[name] = nn.Parameter(part, requires_grad=before.requires_grad)
+        else:
+            before.data = part
         return
     after = DTensor.from_local(
         part,
@@ -97,12 +100,6 @@ def check_split(config: Any, size: int, name: str) -> None:
         raise ValueError(f"target.tp={size}: needs transformers 5.17 or newer; {NEEDED[1]}")
 
 
-def check_whole(size: int, what: str) -> None:
-    """Raise ValueError for what is not cut, unless there is one rank."""
-    if size > 1:
-        raise ValueError(f"target.tp={size}: {what} are not cut; use target.tp=1, or bfloat16")
-
-
 def plan_of(size: int) -> dict[str, Any]:
     """What `from_pretrained` is told besides, for a model that ranks share."""
     if size == 1:
@@ -117,22 +114,33 @@ def cut(model: Any, size: int) -> Any:
     as one that is loaded."""
     if size == 1:
         return model
+    if model.config.tie_word_embeddings:  # what is tied has one name, and a plan asks for both
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
     given = plan_of(size)["distributed_config"]
     kind = type(model)
     config, _, mesh = kind.prepare_distribute_model(given)
     return kind.maybe_distribute_model(model, config, mesh)
 
 
-def keep_part(weight: Tensor, every: Tensor) -> None:
-    """Fill this rank's part of a weight from all of it."""
-    part = every
+def cut_along(weight: Tensor) -> int | None:
+    """The dimension along which ranks have parts of a weight; None if each has all of it."""
     if isinstance(weight, DTensor):
         (how,) = weight.placements
         if isinstance(how, Shard):
-            part = every.chunk(weight.device_mesh.size(), how.dim)[
-                weight.device_mesh.get_local_rank()
-            ]
-    local(weight).copy_(part)
+            return how.dim % weight.dim()
+    return None
+
+
+def part_of(weight: Tensor, every: Tensor, ranks: Ranks) -> Tensor:
+    """Of all numbers of a weight those that this rank has; a view."""
+    dim = cut_along(weight)
+    return every if dim is None else every.chunk(ranks.size, dim)[ranks.rank]
+
+
+def keep_part(weight: Tensor, every: Tensor, ranks: Ranks) -> None:
+    """Fill this rank's part of a weight from all of it."""
+    local(weight).copy_(part_of(weight, every, ranks))
 
 
 class Shared:

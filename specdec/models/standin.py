@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec.models.placement import free_memory
 from specdec.models.quantised import Quantize, quantise_layer, quantised_bytes
-from specdec.models.shards import check_split, check_whole, cut, keep_part, local
+from specdec.models.shards import check_split, cut, keep_part, local, part_of, replace
 from specdec.observation import Tap
 from specdec.ranks import ALONE, Ranks
 
@@ -271,8 +271,6 @@ def standin(
     small = AutoModelForCausalLM.from_pretrained(source, dtype=exact).to(device)
     with torch.device("meta"):
         large = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if quantize != "none":
-        check_whole(ranks.size, "weights in float8")
     check_split(config, ranks.size, "the stand-in")
     layer = copy.deepcopy(large.model.layers[0]) if ranks.size > 1 else None
     large = cut(large, ranks.size)
@@ -281,16 +279,16 @@ def standin(
     large.model.rotary_emb = small.model.rotary_emb
     large.generation_config = copy.deepcopy(small.generation_config)
     random = torch.Generator(device).manual_seed(seed)
-    _fill_layers(large, small, layer, random, quantize)
+    _fill_layers(large, small, layer, random, quantize, ranks)
     for part in (large.model.embed_tokens, large.model.norm, large.lm_head):
         part.to_empty(device=device)
-    _place_ends(large, small)
+    _place_ends(large, small, ranks)
     return large.eval()
 
 
 @torch.no_grad()
 def _fill_layers(
-    large: Any, small: Any, whole: Any, random: torch.Generator, quantize: Quantize
+    large: Any, small: Any, whole: Any, random: torch.Generator, quantize: Quantize, ranks: Ranks
 ) -> None:
     """Make the layers one after the other, those that hold a small one's among them.
 
@@ -305,37 +303,39 @@ def _fill_layers(
         (shape.num_attention_heads, shape.num_key_value_heads),
     )
     for place, layer in enumerate(large.model.layers):
-        layer.to_empty(device=random.device)
-        made = layer if whole is None else whole.to_empty(device=random.device)
+        made = (layer if whole is None else whole).to_empty(device=random.device)
         _fill_identity(made, random)
         if place in placed:
             _place_layer(made, placed[place], heads)
         if quantize == "fp8":
-            quantise_layer(made)
-        if whole is not None:
-            for name, weight in layer.named_parameters():
-                keep_part(weight, made.get_parameter(name))
+            quantise_layer(layer, made, ranks)
+        if whole is None:
+            continue
+        for name, weight in [*layer.named_parameters()]:  # and none of Fp8Linear
+            path, _, last = name.rpartition(".")
+            mine = part_of(weight, made.get_parameter(name), ranks)
+            replace(layer.get_submodule(path), last, mine.clone())
 
 
 @torch.no_grad()
-def _place_ends(large: Any, small: Any) -> None:
+def _place_ends(large: Any, small: Any, ranks: Ranks) -> None:
     """The small model's embedding, last norm and output head into the large one, and what keeps
     padded vocabulary away."""
     own = small.config
     _place_norm(large.model.norm, small.model.norm)
     width, vocabulary, constant = own.hidden_size, own.vocab_size, _constant(own)
-    with _whole(large.model.embed_tokens.weight) as embedding:
+    with _whole(large.model.embed_tokens.weight, ranks) as embedding:
         _place(embedding, small.model.embed_tokens.weight)
         embedding[:, width] = constant
     gain = math.sqrt(FAR_BELOW / constant * math.sqrt(width / large.config.hidden_size))
     large.model.norm.weight[width] = gain
-    with _whole(large.lm_head.weight) as output:
+    with _whole(large.lm_head.weight, ranks) as output:
         _place(output, small.lm_head.weight)
         output[vocabulary:, width] = -gain
 
 
 @contextmanager
-def _whole(weight: Tensor) -> Iterator[Tensor]:
+def _whole(weight: Tensor, ranks: Ranks) -> Iterator[Tensor]:
     """All of a weight, to be filled; of one that is cut this rank keeps its part."""
     part = local(weight)
     if part is weight:
@@ -343,7 +343,7 @@ def _whole(weight: Tensor) -> Iterator[Tensor]:
         return
     every = part.new_empty(weight.shape)
     yield every
-    keep_part(weight, every)
+    keep_part(weight, every, ranks)
 
 
 def _constant(source: Any) -> float:

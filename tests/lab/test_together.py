@@ -39,7 +39,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (("target.tp=3",), "2 key-value heads of target.path=.* cannot be split; .*: 2$"),
         (("target.tp=0",), "^error: target.tp=0: must be at least 1$"),
-        (("target.tp=2", "target.quantize=fp8"), "target.tp=2: weights in float8 are not cut"),
         (("target.tp=2", "record.energy=true"), "record.energy=true: measures one GPU"),
         (("target.tp=2", "tree=cost_aware", "tree.rates=zoo_ngram"), "tree.costs=auto: passes"),
         (("target.tp=2", "drafter=compose", "drafter.mode=bandit"), "drafter.mode=bandit: goes"),
@@ -108,8 +107,10 @@ def ranks_of(run: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_that_of_one(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
+def test_a_run_of_two_processes_is_that_of_one(model: Path, tmp_path: Path, quantize: str) -> None:
     words = (*WORDS, f"target.path={model}", "drafter=ngram", "batch_size=2")
+    words = (*words, f"target.quantize={quantize}")
     for name, more in (("one", ()), ("two", ("target.tp=2",))):
         run = start(tmp_path, *words, *more, f"out={tmp_path / name}")
         out, err = run.communicate(timeout=120)
