@@ -23,12 +23,13 @@ from specdec.lab.audit import (
     told,
     units_between,
 )
+from specdec.lab.bets import ALARM, Bets, places_of
 from specdec.lab.lossless import compare, verdict
 from specdec.lab.witness import Seen, Witness, drafts_of
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
-from specdec.sampling import SamplingParams
+from specdec.sampling import SamplingParams, probabilities
 from specdec.verifier.target_only import TargetOnly
 from tests.decoding import decoder_of, requests_of
 from tests.lab import planted
@@ -195,10 +196,10 @@ BETS = {"coin reused for siblings": "rank 2"}
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", RULES)
 def test_faults_of_rules_are_found_in_five_thousand_tokens(target, fault):
-    """Without one there is no alarm."""
+    """Without one there is no alarm. Each takes 17 to 25 s of one processor, 20 in the mean."""
     rule, how = RULES[fault]
     how = {"sampling": SAMPLED, **how}
-    texts, lines, drafter = decoded(target, prompts=104, new=48, rows=16, rule=rule, **how)
+    texts, lines, drafter = decoded(target, prompts=104, new=48, rows=52, rule=rule, **how)
     witness = Witness(target, drafts=drafts_of(drafter.own_model, target))
     evidence = Evidence(lines=lines, page_size=8)
     found = verdict(texts, witness, how["sampling"], evidence=evidence, sample=10**6)
@@ -212,7 +213,8 @@ def test_faults_of_rules_are_found_in_five_thousand_tokens(target, fault):
 
 @pytest.mark.slow
 def test_audits_of_sound_runs_are_clean(target):
-    """None of eight runs of 960 tokens each, at two temperatures, ends with an alarm."""
+    """None of eight runs of 960 tokens each, at two temperatures, ends with an alarm. Seen:
+    p-values from 0.52 to 0.98, evidence no further off than 1.03 times what rounding does."""
     for seed in range(8):
         sampling = SamplingParams(temperature=(1.0, 0.7)[seed % 2], seed=100 + seed)
         children = ("sample", "top_k")[seed // 2 % 2]
@@ -224,6 +226,37 @@ def test_audits_of_sound_runs_are_clean(target):
         found = verdict(texts, witness, sampling, evidence=evidence, sample=10**6)
         assert (found["verdict"], found["evidence"]["verdict"]) == ("passed", "clean")
         assert found["p_value"] > 1e-3
+
+
+@pytest.mark.slow
+def test_a_thousand_audits_of_sound_texts_end_with_one_alarm_at_most(target):
+    """Each is of 480 tokens drawn anew from the laws along the texts of one run, of the places
+    that they had in their steps. Seen: no alarm, the least p-value 0.003, 1 of 0.01 or less and 36
+    of 0.1 or less."""
+    texts, _, drafter = decoded(target, SAMPLED, prompts=10, new=48, rule=planted.Faulty("none"))
+    witness = Witness(target, drafts=drafts_of(drafter.own_model, target))
+    torch.manual_seed(0)
+    generator, whole = np.random.default_rng(0), [Bets() for _ in range(1000)]
+    for text in texts:
+        places = places_of(text["accepted_lengths"])
+        (seen,) = witness.follow(text)
+        laws, drafts = (probabilities(x, SAMPLED) for x in (seen.scores, seen.draft))
+        for law, draft, place in zip(laws, drafts, places, strict=True):
+            drawn = torch.multinomial(law, len(whole), replacement=True)
+            tokens, which = drawn.unique(return_inverse=True)
+            ends = Bets()  # of the share that a token has of its own mass, 0 and 1
+            for share in (0.0, 1.0):
+                shape, size = (len(tokens), -1), len(tokens)
+                known = law.expand(shape), tokens, np.full(size, share), np.full(size, place)
+                ends.add(*known, draft.expand(shape))
+            low, high = ends.shares
+            for bets, n in zip(whole, which.tolist(), strict=True):
+                bets.shares.append(low[n : n + 1] + generator.random() * (high - low)[n : n + 1])
+                for name in ("powers", "events", "prices", "places"):
+                    getattr(bets, name).append(getattr(ends, name)[0][n : n + 1])
+    found = np.array([bets.found(ALARM).p_value for bets in whole])
+    assert (found <= ALARM).sum() <= 1
+    assert (found <= 0.01).sum() <= 15
 
 
 # Divergences at temperature 0

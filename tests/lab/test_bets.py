@@ -122,6 +122,8 @@ def test_the_table_of_faults(fault):
 
 @pytest.mark.slow
 def test_a_thousand_audits_without_a_fault_end_with_one_alarm_at_most():
+    """In made-up languages, another for each, of which there can be many more than texts of a
+    model. Seen: no alarm, the least p-value 0.0013, 4 of 0.01 or less and 27 of 0.1 or less."""
     found = faults.alarms(1000, 500)
     assert found["alarms"] <= 1
     assert found["below"]["0.01"] <= 15
