@@ -1,6 +1,7 @@
 """Hydra's settings, in less time."""
 
 from collections import defaultdict
+from copy import copy, deepcopy
 from typing import Any
 
 import pytest
@@ -53,3 +54,47 @@ def compose_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Sweeper, "validate_batch_is_legal", checked)
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", composed)
+
+
+def keep_composed() -> None:
+    """What the files of settings say, and what comes of the same files in the same order, is the
+    same each time: it is kept, and settings that are given are put into a copy. Settings in other
+    folders are read anew."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.config_repository import ConfigRepository
+
+    load = ConfigRepository.load_config
+    compose = getattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", None)
+    files, composed = dict[Any, Any](), dict[Any, Any]()
+    if compose is None:
+        return
+
+    def places(repo: Any) -> tuple[str, ...] | None:
+        from specdec.lab.options import CONFIGS
+
+        found = [(source.scheme(), source.path) for source in repo.get_sources()]
+        ours = all(scheme != "file" or path == str(CONFIGS) for scheme, path in found)
+        return tuple(f"{scheme}://{path}" for scheme, path in found) if ours else None
+
+    def load_once(repo: ConfigRepository, config_path: str) -> Any:
+        key = places(repo), config_path
+        if key[0] is None:
+            return load(repo, config_path)
+        if key not in files:
+            files[key] = load(repo, config_path)
+        return files[key]
+
+    def compose_once(loader: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Any:
+        key = places(repo), *map(repr, defaults)
+        if key[0] is None:
+            return compose(loader, defaults, repo)
+        if key not in composed:
+            kept, spare = files.copy(), copy(repo)
+            spare.cache = deepcopy(repo.cache)  # for it is made of their parts
+            composed[key] = compose(loader, defaults, spare)
+            files.clear()
+            files.update(kept)
+        return deepcopy(composed[key])
+
+    ConfigRepository.load_config = load_once  # type: ignore[assignment]
+    ConfigLoaderImpl._compose_config_from_defaults_list = compose_once  # type: ignore[assignment]

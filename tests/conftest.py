@@ -25,7 +25,7 @@ import pytest
 import torch
 import yaml
 
-from tests.composing import choose_quickly, compose_once
+from tests.composing import choose_quickly, compose_once, keep_composed
 from tests.interpreter import hasten
 
 gc.disable()  # until all is imported, see below
@@ -34,6 +34,7 @@ torch.set_num_threads(1)
 # same in a fraction of the time.
 yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # type: ignore[misc]
 choose_quickly()
+keep_composed()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before kernels are imported
     hasten()
