@@ -78,23 +78,30 @@ def __getattr__(name):
     return Anything
 """
 
-IMPORT_LLAMA = """
+IMPORT = """
 import json
-import transformers.models.llama.modeling_llama
 import specdec, specdec.kernels
 import kernels
-from transformers.utils.import_utils import is_kernels_available
 
 print(json.dumps({
-    "in use": is_kernels_available(),
     "kernels": kernels.__file__,
     "specdec": specdec.__file__,
     "specdec.kernels": list(specdec.kernels.__path__),
 }))
 """
+IMPORT_LLAMA = f"""
+import transformers.models.llama.modeling_llama
+from transformers.utils.import_utils import is_kernels_available
+
+assert is_kernels_available()
+{IMPORT}
+"""
 
 
-def test_llama_imports_from_the_root_next_to_hf_kernels(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "code", [IMPORT, pytest.param(IMPORT_LLAMA, marks=pytest.mark.slow)], ids=["ours", "llama"]
+)
+def test_imports_from_the_root_next_to_hf_kernels(code: str, tmp_path: Path) -> None:
     from transformers.utils import import_utils
 
     version = import_utils.KERNELS_MIN_VERSION
@@ -106,8 +113,7 @@ def test_llama_imports_from_the_root_next_to_hf_kernels(tmp_path: Path) -> None:
         f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n"
     )
 
-    assert run_python(IMPORT_LLAMA, cwd=ROOT, path=tmp_path) == {
-        "in use": True,
+    assert run_python(code, cwd=ROOT, path=tmp_path) == {
         "kernels": str(package / "__init__.py"),
         "specdec": str(ROOT / "specdec" / "__init__.py"),
         "specdec.kernels": [str(ROOT / "specdec" / "kernels")],

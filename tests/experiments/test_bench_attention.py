@@ -95,6 +95,8 @@ def test_shares_compile_every_variant_once(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows a share that fails")
 def test_a_share_that_fails_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    fork = multiprocessing.get_context("fork")  # which need not import torch again
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
     found = peers.compile_ahead(kernel_attention.SHAPES[:1], 64)
     assert (found["processes"], found["faults"]) == (1, ["exit 1"])
 

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,8 @@ from specdec.lab.session import Decoded
 from specdec.lab.settings import settings_of
 from specdec.lab.workshop import PLAIN, Workshop, name_of
 from specdec.models.placement import Placement
+from tests.running import forked
 
-ROOT = Path(__file__).parents[2]
 NEW = 6
 TEXTS = ("def fibonacci(n):\n    ", "It was a dark night, and the old captain stood at the")
 
@@ -250,17 +248,41 @@ def test_from_the_command_line(
     assert "parts=none: there are draft, ngram, transformers" in capsys.readouterr().err
 
 
-def test_they_import_no_trackers_and_benchmarks_no_tools_of_the_runner() -> None:
-    """In one process, for each imports torch anew."""
-    code = "import sys; from specdec.experiments.bench import attention, elementwise, rules, run"
-    code += "; from specdec.experiments.bench import steps; print(*sys.modules)"
-    names = "studies.end_to_end, tools.calibrate, bench.run, figures.draw, figures.pages"
-    modules = ", ".join(f"specdec.experiments.{name}" for name in names.split(", "))
-    code += f"; import {modules}; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    benchmarks, every = map(str.split, done.stdout.splitlines())
-    tools = {"hydra", "omegaconf", "wandb", "datasets", "transformers"}
-    assert tools.isdisjoint(benchmarks)
-    assert {"wandb", "datasets"}.isdisjoint(every)
+IMPORTS = """
+import importlib, sys
+
+without, *modules = sys.argv[1:]
+tools = without.split(",")
+for name in list(sys.modules):
+    if name.partition(".")[0] == "specdec":
+        del sys.modules[name]
+for name in [*sys.modules, *tools]:
+    if name.partition(".")[0] in tools:
+        sys.modules[name] = None  # who imports it fails
+for module in modules:
+    importlib.import_module(f"specdec.experiments.{module}")
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tools", "modules"),
+    [
+        (
+            ("hydra", "omegaconf", "wandb", "datasets", "transformers"),
+            ("bench.attention", "bench.elementwise", "bench.rules", "bench.run", "bench.steps"),
+        ),
+        (
+            ("wandb", "datasets"),
+            ("studies.end_to_end", "tools.calibrate", "figures.draw", "figures.pages"),
+        ),
+    ],
+    ids=["benchmarks", "all"],
+)
+def test_they_import_no_trackers_and_benchmarks_no_tools_of_the_runner(
+    tools: tuple[str, ...], modules: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "importing.py").write_text(IMPORTS)
+    done = forked(tmp_path, "importing", ",".join(tools), *modules)
+    assert done.returncode == 0, done.stderr
+    assert {f"specdec.experiments.{module}" for module in modules} <= set(done.stdout.split())

@@ -10,12 +10,14 @@ assembler reports about it is kept.
 It must not run under TRITON_INTERPRET, which takes the place of the compiler.
 """
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -68,15 +70,18 @@ def launching(run: Callable[..., None]) -> Iterator[None]:
 
 
 @contextmanager
-def compiling() -> Iterator[list[dict[str, Any]]]:
-    """Within the block, launches compile; yields the list their reports are added to.
+def compiling(numbers: list[int] | None = None) -> Iterator[list[dict[str, Any]]]:
+    """Within the block, launches compile, or those with these numbers; yields the list their
+    reports are added to.
 
     A kernel that has been compiled for like arguments before in this process is reported again.
     """
     reports: list[dict[str, Any]] = []
-    launch = JITFunction.run
+    launch, count = JITFunction.run, itertools.count()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if numbers is not None and next(count) not in numbers:
+            return
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         reports.append(report(self.__name__, compiled))
 
@@ -327,47 +332,57 @@ def calls() -> dict[str, Callable[[], object]]:
     return found
 
 
-def facets(call: Callable[[], object]) -> set[tuple[str, str, str]]:
-    """What its launches are in kind, as (kernel, parameter, value): the types of tensors, which
-    of them are left out, options on or off, and how many rows a program takes; not sizes."""
-    found = set()
+def facets(call: Callable[[], object]) -> list[set[tuple[str, str, str]]]:
+    """What each of its launches is in kind, as (kernel, parameter, value): the types of tensors,
+    which of them are left out, options on or off, and how many rows a program takes; not sizes."""
+    found = []
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = [parameter.name for parameter in self.params]
+        kinds = set()
         for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
             value = getattr(value, "base", value)  # of a descriptor
             kind = value.dtype if isinstance(value, Tensor) else value
             number = isinstance(kind, int | float) and not isinstance(kind, bool)
             if name == "BLOCK_M" or not number:
-                found.add((self.__name__, name, str(kind)))
+                kinds.add((self.__name__, name, str(kind)))
+        found.append(kinds)
 
     with launching(note):
         call()
     return found
 
 
-def differing() -> list[str]:
-    """Names of few calls that have between them every facet of all."""
-    by_name = {name: facets(call) for name, call in calls().items()}
-    left = set[tuple[str, str, str]]().union(*by_name.values())
-    chosen = []
+def differing() -> dict[str, list[int]]:
+    """Few launches that have between them every facet of all: by call, the numbers of its own."""
+    launches = {
+        (name, number): kinds
+        for name, call in calls().items()
+        for number, kinds in enumerate(facets(call))
+    }
+    left = set[tuple[str, str, str]]().union(*launches.values())
+    chosen = defaultdict(list)
     while left:
-        chosen.append(max(by_name, key=lambda name: len(by_name[name] & left)))
-        left -= by_name[chosen[-1]]
+        name, number = max(launches, key=lambda launch: len(launches[launch] & left))
+        chosen[name].append(number)
+        left -= launches[name, number]
     return chosen
 
 
-def compile_call(name: str) -> list[dict[str, Any]]:
-    with compiling() as reports:
+def compile_call(name: str, numbers: list[int] | None = None) -> list[dict[str, Any]]:
+    """Reports of the call's launches, or of those with these numbers."""
+    with compiling(numbers) as reports:
         calls()[name]()
     return [{"call": name, **found} for found in reports]
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    names = differing() if "some" in sys.argv[1:] else list(calls())
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), get_context("spawn")) as workers:
-        found = [entry for entries in workers.map(compile_call, names) for entry in entries]
+    chosen = differing() if "some" in sys.argv[1:] else dict.fromkeys(calls())
+    # A fork has imported torch and Triton already; nothing is compiled before it.
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), get_context("fork")) as workers:
+        entries = workers.map(compile_call, chosen, chosen.values())
+        found = [entry for call in entries for entry in call]
     json.dump(found, sys.stdout, indent=1)
 
 
