@@ -13,10 +13,10 @@ import pytest
 
 from specdec.lab.build import method_of
 from specdec.lab.settings import settings_of
-from tests.running import ROOT, forked
+from tests.running import ROOT, SMALL_TARGET, forked
 
 PAGE = "docs/extending.md"
-SHORT = ("tracker=none", "prompts.limit=2", "max_new_tokens=12")
+SHORT = ("tracker=none", "prompts.limit=2", "max_new_tokens=12", SMALL_TARGET)
 
 
 def blocks(page: str, language: str) -> list[str]:

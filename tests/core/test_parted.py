@@ -155,7 +155,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", PLANTS)
 def test_planted_differences_are_reported(models: Path, tmp_path: Path, name: str) -> None:
     plant, said = PLANTS[name]

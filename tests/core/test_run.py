@@ -103,7 +103,7 @@ RULED = [(name, "auto") for name in options("drafter")]
 RULED += [("small_llama", rule) for rule in options("acceptance")]
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("drafter", "rule"), dict.fromkeys(RULED))
 def test_every_rule_samples_reproducibly(specdec, tmp_path, needed, drafter, rule):
     lossy = ["acceptance.allow_lossy=true"] if rule in LOSSY else []

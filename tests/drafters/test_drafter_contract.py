@@ -127,7 +127,7 @@ def test_what_it_declares_is_so(make: contract.Make) -> None:
     contract.check_declared(make("tree=chain").drafter)
 
 
-@pytest.mark.some(9)
+@pytest.mark.some(5)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("tree", contract.TREES)
 @pytest.mark.parametrize("name", DRAFTING)
@@ -145,13 +145,13 @@ def test_a_budget_of_nothing_drafts_nothing(
     contract.check_no_budget(make, models, plain)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", DRAFTING)
 def test_the_same_seed_gives_the_same_trees(make: contract.Make, models: Models) -> None:
     contract.check_seed(make, models)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("name", DRAFTING)
 def test_nothing_leaks_from_one_run_into_the_next(make: contract.Make, models: Models) -> None:
     contract.check_forgets(make, models)

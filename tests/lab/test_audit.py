@@ -93,13 +93,13 @@ def audited(
 
 @pytest.mark.parametrize("sampling", [SamplingParams(), SAMPLED], ids=["greedy", "sampled"])
 def test_a_sound_pass_is_clean(target, sampling):
-    texts, lines, _ = decoded(target, sampling)
+    texts, lines, _ = decoded(target, sampling, prompts=2)
     found = audited(texts, Evidence(lines=lines, page_size=8), target, sampling)
     assert (found["verdict"], found["suspects"], found["strata"]) == ("clean", 0, [])
     assert (found["not_best"], found["stops"]) == (0, 0)
-    assert found["tokens"] == sum(len(text["output_ids"]) for text in texts) == 96
+    assert found["tokens"] == sum(len(text["output_ids"]) for text in texts) == 48
     assert found["largest"] < 3
-    assert "in 96 tokens" in told(found)
+    assert "in 48 tokens" in told(found)
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_faults_of_pass_and_cache_are_found_in_a_hundred_tokens(target, monkeypa
 
 
 def test_a_text_that_goes_on_after_a_stop_token_is_found(target, monkeypatch):
-    texts, *_ = decoded(target, SamplingParams())
+    texts, *_ = decoded(target, SamplingParams(), prompts=2)
     kept = [
         (t["output_ids"], sum(t["accepted_lengths"][:i]), n)
         for t in texts
@@ -165,7 +165,7 @@ def test_a_text_that_goes_on_after_a_stop_token_is_found(target, monkeypatch):
     for plant, result in ((None, "clean"), (planted.stop, "bug")):
         if plant is not None:
             plant(monkeypatch)
-        texts, lines, _ = decoded(target, SamplingParams(), stop_tokens=stops)
+        texts, lines, _ = decoded(target, SamplingParams(), prompts=2, stop_tokens=stops)
         evidence = Evidence(lines=lines, page_size=8, stop_tokens=stops)
         found = audited(texts, evidence, target, SamplingParams())
         assert found["verdict"] == result

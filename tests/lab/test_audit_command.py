@@ -24,7 +24,7 @@ from tests.running import lines
 
 WORDS = (
     "device=cpu dtype=float32 kernels=reference tracker=none prompts.limit=2 max_new_tokens=8 "
-    "record.evidence=true tree=chain tree.budget=2 batch_size=2"
+    "record.evidence=true tree=chain tree.budget=2 batch_size=2 target.path=zoo:draft"
 )
 SAMPLED = f"{WORDS} sampling=sample baseline=false drafter=small_llama"
 
@@ -144,7 +144,7 @@ def test_bad_input_ends_with_2_in_one_line(sampled, tmp_path, capsys):
 def test_a_record_says_what_the_drafter_says(sampled, tmp_path, capsys):
     """The same as the model's own passes; and of a drafter that has no model of its own."""
     assert record([f"run={sampled}", f"out={tmp_path / 'record'}"]) == 0
-    target, draft = load_model("zoo:target"), load_model("zoo:draft")
+    target = draft = load_model("zoo:draft")
     told = Recorded(Record.open(tmp_path / "record"), target)
     passes = drafts_of(draft, target)
     assert passes is not None
@@ -167,6 +167,6 @@ def test_bets_know_what_drafters_without_a_model_say(drafter, tmp_path):
     folder = made(tmp_path / "run", SAMPLED.replace("drafter=small_llama", f"drafter={drafter}"))
     assert record([f"run={folder}", f"out={tmp_path / 'record'}"]) == 0
     assert main([str(folder), f"record={tmp_path / 'record'}"]) == 0
-    told = Recorded(Record.open(tmp_path / "record"), load_model("zoo:target"))
+    told = Recorded(Record.open(tmp_path / "record"), load_model("zoo:draft"))
     for text in lines(folder / "generations.jsonl"):
         assert sum(len(part) for part in told(text)) == len(text["output_ids"])

@@ -75,7 +75,7 @@ def test_an_interrupted_run_resumes_to_the_same_outputs(
     specdec, tmp_path, monkeypatch, stop_after
 ):
     arguments = ("sampling=sample", "batch_size=2", "prompts.limit=5", "max_new_tokens=12")
-    arguments += ("tracker=none", "drafter=small_llama")
+    arguments += ("tracker=none", "drafter=small_llama", SMALL_TARGET)
     assert specdec(*arguments, f"out={tmp_path}/whole")[0] == 0
 
     steps = 0

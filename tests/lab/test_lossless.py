@@ -314,7 +314,7 @@ def test_a_wrong_bit_of_the_mask_of_trees_is_found(monkeypatch, temperature, wro
             ancestors[:, 2:] &= ~2
         return layout(lm, cache, rows, offsets, ancestors, *rest)
 
-    target = load_model("zoo:target")
+    target = load_model("zoo:draft")
     monkeypatch.setattr(PagedLM, "_layout", planted)
     drafter = SmallLlama(path="zoo:draft", candidates=16)
     sampling = SamplingParams(temperature=temperature, seed=3)

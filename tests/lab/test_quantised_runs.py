@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import QUICK, lines, summary_of
+from tests.running import QUICK, SMALL_TARGET, lines, summary_of
 
 Specdec = Callable[..., tuple[int, str, str]]
 PAIR = ("target.quantize=fp8", "drafter.quantize=fp8", "cache.dtype=fp8_e4m3")
@@ -16,7 +16,7 @@ PAIR = ("target.quantize=fp8", "drafter.quantize=fp8", "cache.dtype=fp8_e4m3")
 @pytest.mark.parametrize(
     "words",
     [
-        (*PAIR, "tree=static", "tree.widths=[2,2]"),
+        (*PAIR, SMALL_TARGET, "tree=static", "tree.widths=[2,2]"),
         pytest.param(
             ("target.quantize=fp8", "drafter=early_exit", "sampling=sample"),
             marks=pytest.mark.slow,
@@ -47,7 +47,7 @@ def test_texts_of_the_quantised_target_are_not_the_other_ones(
 ) -> None:
     """What is read again by another target than the one that decoded it fails."""
     folder = tmp_path / "run"
-    words = ("drafter=none", "tree.budget=0", "max_new_tokens=40", "baseline=false")
+    words = ("drafter=none", "tree.budget=0", "max_new_tokens=24", "baseline=false", SMALL_TARGET)
     assert specdec(*QUICK, *words, "target.quantize=fp8", f"out={folder}")[0] == 0
     assert summary_of(folder)["lossless"]["verdict"] == "passed"
     from specdec.lab.lossless import verdict
@@ -59,7 +59,7 @@ def test_texts_of_the_quantised_target_are_not_the_other_ones(
     found = {
         quantize: verdict(
             texts,
-            Witness(load_model("zoo:target", quantize=quantize)),
+            Witness(load_model("zoo:draft", quantize=quantize)),
             SamplingParams(temperature=0.0, seed=0),
         )["verdict"]
         for quantize in ("none", "fp8")
