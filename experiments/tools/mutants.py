@@ -49,13 +49,15 @@ class Mutant:
     """A fault.
 
     Args:
-        name: file, function, line and change, which mean the same in later versions of the file.
+        function: file and function.
+        name: both, line and change, which mean the same in later versions of the file.
         line: where the statement begins that has it.
         codes: of the functions that change, their new code.
     """
 
     file: str
     module: str
+    function: str
     name: str
     line: int
     codes: dict[Place, CodeType]
@@ -87,7 +89,14 @@ def mutants_of(file: Path, module: str) -> Iterator[Mutant]:
         name = f"{file} {function}: `{text[line - 1].strip()}` {what}"
         known[name] += 1
         number = f" #{known[name]}" if known[name] > 1 else ""
-        yield Mutant(file=str(file), module=module, name=name + number, line=line, codes=codes)
+        yield Mutant(
+            file=str(file),
+            module=module,
+            function=f"{file} {function}",
+            name=name + number,
+            line=line,
+            codes=codes,
+        )
 
 
 def replacements(node: ast.AST) -> Iterator[ast.AST]:
@@ -98,6 +107,8 @@ def replacements(node: ast.AST) -> Iterator[ast.AST]:
             yield _with(node, body=[nothing, *node.body])
         case ast.Return(value=ast.expr() as value) if not _is_none(value):
             yield nothing
+        case ast.Raise() if _is_abstract(node):
+            pass
         case (
             ast.Raise()
             | ast.Expr(value=ast.Call())
@@ -169,18 +180,26 @@ class Living:
 
     Args:
         modules: imported ones, whose functions these are.
+
+    Raises:
+        RuntimeError: none of a module is found, so that no fault of it could be planted.
     """
 
     def __init__(self, modules: Iterable[str]) -> None:
         files = {sys.modules[name].__file__: name for name in modules}
         self._functions: defaultdict[tuple[str, Place], list[FunctionType]] = defaultdict(list)
         self._caches = []
+        gc.unfreeze()  # what tests have frozen would not be seen
         for thing in gc.get_objects():
             if type(thing) is FunctionType and thing.__code__.co_filename in files:
                 place = thing.__code__.co_qualname, thing.__code__.co_firstlineno
                 self._functions[files[thing.__code__.co_filename], place].append(thing)
             elif type(thing) is _lru_cache_wrapper and thing.__module__.startswith("specdec"):
                 self._caches.append(thing)
+        gc.freeze()  # processes that are forked share what none of them touches
+        missing = set(files.values()) - {module for module, _ in self._functions}
+        if missing:
+            raise RuntimeError(f"{', '.join(sorted(missing))}: no function found")
 
     def plant(self, module: str, codes: Mapping[Place, CodeType]) -> None:
         """From now on functions of the module have other code, and what was kept of earlier calls
@@ -259,7 +278,14 @@ def _with(node: ast.AST, **fields: object) -> ast.AST:
 def _is_empty(function: ast.FunctionDef) -> bool:
     """Whether it does nothing, as what others are to define."""
     return all(
-        isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant) for one in function.body
+        _is_abstract(one) or (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+        for one in function.body
+    )
+
+
+def _is_abstract(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Raise) and ast.unparse(statement) == (
+        "raise NotImplementedError"
     )
 
 

@@ -1,14 +1,15 @@
 """Plant small faults in files and see whether the tests notice.
 
     python -m specdec.experiments.tools.mutate specdec/cache.py specdec/decode.py tests=tests/core
-    python -m specdec.experiments.tools.mutate drafters/compose.py tests=tests/drafters count=40
+    python -m specdec.experiments.tools.mutate drafters/compose.py "tests=[tests/core,tests/lab]"
 
 Run from the root of the repository. A fault is one of `mutants.py`: a comparison turned round, a
 number off by one, a statement left out, and so on. Of all that the files allow, `count` are chosen
-by `seed`. First all of `tests` run once, and it is noted which of them execute which lines; then
-each fault is tried with those that execute its own, the quickest first, up to `limit` seconds of
-them, until one fails. A fault that outlives them, or that none executes, is a survivor, and a hole
-in the tests, unless `equivalent` lists it with the reason why it changes nothing that matters.
+by `seed`. First all of `tests` run once, and it is noted which of them execute which lines; `kept`
+keeps that for the next time. Then each fault is tried with those that execute its own, first the
+quickest and those that found others, up to `limit` seconds of them, until one fails. A fault that
+outlives them, or that none executes, is a survivor, and a hole in the tests, unless `equivalent`
+lists it with the reason why it changes nothing that matters.
 
 One process imports everything and forks for each fault, in which the code of living functions is
 replaced. So a fault costs its tests alone, but what ran at import, defaults and constants of
@@ -24,8 +25,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,8 @@ from typing import Any
 
 import torch
 
-from specdec.experiments.tools.mutants import SEEN, Living, Mutant, mutants_of, watched
+from specdec.experiments.tools.mutants import Living, Mutant, mutants_of
+from specdec.experiments.tools.watching import Memory, Watched, file_of, watch
 from specdec.lab.command import Positive, begin, option, run_main, write
 
 MEMORY = 16 << 30  # bytes that a process with a fault may have: some never stop asking for more
@@ -50,27 +52,27 @@ class Options:
     limit: Positive = option(60, "seconds of tests for a fault")
     workers: Positive = option(1, "faults tried at a time")
     equivalent: Path = option(Path("tests/equivalent.json"), "faults that change nothing, and why")
+    kept: Path = option(Path("build/mutants.json"), "what is known of the tests, for later runs")
     out: Path = option(Path("mutants.json"), "result file")
     resume: bool = option(False, "keep the dead that it holds, and try survivors again")
-
-
-@dataclass(slots=True)
-class Watched:
-    """What a test does without faults."""
-
-    seconds: float
-    lines: set[tuple[str, int]]  # of statements of the files, by path
 
 
 class Plan:
     """A plugin of pytest that, instead of running the tests once, runs them as said above."""
 
-    def __init__(self, options: Options, mutants: Sequence[Mutant], report: Any) -> None:
-        self.options, self.mutants, self.report = options, mutants, report
+    def __init__(
+        self,
+        options: Options,
+        modules: Mapping[str, str],
+        mutants: Sequence[Mutant],
+        report: Any,
+    ) -> None:
+        self.options, self.modules, self.mutants = options, modules, mutants
+        self.report = report
         self.failed: list[str] = []  # of this process
-        self.kills: Counter[str] = Counter()
         self.folder = Path(tempfile.mkdtemp(prefix="mutants"))
         self.living: Living
+        self.memory: Memory
         self.fault: ValueError | None = None
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -87,11 +89,11 @@ class Plan:
     def _work(self, session: Any) -> None:
         if session.testsfailed:
             raise ValueError(f"tests={_words(self.options.tests)}: cannot be collected; see above")
-        modules = {mutant.module: mutant.file for mutant in self.mutants}
         # Not before the tests are collected: what they set up for imports counts here as well.
-        for module, file in modules.items():
+        for module, file in self.modules.items():
             _import(module, file)
-        self.living = Living(modules)
+        self.living = Living(self.modules)
+        self.memory = Memory(self.options.kept, self.modules.values())
         tests = self._watch(session)
         items = {item.nodeid: item for item in session.items if item.nodeid in tests}
         running: dict[int, tuple[Mutant, float, Path]] = {}
@@ -109,67 +111,59 @@ class Plan:
             running[pid] = mutant, time.monotonic() + 60 + 10 * seconds, folder
         while running:
             self._wait(running)
+        self.memory.save()
 
     def _watch(self, session: Any) -> dict[str, Watched]:
         """Every test that passes, by its name."""
-        pid, folder = self._fork(session, partial(self._record, session.items))
-        os.waitpid(pid, 0)
-        try:
-            found = json.loads((folder / "watched").read_text())
-        except OSError:
-            raise ValueError(f"tests={_words(self.options.tests)}: their process died") from None
-        if found["failed"]:
-            print(f"left out, since they fail without a fault: {', '.join(found['failed'])}")
-        tests = {
-            name: Watched(seconds, {(file, line) for file, line in lines})
-            for name, (seconds, lines) in found["tests"].items()
-            if name not in found["failed"]
-        }
+        unknown: defaultdict[str, list[Any]] = defaultdict(list)
+        for item in self.memory.unknown(session.items):
+            unknown[file_of(item.nodeid)].append(item)
+        parts: list[list[Any]] = [[] for _ in range(self.options.workers)]
+        for own in sorted(unknown.values(), key=len, reverse=True):
+            min(parts, key=len).extend(own)
+        forks = [self._fork(session, partial(self._record, part)) for part in parts if part]
+        for pid, folder in forks:
+            os.waitpid(pid, 0)
+            try:
+                self.memory.add(json.loads((folder / "watched").read_text()))
+            except OSError:
+                raise ValueError(
+                    f"tests={_words(self.options.tests)}: their process died"
+                ) from None
+        found = self.memory.of(session.items)
+        failed = sorted(name for name, one in found.items() if one is None)
+        if failed:
+            print(f"left out, since they fail without a fault: {', '.join(failed)}")
+        tests = {name: one for name, one in found.items() if one is not None}
         total = sum(test.seconds for test in tests.values())
         print(f"{len(tests)} tests, {total:.0f} s; {len(self.mutants)} faults", flush=True)
         return tests
 
     def _record(self, items: Sequence[Any], folder: Path) -> int:
-        """Run tests and write what they execute. What a fixture executes may serve later tests of
-        its file as well, and counts for all of them."""
-        lines: set[tuple[str, int]] = set()
-        for file, module in {(mutant.file, mutant.module) for mutant in self.mutants}:
-            setattr(sys.modules[module], SEEN, lambda *line: lines.add(line))
-            self.living.plant(module, watched(Path(file)))
-        tests: dict[str, tuple[float, set[tuple[str, int]]]] = {}
-        shared: defaultdict[Path, set[tuple[str, int]]] = defaultdict(set)
-
-        class Setups:
-            @staticmethod
-            def pytest_runtest_call(item: Any) -> None:
-                shared[item.path] |= lines
-
-        items[0].config.pluginmanager.register(Setups())
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            start = time.perf_counter()
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            tests[item.nodeid] = time.perf_counter() - start, set(lines)
-            lines.clear()
-        found = {
-            item.nodeid: (tests[item.nodeid][0], [*(tests[item.nodeid][1] | shared[item.path])])
-            for item in items
-        }
-        text = json.dumps({"tests": found, "failed": sorted(set(self.failed))})
-        (folder / "watched").write_text(text)
+        found = watch(items, self.modules, self.living, self.failed)
+        (folder / "watched").write_text(json.dumps(found))
         return SURVIVED
 
     def _chosen(self, mutant: Mutant, tests: dict[str, Watched]) -> list[str]:
-        """Names of the tests to try: what has killed others first, then the quickest."""
-        line = mutant.file, mutant.line
-        touching = [name for name, test in tests.items() if line in test.lines]
-        touching.sort(key=lambda name: (-self.kills[name], tests[name].seconds))
+        """Names of the tests to try: of each file the quickest, weighed by what it has found, then
+        the others file by file, whose fixtures are then made once."""
+        kills = self.memory.kills(mutant.function)
+        touching = [
+            n for n, test in tests.items() if mutant.line in test.lines.get(mutant.file, ())
+        ]
+        touching.sort(key=lambda name: tests[name].seconds / (1 + kills[name]))
+        first: dict[str, str] = {}  # of each file, in that order
+        for name in touching:
+            first.setdefault(file_of(name), name)
+        order = [*first.values()]
+        for file, begun in first.items():
+            order += [name for name in touching if file_of(name) == file and name != begun]
         left = float(self.options.limit)
         chosen: list[str] = []
-        for name in touching:
-            left -= tests[name].seconds
-            if left < 0 and chosen:
-                break
-            chosen.append(name)
+        for name in order:
+            if tests[name].seconds <= left or not chosen:
+                left -= tests[name].seconds
+                chosen.append(name)
         return chosen
 
     def _try(self, items: Sequence[Any], mutant: Mutant, seconds: int, folder: Path) -> int:
@@ -214,7 +208,8 @@ class Plan:
                     os.killpg(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
                 killer = (folder / "killer").read_text() if (folder / "killer").exists() else ""
-                self.kills[killer] += 1
+                if killer:
+                    self.memory.killed(mutant.function, killer)
                 code = os.waitstatus_to_exitcode(status)
                 late |= code in (-signal.SIGXCPU, -signal.SIGKILL)
                 dead = late or code != SURVIVED
@@ -227,7 +222,8 @@ class Plan:
 def work(options: Options) -> None:
     result = begin(options, torch.device("cpu"))
     excepted = _excepted(options.equivalent)
-    found = [mutant for file in options.files for mutant in _mutants_in(file)]
+    modules = {_module_of(file): str(file) for file in options.files}
+    found = [one for name, file in modules.items() for one in mutants_of(Path(file), name)]
     found.sort(key=lambda mutant: mutant.rank(options.seed))
     chosen = [mutant for mutant in found if mutant.name not in excepted][: options.count]
     before = result.get("mutants", {}) if options.resume else {}
@@ -241,32 +237,33 @@ def work(options: Options) -> None:
             print(f"survived: line {mutant.line}: {mutant.name}{why}", flush=True)
         write(options.out, {**result, "mutants": mutants})
 
-    _run(options, [mutant for mutant in chosen if mutant.name not in mutants], report)
+    left = [mutant for mutant in chosen if mutant.name not in mutants]
+    if left:
+        _run(options, Plan(options, modules, left, report))
     dead = sum(one["dead"] for one in mutants.values())
     print(f"{dead} of {len(mutants)} faults found, {dead / max(1, len(mutants)):.1%}")
 
 
-def _run(options: Options, mutants: Sequence[Mutant], report: Any) -> None:
+def _run(options: Options, plan: Plan) -> None:
     import pytest
     from hypothesis import settings
 
     settings.register_profile("mutate", database=None, deadline=None, derandomize=True)
     settings.load_profile("mutate")
-    plan = Plan(options, mutants, report)
     off = [f"-pno:{plugin}" for plugin in ("cacheprovider", "xdist", "faulthandler")]
     pytest.main(["-q", "-Wignore", *off, *map(str, options.tests)], plugins=[plan])
     if plan.fault:
         raise plan.fault
 
 
-def _mutants_in(file: Path) -> Iterator[Mutant]:
-    """Those of a file."""
+def _module_of(file: Path) -> str:
+    """What a file is imported as."""
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"files={file}: is no file of Python; name one below the current folder")
     parts = file.with_suffix("").parts
     if Path("specdec", file).exists():  # by the link it is imported through
         parts = ("specdec", *parts)
-    yield from mutants_of(file, ".".join(parts))
+    return ".".join(parts)
 
 
 def _import(module: str, file: str) -> None:

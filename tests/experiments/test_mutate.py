@@ -74,6 +74,19 @@ def test_halvings():
 def test_that_fails():
     assert not Shelf(5).full
 """
+CONFTEST = """
+import gc
+import os
+
+os.environ["SHELF"] = "0"
+
+def pytest_collection_finish():
+    gc.freeze()  # which hides functions from who looks for them
+
+def pytest_runtest_setup(item):
+    with open("ran", "a") as file:
+        print(item.name, file=file)
+"""
 
 
 @pytest.mark.slow
@@ -82,7 +95,7 @@ def test_survivors_are_named(
 ) -> None:
     (tmp_path / "shelf.py").write_text(CODE)
     (tmp_path / "test_shelf.py").write_text(TESTS)
-    (tmp_path / "conftest.py").write_text('import os\nos.environ["SHELF"] = "0"\n')
+    (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
     monkeypatch.setenv("SHELF", "7")  # until the tests' own conftest says otherwise
     monkeypatch.chdir(tmp_path)
@@ -108,6 +121,17 @@ def test_survivors_are_named(
     dead = len(found) - len(alive)
     assert f"{dead} of {len(found)} faults found" in printed
 
+    survivor = "shelf.py untested: `return a` returns at once"
+    (tmp_path / "same.json").write_text(json.dumps(dict.fromkeys(alive - {survivor}, "why")))
+    ran = tmp_path / "ran"
+    ran.unlink()
+    assert main((*words, "resume=true")) == 0
+    assert not ran.exists()  # all is known of the tests, and none executes the fault that is left
+    printed, _ = capfd.readouterr()
+    assert f"{dead} of {dead + 1} faults found" in printed
+    (tmp_path / "test_shelf.py").write_text(TESTS + "# other than it was\n")
+    assert main((*words, "resume=true")) == 0
+    assert len(ran.read_text().split()) == 4
     (tmp_path / "same.json").write_text(json.dumps(dict.fromkeys(alive, "why")))
     assert main((*words, "resume=true")) == 0
     printed, _ = capfd.readouterr()
