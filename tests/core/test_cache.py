@@ -236,14 +236,16 @@ def test_scratch_grows_in_both_directions_and_keeps_its_content() -> None:
 
 @pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
 def test_append_drops_what_has_no_place(kernels: ModuleType) -> None:
-    """The end of a row that is full, and all of the idle row."""
+    """The end of a row that is full, and all of the idle row and of one that is closed."""
     cache = new_cache(kernels=kernels)
+    cache.open(2, tokens=6)
     cache.open(1, tokens=6)
+    cache.close(2)
     room = cache.allocated(1)
     cache.scratch(3, room + 2)
     keys, pages = cache.tree_keys.normal_(), cache.keys.clone()
     device = cache.keys.device
-    rows = torch.tensor([cache.idle_row, 1, cache.idle_row], device=device)
+    rows = torch.tensor([cache.idle_row, 1, 2], device=device)
     path = torch.arange(room + 2, device=device).expand(3, -1)
     cache.append(rows, path, torch.full((3,), room + 2, device=device))
     assert cache.lengths.tolist() == [0, room, 0, 0, 0]

@@ -306,11 +306,15 @@ def test_a_part_goes_as_deep_as_it_may(target: PagedLM) -> None:
     assert max(depth for step in steps for depth in step.depths) == 8
 
 
-class Seven(HostDrafter):
-    """Knows of a long match, and how seven tokens go on."""
+class Knowing(HostDrafter):
+    """Knows of a long match, and how so many tokens go on."""
+
+    def __init__(self, count: int = 7) -> None:
+        super().__init__()
+        self.count = count
 
     def propose(self, sequence: Decoding, levels: int) -> Iterable[tuple[Sequence[int], float]]:
-        yield [1, 2, 3, 4, 5, 6, 7][:levels], 1.0
+        yield [*range(1, self.count + 1)][:levels], 1.0
 
     def match_length(self, sequence: Decoding) -> int:
         return 9
@@ -320,7 +324,7 @@ class Seven(HostDrafter):
 @pytest.mark.parametrize("mode", ["union", "cascade", "bandit"])
 def test_all_levels_that_were_found_are_drafted(mode: str, budget: int) -> None:
     """Also where the nodes found just fill a tree of one of the known sizes."""
-    parts = {"seven": Seven(), "ngram": NGram()}
+    parts = {"seven": Knowing(7), "ngram": NGram()}
     costs = [1.0, 1e9] if mode == "bandit" else None
     drafter = spied(Compose, parts=parts, mode=mode, costs=costs)
     run(drafter, [[11, 12]], Chain(budget=budget), new=12)
@@ -330,11 +334,23 @@ def test_all_levels_that_were_found_are_drafted(mode: str, budget: int) -> None:
         assert all(path[1:] == [1, 2, 3, 4, 5, 6, 7] for path in paths)
 
 
-@pytest.mark.parametrize("budget", [7, 40])
-def test_trees_have_few_nodes_where_little_was_found(budget: int) -> None:
-    """Eight with the root, which is also the largest tree of seven and a known size; also where
-    nobody looks at what the device has found."""
-    drafter = Compose(parts={"seven": Seven(), "ngram": NGram()}, mode="cascade")
+@pytest.mark.parametrize(
+    ("tree", "known", "nodes"),
+    [
+        (Dynamic(budget=7, depth=8), 7, 8),
+        (Dynamic(budget=40, depth=8), 7, 8),
+        (Dynamic(budget=40, depth=12), 12, 16),
+        (Static(widths=[2, 2, 2], children="sample_with_replacement"), 3, 15),
+    ],
+    ids=["a small budget", "few", "more", "drawn with replacement"],
+)
+def test_trees_have_few_nodes_where_little_was_found(
+    tree: TreePolicy, known: int, nodes: int
+) -> None:
+    """Eight with the root for seven, which is also the largest tree of seven and a known size;
+    also where nobody looks at what the device has found. Of what is drawn with replacement there
+    may be more."""
+    drafter = Compose(parts={"known": Knowing(known), "ngram": NGram()}, mode="cascade")
     sizes, draft = [], drafter.draft
 
     def noted(context: StepContext) -> TokenTree:
@@ -343,8 +359,8 @@ def test_trees_have_few_nodes_where_little_was_found(budget: int) -> None:
         return tree
 
     drafter.draft = noted  # type: ignore[method-assign]
-    run(drafter, [[11, 12]], Dynamic(budget=budget, depth=8), new=12)
-    assert set(sizes) == {8}
+    run(drafter, [[11, 12]], tree, new=12)
+    assert set(sizes) == {nodes}
 
 
 def test_a_bandit_of_parts_that_have_found_nothing_drafts_nothing() -> None:
