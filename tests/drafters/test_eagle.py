@@ -22,6 +22,7 @@ from specdec.request import CacheSettings
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.synthetic import Synthetic
 from tests.decoding import decoder_of, loaded, outputs_of, requests_of
+from tests.drafters.told import decoded, told
 from tests.heads.made import eagle3
 from tests.models.tiny import texts, tiny
 
@@ -63,8 +64,11 @@ def plain(target: PagedLM, prompts: list[list[int]]) -> list[list[int]]:
 def test_outputs_are_those_of_plain_decoding(
     target: PagedLM, head: str, prompts: list[list[int]], plain: Any, tree: str, rows: int
 ) -> None:
-    decoder = decoder_of(target, Eagle3(path=head), TREES[tree], rows=rows)
-    assert outputs_of(decoder, prompts, NEW) == plain
+    texts = [prompt + new for prompt, new in zip(prompts, plain, strict=True)]
+    decoder = decoder_of(target, told(Eagle3(path=head), texts), TREES[tree], rows=rows)
+    outputs, most = decoded(decoder, prompts, NEW)
+    assert outputs == plain
+    assert most > 2
     decoder.drafter.model.cache.check()
     assert decoder.drafter.model.cache.free_pages == decoder.drafter.model.cache.pages
 

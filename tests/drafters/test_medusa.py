@@ -24,6 +24,7 @@ from specdec.protocols import Drafter, TreePolicy
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from specdec.verifier.synthetic import Synthetic
 from tests.decoding import decoder_of, loaded, outputs_of, requests_of
+from tests.drafters.told import decoded, told
 from tests.heads import made
 from tests.models.tiny import texts, tiny
 
@@ -86,8 +87,11 @@ def plain(target: PagedLM, prompts: list[list[int]]) -> list[list[int]]:
 def test_outputs_are_those_of_plain_decoding(
     target: PagedLM, heads: MedusaHeads, prompts: Any, plain: Any, tree: str, rows: int
 ) -> None:
-    decoder = decoder_of(target, Handmade(heads), TREES[tree], rows=rows, share=False)
-    assert outputs_of(decoder, prompts, NEW) == plain
+    texts = [prompt + new for prompt, new in zip(prompts, plain, strict=True)]
+    decoder = decoder_of(target, told(Handmade(heads), texts), TREES[tree], rows=rows, share=False)
+    outputs, most = decoded(decoder, prompts, NEW)
+    assert outputs == plain
+    assert most > 2
 
 
 @pytest.mark.parametrize("tree", [Chain(budget=0), Dynamic(budget=2)], ids=["none", "small"])
