@@ -182,7 +182,7 @@ class Living:
         modules: imported ones, whose functions these are.
 
     Raises:
-        RuntimeError: none of a module is found, so that no fault of it could be planted.
+        RuntimeError: none is found, so that no fault could be planted.
     """
 
     def __init__(self, modules: Iterable[str]) -> None:
@@ -197,9 +197,8 @@ class Living:
             elif type(thing) is _lru_cache_wrapper and thing.__module__.startswith("specdec"):
                 self._caches.append(thing)
         gc.freeze()  # processes that are forked share what none of them touches
-        missing = set(files.values()) - {module for module, _ in self._functions}
-        if missing:
-            raise RuntimeError(f"{', '.join(sorted(missing))}: no function found")
+        if not self._functions:
+            raise RuntimeError(f"no function found of {', '.join(files.values())}")
 
     def plant(self, module: str, codes: Mapping[Place, CodeType]) -> None:
         """From now on functions of the module have other code, and what was kept of earlier calls

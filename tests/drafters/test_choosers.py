@@ -127,3 +127,38 @@ def test_a_bandit_forgets_a_prompt_with_its_end(reset: Any, known: list[bool]) -
     assert [bool(chooser._bandits.of(one).arms) for one in both] == known
     chooser.forget()
     assert not any(chooser._bandits.of(one).arms for one in both)
+
+
+@pytest.mark.parametrize("costs", [None, [1.0, 2.0]])
+@pytest.mark.parametrize(
+    ("alone", "joined", "stepped", "learns"),
+    [
+        (True, False, True, True),
+        (True, True, True, False),
+        (False, False, True, False),
+        (True, False, False, False),
+    ],
+    ids=["a plain step", "a prompt was read", "another part drafted too", "no step"],
+)
+def test_a_bandit_learns_from_times_that_are_of_one_part_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    costs: list[float] | None,
+    alone: bool,
+    joined: bool,
+    stepped: bool,
+    learns: bool,
+) -> None:
+    """If costs are given the time is of no matter."""
+    learnt: list[Any] = []
+    monkeypatch.setattr(Bandit, "learn", lambda self, *what: learnt.append(what))
+    chooser, one, other = Pulls(2, costs, "never"), sequence(), sequence()
+    chooser.begin([one])
+    (part,) = chooser.choose(one, lambda number: 3.0)
+    chooser.chosen(alone)
+    if stepped:
+        one.steps, one.accepted_lengths = 1, [3]
+    chooser.begin([one, other] if joined else [one])
+    assert bool(learnt) == (stepped if costs else learns)
+    for (pulled, _), tokens, cost in learnt:
+        assert (pulled, tokens) == (part, 3)
+        assert cost == costs[part] if costs else 0 < cost < 10

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from specdec.drafters.bandit import Bandit
 from specdec.drafters.choosers import TRUSTED_HALF, Pulls
 from specdec.drafters.compose import Compose
 from specdec.drafters.early_exit import EarlyExit
@@ -401,41 +400,6 @@ def test_parts_that_have_taken_a_sequence_are_told_that_another_has_not() -> Non
         "b": [1, 2],
         "c": [],
     }
-
-
-@pytest.mark.parametrize("costs", [None, [1.0, 2.0]])
-@pytest.mark.parametrize(
-    ("alone", "joined", "stepped", "learns"),
-    [
-        (True, False, True, True),
-        (True, True, True, False),
-        (False, False, True, False),
-        (True, False, False, False),
-    ],
-    ids=["a plain step", "a prompt was read", "another part drafted too", "no step"],
-)
-def test_a_bandit_learns_from_times_that_are_of_one_part_alone(
-    monkeypatch: pytest.MonkeyPatch,
-    costs: list[float] | None,
-    alone: bool,
-    joined: bool,
-    stepped: bool,
-    learns: bool,
-) -> None:
-    """If costs are given the time is of no matter."""
-    learnt: list[Any] = []
-    monkeypatch.setattr(Bandit, "learn", lambda self, *what: learnt.append(what))
-    chooser, sequence, other = Pulls(2, costs, "never"), _sequence(), _sequence()
-    chooser.begin([sequence])
-    (part,) = chooser.choose(sequence, lambda number: 3.0)
-    chooser.chosen(alone)
-    if stepped:
-        sequence.steps, sequence.accepted_lengths = 1, [3]
-    chooser.begin([sequence, other] if joined else [sequence])
-    assert bool(learnt) == (stepped if costs else learns)
-    for (pulled, _), tokens, cost in learnt:
-        assert (pulled, tokens) == (part, 3)
-        assert cost == costs[part] if costs else 0 < cost < 10
 
 
 @pytest.mark.some(1)
