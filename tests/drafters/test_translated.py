@@ -39,7 +39,7 @@ from tests.drafters.retokenized import (
 )
 from tests.tiny import tiny_llama
 
-NEW = 16
+NEW = 12
 
 TEXTS = [
     'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',

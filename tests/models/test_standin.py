@@ -57,7 +57,7 @@ TEXTS = (
     "It was a dark night, and the old captain",
     "The configuration file has the following options:\n\n- ",
 )
-NEW = 24
+NEW = 12
 
 
 def tokens_of(texts: tuple[str, ...] = TEXTS) -> list[list[int]]:

@@ -23,10 +23,9 @@ from specdec.training.methods.small_llama import SmallLlama
 from specdec.training.teacher import Teacher, plain
 from specdec.training.trainee import Surroundings
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 METHODS: dict[str, Any] = {
     "eagle3": lambda: Eagle3(steps=3, draft_vocab=4096),
     "eagle": lambda: Eagle(loss="eagle1", steps=2),
