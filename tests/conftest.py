@@ -67,6 +67,16 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def little_warming_up() -> Iterator[None]:
+    """Runs warm up with one token: there is nothing here that is compiled."""
+    from specdec.lab import lane
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lane, "WARM_UP_TOKENS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def load_once() -> Iterator[None]:
     """Model folders are read once; reading them anew for each case would take most of the
@@ -90,14 +100,13 @@ def load_once() -> Iterator[None]:
 def specdec(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process: (exit code, stdout, stderr). It warms up with one token:
-    there is nothing here that is compiled. Anchors, by which a sweep knows its pace, are short."""
+    """Run the command in this process: (exit code, stdout, stderr). Anchors, by which a sweep
+    knows its pace, are short."""
     from hydra._internal.hydra import Hydra
 
     from specdec import run as command
-    from specdec.lab import baselines, lane
+    from specdec.lab import baselines
 
-    monkeypatch.setattr(lane, "WARM_UP_TOKENS", 1)
     monkeypatch.setattr(baselines, "PROMPTS", 1)
     monkeypatch.setattr(baselines, "TOKENS", 2)
     # Hydra composes all settings once more beforehand, for a `hydra.mode` that nobody sets.

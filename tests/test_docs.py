@@ -18,7 +18,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
 from specdec import run as runner
-from specdec.lab import lane
 from specdec.lab.build import method_of
 from specdec.lab.command import parse
 from specdec.lab.energy import EnergyLine, energy_of
@@ -265,13 +264,11 @@ def listed(title: str) -> dict[str, str]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Folders of runs that leave all there is between them."""
     folders = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lane, "WARM_UP_TOKENS", 1)
-        for name, words in RUNS.items():
-            folders.append(tmp_path_factory.mktemp(name))
-            words += f" target.path={SMALL} prompts.limit=2 max_new_tokens=8 device=cpu"
-            settings = settings_of(f"{words} tracker=none out={folders[-1]}")
-            runner.run(settings, folders[-1], Console(file=io.StringIO()))
+    for name, words in RUNS.items():
+        folders.append(tmp_path_factory.mktemp(name))
+        words += f" target.path={SMALL} prompts.limit=2 max_new_tokens=8 device=cpu"
+        settings = settings_of(f"{words} tracker=none out={folders[-1]}")
+        runner.run(settings, folders[-1], Console(file=io.StringIO()))
     return folders
 
 

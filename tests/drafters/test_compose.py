@@ -38,7 +38,7 @@ REPEATING = "".join(f"def add_{i}(a, b):\n    return a + b\n\n\n" for i in range
 
 TEXTS = (REPEATING + "def add_", "It was a dark night, and the old captain stood at the")
 
-NEW = 20
+NEW = 32
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from tests.heads.blocks import dflash
 from tests.running import ROOT
 
 WORK = "device=cpu dtype=float32 kernels=reference tracker=none ignore_eos=true baseline=false"
-SMALL = f"{WORK} prompts.limit=2 max_new_tokens=24"
+SMALL = f"{WORK} prompts.limit=2 max_new_tokens=16"
 QUIET = partial(Console, quiet=True)
 
 
