@@ -19,6 +19,7 @@ number of steps; in a median step the draft, the pass of the target and the rest
 share of the run's seconds by which replay has more, so that one above 0 makes replay slower.
 """
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -164,6 +165,8 @@ class Runs:
 
 
 def work(options: Options) -> None:
+    if not options.budgets:
+        raise ValueError("budgets=[]: must be one number at least")
     record = record_of(options)
     runs = runs_of(options)
     result = begin(options, runs.shop.target.device)
@@ -175,9 +178,9 @@ def work(options: Options) -> None:
         command.work(given)
     result["run"] = []
     write(options.out, result)
-    found: list[dict[str, Any]] = []
+    told, found = Foretelling(record), list[dict[str, Any]]()
     for one in track(wanted(options.run, record), description="run"):
-        found.append(compared(one, record, runs))
+        found.append(compared(one, told, runs))
         result["run"] = corrected(found)
         write(options.out, result)
     if options.page is not None:
@@ -193,7 +196,10 @@ def record_of(options: Options) -> Record:
         f"batch_size={max(8, options.batch)} resume=auto kernels.graphs=false"
     )
     settings = settings_of(f"{words} {word('out', str(options.record))}")
-    record = make(settings, options.record, Console())
+    try:
+        record = make(settings, options.record, Console())
+    except ValueError as error:  # where the record is, is another option here
+        raise ValueError(re.sub("^out=", "record=", str(error))) from error
     forget_models()  # which may be large
     return record
 
@@ -255,7 +261,29 @@ def wanted(which: str, record: Record) -> list[Configuration]:
     return [one for one in known if tuple(one.labels.values()) in SIX]
 
 
-def compared(one: Configuration, record: Record, runs: Runs) -> dict[str, Any]:
+class Foretelling:
+    """Replays of a record, one after the other, which have much in common."""
+
+    def __init__(self, record: Record) -> None:
+        self.record, self._replayer = record, replayer_of(record)
+        self._walker = command.Walker(record, "small_llama", record.settings)
+
+    def sums(
+        self, one: Configuration, prompts: Sequence[Prompt]
+    ) -> tuple[list[float], list[float]]:
+        """Tokens and expected steps of the texts of each prompt."""
+        replayer = self._replayer
+        if one.shape is not None:
+            outcome = replayer.replay(one)
+        else:
+            outcome = self._walker.replay(one, replayer)
+        places = {tuple(prompt.tokens): i for i, prompt in enumerate(prompts)}
+        index = np.array([places[tuple(text)] for text in self.record.prompts])
+        tokens = np.bincount(index, replayer.count.astype(float)).tolist()
+        return tokens, np.bincount(index, outcome.steps).tolist()
+
+
+def compared(one: Configuration, told: Foretelling, runs: Runs) -> dict[str, Any]:
     """What a run of a configuration says, and its replay, prompt by prompt."""
     timed = runs.batch == 1 and one.shape is not None
     method, tables = runs.method(one), list[CostTable]()
@@ -264,13 +292,7 @@ def compared(one: Configuration, record: Record, runs: Runs) -> dict[str, Any]:
     else:
         done = [runs.run(method, runs.samples, warm=False)]
     steps = np.reshape([d.passes for d in done], (runs.samples, -1)).sum(0)
-    replayer = replayer_of(record)
-    walker = command.Walker(record, "small_llama", record.settings)
-    outcome = replayer.replay(one) if one.shape is not None else walker.replay(one, replayer)
-    places = {tuple(prompt.tokens): i for i, prompt in enumerate(runs.prompts)}
-    index = np.array([places[tuple(text)] for text in record.prompts])
-    told_tokens = np.bincount(index, replayer.count.astype(float)).tolist()
-    told_steps = np.bincount(index, outcome.steps).tolist()
+    told_tokens, told_steps = told.sums(one, runs.prompts)
     tokens = [float(runs.tokens * runs.samples)] * len(runs.prompts)
     apart = product([tokens, told_steps], [steps.tolist(), told_tokens])
     found = {
@@ -282,7 +304,7 @@ def compared(one: Configuration, record: Record, runs: Runs) -> dict[str, Any]:
         "prompts": apart.singles,
         "seconds": sum(d.seconds for d in done),
     }
-    return {**found, "speed": speed(one, done, record, tables)} if timed else found
+    return {**found, "speed": speed(one, done, told.record, tables)} if timed else found
 
 
 def speed(
