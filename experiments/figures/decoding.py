@@ -1,6 +1,14 @@
 """Tables of speed on a CPU, and of what a pass over a tree costs."""
 
-from specdec.experiments.figures.markdown import Result, device, interval, number, piece, source
+from specdec.experiments.figures.markdown import (
+    Result,
+    device,
+    interval,
+    number,
+    piece,
+    source,
+    weights_of,
+)
 
 
 def cpu_speed(result: Result) -> str:
@@ -33,11 +41,10 @@ def calibrate(result: Result, name: str = "calibrate") -> str:
     verify = result["verify"]
     context = min(verify["context"], key=lambda tokens: abs(tokens - 1024))
     place = verify["context"].index(context)
-    small = ", weights in fp8," if result["settings"].get("quantize") == "fp8" else ""
     about = (
-        f"A pass of `{result['settings']['target']}`{small} over trees at a context of {context}, "
-        f"on one {device(result)}: milliseconds, and in parentheses multiples of a plain step "
-        f"({source(result, name)}):"
+        f"A pass of `{result['settings']['target']}`{weights_of(result)} over trees at a context "
+        f"of {context}, on one {device(result)}: milliseconds, and in parentheses multiples of a "
+        f"plain step ({source(result, name)}):"
     )
     rows = []
     for batch, by_nodes in zip(verify["batch"], verify["seconds"], strict=True):

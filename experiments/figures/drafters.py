@@ -3,7 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from specdec.experiments.figures.markdown import Result, device, interval, piece, source, table
+from specdec.experiments.figures.markdown import (
+    Result,
+    device,
+    interval,
+    number,
+    piece,
+    source,
+    table,
+    weights_of,
+)
 from specdec.lab.metrics import groups_of, summary
 from specdec.lab.statistics import ratio
 from specdec.models.standin import SHAPES
@@ -76,12 +85,12 @@ def drafter_lengths(result: Result) -> str:
 
 def drafter_speed(*results: Result, files: Sequence[str] = ("drafter_speed",)) -> str:
     """The table of `drafters.py --grid speed`: the fastest tree of each drafter. Several results
-    are of other batches; `files` hold them."""
+    are of other batches or weights; `files` hold them."""
     first = results[0]
     settings, groups = first["settings"], groups_of(first)
     if min(map(len, groups.values())) < 2:
         groups = {}  # a column of one prompt says little
-    batches = " and ".join(str(one["settings"]["batch"]) for one in results)
+    batches = " and ".join(dict.fromkeys(str(one["settings"]["batch"]) for one in results))
     used = {entry["drafter"] for part in first["parts"].values() for entry in part.values()}
     other = ""
     if "translated" in used:
@@ -102,7 +111,7 @@ def drafter_speed(*results: Result, files: Sequence[str] = ("drafter_speed",)) -
     ]
     several = len(results) > 1
     rows = [
-        [str(one["settings"]["batch"]), *row] if several else row
+        [f"{one['settings']['batch']}{weights_of(one)}", *row] if several else row
         for one in results
         for row in _speeds(one, groups)
     ]
@@ -126,11 +135,13 @@ def drafter_wide(*results: Result, files: Sequence[str] = ("drafter_wide",)) -> 
         }
         - {0}
     )
+    counts = (sum(map(len, groups_of(one).values())) for one in results)
+    prompts = " or ".join(dict.fromkeys(map(str, counts)))
     about = (
         f"`{settings['target']}` in {settings['dtype']} on one {device(first)}, "
-        f"{settings['tokens']} new tokens for each of {sum(map(len, groups_of(first).values()))} "
-        f"prompts; models of `{settings['draft']}`. Tokens per second and accepted length of the "
-        f"fastest tree of each budget, the first a chain; then the fastest of all over `none`, "
+        f"{settings['tokens']} new tokens for each of {prompts} prompts; models of "
+        f"`{settings['draft']}`. Tokens per second and accepted length of the fastest tree of "
+        f"each budget, the first a chain; then the fastest of all over `none`, "
         f"and over the drafter's own chain, in the same turns, with 95 % jackknife intervals over "
         f"prompts ({'; '.join(map(source, results, files))}):"
     )
@@ -163,6 +174,25 @@ def _gain(side: dict[str, Any], entry: dict[str, Any], every: Sequence[str]) -> 
     """How much faster an entry is than another, over the same prompts."""
     seconds = [[one["prompts"][name]["seconds"] for name in every] for one in (side, entry)]
     return interval(*ratio(*seconds).around)
+
+
+def levels(result: Result, file: str = "levels") -> str:
+    """How long chains of drafts take, from `bench.run anatomy`: milliseconds, and over what the
+    first drafter takes for as many levels."""
+    first = next(iter(result["cases"])).partition(" ")[0]
+    drafts = {
+        name.partition(",")[0]: case["verbs_ms"]["draft"] for name, case in result["cases"].items()
+    }
+    rows = []
+    for name, ms in drafts.items():
+        drafter, _, chain = name.partition(" ")
+        over = ms / drafts[f"{first} {chain}"]
+        rows.append([f"`{drafter}`", chain.removeprefix("chain:"), number(ms), number(over)])
+    about = (
+        f"Milliseconds of drafting a chain for `{result['settings']['target']}` on one "
+        f"{device(result)} ({source(result, file)}):"
+    )
+    return piece(about, ["drafter", "levels", "ms", f"over `{first}`"], rows)
 
 
 def drafter_texts(*results: Result, files: Sequence[str] = ("exact_texts",)) -> str:

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from specdec.compare.canvas import COLOURS, by_powers_of_two, canvas, save
-from specdec.experiments.figures.markdown import Result, device, number, piece, source
+from specdec.experiments.figures.markdown import (
+    Result,
+    device,
+    number,
+    piece,
+    source,
+    weights_of,
+)
 
 PEERS = {
     "ours, no split": "ours, not split",
@@ -221,16 +228,17 @@ def anatomy(result: Result) -> str:
     return piece(about, ["step", "all", *names, "idle"], rows)
 
 
-def long(result: Result) -> str:
+def long(result: Result, file: str = "long") -> str:
     """Passes by part, the loop with drafts over a part of the cache and without, and a prompt that
     is read beside rows that decode."""
     settings, cases = result["settings"], result["cases"]
+    pages = settings["dtype"] if settings["kv"] == "auto" else settings["kv"]
     about = (
-        f"`{settings['target']}`, {settings['batch']} sequences of {settings['context']} tokens, "
-        f"pages of type {settings['kv']}, quantised weights: {settings.get('quantize', 'none')}, "
+        f"`{settings['target']}`{weights_of(result)}, {settings['batch']} sequences of "
+        f"{settings['context']} tokens, pages of type {pages}, "
         f"on one {device(result)}: milliseconds of a pass or a step, with drafts that are "
         f"accepted at a rate of {settings['rate']}; of `beside` a mean step while a prompt is "
-        f"read, over one without ({source(result, 'long')}):"
+        f"read, over one without ({source(result, file)}):"
     )
     parts = {name: _pieces(case) for name, case in cases.items() if "kernels" in case}
     names = list(dict.fromkeys(name for part in parts.values() for name in part))

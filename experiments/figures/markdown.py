@@ -37,6 +37,12 @@ def device(result: Result) -> str:
     return name
 
 
+def weights_of(result: Result) -> str:
+    """Of the target, behind its name, if they are not those of its files."""
+    quantize = result["settings"].get("quantize", "none")
+    return "" if quantize == "none" else f" with weights in {quantize}"
+
+
 def source(result: Result, file: str) -> str:
     """The command of a result, the commit it ran at, and a link from `docs/results`."""
     commit = (result.get("git") or {}).get("commit")

@@ -19,6 +19,8 @@ from specdec.experiments.figures.drafters import (
     drafter_lengths,
     drafter_speed,
     drafter_texts,
+    drafter_wide,
+    levels,
     lookup_speed,
 )
 from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
@@ -27,11 +29,15 @@ from specdec.experiments.figures.learned import learned, learned_summary
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
 from specdec.experiments.figures.quantised import quantised
 from specdec.experiments.figures.replay import runs_table
+from specdec.experiments.figures.scale import ranks
 from specdec.experiments.figures.trees_and_rules_plot import tree_lengths, tree_speed
 from specdec.lab.command import run_main
 
 ROOT = Path(specdec.__file__).parents[1]  # of a checkout, which has the results
 RESULTS = ROOT / "experiments" / "results"
+FP8_PASSES = "bf16", "fp8", "70b"
+FP8_SPEEDS = "weights_speed_none", "weights_speed_fp8"
+WIDE = "drafter_wide", "drafter_wide_sampled"
 GENERATED = "Generated from the JSON files by `python -m specdec.experiments.figures.pages`."
 
 
@@ -59,11 +65,15 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         "Accepted lengths and speed of every drafter, and what a look-up of `retriever` takes. "
         "`early_exit anew` verifies the trees of `early_exit` from the first layer: what going on "
         "is worth. `rest` needs a datastore that resembles what is asked for; this one is small "
-        "and holds library code.",
+        "and holds library code. The head of `dspark` in the table of wide trees has seen 172 M "
+        "tokens, and its rates of learning had not yet fallen; those of `dflash` and `peagle` are "
+        "the ones of 40 M below.",
         [
             ("drafter_lengths", drafter_lengths, {}),
             ("drafter_speed", drafter_speed, {}),
             ("learned_speed", lambda _: of_batches("learned_speed"), {}),
+            ("drafter_wide", lambda _: several(drafter_wide, *WIDE), {}),
+            ("levels", levels, {}),
             ("learned", learned, {}),
             ("learned_cpu", partial(learned, file="learned_cpu"), {}),
             ("lookup_speed", lookup_speed, {}),
@@ -112,12 +122,22 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
     "quantised": (
         "Quantised targets and caches",
         "Whether acceptance moves when weights or pages are quantised, beside how far "
-        "probabilities move; and what weights in fp8 are worth, with the tiles that came first.",
+        "probabilities move; and what weights in fp8 are worth.",
         [
             ("quantised", quantised, {}),
-            ("pass_bf16", partial(calibrate, name="pass_bf16"), {}),
-            ("pass_fp8", partial(calibrate, name="pass_fp8"), {}),
+            *((f"pass_{of}", partial(calibrate, name=f"pass_{of}"), {}) for of in FP8_PASSES),
+            ("weights_speed_fp8", lambda _: several(drafter_speed, *FP8_SPEEDS), {}),
             ("products_fp8", partial(kernels.products, name="products_fp8"), {}),
+        ],
+    ),
+    "scale": (
+        "Past one GPU and past 8k tokens",
+        "What GPUs gain that share a target, and what long contexts cost: passes by part, drafts "
+        "of `own_cache` accepted at a stated rate, and a prompt that is read beside other rows.",
+        [
+            ("ranks", ranks, {}),
+            ("long_32k", partial(kernels.long, file="long_32k"), {}),
+            ("long_128k", partial(kernels.long, file="long_128k"), {}),
         ],
     ),
     "kernels": (
@@ -145,6 +165,11 @@ def of_batches(name: str, show: Callable[..., str] = drafter_speed) -> str:
     """A table of drafters, of every batch that has a file of this name."""
     files = [path.stem for path in RESULTS.glob(f"{name}*.json")]
     files.sort(key=lambda file: int(read(file)["settings"]["batch"]))
+    return several(show, *files)
+
+
+def several(show: Callable[..., str], *files: str) -> str:
+    """A table of several files."""
     return show(*map(read, files), files=files)
 
 
