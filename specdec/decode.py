@@ -233,12 +233,8 @@ class Decoder:
         self._stopwatch.lap("prefill")
 
     def _start(self, sequences: list[Decoding]) -> Intake:
-        return self.verifier.start(
-            sequences,
-            self._start_draft,
-            partial(self._read_prompt, sequences),
-            self._prefill_draft,
-        )
+        read = partial(self._read_prompt, sequences)
+        return self.verifier.start(sequences, self._start_draft, read, self._prefill_draft)
 
     def _start_draft(self, sequences: list[Decoding]) -> Sequence[Decoding]:
         with self._blame(sequences):

@@ -1,5 +1,4 @@
-"""The plug points: Drafter, TreePolicy, AcceptanceRule, and the Verifier they meet. Each contract
-is in its docstring.
+"""The plug points: Drafter, TreePolicy, AcceptanceRule, and the Verifier they meet.
 
 Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candidates.
 """
@@ -180,8 +179,7 @@ class Drafter:
 
     def prefill(self, sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding] | None:
         """After `start`, beside each pass of the target over their prompts: read so many tokens
-        more of each of them, if it is for itself that it reads prompts. Returned are those that
-        are read whole, or None: all. They may come again, with others that are not."""
+        more of each, if it reads them itself. Returned are those read whole, or None: all."""
 
     def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         """After `start`, if it `observes` prompts: the target has read more of some of them, in
@@ -437,8 +435,7 @@ class Verifier(Protocol):
         """Begin to take these sequences in, in order, as far as there is room.
 
         Args:
-            join: called with those that found room, before their prompts are read; returns those
-                that the drafter takes too.
+            join: called with those that found room; returns those that the drafter takes too.
             read: as `Drafter.read`, called if that is asked for.
             prefill: of the drafter likewise, to be called until it has returned them all.
         """

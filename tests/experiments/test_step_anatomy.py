@@ -69,17 +69,22 @@ def test_every_kernel_of_ours_has_a_group() -> None:
 
 
 def test_cases() -> None:
+    options = anatomy.Options(draft="zoo:draft")
     for case, budget, children in (
         ("none", 0, "top_k"),
         ("chain:4", 4, "sample"),
         ("dynamic:12,3,4", 12, "sample"),
     ):
-        method = method_of(settings_of(anatomy.words_of(case, 1.0, "zoo:draft")))
+        method = method_of(settings_of(anatomy.words_of(case, 1.0, options)))
         assert method.labels["tree"] == ("chain" if case == "none" else case.partition(":")[0])
         assert (method.tree.budget, method.tree.children) == (budget, children)
-    for wrong in ("chain", "chain:", "chain:x", "dynamic:1,2", "star:3"):
+    for wrong in ("chain", "chain:", "chain:x", "dynamic:1,2", "star:3", "head chain:4"):
         with pytest.raises(ValueError, match="cases="):
-            anatomy.words_of(wrong, 0.0, "zoo:draft")
+            anatomy.words_of(wrong, 0.0, options)
+    settings = settings_of(anatomy.words_of("eagle3 chain:4", 0.0, options))
+    assert (settings["drafter"]["path"], settings["tree"]["budget"]) == ("zoo:eagle3", 4)
+    with pytest.raises(ValueError, match="heads="):
+        anatomy.words_of("dspark chain:4", 0.0, options)
 
 
 def test_verbs_of_the_zoo_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
