@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import output_of
 from specdec.models.shards import whole
 
 
@@ -45,7 +46,7 @@ class Host:
             state_size=target.config.hidden_size,
             vocab_size=target.vocab_size,
             embedding=whole(target.model.get_input_embeddings().weight.detach()),
-            output=whole(output.weight.detach()),
+            output=whole(output_of(target.model).detach()),
             output_bias=getattr(output, "bias", None) is not None,
             device=target.device,
             dtype=target.dtype,

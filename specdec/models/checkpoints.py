@@ -30,6 +30,7 @@ from specdec.ranks import ALONE, Ranks
 E4M3 = "F8_E4M3"  # as safetensors calls it
 SCALES = ("weight_scale", "weight_scale_inv")  # both are what values are multiplied by
 UNUSED = ("input_scale", "output_scale", "k_scale", "v_scale", "inv_freq", "activation_scale")
+HEAD = "lm_head"
 GENERAL = ("torchao",)  # what transformers runs and our products do not
 
 
@@ -121,8 +122,9 @@ def read_model(
     name: str,
     quantize: Quantize,
     ranks: Ranks = ALONE,
-) -> Any:
-    """A causal LM whose layers are of the Llama kind, tensor by tensor.
+) -> tuple[Any, list[str]]:
+    """A causal LM whose layers are of the Llama kind, tensor by tensor; and what is to be known of
+    it, a line each.
 
     Args:
         name: setting and value, for messages.
@@ -145,15 +147,17 @@ def read_model(
         for layer in model.base_model.layers:
             for part, child in projections(layer):
                 files.fill_linear(part, child, quantize)
+        tied = config.tie_word_embeddings
+        if not tied and ranks.size == 1:
+            files.fill_linear(model, HEAD, "none")
         files.fill(model)
-    tied = config.tie_word_embeddings
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
     rotary = model.base_model.rotary_emb  # computed, so that it is in no file
     model.base_model.rotary_emb = type(rotary)(config=plain).to(placement.device)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    return model.eval()
+    return model.eval(), files.notes
 
 
 class Checkpoint:
@@ -164,6 +168,9 @@ class Checkpoint:
         name: setting and value, for messages.
         placement: of the model.
         ranks: who shares the model.
+
+    Attributes:
+        notes: what was read otherwise than it is in the files.
     """
 
     def __init__(
@@ -174,6 +181,7 @@ class Checkpoint:
         self._open: dict[Path, Any] = {}
         self.entries: dict[str, Entry] = {}
         self._names: dict[int, str] = {}  # of modules
+        self.notes: list[str] = []
 
     def __enter__(self) -> "Checkpoint":
         for file in weight_files(self.folder):
@@ -191,11 +199,16 @@ class Checkpoint:
         self._names = {id(module): path for path, module in model.named_modules()}
         wanted = {key: list(tensor.shape) for key, tensor in model.named_parameters()}
         if model.config.tie_word_embeddings:
-            wanted.pop("lm_head.weight", None)
+            wanted.pop(f"{HEAD}.weight", None)
         scales = {key: self._scale(key) for key in wanted if key in self.entries}
         taken = {*wanted, *(key for key in scales.values() if key is not None)}
         if model.config.tie_word_embeddings:
-            taken.add("lm_head.weight")
+            taken.add(f"{HEAD}.weight")
+            if self._scale(f"{HEAD}.weight") is not None:
+                raise BrokenFilesError(
+                    f"{self.name}: {HEAD}.weight is in float8, and config.json ties it to the "
+                    f"embedding; set tie_word_embeddings to false there, or take it out"
+                )
         shapes = [
             (key, self.entries[key].shape, shape)
             for key, shape in wanted.items()
@@ -217,9 +230,10 @@ class Checkpoint:
             for layer in model.base_model.layers
             for part, child in projections(layer)
         }
-        needed = 0
+        needed, kept = 0, [f"{HEAD}.weight"] if self.ranks.size == 1 else []
         for key, tensor in model.named_parameters():
-            small = key in layers and (quantize == "fp8" or self._scale(key) is not None)
+            small = quantize == "fp8" and key in layers
+            small |= key in {*layers, *kept} and self._scale(key) is not None
             needed += local(tensor).numel() * (1 if small else self.placement.dtype.itemsize)
         free = free_memory(self.placement.device)
         if needed > free:
@@ -232,7 +246,7 @@ class Checkpoint:
     def fill_linear(self, part: nn.Module, child: str, quantize: Quantize) -> None:
         """Read a linear layer, quantised if it is to be or if it is in the file."""
         linear: Any = getattr(part, child)
-        path = f"{self._names[id(part)]}.{child}"
+        path = f"{self._names[id(part)]}.{child}".removeprefix(".")  # of the model itself
         key = f"{path}.weight"
         stored = self._scale(key) is not None
         if not stored and quantize != "fp8":
@@ -263,8 +277,10 @@ class Checkpoint:
         return found
 
     def _plain(self, key: str) -> Tensor:
-        """In the type of the model; an output head in float8 is dequantised."""
+        """In the type of the model, and of what is in float8 a note."""
         if self._scale(key) is not None:
+            why = "ranks share it" if key == f"{HEAD}.weight" else "rows of it are looked up"
+            self.notes.append(f"{self.name}: {key} is dequantised from float8, for {why}")
             return self._fp8(key).dequantised(self.placement.dtype)
         return self._read(key).to(device=self.placement.device, dtype=self.placement.dtype)
 

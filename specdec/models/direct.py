@@ -86,12 +86,13 @@ class DirectModel:
     ) -> None:
         base = model.base_model
         self.kernels = kernels
-        self.head: Tensor = model.lm_head.weight
+        head = model.lm_head.weight
         self.together: ModuleType | Shared = kernels
         if ranks.size > 1:
-            self.together = Shared(kernels, ranks, len(self.head), self.head.device)
-            self.head = rows_of(self.head, ranks)
+            self.together = Shared(kernels, ranks, len(head), head.device)
+            head = rows_of(head, ranks)
             replicate(base.embed_tokens)
+        self.head: Weight = head
         self.embedding: Tensor = local(base.embed_tokens.weight)
         self.norm: Tensor = base.norm.weight
         self.eps: float = base.norm.variance_epsilon

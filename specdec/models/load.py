@@ -89,8 +89,9 @@ def load_model(
         widening = Widening(small=AutoConfig.from_pretrained(source), shape=shape)
         return PagedLM(large, tokenizer, name=name, kernels=kernels, standin=widening, ranks=ranks)
     where = find_model(path, setting=setting)
-    model, tokenizer, scheme = _load_files(where, placement, name, quantize, ranks)
+    model, tokenizer, scheme, notes = _load_files(where, placement, name, quantize, ranks)
     lm = PagedLM(model, tokenizer, name=name, kernels=kernels, path=path, ranks=ranks)
+    lm.notes += notes
     if scheme is not None and lm.quantised is None:  # dequantised as it was loaded
         lm.quantised = scheme
         lm.notes.append(f"{name}: {slow(model, scheme)}")
@@ -101,9 +102,9 @@ def load_model(
 
 def _load_files(
     where: str, placement: Placement, name: str, quantize: Quantize, ranks: Ranks
-) -> tuple[Any, Any, str | None]:
+) -> tuple[Any, Any, str | None, list[str]]:
     """The model and the tokenizer of a folder or hub id, exactly as the files have them unless
-    they are to be quantised; and what the files are quantised by.
+    they are to be quantised; what the files are quantised by, and what is to be known of them.
 
     Raises:
         ValueError: files that are broken, or are no causal LM that can be run.
@@ -120,13 +121,13 @@ def _load_files(
         if folder is not None and not local:
             check_files(folder, name, complete=False)
         tokenizer = _tokenizer(where, name)
-        scheme = scheme_of(config, name)
+        scheme, notes = scheme_of(config, name), list[str]()
         if quantize == "fp8":
             _check_quantisable(config, scheme, name)
         if known(config) and "fp8" in (quantize, scheme):
             files = Path(where) if local else fetch(where)
             kept: Quantize = "none" if scheme else quantize
-            model = read_model(files, config, placement, name, kept, ranks)
+            model, notes = read_model(files, config, placement, name, kept, ranks)
         else:
             model = _by_transformers(where, config, placement, name, ranks)
         check_finite(model, folder_of(where), name)
@@ -138,7 +139,7 @@ def _load_files(
     except Exception as error:  # of any class: a configuration can hold anything
         first = _reason(error)
         raise ValueError(f"{name}: cannot be loaded as a causal LM: {first}") from error
-    return model, tokenizer, scheme
+    return model, tokenizer, scheme, notes
 
 
 def _config(where: str) -> Any:

@@ -1,5 +1,6 @@
 """Models whose products read weights in float8 e4m3: their layers hold `Fp8Linear` where those of
-transformers hold `nn.Linear`. Embedding, output head and norms stay in the type of the model.
+transformers hold `nn.Linear`. Embedding and norms stay in the type of the model, and so does the
+output head but where a checkpoint has it in float8.
 
 The direct way hands the weights to our own product kernels. `model(...)`, which checks a run, and
 which other architectures go by, dequantises each of them when it comes to it: slow, but of the
@@ -116,6 +117,12 @@ def quantised_bytes(model: Any, quantize: Quantize | None) -> int:
                 weight = local(getattr(part, name).weight)
                 total -= weight.nbytes - weight.numel() - SCALE_BYTES * len(weight)
     return total
+
+
+def output_of(model: Any) -> Tensor:
+    """The matrix [V, H] of a model's output head; of one in float8 a dequantised copy."""
+    weight = model.get_output_embeddings().weight
+    return weight.dequantised(model.dtype) if isinstance(weight, Fp8Weight) else weight
 
 
 def quantisation_of(model: Any) -> str | None:

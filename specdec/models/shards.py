@@ -195,7 +195,7 @@ class Shared:
         added = self.kernels.add_norm(residual, parts, weight, eps, bias, **how)
         return added
 
-    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+    def project(self, x: Tensor, weight: Weight) -> Tensor:
         """As `reference.project`, with a weight whose rows the ranks share: [M, V] on each.
 
         Args:

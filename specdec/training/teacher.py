@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from specdec.heads.taps import usual_taps
 from specdec.models.hook import ATTENTION
+from specdec.models.quantised import output_of
 from specdec.observation import Tap
 
 
@@ -103,6 +104,6 @@ def norm_weight(model: Any) -> Tensor | None:
     norm = final_norm(model)
     if norm is None or "RMS" not in type(norm).__name__:
         return None
-    weight = model.get_output_embeddings().weight
+    weight = output_of(model)
     scale: Tensor = norm(weight.new_ones(1, weight.shape[1]))[0].float()
     return scale

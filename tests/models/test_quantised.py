@@ -1,6 +1,7 @@
 """Weights in float8: the model that is decoded is transformers' own of the dequantised weights,
 however it comes to them; what cannot be read is refused by name."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from specdec.models.fingerprint import fingerprint
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
-from specdec.models.quantised import Fp8Linear, Quantize
+from specdec.models.quantised import Fp8Linear, Quantize, output_of
 from specdec.protocols import Drafter, TreePolicy
 from specdec.training.methods.causal import trained_copy
 from tests.decoding import decoder_of, outputs_of
@@ -107,15 +108,18 @@ def test_logits_are_those_of_dequantised_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stored", ["rows", "blocks"])
-def test_triton_kernels_read_them(stored: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stored", "exact"),
+    [("rows", False), *product(("channel", "finegrained"), (False, True))],
+)
+def test_triton_kernels_read_them(stored: str, exact: bool, tmp_path: Path) -> None:
     model = tiny("llama", tie_word_embeddings=False, **BLOCKED)
     if stored == "rows":
         save(model, tmp_path)
         own = meant_by(model)
     else:
-        own = own_attention(write(model, tmp_path, "finegrained"))
-    kernels, device = Kernels(impl="triton"), torch.device(DEVICE)
+        own = own_attention(write(model, tmp_path, stored, head=True))
+    kernels, device = Kernels(impl="triton", exact=exact), torch.device(DEVICE)
     lm = load(tmp_path, "fp8", kernels=kernels, device=device)
     assert lm._direct is not None
     assert_computes(lm, own.to(device))
@@ -175,14 +179,54 @@ def test_scales_fit_bfloat16_and_weights_are_of_the_file_whatever_the_type(
 )
 def test_fp8_checkpoints_are_read(stored: str, again: Quantize, tmp_path: Path) -> None:
     model = tiny("llama", tie_word_embeddings=False, **BLOCKED)
-    meant = write(model, tmp_path, stored, head=stored == "channel")
+    head = stored in ("channel", "finegrained")
+    meant = write(model, tmp_path, stored, head=head)
     lm = load(tmp_path, again)
     assert lm.quantised == "fp8"
     assert lm._direct is not None
+    assert isinstance(lm._direct.head, Fp8Weight) == head
+    assert torch.equal(output_of(lm.model), meant.lm_head.weight)
     assert lm._direct.layers[0].down.blocked == (STORED[stored][1] == "block")
     assert_computes(lm, own_attention(meant))
     said = "its weights are fp8 already, and stay as its files have them"
     assert lm.notes == [f"target.path={tmp_path}: {said}"] * (again == "fp8")
+
+
+def test_an_output_head_in_float8_is_as_near_as_one_in_bfloat16(tmp_path: Path) -> None:
+    """To float64: of a product with the weights that it stands for, in the type of the model; by
+    the pass that decodes, and by the one that checks a run."""
+    meant = write(
+        tiny("llama", tie_word_embeddings=False, **BLOCKED), tmp_path, "block", head=True
+    )
+    head = meant.lm_head.weight.double()
+    lm = load(tmp_path, dtype=torch.bfloat16)
+    assert lm._direct is not None
+    normal = torch.randn(1, 5, head.shape[1], generator=torch.Generator().manual_seed(0))
+    normal = normal.bfloat16()
+    expected = normal.double() @ head.T
+    rounded_head = normal @ head.bfloat16().T
+    for ours in (lm._direct.logits(normal, "all"), lm.model.lm_head(normal)):
+        assert ours is not None
+        assert error(ours, expected) <= error(rounded_head, expected)
+
+
+def test_an_embedding_in_float8_is_dequantised_and_that_is_said(tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=True, **BLOCKED)
+    meant = write(model, tmp_path, "channel")
+    key = "model.embed_tokens.weight"
+    tensors = load_file(tmp_path / WEIGHTS)
+    values, scales, of = quantised(tensors[key], "row")
+    tensors[key], tensors[f"{key}_scale"] = values, scales
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    meant.model.embed_tokens.weight.data = of.float()
+    lm = load(tmp_path)
+    (note,) = lm.notes
+    assert note.startswith(f"target.path={tmp_path}: {key} is dequantised from float8")
+    assert_computes(lm, own_attention(meant))
+    tensors |= {"lm_head.weight": values.clone(), "lm_head.weight_scale": scales.clone()}
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    message = refusal_of(tmp_path)
+    assert message.startswith("lm_head.weight is in float8, and config.json ties it to the embed")
 
 
 def test_transformers_reads_the_finegrained_file_alike(tmp_path: Path) -> None:
@@ -337,7 +381,7 @@ def test_no_more_than_a_layer_is_ever_in_another_type(kind: str, tmp_path: Path)
     mapped = (tmp_path / WEIGHTS).stat().st_size  # the file, which is no memory of ours
     if kind == "read":
         placement, config = Placement(), model.config
-        most, made = peak_of(
+        most, (made, _) = peak_of(
             lambda: checkpoints.read_model(tmp_path, config, placement, "target", "fp8")
         )
     else:

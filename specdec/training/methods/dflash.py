@@ -13,6 +13,7 @@ from transformers import Qwen3Config
 
 from specdec.heads.block import BlockConfig, BlockHead
 from specdec.heads.export import save_block
+from specdec.models.quantised import output_of
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.blocks import anchors_of, chains_of, drafted, levels_at, parents
@@ -143,7 +144,7 @@ class DFlashTrainee(Drafts):
         target = surroundings.target
         begin(head, target, surroundings.seed)
         embedding: Any = target.model.get_input_embeddings().weight
-        rows: Any = target.model.get_output_embeddings().weight
+        rows = output_of(target.model)
         assert head.mask_embedding is not None
         with torch.no_grad():  # as long as others
             size = embedding.detach().float().std().cpu()

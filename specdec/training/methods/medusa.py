@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from specdec.heads.export import save_medusa
 from specdec.heads.medusa import MedusaConfig, MedusaHeads
+from specdec.models.quantised import output_of
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
@@ -77,7 +78,7 @@ class MedusaTrainee(Drafts):
         self, heads: MedusaHeads, surroundings: Surroundings, *, loss: str, decay: float
     ) -> None:
         model = surroundings.target.model
-        rows = model.get_output_embeddings().weight.detach()
+        rows = output_of(model).detach()
         with torch.no_grad():
             for block in heads.blocks.parameters():
                 block.zero_()

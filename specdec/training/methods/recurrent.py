@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 from specdec.heads.export import save_head
 from specdec.heads.layered import LayeredHead
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import output_of
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
 from specdec.training.teacher import norm_weight
@@ -73,7 +74,7 @@ def begin(head: LayeredHead, target: PagedLM, seed: int) -> None:
         last = name.endswith(("o_proj.weight", "down_proj.weight"))
         std = STD / math.sqrt(2 * len(head.layers)) if last else STD
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    rows = target.model.get_output_embeddings().weight.float().cpu()
+    rows = output_of(target.model).float().cpu()
     head.lm_head.weight.copy_(rows if head.names is None else rows[head.names])
     norm: Any = getattr(head, "norm", None)
     weight = norm_weight(target.model)
