@@ -87,6 +87,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_joined_weights_are_those_of_the_file(tmp_path: Path, case: str) -> None:
     kind, settings = CASES[case]
     meant = tiny(kind, **settings)
+    for name, weight in meant.named_parameters():
+        if case == "llama" and name.endswith(("o_proj.weight", "down_proj.weight")):
+            # Scales are powers of two: of parts they would change small numbers alone.
+            weight.data[:, weight.shape[1] // 2 :] *= 2.0**-14
     if case in STORED:
         meant = write(meant, tmp_path / "model", case, head=case == "channel")
     else:
