@@ -12,10 +12,17 @@ from typing import Any
 
 import torch.distributed as dist
 
+from specdec.models.shards import cuts_unevenly
 from specdec.ranks import Ranks, RanksError, join
 
 PATIENCE = 60.0  # seconds until ranks are taken to hang
 GRACE = 2.0  # seconds until those are ended that outlive rank 0, as a run ends them
+
+
+def tokens(wanted: int) -> int:
+    """So many in a vocabulary, or a few less, of which four ranks can have equal parts, where
+    transformers gives them no others."""
+    return wanted if cuts_unevenly() else wanted // 4 * 4
 
 
 def together(

@@ -22,9 +22,10 @@ NO_PART = (
     "baseline",
     "record",
 )  # of what is decoded, or how
-# Settings of prompts that only say how many; and where they lie. Prompts count one by one.
+# Settings of prompts that only say how many; and where they lie, for prompts count one by one;
+# and how long somebody waits.
 GROWING = ("prompts.limit", "prompts.per_category")
-UNCOUNTED = ("prompts.path", *GROWING)
+UNCOUNTED = ("prompts.path", *GROWING, "target.tp_wait")
 SHARE = "cache.share"  # what it has come to: a drafter may decide it
 METHOD = ("drafter", "tree", "acceptance")  # groups that plain decoding does without
 

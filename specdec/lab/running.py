@@ -85,11 +85,13 @@ def run(
         ValueError: a setting that cannot be used; the message names it.
     """
     settings, out = continued(settings, words, out)
-    if here().size == 1 and (size := target_of(settings).tp) > 1:
+    source = target_of(settings)
+    if here().size == 1 and source.tp > 1:
         checked = check_settings(settings, Console(quiet=True))
         began(checked.place(out, sweep=sweep))
         cpu = checked.placement.device.type == "cpu"
-        task = Task(settings, str(out), list(words), again, sweep, size=size, cpu=cpu)
+        size, wait = source.tp, source.tp_wait
+        task = Task(settings, str(out), list(words), again, sweep, size=size, wait=wait, cpu=cpu)
         return started(task)
     begun = partial(opened, words=words, again=again, sweep=sweep, began=began)
     with begun(settings, out, console) as job:

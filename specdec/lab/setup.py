@@ -1,6 +1,7 @@
 """What a run has beside its method, from its settings: target, tracker, and what belongs to no
 group."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from specdec.lab.tracking import Tracker
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
-from specdec.ranks import ALONE, here
+from specdec.ranks import ALONE, WAIT, here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +44,25 @@ class General:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where the target comes from, what becomes of its weights, and how many GPUs share it.
+    """Where the target comes from, what becomes of its weights, and how many GPUs share it, which
+    wait for each other for so many seconds.
 
     Raises:
-        ValueError: from nowhere, or fewer than one.
+        ValueError: from nowhere, or fewer than one GPU, or no time.
     """
 
     path: str
     quantize: Quantize = "none"
     tp: int = 1
+    tp_wait: float = 2 * WAIT
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("target.path=: must be given")
         if self.tp < 1:
             raise ValueError(f"target.tp={self.tp}: must be at least 1")
+        if not 1.0 <= self.tp_wait < math.inf:
+            raise ValueError(f"target.tp_wait={self.tp_wait:g}: must be at least 1 second")
 
     def load(self, models: Models, setting: str = "target.path") -> PagedLM:
         """The target; messages name it by the setting.

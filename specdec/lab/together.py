@@ -54,6 +54,7 @@ class Task:
 
     Args:
         size: how many ranks there are.
+        wait: seconds after which it ends if they wait for each other.
         cpu: whether they compute there.
     """
 
@@ -63,6 +64,7 @@ class Task:
     again: str
     sweep: bool
     size: int
+    wait: float
     cpu: bool
 
 
@@ -238,7 +240,8 @@ def _join(task: Task) -> Ranks:
         torch.set_num_threads(max(1, torch.get_num_threads() // size))
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    ranks = join(store, rank=rank, size=size, device="cpu" if task.cpu else "cuda")
+    where, wait = "cpu" if task.cpu else "cuda", task.wait / 2  # twice that where none reports
+    ranks = join(store, rank=rank, size=size, device=where, wait=wait)
     threading.Thread(target=_watch, args=(ranks, os.getppid()), daemon=True).start()
     return ranks
 
@@ -297,7 +300,10 @@ def _watch(ranks: Ranks, parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE)
         os._exit(130)
-    reason = f"target.tp={ranks.size}: no step has ended for {2 * ranks.wait:g} s"
+    reason = (
+        f"target.tp={ranks.size}: no step has ended for {2 * ranks.wait:g} s; raise "
+        f"target.tp_wait if one may take longer"
+    )
     with suppress(Exception):
         try:
             ranks.compare()

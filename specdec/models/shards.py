@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -98,6 +99,20 @@ def check_split(config: Any, size: int, name: str) -> None:
         )
     if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
         raise ValueError(f"target.tp={size}: needs transformers 5.17 or newer; {NEEDED[1]}")
+    vocabulary = getattr(text, "vocab_size", 0)
+    if vocabulary % size and not cuts_unevenly():
+        raise ValueError(
+            f"target.tp={size}: does not divide the {vocabulary} tokens of {name}, which "
+            f"transformers {transformers.__version__} needs; use a newer one, or target.tp=1"
+        )
+
+
+def cuts_unevenly() -> bool:
+    """Whether transformers can give ranks parts of an output head that differ in size: 5.17 looks
+    at it, and refuses."""
+    from transformers.distributed.tensor_parallel import ColwiseParallel
+
+    return "validate_param" not in vars(ColwiseParallel)
 
 
 def plan_of(size: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Two processes that share a target over gloo, in float32: what they decode is what one process
 decodes, token for token, on both."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,14 +22,14 @@ from specdec.lab.led import led
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
-from specdec.models.shards import check_split, whole
+from specdec.models.shards import check_split, cuts_unevenly, whole
 from specdec.protocols import Drafter
 from specdec.ranks import ALONE, Ranks
 from tests.decoding import decoder_of, outputs_of
 from tests.heads import made
 from tests.models.standins import BASE, build
 from tests.models.tiny import disturbed, save, tiny
-from tests.ranks import together
+from tests.ranks import together, tokens
 
 PROMPTS = [[3, 1, 4, 1, 5, 3, 1, 4], [9, 2, 6], [5, 3, 5, 8, 9, 7], [9, 3], [2, 3, 8, 4, 6]]
 NEW = 12
@@ -92,7 +93,7 @@ def ways(folder: Path, ranks: Ranks) -> list[Any]:
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])  # with biases, with norms of heads
 @pytest.mark.parametrize("size", [2, 4])
 def test_other_families_and_the_general_way(tmp_path: Path, kind: str, size: int) -> None:
-    own = tiny(kind, num_key_value_heads=4, vocab_size=95 + size % 4)
+    own = tiny(kind, num_key_value_heads=4, vocab_size=tokens(95 + size % 4))
     save(own, tmp_path / "model")
     expected, same, _ = ways(tmp_path / "model", ALONE)
     assert expected == same
@@ -113,11 +114,12 @@ def standin_of(shape: Any, ranks: Ranks) -> tuple[dict[str, torch.Tensor], list[
 
 @pytest.mark.slow
 def test_standins_made_in_parts_have_the_weights_of_whole_ones(tmp_path: Path) -> None:
-    weights, tokens, direct = standin_of(BASE, ALONE)
+    shape = replace(BASE, vocab_size=tokens(BASE.vocab_size))
+    weights, text, direct = standin_of(shape, ALONE)
     assert direct
-    for found, theirs, also in together(tmp_path, partial(standin_of, BASE)):
+    for found, theirs, also in together(tmp_path, partial(standin_of, shape)):
         assert also
-        assert theirs == tokens
+        assert theirs == text
         for name, weight in weights.items():
             assert torch.equal(found[name], weight), name
 
@@ -163,3 +165,14 @@ def test_heads_that_cannot_be_split(heads: tuple[int, int], size: int, said: str
     with pytest.raises(ValueError, match="cannot be split") as refused:
         check_split(config, size, "x")
     assert str(refused.value).startswith(said)
+
+
+def test_a_vocabulary_that_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where transformers is 5.17."""
+    config = tiny("llama", vocab_size=97).config
+    if cuts_unevenly():
+        check_split(config, 2, "x")
+        monkeypatch.setattr("specdec.models.shards.cuts_unevenly", lambda: False)
+    check_split(config, 1, "x")
+    with pytest.raises(ValueError, match=r"^target\.tp=2: does not divide the 97 tokens of x, "):
+        check_split(config, 2, "x")

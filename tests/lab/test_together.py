@@ -1,6 +1,7 @@
 """Runs of several processes: what is refused before any is started, what a run leaves, and how it
 ends when one of them does."""
 
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ import pytest
 import torch
 
 from specdec.lab.setup import Source
-from specdec.lab.together import check_together
+from specdec.lab.together import ANSWER, FOLDER, _watch, check_together
 from specdec.models.placement import Placement
+from specdec.ranks import Ranks
 from tests.models.tiny import save, tiny
+from tests.ranks import together
 from tests.running import ROOT, outputs, summary_of
 
 Command = Callable[..., tuple[int, str, str]]
@@ -39,6 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (("target.tp=3",), "2 key-value heads of target.path=.* cannot be split; .*: 2$"),
         (("target.tp=0",), "^error: target.tp=0: must be at least 1$"),
+        (("target.tp_wait=0",), "^error: target.tp_wait=0: must be at least 1 second$"),
         (("target.tp=2", "record.energy=true"), "record.energy=true: measures one GPU"),
         (("target.tp=2", "tree=cost_aware", "tree.rates=zoo_ngram"), "tree.costs=auto: passes"),
         (("target.tp=2", "drafter=compose", "drafter.mode=bandit"), "drafter.mode=bandit: goes"),
@@ -71,6 +76,19 @@ def test_more_ranks_than_gpus_and_packages(model: Path, monkeypatch: pytest.Monk
         str(model), 2
     )
     assert Source(path="x").tp == 1
+
+
+def watched(folder: Path, ranks: Ranks) -> None:
+    os.environ[FOLDER] = str(folder)
+    ranks.since = time.monotonic() - 2 * ranks.wait
+    _watch(ranks, os.getppid())
+
+
+def test_a_step_that_never_ends_ends_all_in_one_line(tmp_path: Path) -> None:
+    assert together(tmp_path, partial(watched, tmp_path), wait=5.0) == [1, 0]
+    assert json.loads((tmp_path / ANSWER).read_text())["error"] == (
+        "target.tp=2: no step has ended for 10 s; raise target.tp_wait if one may take longer"
+    )
 
 
 def test_jobs_in_turns_are_one_process(specdec: Command, model: Path, tmp_path: Path) -> None:
