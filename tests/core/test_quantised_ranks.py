@@ -11,16 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
-from specdec.kernels.choose import Kernels
 from specdec.lab.witness import own_logits
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
-from specdec.models.placement import Placement
 from specdec.models.quantised import Fp8Linear, Quantize
 from specdec.models.shards import whole
 from specdec.models.standin import Shape
@@ -189,29 +186,3 @@ def test_blocks_that_ranks_would_cut_are_refused_in_one_line(tmp_path: Path) -> 
         "lower target.tp"
     )
     assert together(tmp_path / "ranks", partial(refused, tmp_path / "model")) == [said] * 2
-
-
-def exactly(folder: Path, ranks: Ranks) -> tuple[list[list[list[int]]], bool]:
-    """Texts of batches of one and of three in exact mode, and whether logits of a prompt have the
-    same bits on all ranks."""
-    placement = Placement(dtype=torch.bfloat16, kernels=Kernels(impl="triton", exact=True))
-    target = load_model(str(folder), placement, quantize="fp8", ranks=ranks)
-    texts = []
-    for rows in (1, 3):
-        decoder = decoder_of(target, EarlyExit(exit_layer=2), Chain(budget=2), rows=rows)
-        texts.append(outputs_of(decoder, PROMPTS, 3))
-    cache = target.new_cache(rows=1, pages=4, page_size=16, max_tokens=32)
-    cache.open(0, tokens=32)
-    bits = target.extend(cache, [0], PROMPTS[:1]).view(torch.int16)
-    return texts, all(torch.equal(one, bits) for one in ranks.gather(bits))
-
-
-@pytest.mark.slow
-def test_exact_mode_has_the_same_bits_on_all_ranks_and_texts_in_all_batches(
-    models: Path, tmp_path: Path
-) -> None:
-    first, second = together(tmp_path, partial(exactly, models / "target"), wait=100.0)
-    assert first == second
-    (alone, batched), equal = first
-    assert alone == batched
-    assert equal

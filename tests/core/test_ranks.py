@@ -22,6 +22,7 @@ from specdec.lab.led import led
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
+from specdec.models.quantised import Quantize
 from specdec.models.shards import check_split, cuts_unevenly, whole
 from specdec.protocols import Drafter
 from specdec.ranks import ALONE, Ranks
@@ -124,11 +125,11 @@ def test_standins_made_in_parts_have_the_weights_of_whole_ones(tmp_path: Path) -
             assert torch.equal(found[name], weight), name
 
 
-def exactly(folder: Path, ranks: Ranks) -> tuple[list[list[list[int]]], bool]:
+def exactly(folder: Path, quantize: Quantize, ranks: Ranks) -> tuple[list[list[list[int]]], bool]:
     """Texts of batches of one and of three in exact mode, and whether logits of a prompt have the
     same bits on all ranks."""
     placement = Placement(dtype=torch.bfloat16, kernels=Kernels(impl="triton", exact=True))
-    target = load_model(str(folder), placement, ranks=ranks)
+    target = load_model(str(folder), placement, quantize=quantize, ranks=ranks)
     texts = []
     for rows in (1, 3):
         decoder = decoder_of(target, EarlyExit(exit_layer=2), Chain(budget=2), rows=rows)
@@ -141,10 +142,12 @@ def exactly(folder: Path, ranks: Ranks) -> tuple[list[list[list[int]]], bool]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["none", "fp8"])
 def test_exact_mode_has_the_same_bits_on_all_ranks_and_texts_in_all_batches(
-    models: Path, tmp_path: Path
+    models: Path, tmp_path: Path, quantize: Quantize
 ) -> None:
-    first, second = together(tmp_path, partial(exactly, models / "target"), wait=100.0)
+    work = partial(exactly, models / "target", quantize)
+    first, second = together(tmp_path, work, wait=100.0)
     assert first == second
     (alone, batched), equal = first
     assert alone == batched
