@@ -305,6 +305,23 @@ def test_a_prompt_must_leave_room_for_a_token() -> None:
     assert (len(done.output_ids), done.finish_reason) == (1, "context")
 
 
+@pytest.mark.parametrize(("length", "new"), [(1, 8), (10, 2), (11, 1)])
+def test_warming_up_takes_no_more_room_than_a_row_has(
+    length: int, new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = decoder_of(Scripted(), NoDrafter(), max_tokens=12)
+    asked, submit = [], loop.submit
+
+    def noted(request: Request, **how: Any) -> None:
+        asked.append(request.max_new_tokens)
+        submit(request, **how)
+
+    monkeypatch.setattr(loop, "submit", noted)
+    loop.warm_up([1] * length)
+    assert set(asked) == {new}
+    assert outputs_of(loop, [[1]], 11) == [following(1, 11)]
+
+
 def test_a_stop_token_cuts_an_accepted_path_short(
     short_context: tuple[PagedLM, Path, Any],
 ) -> None:
