@@ -26,6 +26,7 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.observation import Observation
 from specdec.protocols import AcceptanceRule, DraftError, StepContext, TreePolicy
+from specdec.ranks import Ranks
 from specdec.request import Capacity, Decoding, Request
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.greedy import Greedy
@@ -320,6 +321,35 @@ def test_warming_up_takes_no_more_room_than_a_row_has(
     loop.warm_up([1] * length)
     assert set(asked) == {new}
     assert outputs_of(loop, [[1]], 11) == [following(1, 11)]
+
+
+def test_the_next_step_is_queued_as_long_as_somebody_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the one under way has landed, as on a GPU: five steps for the longer of two."""
+    loop, queued = decoder_of(Scripted(), NoDrafter(), rows=2), []
+    land = loop._land
+
+    def landing(flight: Any) -> Any:
+        queued.append(len(loop._flights))
+        return land(flight)
+
+    monkeypatch.setattr(loop, "_ahead", 1)
+    monkeypatch.setattr(loop, "_land", landing)
+    short, long = requests_of([[1], [2]], 5)
+    done = loop.run([replace(short, max_new_tokens=2), long])
+    outputs = {one.request.id: one.output_ids for one in done}
+    assert outputs == {0: following(1, 2), 1: following(2, 5)}
+    assert queued == [1, 1, 1, 1, 0]
+
+
+def test_a_step_is_told_before_what_ends_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also to whoever compares what ranks do."""
+    told, compared = list[Step](), []
+    monkeypatch.setattr(Ranks, "landed", lambda ranks, sequences: compared.append(len(sequences)))
+    run = decoder_of(Scripted(), NoDrafter()).run(requests_of([[1], [2]], 3), on_step=told.append)
+    counts = [(len(told), len(compared)) for _ in run]
+    assert counts == [(3, 3), (6, 6)]
 
 
 def test_a_stop_token_cuts_an_accepted_path_short(

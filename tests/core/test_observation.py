@@ -109,12 +109,13 @@ class Looked(TokenRecycling):
         return super().begin(context)
 
 
+@pytest.mark.parametrize("successors", [1, 4])
 def test_token_recycling_learns_the_candidates_of_prompts_and_stays_lossless(
-    target: PagedLM, prompts: list[list[int]], best: list[Tensor]
+    target: PagedLM, prompts: list[list[int]], best: list[Tensor], successors: int
 ) -> None:
     tree = Static(widths=[3, 2, 1])
     expected = outputs_of(decoder_of(target, NoDrafter(), rows=3), prompts, 24)
-    drafter = Looked(successors=4, from_prompt=False, prompt_candidates=True)
+    drafter = Looked(successors=successors, from_prompt=False, prompt_candidates=True)
     loaded(drafter, target)
     verifier = TreeVerifier(target, prefill_chunk=CHUNK)
     decoder = decoder_of(verifier, drafter, tree, rows=3, page_size=PAGE_SIZE)
@@ -124,7 +125,9 @@ def test_token_recycling_learns_the_candidates_of_prompts_and_stays_lossless(
     # several times the last place counts; of shared pages nothing is learnt.
     first = [0, 0, COMMON // PAGE_SIZE * PAGE_SIZE]
     for i, prompt in enumerate(prompts):
-        known = {prompt[n]: best[i][n].tolist() for n in range(first[i], len(prompt) - 1)}
+        known = {
+            prompt[n]: best[i][n, :successors].tolist() for n in range(first[i], len(prompt) - 1)
+        }
         table = drafter.table[i]
         assert {t: table[t].tolist() for t in known} == known
         others = [token for token in range(target.vocab_size) if token not in known]

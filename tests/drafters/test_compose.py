@@ -30,7 +30,7 @@ from specdec.request import Decoding, Request
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection
 from tests.decoding import BLIND, decoder_of, requests_of
-from tests.drafters.learning import following, run, spied
+from tests.drafters.learning import decoder, following, run, spied
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -360,6 +360,19 @@ def test_trees_have_few_nodes_where_little_was_found(
     drafter.draft = noted  # type: ignore[method-assign]
     run(drafter, [[11, 12]], tree, new=12)
     assert set(sizes) == {nodes}
+
+
+def test_every_way_to_draft_is_warmed_up() -> None:
+    drafter = Compose(parts={"known": Knowing(), "ngram": NGram()}, mode="cascade")
+    loop, seen, look = decoder(drafter, Dynamic(budget=20, depth=8)), set(), drafter.look
+
+    def noted(sequences: Any, wanted: Any = None) -> Any:
+        seen.add(look(sequences, wanted))
+        return look(sequences, wanted)
+
+    drafter.look = noted  # type: ignore[method-assign]
+    loop.warm_up([11, 12])
+    assert seen == {((0, 1), 0), *(((part,), nodes) for part in (0, 1) for nodes in (0, 8, 16))}
 
 
 def test_a_bandit_of_parts_that_have_found_nothing_drafts_nothing() -> None:

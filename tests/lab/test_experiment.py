@@ -291,6 +291,12 @@ def test_one_cache_of_the_target_at_a_time(specdec, tmp_path, monkeypatch, draft
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("name", ["max_new_tokens", "batch_size"])
+def test_numbers_out_of_range_are_named(name):
+    with pytest.raises(ValueError, match=f"^{name}=0: must be at least 1$"):
+        Experiment(target=None, method=None, baseline=None, prompts=(), **{name: 0})
+
+
 def test_a_failed_check_has_an_exit_code_of_its_own(specdec, tmp_path, monkeypatch):
     """One wrong token of the second of two jobs; a sweep ends with the worst of them."""
     finish = Conversations.finish

@@ -158,6 +158,17 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, whole, name, kind):
     assert "decoded again" in assert_recovers(out, whole)
 
 
+def test_a_step_whose_lists_have_different_lengths_is_named(tmp_path, whole):
+    out = tmp_path / "o"
+    shutil.copytree(whole, out)
+    first, second, *others = (out / "steps.jsonl").read_text().splitlines()
+    uneven = json.loads(second)
+    uneven["tokens"].append(1)
+    (out / "steps.jsonl").write_text("\n".join([first, json.dumps(uneven), *others, ""]))
+    with pytest.raises(ValueError, match=r"line 2 is no record, .+ different lengths; delete it"):
+        decode(out, resume=True)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(tmp_path, whole, name):
     out = tmp_path / "o"

@@ -83,6 +83,8 @@ def test_a_speedup_has_an_interval_over_prompts():
     assert speedup_interval(mine, theirs) == pytest.approx(found.ends)
     assert speedup_interval(tuple(side[:5] for side in mine), theirs) is None  # five prompts
     assert speedup_interval(mine, ([], [])) is None
+    idle = [mine[1], [one for one in theirs[1] if one["requests"] != [0, 1]]]
+    assert speedup_interval((mine[0], idle[0]), (theirs[0], idle[1])) is None  # no time of two
 
 
 def test_prompts_of_one_side_alone_count_for_no_interval():
