@@ -38,6 +38,7 @@ from specdec.lab.witness import CHUNK, Drafts, Witness, drafts_of
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.replay.record import Record
+from specdec.replay.recording import HEADS, RECORDED
 from specdec.request import KV_DTYPES
 
 FOUND = "audit.json"
@@ -90,9 +91,10 @@ def audited(
         stop_tokens=ends,
         baseline=plain.evidence.records,
     )
+    witness = _witness(settings, method, target, ends, record)
     found = verdict(
         side.generations.records,
-        _witness(settings, method, target, ends, record),
+        witness,
         method.sampling,
         baseline=plain.generations.records or None,
         lossy=method.rule.lossy(method.tree.children, method.sampling),
@@ -103,6 +105,9 @@ def audited(
     replace_file(folder / FOUND, to_json(found, indent=1) + "\n")
     if not side.evidence.records:
         tell(console, f"{folder}: has no evidence; record.evidence=true keeps it")
+    name = method.drafter_name
+    if found["bets"] and witness.drafts is None and name in (*RECORDED, *HEADS):
+        tell(console, f"{folder}: bets do not know what {name} says; record=FOLDER tells")
     tell(console, f"{folder}: {found['verdict']}; {found['reason']}")
     return found
 

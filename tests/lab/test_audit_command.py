@@ -163,10 +163,14 @@ def test_a_record_says_what_the_drafter_says(sampled, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["early_exit", "translated drafter.path=zoo:draft"])
-def test_bets_know_what_drafters_without_a_model_say(drafter, tmp_path):
+def test_bets_know_what_drafters_without_a_model_say(drafter, tmp_path, capsys):
     folder = made(tmp_path / "run", SAMPLED.replace("drafter=small_llama", f"drafter={drafter}"))
+    assert main([str(folder)]) == 0
+    said = "bets do not know what" in " ".join(capsys.readouterr().out.split())
+    assert said == (drafter == "early_exit")  # a draft of the target's vocabulary is asked itself
     assert record([f"run={folder}", f"out={tmp_path / 'record'}"]) == 0
     assert main([str(folder), f"record={tmp_path / 'record'}"]) == 0
+    assert "bets do not know" not in " ".join(capsys.readouterr().out.split())
     told = Recorded(Record.open(tmp_path / "record"), load_model("zoo:draft"))
     for text in lines(folder / "generations.jsonl"):
         assert sum(len(part) for part in told(text)) == len(text["output_ids"])
