@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from specdec.calibration import Passes
 from specdec.experiments.bench.clock import GraphClock, describe, read_ceiling
+from specdec.kernels.layout import Weight
+from specdec.kernels.reference import quantise_weight
 from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.method import Method
 from specdec.lab.prompts import Asked, encode, load_prompts
@@ -204,9 +207,10 @@ def check_sums(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> dict[s
     for hidden, inputs in ((4096, 2048), (4096, 7168), (8192, 4096), (8192, 14336)):
         shared = Shared(gpu, ranks, 8, device)
         assert shared._parts is not None
-        weight = torch.randn(hidden, inputs, generator=random, device=device).to(dtype)
+        plain = torch.randn(hidden, inputs, generator=random, device=device).to(dtype)
         norm = torch.randn(hidden, generator=same, device=device).to(dtype)
-        for rows in (1, 3, 16, 17, 64, 65, 300) * 3:
+        weights: tuple[Weight, ...] = (plain, quantise_weight(plain))
+        for weight, rows in product(weights, (1, 3, 16, 17, 64, 65, 300) * 3):
             x = torch.randn(rows, inputs, generator=random, device=device).to(dtype)
             residual = torch.randn(rows, hidden, generator=same, device=device).to(dtype)
             parts = shared.linear(x, weight)
@@ -217,7 +221,7 @@ def check_sums(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> dict[s
             tried += 1
             equal = all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
             if not equal or not all(torch.equal(one, every[0]) for one in every):
-                wrong.append([hidden, inputs, rows])
+                wrong.append([hidden, inputs, rows, type(weight).__name__])
     return {"sums": tried, "wrong": wrong}
 
 
