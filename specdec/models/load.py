@@ -18,7 +18,7 @@ from specdec.models.hook import UnsupportedError
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.models.probe import check_config
-from specdec.models.quantised import Quantize, slow
+from specdec.models.quantised import Quantize, quantisation_of, slow
 from specdec.models.shards import check_split, plan_of
 from specdec.models.standin import Widening, named_shape, standin, standin_config
 from specdec.models.weights import (
@@ -128,6 +128,11 @@ def _load_files(
             files = Path(where) if local else fetch(where)
             kept: Quantize = "none" if scheme else quantize
             model, notes = read_model(files, config, placement, name, kept, ranks)
+            if quantisation_of(model) is None:
+                raise BrokenFilesError(
+                    f"{name}: config.json says that its weights are in float8, and none is; take "
+                    f"quantization_config out of it"
+                )
         else:
             model = _by_transformers(where, config, placement, name, ranks)
         check_finite(model, folder_of(where), name)

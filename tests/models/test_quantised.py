@@ -30,6 +30,7 @@ from tests.decoding import decoder_of, outputs_of
 from tests.kernels.memory import DEVICE
 from tests.models.fp8_files import (
     BLOCKED,
+    FINEGRAINED,
     STORED,
     WEIGHTS,
     configure,
@@ -282,6 +283,15 @@ def test_other_quantisations_are_refused_by_name(what: str, tmp_path: Path) -> N
     message = refusal_of(tmp_path)
     assert what in message
     assert "which is not read" in message
+
+
+def test_float8_that_is_in_no_file_is_missed(tmp_path: Path) -> None:
+    """Else the model would pass for one whose products read half as much."""
+    save(tiny("llama"), tmp_path)
+    configure(tmp_path, quantization_config=FINEGRAINED)
+    message = refusal_of(tmp_path)
+    assert message.startswith("config.json says that its weights are in float8, and none is; take")
+    assert refusal_of(tmp_path, "fp8") == message
 
 
 def test_other_families_are_not_quantised(tmp_path: Path) -> None:
