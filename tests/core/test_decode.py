@@ -63,9 +63,8 @@ def test_refill_changes_nothing(zoo: Pair) -> None:
         for output, length in zip([*zoo.outputs, *zoo.outputs[:2]], lengths, strict=True)
     ]
     drafter, shape = drafter_of("small_llama", zoo.draft), TREES["dynamic"]("top_k")
-    for batch_size in (1, 3):
-        run = decode(zoo.target, drafter, shape, prompts, lengths, batch_size=batch_size)
-        assert run.outputs == expected
+    run = decode(zoo.target, drafter, shape, prompts, lengths, batch_size=3)
+    assert run.outputs == expected
     # A row did take another request over while its neighbours went on.
     first, *_, last = [step.requests for step in run.steps if len(step.requests) == 3]
     assert first == [0, 1, 2]

@@ -2,12 +2,14 @@
 drafts them and whatever shapes them; above it every rule ends what it began."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from specdec.experiments.tools import contract
 from specdec.experiments.tools.contract import (
     TARGET,
     Run,
@@ -42,6 +44,14 @@ PLANS = {
     ),
     "cascade": (f"drafter=compose drafter.mode=cascade {DYNAMIC} tree.budget=256", 129),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """Fewer tokens, for each step is one of hundreds of nodes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contract, "NEW", 10)
+        yield
 
 
 @pytest.fixture(scope="module")

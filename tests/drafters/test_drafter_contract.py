@@ -2,7 +2,7 @@
 `configs/drafter`."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,14 @@ def echo(tokens: list[int]) -> Iterable[Sequence[int]]:
     """drafter=user: the last tokens come again."""
     yield tokens[-4:]
     yield tokens[-8:-4]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short() -> Iterator[None]:
+    """Fewer tokens than a user's drafter decodes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contract, "NEW", 12)
+        yield
 
 
 @pytest.fixture(scope="module")

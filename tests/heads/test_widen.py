@@ -101,7 +101,7 @@ def fill(head: Any, target: Target) -> Any:
         if "norm" in name:
             parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=random))
         else:
-            parameter.normal_(std=0.05, generator=random)
+            parameter.uniform_(-0.09, 0.09, generator=random)
     embedding = target.lm.model.model.embed_tokens.weight
     if isinstance(head, LayeredHead) and head.embed_tokens.weight.shape == embedding.shape:
         head.embed_tokens.weight.copy_(embedding)
