@@ -82,7 +82,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(target, draft, prompts, outputs, stop, stopped, request.param, itself)
 
 
-@pytest.mark.some(9)
+@pytest.mark.some(6)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_family_equals_generate(family: Family, drafter: str, tree: str, batch_size: int) -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("load_once")
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize(("drafter", "tree"), PLANS)
 def test_zoo_equals_generate(zoo: Pair, drafter: str, tree: str, batch_size: int) -> None:

@@ -69,7 +69,7 @@ def decoded(
     return outputs_of(decoder, PROMPTS, NEW)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize(("kind", "tree", "temperature", "rows"), GRID)
 def test_two_ranks_decode_what_one_process_does(
     models: Path, tmp_path: Path, kind: str, tree: str, temperature: float, rows: int

@@ -76,7 +76,7 @@ PAIRS = [(name, tree) for name, tree in zip(LOSSLESS, itertools.cycle(options("t
 PAIRS += [("small_llama", tree) for tree in options("tree")]
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch_size", [4])
 @pytest.mark.parametrize(("drafter", "tree"), dict.fromkeys(PAIRS))
 def test_drafters_and_trees_equal_the_baseline(

@@ -32,7 +32,7 @@ PLANS = {
     "dynamic, 128 with the root": (f"{PAIR} {DYNAMIC} tree.budget=127", 128),
     "static": (f"{PAIR} tree=static tree.widths=[6,5,2,2]", 217),
     "one level": (f"{PAIR} tree=static tree.widths=[256]", 257),
-    "threshold": (f"{PAIR} tree=threshold tree.threshold=0.003 tree.depth=3 tree.budget=256", 34),
+    "threshold": (f"{PAIR} tree=threshold tree.threshold=0.003 tree.depth=3 tree.budget=256", 30),
     "optimal": (f"{PAIR} tree=optimal tree.budget=256", 100),
     "chain": (f"{PAIR} tree=chain tree.budget=64", 20),
     "early exit": (f"drafter=early_exit {DYNAMIC} tree.budget=255", 256),

@@ -107,7 +107,7 @@ def test_a_cascade_asks_the_model_where_no_match_is_long_enough(target: PagedLM)
         assert sum(kept for _, kept in step.sources[0].values()) == step.accepted[0]
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("mode", ["union", "cascade", "bandit"])
 @pytest.mark.parametrize("children", ["top_k", "sample"])
 def test_rows_of_a_batch_draft_as_if_alone(target: PagedLM, mode: str, children: str) -> None:
@@ -283,6 +283,7 @@ class Plain(HostDrafter):
         yield sequence.tokens[-4:][:levels], 1.0
 
 
+@pytest.mark.some(1)
 @pytest.mark.parametrize("mode", ["union", "cascade", "bandit"])
 def test_a_drafter_that_knows_of_no_matches_is_asked(target: PagedLM, mode: str) -> None:
     tree = Static(widths=[2, 1])

@@ -165,7 +165,7 @@ def test_nothing_leaks_from_one_run_into_the_next(make: contract.Make, models: M
     contract.check_forgets(make, models)
 
 
-@pytest.mark.some(3)
+@pytest.mark.some(2)
 @pytest.mark.parametrize("name", [*DRAFTING, "compose union"])
 def test_the_law_of_what_comes_out_of_sampled_trees_is_the_target_s(
     make: contract.Make, models: Models, name: str

@@ -133,7 +133,7 @@ def test_settings_out_of_range(name: str, settings: dict[str, Any], message: str
         prepared(KINDS[name](**own), tree, SMALL)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("name", KINDS)

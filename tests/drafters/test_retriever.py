@@ -385,7 +385,7 @@ def plain(target: PagedLM) -> tuple[list[list[int]], int]:
     return outputs(target, NoDrafter(), None, 4)
 
 
-@pytest.mark.some(2)
+@pytest.mark.some(1)
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("tree", [Chain(budget=6), Dynamic(budget=8, width=3, depth=4)])
 def test_decoding_with_all_sources_equals_plain_decoding(

@@ -181,7 +181,7 @@ EAGLE3_FORMS = {
 }
 
 
-@pytest.mark.some(5)
+@pytest.mark.some(3)
 @pytest.mark.parametrize("config", EAGLE3_FORMS.values(), ids=EAGLE3_FORMS)
 def test_eagle3_says_the_same(config: Eagle3Config, small: Target, large: Target) -> None:
     head = fill(Eagle3Head(config), small)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("load_once")
 @pytest.mark.parametrize(
     "words",
     [
-        "drafter=pld tree=static 'tree.widths=[2, 1]' sampling=nucleus seed=7",
+        "drafter=pld tree=static 'tree.widths=[2, 1]' sampling=nucleus target.path=zoo:draft",
         "experiment=sampled target=standin/llama3_8b target.path=zoo:draft tree.budget=44",
     ],
 )

@@ -127,7 +127,7 @@ def table_of(weights: NDArray[np.int64], levels: int) -> Table:
     return dict(zip(contexts_of(weights.shape[1], levels), rows, strict=True)).__getitem__
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     shape=st.sampled_from(["chain_of_two", "two_one", "two_two", "youngest", "no_repeats"]),
     weights=st.integers(2, 3).flatmap(
