@@ -216,7 +216,7 @@ def test_a_failing_drafter_is_named_with_what_it_drafted_for(
     draft, calls = method.drafter.draft, itertools.count()
 
     def failing(context: StepContext) -> TokenTree:
-        if next(calls) == 3:
+        if next(calls) == 2:
             raise IndexError("out of luck")
         return draft(context)
 
