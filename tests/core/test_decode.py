@@ -305,23 +305,6 @@ def test_a_prompt_must_leave_room_for_a_token() -> None:
     assert (len(done.output_ids), done.finish_reason) == (1, "context")
 
 
-@pytest.mark.parametrize(("length", "new"), [(1, 8), (10, 2), (11, 1)])
-def test_warming_up_takes_no_more_room_than_a_row_has(
-    length: int, new: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop = decoder_of(Scripted(), NoDrafter(), max_tokens=12)
-    asked, submit = [], loop.submit
-
-    def noted(request: Request, **how: Any) -> None:
-        asked.append(request.max_new_tokens)
-        submit(request, **how)
-
-    monkeypatch.setattr(loop, "submit", noted)
-    loop.warm_up([1] * length)
-    assert set(asked) == {new}
-    assert outputs_of(loop, [[1]], 11) == [following(1, 11)]
-
-
 def test_the_next_step_is_queued_as_long_as_somebody_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -342,13 +325,25 @@ def test_the_next_step_is_queued_as_long_as_somebody_waits(
     assert queued == [1, 1, 1, 1, 0]
 
 
-def test_a_step_is_told_before_what_ends_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_told_once_the_next_is_queued_and_before_what_ends_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Also to whoever compares what ranks do."""
-    told, compared = list[Step](), []
+    target, queued, told, compared = Scripted(), 0, list[int](), []
+    logits = target.logits
+
+    def counted(context: StepContext, tree: TokenTree) -> Any:
+        nonlocal queued
+        queued += 1
+        return logits(context, tree)
+
+    monkeypatch.setattr(target, "logits", counted)
     monkeypatch.setattr(Ranks, "landed", lambda ranks, sequences: compared.append(len(sequences)))
-    run = decoder_of(Scripted(), NoDrafter()).run(requests_of([[1], [2]], 3), on_step=told.append)
-    counts = [(len(told), len(compared)) for _ in run]
-    assert counts == [(3, 3), (6, 6)]
+    run = decoder_of(target, NoDrafter()).run(
+        requests_of([[1], [2]], 3), on_step=lambda step: told.append(queued)
+    )
+    assert [(len(told), len(compared)) for _ in run] == [(3, 3), (6, 6)]
+    assert told == [2, 3, 3, 5, 6, 6]
 
 
 def test_a_stop_token_cuts_an_accepted_path_short(
