@@ -109,6 +109,14 @@ def test_sampling_settings_out_of_range_are_named(setting: str, value: float) ->
         SamplingParams(**{setting: value})
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("temperature", 0.0), ("top_k", 1), ("top_p", 1.0), ("min_p", 0.0), ("min_p", 1.0)],
+)
+def test_the_ends_of_their_ranges_are_settings(setting: str, value: float) -> None:
+    assert getattr(SamplingParams(**{setting: value}), setting) == value
+
+
 @pytest.mark.parametrize("seed", [-1, -(10**30), 2**63, 2**64 - 1, 99999999999999999999999])
 def test_seeds_of_any_size_count_modulo_two_to_the_64(seed: int) -> None:
     first = uniforms(seed, [5, 6], [0, 3], 1, 4)
