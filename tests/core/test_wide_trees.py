@@ -137,7 +137,8 @@ def test_cost_aware_takes_a_wide_tree_where_it_pays(
 ) -> None:
     """And none beyond what was measured, with the root."""
     words = (
-        f"{PAIR} tree=cost_aware tree.costs={table(tmp_path)} tree.budget=256 batch_size={rows}"
+        f"{PAIR} tree=cost_aware tree.costs={table(tmp_path)} tree.budget=256 tree.depth=6 "
+        f"batch_size={rows}"
     )
     method = method_for(words.split())
     assert 64 < method.tree.budget <= 255

@@ -347,10 +347,10 @@ def test_lookup_speed_measures_every_source(tmp_path: Path) -> None:
         patch.setattr(lookup_speed, "HISTORY", (5, 64))
         patch.setattr(lookup_speed, "WARM_UP", 10)
         patch.setattr(lookup_speed, "OWN_TEXTS", (256,))
-        words = ["tokens=100000", "queries=100", f"out={out}"]
+        words = ["tokens=40000", "queries=100", f"out={out}"]
         assert lookup_speed.main([str(tmp_path / "t.jsonl"), *words]) == 0
     found = json.loads(out.read_text())
-    assert found["datastore"]["tokens"] == 100_000
+    assert found["datastore"]["tokens"] == 40_000
     assert found["datastore"]["rounds"] > 1
     assert str(tmp_path) not in found["command"]
     assert len(found["lookup_us"]) == 6
