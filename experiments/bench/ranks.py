@@ -4,8 +4,8 @@
 
 Each rank first measures something alone, on its own GPU: rank 0 plain decoding of `small` and
 passes, rank 1 speculation. Then they join. Sums inside `add_norm` are compared with sums of
-gathered parts, and logits of all ranks over `steps` steps; only then is anything timed. The file
-is written anew after every part.
+gathered parts, and logits and last states of all ranks over `steps` steps; only then is anything
+timed. The file is written anew after every part.
 """
 
 import gc
@@ -37,9 +37,10 @@ from specdec.lab.workshop import Workshop, word
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
 from specdec.models.shards import Shared, local
-from specdec.observation import Observation
+from specdec.observation import Observation, Observes
 from specdec.protocols import StepContext
 from specdec.ranks import Ranks, here, join
+from specdec.request import Capacity
 from specdec.tree import TokenTree
 from specdec.verifier.verifier import TreeVerifier
 
@@ -70,18 +71,23 @@ class Options:
 
 
 class Watched(TreeVerifier):
-    """A verifier that sums up the bits of all logits it has given, in an order."""
+    """A verifier that sums up, in an order, the bits of all logits it has given and of the states
+    before them: logits alone are the same on all ranks because they are gathered."""
 
     def __init__(self, target: PagedLM, **settings: Any) -> None:
         super().__init__(target, **settings)
         self.seen = torch.zeros(2, dtype=torch.int64, device=target.device)  # steps and bits
 
+    def prepare(self, capacity: Capacity, observes: Observes) -> None:
+        super().prepare(capacity, observes | Observes(taps=("normal",)))
+
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         logits, seen = super().verify(context, tree)
-        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[logits.itemsize]
-        bits = logits.contiguous().view(kind).flatten().long()
-        places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
-        self.seen[1] = self.seen[1] * ODD + (bits * places).sum()
+        for found in (logits, seen.states["normal"]):
+            kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[found.itemsize]
+            bits = found.contiguous().view(kind).flatten().long()
+            places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+            self.seen[1] = self.seen[1] * ODD + (bits * places).sum()
         self.seen[0] += 1
         return logits, seen
 
@@ -226,7 +232,7 @@ def check_sums(ranks: Ranks, device: torch.device, dtype: torch.dtype) -> dict[s
 
 
 def check_steps(shop: Workshop, options: Options) -> dict[str, Any]:
-    """Steps and a sum of the bits of all their logits, of each rank."""
+    """Steps and a sum of the bits of all their logits and last states, of each rank."""
     made: list[Watched] = []
 
     def watched(target: PagedLM) -> Watched:

@@ -126,7 +126,7 @@ def test_standins_made_in_parts_have_the_weights_of_whole_ones(tmp_path: Path) -
 
 
 def exactly(folder: Path, quantize: Quantize, ranks: Ranks) -> tuple[list[list[list[int]]], bool]:
-    """Texts of batches of one and of three in exact mode, and whether logits of a prompt have the
+    """Texts of batches of one and of three in exact mode, and whether states of a prompt have the
     same bits on all ranks."""
     placement = Placement(dtype=torch.bfloat16, kernels=Kernels(impl="triton", exact=True))
     target = load_model(str(folder), placement, quantize=quantize, ranks=ranks)
@@ -136,9 +136,16 @@ def exactly(folder: Path, quantize: Quantize, ranks: Ranks) -> tuple[list[list[l
         texts.append(outputs_of(decoder, PROMPTS[:3], 3))
     cache = target.new_cache(rows=1, pages=4, page_size=16, max_tokens=32)
     cache.open(0, tokens=32)
-    bits = target.extend(cache, [0], PROMPTS[:1]).view(torch.int16)
-    every = ranks.gather(bits) if ranks.size > 1 else bits[None]
-    return texts, all(torch.equal(one, bits) for one in every)
+    states: list[torch.Tensor] = []
+    see = partial(keep, states)
+    target.prefill(cache, [0], PROMPTS[:1], see=see, logits=False, taps=["normal"])
+    every = ranks.gather(states[0].view(torch.int16))
+    return texts, all(torch.equal(one, every[0]) for one in every)
+
+
+def keep(states: list[torch.Tensor], *seen: Any) -> None:
+    """The last hidden states: logits are gathered, so that all ranks have the same of them."""
+    states.append(seen[-1]["normal"])
 
 
 @pytest.mark.slow
