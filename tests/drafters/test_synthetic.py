@@ -148,6 +148,7 @@ def test_repeated_siblings_and_idle_rows():
         return acceptance.length.tolist()
 
     assert accepted(0.59) == [2, 0]
+    assert accepted(float(torch.tensor(0.6))) == [1, 0]  # coins may be 0, and so may rates
     assert accepted(0.61) == [1, 0]  # the same token again is no second chance
 
 
