@@ -247,7 +247,8 @@ def check_steps(shop: Workshop, options: Options) -> dict[str, Any]:
     session.warm_up(asked[0].tokens)
     session.decode(asked, each)
     every = here().gather(made[-1].seen).tolist()
-    return {"steps": every[0][0], "equal": all(one == every[0] for one in every), "bits": every}
+    equal = all(one == every[0] for one in every)
+    return {"of": "logits and last states", "steps": every[0][0], "equal": equal, "bits": every}
 
 
 # All of it
