@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from specdec import decode as decode_module
 from specdec import timing
 from specdec.arrivals import Intake
 from specdec.drafters.host import HostDrafter
@@ -192,11 +193,18 @@ def test_the_time_of_a_step_is_divided_among_its_verbs(monkeypatch: pytest.Monke
 
     slow = Slow()
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: slow.clock))
-    decoder = decoder_of(slow, SlowDrafter(), Static(widths=[2, 1]), SlowRule())
+    figures_of = decode_module.figures_of
+
+    def slowly(*given: Any) -> Any:
+        slow.clock += 8
+        return figures_of(*given)
+
+    monkeypatch.setattr(decode_module, "figures_of", slowly)
+    decoder = decoder_of(slow, SlowDrafter(), Static(widths=[2, 1]), SlowRule(), trees=99)
     steps: list[Step] = []
     for _ in decoder.run(requests_of([[5, 6]], 8), on_step=steps.append):
         slow.clock += 100  # is the caller's
-    verbs = {"other": 0.0, "draft": 1.0, "verify": 2.0, "accept": 4.0, "commit": 3.0}
+    verbs = {"other": 8.0, "draft": 1.0, "verify": 2.0, "accept": 4.0, "commit": 3.0}
     assert [step.seconds for step in steps] == [{"prefill": 5.0, **verbs}] + [verbs] * (
         len(steps) - 1
     )

@@ -257,6 +257,12 @@ def test_parts_that_cannot_be_composed_are_refused() -> None:
         Compose(parts=parts)
 
 
+def test_a_depth_that_contradicts_the_tree_is_refused() -> None:
+    drafter = Compose(parts={"a": NGram(), "b": NGram()}, depth=2)
+    with pytest.raises(ValueError, match=r"^drafter\.depth=2: tree\.widths"):
+        drafter.check(Static(widths=[1, 1, 1]))
+
+
 class Told(NGram):
     """Wants to know what became of its own trees."""
 
