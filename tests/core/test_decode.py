@@ -313,6 +313,13 @@ def test_a_prompt_must_leave_room_for_a_token() -> None:
     assert (len(done.output_ids), done.finish_reason) == (1, "context")
 
 
+def test_a_request_may_come_before_those_that_wait() -> None:
+    decoder = decoder_of(Scripted(), NoDrafter())
+    for request in requests_of([[1], [2], [3]], 2):
+        decoder.submit(request, first=request.id == 2)
+    assert [done.request.id for done in decoder.run([])] == [2, 0, 1]
+
+
 def test_the_next_step_is_queued_as_long_as_somebody_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

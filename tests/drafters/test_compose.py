@@ -238,6 +238,8 @@ def _sequence() -> Decoding:
         ({"mode": "all"}, r"drafter\.mode=all: must be one of union, cascade, bandit"),
         ({"weights": [1.0]}, r"drafter\.weights=\[1\.0\]: must be a positive number for each of"),
         ({"costs": [1.0, 0.0]}, r"drafter\.costs=\[1\.0, 0\.0\]: must be a positive number"),
+        ({"weights": [1.0, 2.0]}, r"drafter\.mode=cascade uses none; .* drafter\.mode=union"),
+        ({"mode": "union", "costs": [1.0, 2.0]}, r"=union uses none; .* drafter\.mode=bandit"),
         ({"min_match": 0}, r"drafter\.min_match=0: must be at least 1"),
         ({"reset": "often"}, r"drafter\.reset=often: must be one of"),
         ({"depth": 0}, r"drafter\.depth=0: must be at least 1"),

@@ -109,6 +109,11 @@ def test_rates_of_zero_and_one_are_certain():
     assert (tree.depth, acceptance.length.tolist()) == (0, [1] * ROWS)
 
 
+@pytest.mark.parametrize("children", ["top_k", "sample"])
+def test_the_rule_says_that_it_is_lossy(children):
+    assert "does not look at the target" in str(Rule().lossy(children, SamplingParams()))
+
+
 def test_the_next_token_is_the_targets_own():
     tree, logits, acceptance = one_step(Chain(budget=2), 0.5)
     rows = torch.arange(ROWS)

@@ -5,6 +5,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,8 +15,12 @@ from specdec.cache import PagedKVCache
 from specdec.drafters.none import NoDrafter
 from specdec.lab.conversations import Conversations
 from specdec.lab.experiment import Experiment
+from specdec.lab.prompt_records import Prompt
+from specdec.lab.prompts import encode
 from specdec.lab.runs import SCHEMA
 from specdec.lab.tracking import NoTracker
+from specdec.models.load import load_model
+from specdec.models.placement import Placement
 from specdec.verifier.verifier import TreeVerifier
 from tests.running import QUICK, SMALL_TARGET, jobs_by, lines, outputs, summary_of
 
@@ -318,3 +323,22 @@ def test_a_failed_check_has_an_exit_code_of_its_own(specdec, tmp_path, monkeypat
     assert printed.count("FAILED") == 2  # beneath the run, and in the table of all
     both = ("-m", *words, "tree.budget=2,-1", f"out={tmp_path}/b")
     assert specdec(*both)[0] == 3  # a refused run beside a failed one
+
+
+def test_a_prompt_as_long_as_the_context_is_refused():
+    """Before anything is decoded, with what mends it."""
+    prompt = Prompt(index=0, id="long", category=None, turns=("word " * 20,), conversation=False)
+    tokenizer = load_model("zoo:draft", Placement()).tokenizer
+    length = len(encode(tokenizer, prompt, chat="never"))
+    for context in (length, length + 1):
+        target = SimpleNamespace(
+            tokenizer=tokenizer, max_context=context, check_tokens=lambda ids, what: None
+        )
+        given: Any = SimpleNamespace(
+            target=target, prompts=[prompt], chat="never", max_new_tokens=4
+        )
+        if context == length:
+            with pytest.raises(ValueError, match=r"^prompt 'long': .* use prompts\.too_long="):
+                Experiment._longest(given)
+        else:
+            assert Experiment._longest(given) >= length
