@@ -101,16 +101,14 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
     "replay": (
         "Replay beside runs",
         "What `specdec replay` says of texts that were recorded once, beside runs of the same "
-        "methods; [all that was replayed](replay.html). Other work ran on the machine meanwhile.",
+        "methods; [all that was replayed](replay.html).",
         [("replay", runs_table, {})],
     ),
     "by_category": (
         "Which drafter wins where",
         "Six drafters on the built-in pair of models: two budgets, two temperatures, the first "
         "turns of six conversations of each of Spec-Bench's categories, by `python -m specdec.run "
-        "-m experiment=by_category prompts.path=question.jsonl` and `specdec compare`. Other work "
-        "ran on the machine meanwhile, so judge by lengths: speeds are in turns, but those of "
-        "temperature 1 are of a slower machine.",
+        "-m experiment=by_category prompts.path=question.jsonl` and `specdec compare`.",
         [("by_category", comparison, {})],
     ),
     "audit": (
