@@ -270,7 +270,7 @@ MISTAKES = {
     "nonsense=1": "nonsense: no such setting; python -m specdec.run --help lists them",
     "drafter.nonsense=1": "drafter.nonsense: no such setting",
     "+drafter.nonsense=1": "drafter.nonsense=1: SmallLlama has no such setting",
-    "drafter=nonsense": "no such option; the nearest is none; there are compose, early_exit, ",
+    "drafter=nonsense": "no such option; the nearest is none; there are compose, ",
     "tree=nonsense": "chain, cost_aware, dynamic, optimal, paths, static, threshold",
     "tree=chian": "tree=chian: no such option; the nearest is chain; there are accuracy, ",
     "batch_size=many": "batch_size=many: must be a valid integer",
