@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from specdec.request import Decoding, Request
-
-CHUNK = 512  # tokens of a prompt that a drafter reads at a time where the target reads none
+from specdec.request import PREFILL_CHUNK, Decoding, Request
 
 
 class Intake(Protocol):
@@ -156,7 +154,7 @@ class Unread:
         return not self._left
 
     def read(self, *, beside: bool = False) -> list[Decoding]:
-        read = self._prefill(self._left, CHUNK)
+        read = self._prefill(self._left, PREFILL_CHUNK)
         found = [sequence for sequence in self._left if sequence in read]
         self._left = [sequence for sequence in self._left if sequence not in read]
         return found

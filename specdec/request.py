@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 KV_DTYPES = {"auto": None, "fp8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+PREFILL_CHUNK = 512  # prompt tokens that go through a model at a time, unless settings say else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ class CacheSettings:
 
     page_size: int | None = None
     pages: int | None = None
-    prefill_chunk: int = 512
+    prefill_chunk: int = PREFILL_CHUNK
     prefill_beside: int | None = 64
     dtype: str = "auto"
     share: bool | None = None

@@ -14,7 +14,7 @@ from specdec.models.states import States
 from specdec.observation import Observation, Observes, Tap, observe
 from specdec.prefixes import Prefixes
 from specdec.protocols import StepContext
-from specdec.request import Capacity, Decoding
+from specdec.request import PREFILL_CHUNK, Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
 
 
@@ -31,7 +31,7 @@ class TreeVerifier:
         self,
         target: PagedLM,
         *,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
         prefill_beside: int | None = None,
         prefixes: Prefixes | None = None,
     ) -> None:
