@@ -100,13 +100,14 @@ def test_outputs_are_those_of_prompts_read_whole(
     assert outputs(apart, asked) == outputs(whole, asked)
 
 
-def passes_of(target: PagedLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of every pass over prompts from now on; -1 stands for a step."""
+def passes_of(model: PagedLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of every pass of a model over prompts from now on; -1 stands for a step."""
     seen: list[int] = []
     prefill, verify = PagedLM.prefill, TreeVerifier.verify
 
     def read(self, cache, rows, tokens, **how):  # type: ignore[no-untyped-def]
-        seen.append(sum(map(len, tokens)))
+        if self is model and any(tokens):
+            seen.append(sum(map(len, tokens)))
         prefill(self, cache, rows, tokens, **how)
 
     def stepped(self, *what):  # type: ignore[no-untyped-def]
@@ -247,20 +248,7 @@ def test_no_pass_of_a_draft_model_is_longer_than_the_targets(
         target, prefill_chunk=chunk, prefill_beside=beside, prefixes=prefixes if held else None
     )
     one = decoder_of(verifier, drafter, Chain(budget=3), rows=2, max_tokens=128)
-    seen: list[int] = []  # tokens of each pass of the draft; -1 stands for a step
-    prefill, verify = PagedLM.prefill, TreeVerifier.verify
-
-    def read(self, cache, rows, tokens, **how):  # type: ignore[no-untyped-def]
-        if self is model.lm and any(tokens):
-            seen.append(sum(map(len, tokens)))
-        prefill(self, cache, rows, tokens, **how)
-
-    def stepped(self, *what):  # type: ignore[no-untyped-def]
-        seen.append(-1)
-        return verify(self, *what)
-
-    monkeypatch.setattr(PagedLM, "prefill", read)
-    monkeypatch.setattr(TreeVerifier, "verify", stepped)
+    seen = passes_of(model.lm, monkeypatch)
     outputs(one, asked)
     later = seen[seen.index(-1) :]
     passes = [tokens for tokens in later if tokens > 0]
