@@ -218,8 +218,8 @@ class Fp8Weight(NamedTuple):
         Raises:
             ValueError: a cut through blocks that have a scale together.
         """
-        size = -(-self.shape[dim] // parts)
-        scale = self.scale
+        values, scale = self.values.chunk(parts, dim), self.scale
+        size = values[0].shape[dim]
         if self.blocked and size % SCALED_BLOCK:
             lines = ("rows", "columns")[dim]
             raise ValueError(
@@ -227,8 +227,8 @@ class Fp8Weight(NamedTuple):
                 f"{SCALED_BLOCK}, which have a scale together"
             )
         if self.blocked or dim == 0:
-            scale = scale.split(size // SCALED_BLOCK if self.blocked else size, dim)[one]
-        return Fp8Weight(self.values.split(size, dim)[one].clone(), scale.clone())
+            scale = scale.chunk(parts, dim)[one]
+        return Fp8Weight(values[one].clone(), scale.clone())
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """[N, K] of a type, rounded once: of bfloat16 it is exact if scales are powers of two."""
