@@ -24,6 +24,7 @@ from specdec.flight import Step
 from specdec.models.fingerprint import fingerprint, hardware_of
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter, Loaded, TreePolicy
+from specdec.ranks import here
 from specdec.request import Request
 from specdec.tables import DATA, keep_table, kept_tables
 from specdec.tree import random_parents
@@ -244,14 +245,16 @@ def loop_costs(
 
 
 def about(target: PagedLM, draft: PagedLM | None) -> dict[str, Any]:
-    """What seconds of passes are true of: models, machine, type, kernels."""
+    """What seconds of passes are true of: models, machine, type, kernels; ranks, if there are."""
     hardware = hardware_of(target.device)
     parts = ("gpu",) if "gpu" in hardware else ("cpu", "threads")
+    ranks = {"ranks": here().size} if here().size > 1 else {}
     return {
         "models": {"target": fingerprint(target), "draft": draft and fingerprint(draft)},
         "machine": {part: hardware[part] for part in parts} | {"torch": torch.__version__},
         "dtype": str(target.dtype).removeprefix("torch."),
         "kernels": target.kernels.impl,
+        **ranks,
     }
 
 

@@ -31,14 +31,19 @@ class Fp8Linear(nn.Module):
     Args:
         weight: [N, K].
         bias: [N], in the type of the model.
-        ranks: who has the other columns of the weight.
+        dim: along which ranks have parts of the weight; None if each has all of it.
+        ranks: who has the others.
     """
 
     def __init__(
-        self, weight: Fp8Weight, bias: Tensor | None = None, ranks: Ranks = ALONE
+        self,
+        weight: Fp8Weight,
+        bias: Tensor | None = None,
+        dim: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
-        self._ranks = ranks
+        self.dim, self._ranks = dim, ranks
         self.values: Tensor
         self.scale: Tensor
         self.register_buffer("values", weight.values)
@@ -53,7 +58,7 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] to [..., N]."""
         weight = self.weight.dequantised(x.dtype)
-        if self._ranks.size == 1:
+        if self.dim != 1:
             return nn.functional.linear(x, weight, self.bias)
         every = self._ranks.gather(nn.functional.linear(x, weight))  # equal bits, when added up
         return every.sum(0) if self.bias is None else every.sum(0) + self.bias
@@ -86,7 +91,7 @@ def put(
     if dim is not None:
         weight = weight.part(dim, ranks.size, ranks.rank)
         bias = None if bias is None else part_of(linear.bias, bias, ranks).clone()
-    setattr(part, name, Fp8Linear(weight, bias, ranks if dim == 1 else ALONE))
+    setattr(part, name, Fp8Linear(weight, bias, dim, ranks))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ whose results are sums over all ranks.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -151,6 +152,27 @@ def part_of(weight: Tensor, every: Tensor, ranks: Ranks) -> Tensor:
     """Of all numbers of a weight those that this rank has; a view."""
     dim = cut_along(weight)
     return every if dim is None else every.chunk(ranks.size, dim)[ranks.rank]
+
+
+def shape_of(part: Tensor, dim: int | None, ranks: Ranks) -> list[int]:
+    """Of all of a weight that is cut along a dimension, if it is; all ranks ask together."""
+    shape = list(part.shape)
+    if dim is not None:
+        shape[dim] = int(ranks.gather(torch.tensor([shape[dim]])).sum())
+    return shape
+
+
+def numbers_of(
+    part: Tensor, dim: int | None, shape: Sequence[int], places: Tensor, ranks: Ranks
+) -> Tensor:
+    """[n] of all numbers of such a weight, one after the other, those at these places; all ranks
+    ask together."""
+    at = list(torch.unravel_index(places.to(part.device), tuple(shape)))
+    if dim is None:
+        return part[tuple(at)]
+    rows = -(-shape[dim] // ranks.size)  # of each part but the last, as `Tensor.chunk` cuts
+    owner, at[dim] = at[dim] // rows, (at[dim] % rows).clamp(max=part.shape[dim] - 1)
+    return ranks.gather(part[tuple(at)])[owner, torch.arange(len(owner), device=part.device)]
 
 
 def keep_part(weight: Tensor, every: Tensor, ranks: Ranks) -> None:

@@ -16,6 +16,7 @@ from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.static import Static
 from specdec.lab.witness import own_logits
+from specdec.models.fingerprint import fingerprint
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Fp8Linear, Quantize
@@ -45,9 +46,11 @@ def parts_of(lm: PagedLM) -> dict[str, Tensor]:
     return found
 
 
-def read(folder: Path, quantize: Quantize, ranks: Ranks) -> tuple[dict[str, Tensor], Tensor, Any]:
+def read(
+    folder: Path, quantize: Quantize, ranks: Ranks
+) -> tuple[dict[str, Tensor], Tensor, Any, str]:
     """Weights; logits of a text by the pass that checks runs; texts the direct way and the other,
-    and the way."""
+    and the fingerprint."""
     lm = load_model(str(folder), quantize=quantize, ranks=ranks)
     assert lm.quantised == "fp8"
     assert all("lm_head.weight is dequantised" in note for note in lm.notes)
@@ -58,7 +61,7 @@ def read(folder: Path, quantize: Quantize, ranks: Ranks) -> tuple[dict[str, Tens
     texts = []
     for lm._direct in (direct, None):
         texts.append(outputs_of(decoder_of(lm, NoDrafter(), rows=2), PROMPTS, NEW))
-    return weights, logits, texts
+    return weights, logits, texts, fingerprint(lm)
 
 
 def joined(name: str, parts: list[Tensor]) -> Tensor:
@@ -97,18 +100,19 @@ def test_joined_weights_are_those_of_the_file(tmp_path: Path, case: str) -> None
             if name.endswith("_proj.weight"):
                 weight.data = rounded(weight.data)
     work = partial(read, tmp_path / "model", "none" if case in STORED else "fp8")
-    _, _, expected = work(ALONE)
+    _, _, expected, mark = work(ALONE)
     found = together(tmp_path / "ranks", work)
     known = dict(meant.named_parameters())
     assert found[0][0].keys() >= known.keys()
     for name, weight in known.items():
-        every = joined(name, [weights[name] for weights, _, _ in found])
+        every = joined(name, [weights[name] for weights, *_ in found])
         assert torch.equal(every.to(weight), weight), name
     own = own_attention(meant)(torch.tensor([TEXT[:-1]])).logits[0, 2:].detach()
-    for _, logits, texts in found:
+    for _, logits, texts, same in found:
         assert error(logits, own.double()) < FLOAT32_ROUNDING
         assert texts == expected
         assert texts[0] == texts[1]
+        assert (same == mark) == (case != "channel")  # whose head ranks dequantise
 
 
 @pytest.fixture(scope="module")

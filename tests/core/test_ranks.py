@@ -5,11 +5,14 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from specdec.calibration import about as costs_about
+from specdec.calibration import unlike
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.medusa import Medusa
 from specdec.drafters.ngram import NGram
@@ -26,6 +29,7 @@ from specdec.models.quantised import Quantize
 from specdec.models.shards import check_split, cuts_unevenly, whole
 from specdec.protocols import Drafter
 from specdec.ranks import ALONE, Ranks
+from specdec.rates import AcceptanceRates
 from tests.decoding import decoder_of, outputs_of
 from tests.heads import made
 from tests.models.standins import BASE, build
@@ -78,6 +82,28 @@ def test_two_ranks_decode_what_one_process_does(
     alone = work(ALONE)
     assert together(tmp_path, work) == [alone, alone]
     assert alone == decoded(models, "none", tree, temperature, rows, ALONE) or temperature
+
+
+def origins(models: Path, about: dict[str, Any], ranks: Ranks) -> tuple[str, dict[str, Any], str]:
+    """Where rates that were measured with some models come from, what costs are true of here, and
+    in which respects those are of something else."""
+    target = load_model(str(models / "target"), ranks=ranks)
+    run: Any = SimpleNamespace(
+        target=target, drafter=SimpleNamespace(name="ngram", own_model=None)
+    )
+    rates = {"path": "some", "drafter": "ngram", "target": "x", "models": about["models"]}
+    said = AcceptanceRates(values=[[0.5]], about=rates).origin(run)
+    table: Any = SimpleNamespace(about=about)
+    return said, costs_about(target, None), unlike(table, run)
+
+
+def test_ranks_know_a_model_that_one_process_has_measured(models: Path, tmp_path: Path) -> None:
+    """But their passes take other times."""
+    alone = costs_about(load_model(str(models / "target")), None)
+    for said, about, other in together(tmp_path, partial(origins, models, alone)):
+        assert said == "some, measured with these models"
+        assert about == {**alone, "ranks": 2, "machine": about["machine"]}
+        assert other == "of other ranks"
 
 
 def ways(folder: Path, ranks: Ranks) -> list[Any]:
