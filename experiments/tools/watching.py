@@ -3,12 +3,12 @@ before: what is kept from one run to the next."""
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class Memory:
     """What is known of tests, in a JSON file.
 
     Tests are watched anew once their own file has changed, the files that faults are planted in
-    are others, or any Python below this folder is other than it was, but for other files of tests.
+    are others, or anything in a folder here that holds Python is other than it was, what is read
+    as data too, but for other files of tests.
 
     Args:
         path: of the JSON file.
@@ -48,9 +49,9 @@ class Memory:
         self._tests: dict[str, Any] = known.get("tests", {})  # by their file: state, and the rest
         self._kills: dict[str, dict[str, int]] = known.get("kills", {})  # by function, of tests
         self._common = hashlib.sha256(" ".join(self.files).encode())
-        own = (one for one in sorted(Path().iterdir()) if not one.name.startswith("."))
-        for file in chain.from_iterable(sorted(one.rglob("*.py")) for one in own):
-            if not file.name.startswith("test_"):
+        for file in _own_files():
+            if not file.match("test_*.py") and file.resolve() != path.resolve():
+                self._common.update(f"{file}\0{file.stat().st_size}\0".encode())
                 self._common.update(file.read_bytes())
 
     def unknown(self, items: Sequence[Any]) -> list[Any]:
@@ -102,6 +103,16 @@ class Memory:
         state = self._common.copy()
         state.update(Path(file).read_bytes())
         return state.hexdigest()
+
+
+def _own_files() -> Iterator[Path]:
+    """What lies in the folders here that hold Python, and where links in them lead."""
+    for top in sorted(Path().iterdir()):
+        if top.name.startswith(".") or not next(top.rglob("*.py"), None):
+            continue
+        for folder, folders, files in os.walk(top, followlinks=True):
+            folders[:] = sorted(name for name in folders if name != "__pycache__")
+            yield from (Path(folder, name) for name in sorted(files))
 
 
 def file_of(test: str) -> str:

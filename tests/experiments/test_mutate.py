@@ -132,6 +132,14 @@ def test_survivors_are_named(
     (tmp_path / "test_shelf.py").write_text(TESTS + "# other than it was\n")
     assert main((*words, "resume=true")) == 0
     assert len(ran.read_text().split()) == 4
+    (tmp_path / "sizes").mkdir()
+    (tmp_path / "shelves").mkdir()
+    (tmp_path / "shelves/sizes").symlink_to("../sizes")
+    for file, text in (("shelves/__init__.py", ""), ("sizes/most.yaml", "5")):
+        (tmp_path / file).write_text(text)  # which any test may read
+        ran.unlink()
+        assert main((*words, "resume=true")) == 0
+        assert len(ran.read_text().split()) == 4
     (tmp_path / "same.json").write_text(json.dumps(dict.fromkeys(alive, "why")))
     assert main((*words, "resume=true")) == 0
     printed, _ = capfd.readouterr()
