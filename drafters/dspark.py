@@ -22,7 +22,7 @@ class DSpark(DFlash):
         confidence: the chance of acceptance that the head states for a node's children is a factor
             of their probabilities where the tree policy decides, so that trees go where it is
             sure. What is drawn, and what rules are told, are the probabilities themselves.
-        path, taps, depth, candidates, rope_theta, widen: those of `HeadDrafter`.
+        path, taps, depth, candidates, rope_theta, widen, vocabulary: those of `HeadDrafter`.
 
     Raises:
         ValueError: as `DFlash`; with `confidence` a head that states none.
@@ -40,6 +40,7 @@ class DSpark(DFlash):
         candidates: int = 64,
         rope_theta: float | None = None,
         widen: bool = True,
+        vocabulary: int | str | None = None,
         confidence: bool = False,
     ) -> None:
         super().__init__(
@@ -49,6 +50,7 @@ class DSpark(DFlash):
             candidates=candidates,
             rope_theta=rope_theta,
             widen=widen,
+            vocabulary=vocabulary,
         )
         self.confidence = confidence
         self.composable = not confidence  # compositions do not ask for it

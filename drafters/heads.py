@@ -11,6 +11,7 @@ from specdec.cache import CacheFullError
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
 from specdec.heads.formats import find_head, levels_of, load_head
 from specdec.heads.mtp_files import HowMTP
+from specdec.heads.narrow import ids_of
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation, Observes, Tap
@@ -30,6 +31,8 @@ class HeadDrafter(GrowingDrafter):
         rope_theta: base of its rotary angles; None for the head's own.
         widen: on a stand-in, a head of its small model gets the size of published ones; False
             leaves it small, a lower limit of what heads cost.
+        vocabulary: the tokens that it may name: the lowest ids, so many, or those of a .json file;
+            None is all that it can.
 
     Attributes:
         kind: of head, as `load_head` has it.
@@ -56,11 +59,13 @@ class HeadDrafter(GrowingDrafter):
         candidates: int = 64,
         rope_theta: float | None = None,
         widen: bool = True,
+        vocabulary: int | str | None = None,
     ) -> None:
         super().__init__(depth=depth, candidates=candidates)
         if rope_theta is not None and not 0 < rope_theta < math.inf:
             raise ValueError(f"drafter.rope_theta={rope_theta}: must be above 0, or null")
         self.path, self.taps, self.rope_theta, self.widen = path, taps, rope_theta, widen
+        self.vocabulary = vocabulary
         self.head: Any
         self._wanted = depth
         self._policy: TreePolicy | None = None  # of the last check
@@ -80,6 +85,8 @@ class HeadDrafter(GrowingDrafter):
             ) from None
 
     def find(self) -> None:
+        if self.vocabulary is not None:
+            ids_of(self.vocabulary)
         find_head(self.path, "drafter.path")
         count = levels_of(self.path, "drafter.path") if self.answers else None
         if count is not None:
@@ -107,6 +114,7 @@ class HeadDrafter(GrowingDrafter):
             rope_theta=self.rope_theta,
             how=self.how,
             widened=self.widen,
+            vocabulary=self.vocabulary,
         )
         self._use(head, target)
         self.notes = {"drafter.path": str(head.description)}

@@ -31,9 +31,17 @@ class Medusa(HeadDrafter):
     answers = "has {} heads, each for a level"
 
     def __init__(
-        self, *, path: str, depth: int | None = None, candidates: int = 64, widen: bool = True
+        self,
+        *,
+        path: str,
+        depth: int | None = None,
+        candidates: int = 64,
+        widen: bool = True,
+        vocabulary: int | str | None = None,
     ) -> None:
-        super().__init__(path=path, depth=depth, candidates=candidates, widen=widen)
+        super().__init__(
+            path=path, depth=depth, candidates=candidates, widen=widen, vocabulary=vocabulary
+        )
         self.head: MedusaHeads
         self.device: torch.device
         self.dtype: torch.dtype

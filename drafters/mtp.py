@@ -2,6 +2,7 @@
 
 from specdec.drafters.eagle import Eagle
 from specdec.heads.mtp_files import HowMTP
+from specdec.heads.narrow import ids_of
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 
@@ -32,6 +33,7 @@ class MTP(Eagle):
         candidates: int = 64,
         rope_theta: float | None = None,
         widen: bool = True,
+        vocabulary: int | str | None = None,
     ) -> None:
         super().__init__(
             path=path or "",
@@ -40,12 +42,15 @@ class MTP(Eagle):
             candidates=candidates,
             rope_theta=rope_theta,
             widen=widen,
+            vocabulary=vocabulary,
         )
         self.how = HowMTP(feedback=feedback, layers=layers)
 
     def find(self) -> None:
         if self.path:
             super().find()
+        elif self.vocabulary is not None:
+            ids_of(self.vocabulary)
 
     def _files(self, target: PagedLM) -> tuple[str, str]:
         if self.path:

@@ -29,7 +29,7 @@ import torch
 
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.bench.timeline import breakdown, read_profile
-from specdec.experiments.studies.drafters import HEADS, model_words
+from specdec.experiments.studies.drafters import HEADS, OF_HEADS, model_words
 from specdec.flight import Step
 from specdec.lab.command import Positive, option
 from specdec.lab.metrics import VERBS
@@ -50,9 +50,7 @@ class Options:
     temperatures: tuple[Literal[0, 1], ...] = option((0,), "0 or 1", varies=True)
     target: str = option("standin:llama3_8b", "model folder, hub id, zoo:NAME or standin:NAME")
     draft: str = option("standin:llama_160m", "likewise")
-    heads: tuple[str, ...] = option(
-        (), "DRAFTER=folder or hub id of each head; eagle3 has its own", varies=True
-    )
+    heads: tuple[str, ...] = option((), OF_HEADS, varies=True)
     quantize: Quantize = option("none", "of the target: none or fp8")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "of both models")

@@ -18,6 +18,7 @@ after every prompt.
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,10 @@ from specdec.protocols import StepContext
 from specdec.tree import TokenTree
 
 HEADS = ("eagle3", "mtp", "peagle", "dflash", "dspark")  # over the target's states
+OF_HEADS = (
+    "DRAFTER=folder or hub id of each head, and its settings behind commas, in quotes: "
+    '"mtp=FOLDER,vocabulary=32000"; eagle3 has its own'
+)
 MODELS = ("small_llama", "early_exit", "translated", *HEADS)  # their children may be sampled
 SEARCHING = ("ngram", "pld", "rest", "retriever", "suffix_decoding")
 LONGEST_CHAIN = 16
@@ -119,9 +124,7 @@ class Options(StudyOptions):
     other_draft: str | None = option(None, "as draft, with another tokenizer; for translated")
     datastore: Path | None = option(None, "folder; for rest")
     exit_layer: int | None = option(None, "of early_exit")
-    heads: tuple[str, ...] = option(
-        (), "DRAFTER=folder or hub id of each head; eagle3 has its own", varies=True
-    )
+    heads: tuple[str, ...] = option((), OF_HEADS, varies=True)
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
     drafters: tuple[str, ...] = option(tuple(FAST), "which", varies=True)
     out: Path = option(about="result file")
@@ -139,13 +142,22 @@ def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
     """`small_llama` or a head in the words of `specdec.run`.
 
     Raises:
-        ValueError: a head that `heads` does not name.
+        ValueError: a head that `heads` does not name, or what is none in it.
     """
     paths = {"small_llama": draft, "eagle3": "zoo:eagle3"}
-    paths |= dict(one.split("=", 1) for one in heads)
+    for one in heads:
+        head, equals, said = one.partition("=")
+        if head not in HEADS or not equals:
+            raise ValueError(
+                f"heads={one}: must begin with one of {', '.join(HEADS)}; what has a comma stands "
+                f'in quotes, as in heads=["mtp=FOLDER,vocabulary=32000"]'
+            )
+        paths[head] = said
     if name not in paths:
         raise ValueError(f"drafters={name}: needs heads=[{name}=FOLDER]")
-    return f"drafter={name} {word('drafter.path', paths[name])}"
+    path, *settings = paths[name].split(",")
+    more = (shlex.quote(f"drafter.{one.strip()}") for one in settings)
+    return " ".join([f"drafter={name}", word("drafter.path", path), *more])
 
 
 def drafter_words(name: str, options: Options) -> str:

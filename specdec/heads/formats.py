@@ -31,6 +31,7 @@ from specdec.heads.layouts import BLOCK_KINDS, EAGLE3_KINDS, Layout, recognise
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.medusa_files import counts, medusa_config
 from specdec.heads.mtp_files import HowMTP, fold, handed_on, mtp_config, unfold
+from specdec.heads.narrow import narrow
 from specdec.heads.parallel import ParallelHead
 from specdec.heads.reading import eagle3_config, eagle_config, parallel_config, unstated
 from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
@@ -70,6 +71,7 @@ def load_head(
     rope_theta: float | None = None,
     how: HowMTP | None = None,
     widened: bool = True,
+    vocabulary: int | str | None = None,
 ) -> nn.Module:
     """A head on the target's device and in its type, in evaluation mode and without gradients.
 
@@ -80,8 +82,8 @@ def load_head(
         taps: which states of the target it reads, instead of what its files say.
         rope_theta: base of its rotary angles, instead of the files'.
         how: of MTP layers; None leaves it to the files.
-        widened: for a stand-in, a head of its small model gets the size of published ones; False
-            leaves it small.
+        widened: whether a stand-in's head, of its small model, gets the size of published ones.
+        vocabulary: which tokens it may name, as of `narrow`; None is all that it can.
 
     Returns:
         The head, with `description`, a line for the start of a run.
@@ -105,6 +107,7 @@ def load_head(
         remarks.append(f"widened from {head.width}" if widened else "not widened")
         head = widen(head, target, setting=files.name) if widened else moved(head, target)
         host = Host.of(target)
+    narrow(head, vocabulary, host, name=files.name)
     head.description = ", ".join([*_facts(head, layout, host), *remarks])
     ready: nn.Module = head.eval().requires_grad_(False)
     return ready

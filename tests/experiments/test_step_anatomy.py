@@ -11,6 +11,7 @@ from specdec.experiments.bench import anatomy, run, timeline
 from specdec.experiments.bench.timeline import OTHER, Piece
 from specdec.experiments.figures import draw, kernels
 from specdec.lab.build import method_of
+from specdec.lab.command import parse
 from specdec.lab.settings import settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +86,14 @@ def test_cases() -> None:
     assert (settings["drafter"]["path"], settings["tree"]["budget"]) == ("zoo:eagle3", 4)
     with pytest.raises(ValueError, match="heads="):
         anatomy.words_of("dspark chain:4", 0.0, options)
+    given = 'heads=["mtp=a b/c,vocabulary=32000,layers=1", dflash=d]'
+    options = parse(anatomy.Options, [given])
+    found = settings_of(anatomy.words_of("mtp chain:4", 0.0, options))["drafter"]
+    assert (found["path"], found["vocabulary"], found["layers"]) == ("a b/c", 32000, 1)
+    assert settings_of(anatomy.words_of("dflash chain:4", 0.0, options))["drafter"]["path"] == "d"
+    options = parse(anatomy.Options, [given.replace('"', "")])
+    with pytest.raises(ValueError, match=r"^heads=vocabulary=32000: .* stands in quotes"):
+        anatomy.words_of("mtp chain:4", 0.0, options)
 
 
 def test_verbs_of_the_zoo_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
