@@ -9,6 +9,7 @@ manifest.json   what they were made of
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from specdec.training.texts import PYTHON, Selection, evaluation_texts, files_of
 
 MANIFEST = "manifest.json"
 AT_ONCE = 512  # texts that are encoded together
+THREADS = "TOKENIZERS_PARALLELISM"  # by this variable tokenizers choose between one and all
+OFF = ("", "off", "false", "f", "no", "n", "0")
 CHARACTERS = 12  # of a token at most, on average
 Ids = NDArray[Any]
 
@@ -55,6 +58,17 @@ class CorpusSettings:
 def listed(value: str | Sequence[str]) -> list[str]:
     """One or several."""
     return [value] if isinstance(value, str) else list(value)
+
+
+def slow_words() -> str | None:
+    """What to say, before a corpus is made, of an environment that makes it slow."""
+    value = os.environ.get(THREADS)
+    if value is None or value.lower() not in OFF:
+        return None
+    return (
+        f"{THREADS}={value}: a single thread turns texts into tokens, which may take minutes; "
+        f"unset it for all threads"
+    )
 
 
 class Corpus:

@@ -26,7 +26,7 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.training.batches import EXTRA, Batch, Batches, OwnRows
 from specdec.training.checkpoint import STATE
-from specdec.training.corpus import Corpus, Encoding, Ids, corpus_of
+from specdec.training.corpus import MANIFEST, Corpus, Encoding, Ids, corpus_of, slow_words
 from specdec.training.course import HEAD, Budget, Course, Progress
 from specdec.training.optimise import Optimisers
 from specdec.training.own_text import OwnText
@@ -141,6 +141,8 @@ class Job:
     def _corpus(self) -> Corpus:
         ends = stop_tokens(self.target, ignore_eos=False)
         ids = self.target.tokenizer.eos_token_id
+        if not (self.folder / MANIFEST).exists() and (slow := slow_words()):
+            tell(self.console, slow)
         corpus = corpus_of(
             self.plan.sources,
             self.corpus_settings,

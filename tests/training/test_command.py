@@ -37,11 +37,13 @@ def train(
 
 
 def test_a_few_steps_on_the_zoo(
-    train: Callable[..., tuple[int, str, str]], tmp_path: Path
+    train: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "False")
     out, data = tmp_path / "out", texts(tmp_path)
     code, said, error = train(f"{SMALL} data={data} tokens=80 out={out}")
     assert (code, error) == (0, "")
+    assert said.startswith("TOKENIZERS_PARALLELISM=False: a single thread turns texts into tokens")
     result = json.loads((out / "training.json").read_text())
     assert (result["steps"], result["tokens"]) == (5, 80)
     last = result["curve"][-1]
@@ -55,6 +57,7 @@ def test_a_few_steps_on_the_zoo(
     assert error == f"error: out={out}: {said}\n"
     code, said, error = train(f"{SMALL} data={data} tokens=80 out={out} resume=true")
     assert (code, error) == (0, "")
+    assert "TOKENIZERS" not in said  # the corpus is there
     assert json.loads((out / "training.json").read_text())["steps"] == 5
     code, _, error = train(f"{SMALL} data={data} tokens=96 out={out} resume=true")
     assert code == 2
