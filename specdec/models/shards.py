@@ -100,6 +100,11 @@ def check_split(config: Any, size: int, name: str) -> None:
         )
     if importlib.util.find_spec("transformers.distributed.tensor_parallel") is None:
         raise ValueError(f"target.tp={size}: needs transformers 5.17 or newer; {NEEDED[1]}")
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ValueError(
+            f"target.tp={size}: transformers has no plan of how to cut {name}, a model of type "
+            f"{text.model_type}; use target.tp=1"
+        )
     vocabulary = getattr(text, "vocab_size", 0)
     if vocabulary % size and not cuts_unevenly():
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from specdec.calibration import about as costs_about
 from specdec.calibration import unlike
@@ -201,6 +202,12 @@ def test_heads_that_cannot_be_split(heads: tuple[int, int], size: int, said: str
     with pytest.raises(ValueError, match="cannot be split") as refused:
         check_split(config, size, "x")
     assert str(refused.value).startswith(said)
+
+
+def test_a_family_that_transformers_cannot_cut() -> None:
+    said = "target.tp=2: transformers has no plan of how to cut x, a model of type gpt2; use "
+    with pytest.raises(ValueError, match=rf"^{said}target\.tp=1$"):
+        check_split(AutoConfig.for_model("gpt2"), 2, "x")
 
 
 def test_a_vocabulary_that_cannot_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
