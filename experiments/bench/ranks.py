@@ -324,6 +324,8 @@ def work(options: Options) -> int:
     result: dict[str, Any] = begin(
         options, torch.device(options.device), "specdec.experiments.bench.ranks"
     )
+    started = f"torchrun --standalone --nproc-per-node {os.environ.get('WORLD_SIZE')}"
+    result["command"] = result["command"].replace("python", started, 1)
 
     def save(more: dict[str, Any]) -> None:
         for name, value in more.items():

@@ -133,7 +133,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         "What GPUs gain that share a target, and what long contexts cost: passes by part, drafts "
         "of `own_cache` accepted at a stated rate, and a prompt that is read beside other rows.",
         [
-            ("ranks", ranks, {}),
+            *((file, partial(ranks, file=file), {}) for file in ("ranks", "ranks_fp8")),
             ("long_32k", partial(kernels.long, file="long_32k"), {}),
             ("long_128k", partial(kernels.long, file="long_128k"), {}),
         ],
