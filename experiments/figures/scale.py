@@ -21,8 +21,8 @@ def ranks(result: Result, file: str = "ranks") -> str:
             "that over its limit": result["ratios"][limit],
             nodes: large["passes"]["many_over_one"],
         }
-        stored = "" if settings["quantize"] == "none" else f" in {settings['quantize']}"
-        rows += [[f"`{name}`{stored}: {what}", "", number(one), ""] for what, one in figures.items()]
+        name = f"`{name}`" + ("" if (how := settings["quantize"]) == "none" else f" in {how}")
+        rows += [[f"{name}: {what}", "", number(one), ""] for what, one in figures.items()]
     return piece(_about(result, file), ["", "one GPU", f"{gpus} GPUs", f"{gpus} over one"], rows)
 
 
