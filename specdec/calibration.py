@@ -1,7 +1,6 @@
-"""What verifying and drafting cost here and now: passes of a target and a draft over trees, and
-what the decoding loop adds to them. `specdec.costs` reads, keeps and compares what comes of it."""
+"""What verifying and drafting cost here and now: `specdec.passes` of a target and a draft and what
+the decoding loop adds to them. `specdec.costs` reads, keeps and compares what comes of it."""
 
-import gc
 import hashlib
 import json
 import math
@@ -14,207 +13,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from specdec import __version__
-from specdec.cache import PagedKVCache
 from specdec.costs import CostTable
 from specdec.decode import Decoder
 from specdec.flight import Step
 from specdec.models.fingerprint import fingerprint, hardware_of
 from specdec.models.paged import PagedLM
+from specdec.passes import Call, Passes, step_seconds
 from specdec.protocols import Drafter, Loaded, TreePolicy
 from specdec.ranks import here
 from specdec.request import Request
 from specdec.tables import DATA, keep_table, kept_tables
-from specdec.tree import random_parents
 
-MEMORY_SHARE = 0.8  # of the free memory that a cache and logits may take
 LOOP_PROMPT = 64  # tokens before the chains that are decoded
-LOOP_TOKENS = 16  # that the chains of a run's own measurement yield
+LOOP_TOKENS = 16  # of each text of a run's own measurement
+TEXTS = 4  # of each prompt
 CHAINS = (1, 4)  # their levels
 UNSETTLED = 2  # steps of them that do not count
-REPLAYS, FEWEST = 15, 4
+REPLAYS = 9  # of each step of passes
 SECONDS = {"cpu": 2.0, "cuda": 16.0}  # that passes may take; the chains take as long again at most
 LEAST = 1e-6  # seconds of a level of a drafter that takes none
-CHOICES = 4  # most probable tokens asked of a draft, for each node
-Call = Callable[[], Any]
-
-
-def median_seconds(
-    calls: Sequence[Call], device: torch.device, *, replays: int, within: float = math.inf
-) -> list[float]:
-    """Median seconds of each call: on a GPU of a CUDA graph of it, between device events, else by
-    the clock. Calls take turns, so that whatever else the machine does meets all of them alike.
-
-    Args:
-        within: seconds, after which no further turn begins. Half of them may pass until each was
-            called once, which on a GPU may compile kernels; of more than four those that it does
-            not suffice for are left out.
-    """
-    begun = time.perf_counter()
-    ready: list[Call] = []
-    for call in calls:
-        ready.append(_captured(call, device) if device.type == "cuda" else call)
-        ready[-1]()  # pays for what happens once
-        if len(ready) >= FEWEST and time.perf_counter() - begun > within / 2:
-            break
-    found: list[list[float]] = [[] for _ in ready]
-    for turn in range(replays):
-        for replay, seconds in zip(ready, found, strict=True):
-            seconds.append(_clocked(replay, device))
-        if turn and time.perf_counter() - begun > within:
-            break
-    return [statistics.median(seconds) for seconds in found]
-
-
-def _captured(call: Call, device: torch.device) -> Call:
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, allocates, tunes
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def _clocked(call: Call, device: torch.device) -> float:
-    if device.type != "cuda":
-        call()  # weights are where a step like the one before has left them
-        begun = time.perf_counter()
-        call()
-        return time.perf_counter() - begun
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    call()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1e3
-
-
-class Passes:
-    """Passes of a model over random trees after a random context, to be timed.
-
-    Args:
-        lm: the model.
-        batch: sequences.
-        context: tokens of each before its tree.
-        nodes: of a tree at most, the root included; twice the widest level of a draft.
-        page_size, kv_dtype: as in `Capacity`.
-
-    Attributes:
-        cache: None if the memory holds no such cache, or not the logits.
-    """
-
-    def __init__(
-        self,
-        lm: PagedLM,
-        *,
-        batch: int,
-        context: int,
-        nodes: int,
-        page_size: int | None = None,
-        kv_dtype: torch.dtype | None = None,
-    ) -> None:
-        self.lm, self.batch = lm, batch
-        self.generator = torch.Generator(lm.device).manual_seed(0)
-        self.kernels = lm.kernels.on(lm.device)
-        self.rows = torch.arange(batch, device=lm.device)
-        self.cache = self._filled(
-            context, nodes, page_size or (128 if lm.device.type == "cuda" else 16), kv_dtype
-        )
-
-    def _filled(
-        self, context: int, nodes: int, page_size: int, kv_dtype: torch.dtype | None
-    ) -> PagedKVCache | None:
-        lm, tokens = self.lm, context + nodes
-        pages = self.batch * -(-tokens // page_size)
-        if lm.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
-            needed = pages * page_size * lm.kv_shape.bytes_per_token(kv_dtype or lm.dtype)
-            needed += 2 * self.batch * nodes * lm.vocab_size * lm.dtype.itemsize
-            if needed > MEMORY_SHARE * torch.cuda.mem_get_info(lm.device)[0]:
-                return None
-        cache = lm.new_cache(
-            rows=self.batch,
-            pages=pages,
-            page_size=page_size,
-            max_tokens=tokens,
-            kv_dtype=kv_dtype,
-        )
-        for row in range(self.batch):
-            cache.open(row, tokens=tokens)
-        if kv_dtype is None:  # quantised ones stay zeros, which are read as fast
-            for pool in (cache.keys, cache.values):
-                pool.normal_(generator=self.generator)
-        cache.lengths[: self.batch] = context
-        return cache
-
-    def tokens(self, width: int) -> Tensor:
-        """[B, width] random ones."""
-        lm = self.lm
-        shape = self.batch, width
-        return torch.randint(lm.vocab_size, shape, device=lm.device, generator=self.generator)
-
-    def verify(self, nodes: int) -> Call:
-        """A pass of a target over a random tree for each sequence, and who sees whom in it."""
-        lm, cache, tokens = self.lm, self.cache, self.tokens(nodes)
-        generator = torch.Generator().manual_seed(nodes)
-        trees = [random_parents(nodes, generator) for _ in range(self.batch)]
-        parents = torch.tensor(trees, dtype=torch.int32, device=lm.device)
-        assert cache is not None
-
-        def call() -> Tensor | None:
-            structure = self.kernels.tree_structure(parents)
-            return lm.forward(
-                cache, self.rows, tokens, structure.depths, ancestors=structure.ancestors
-            )
-
-        return call
-
-    def draft(self, width: int) -> Call:
-        """A pass of a draft over the second level of a tree, and the best tokens after it."""
-        lm, cache, tokens = self.lm, self.cache, self.tokens(width)
-        roots = torch.full((self.batch, width), -1)
-        level = torch.arange(width).expand(self.batch, -1)
-        parents = torch.cat([roots, level], dim=1).to(lm.device, torch.int32)
-        assert cache is not None
-        cache.scratch(self.batch, 2 * width)
-
-        def call() -> tuple[Tensor, Tensor]:
-            structure = self.kernels.tree_structure(parents)
-            logits = lm.forward(
-                cache,
-                self.rows,
-                tokens,
-                structure.depths[:, width:],
-                ancestors=structure.ancestors[:, width:],
-                first=width,
-                key_offsets=structure.depths,
-            )
-            assert logits is not None
-            best: tuple[Tensor, Tensor] = self.kernels.top_tokens(
-                logits.flatten(0, 1), CHOICES, temperature=1.0
-            )
-            return best
-
-        return call
 
 
 def loop_seconds(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int
+    decoder: Decoder, prompts: Sequence[Sequence[int]], tokens: int, *, within: float = math.inf
 ) -> tuple[float, float]:
     """Median seconds of drafting in a step that `decoder` makes of these prompts, and of all of it
-    but drafting and verifying."""
+    but drafting and verifying.
+
+    Args:
+        within: seconds, after which no further text ends; all prompts are decoded as often as
+            `TEXTS` if it suffices.
+    """
     decoder.warm_up(prompts[0], 2)
-    asked = [Request(id=i, prompt_ids=p, max_new_tokens=tokens) for i, p in enumerate(prompts)]
-    steps: list[Step] = []
+    asked = [
+        Request(id=i, prompt_ids=prompt, max_new_tokens=tokens)
+        for i, prompt in enumerate([*prompts] * TEXTS)
+    ]
+    steps, begun = list[Step](), time.perf_counter()
     for _ in decoder.run(asked, on_step=steps.append):
-        pass
+        if time.perf_counter() - begun > within:
+            break
+    steps = [step for step in steps if len(step.requests) == len(prompts)] or steps
     times = [step.seconds for step in steps[min(UNSETTLED, len(steps) - 1) :]]
     rest = [sum(one.get(verb, 0.0) for verb in ("accept", "commit", "other")) for one in times]
     return statistics.median(one["draft"] for one in times), statistics.median(rest)
@@ -229,16 +70,23 @@ def loop_prompts(lm: PagedLM, batch: int, length: int = LOOP_PROMPT) -> list[lis
 
 def loop_costs(
     first: tuple[float, float], second: tuple[float, float], levels: tuple[int, int]
-) -> tuple[float, float, float]:
-    """Seconds of a drafted level, of the first one beyond that, and of a step beyond verification
-    and draft.
+) -> dict[str, float]:
+    """What the loop adds to passes, as `CostTable` has it; `level` is that of all of a drafted
+    level, its pass included.
 
     Args:
         first, second: `loop_seconds` of chains of so many `levels`.
     """
-    span = levels[1] - levels[0]
-    level = max(0.0, (second[0] - first[0]) / span if span else first[0] / levels[0])
-    return level, max(0.0, first[0] - levels[0] * level), (first[1] + second[1]) / 2
+    few, span = levels[0], levels[1] - levels[0]
+    level = max(0.0, (second[0] - first[0]) / span if span else first[0] / few)
+    accept = max(0.0, (second[1] - first[1]) / span) if span else 0.0
+    step = (first[1] + second[1] - sum(levels) * accept) / 2
+    return {
+        "level": level,
+        "start": max(0.0, first[0] - few * level),
+        "accept": accept,
+        "step": max(0.0, step),
+    }
 
 
 # Of a run
@@ -285,6 +133,7 @@ def costs_of(
     grid = {"batch": batch, "context": context, "budget": budget, "children": chain(1).children}
     cache = {"page_size": run.capacity.page_size, "kv_dtype": str(run.capacity.kv_dtype)}
     key = {"version": __version__, **here, **grid, **cache, "drafter": _described(run.drafter)}
+    key["chains"] = [*CHAINS]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = kept_tables("costs") / f"{name}.json"
     if costs == "auto":
@@ -341,13 +190,15 @@ def _measured(
 ) -> dict[str, Any]:
     """A table, in the form of a file, of one batch and one context."""
     context = min(context, run.target.max_context - budget - 1)
-    nodes, widths = _doubled(budget + 1), _doubled(budget)
-    verify, draft = _passes(run, batch, context, nodes, widths)
-    level, start, step = _loop(run, batch, budget, chain)
+    most = min(CHAINS[1], budget, run.drafter.depth or CHAINS[1])
+    widths = _doubled(budget)
+    nodes = [1, *(1 + width for width in widths)]
+    verify, draft = _passes(run, batch, context, widths, most)
+    loop = _loop(run, batch, (min(CHAINS[0], most), most), chain)
     if draft:
-        level = max(0.0, level - draft[0])
+        loop["level"] = max(0.0, loop["level"] - draft[0])
     else:  # what the loop takes, however wide
-        widths, draft, level = widths[-1:], [max(level, LEAST)], 0.0
+        widths, draft, loop["level"] = widths[-1:], [max(loop["level"], LEAST)], 0.0
     return {
         "verify": {
             "batch": [batch],
@@ -361,16 +212,20 @@ def _measured(
             "context": context,
             "seconds": [draft],
         },
-        "loop": {"batch": [batch], "level": [level], "start": [start], "step": [step]},
+        "loop": {"batch": [batch], **{part: [seconds] for part, seconds in loop.items()}},
     }
 
 
 @torch.no_grad()
 def _passes(
-    run: Loaded, batch: int, context: int, nodes: Sequence[int], widths: Sequence[int]
+    run: Loaded, batch: int, context: int, widths: Sequence[int], levels: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of passes of the target by nodes, and of a draft model by widths; where time is
-    short the largest of both are left out.
+    """Seconds of passes of the target over roots alone, then over trees of so many drafted nodes,
+    and of a draft model, if there is one, over levels of so many; where time is short the largest
+    are left out.
+
+    Args:
+        levels: of the drafts.
 
     Raises:
         ValueError: no memory for them.
@@ -383,41 +238,35 @@ def _passes(
         page_size=capacity.page_size,
         kv_dtype=capacity.kv_dtype,
     )
-    passes = prepared(target, nodes=nodes[-1])
+    passes = prepared(target, nodes=1 + widths[-1])
     ahead = None if draft is None else prepared(draft, nodes=2 * widths[-1])
     if passes.cache is None or (ahead is not None and ahead.cache is None):
         raise ValueError(
             f"tree.context={context}: a batch of {batch} exceeds the memory when costs are "
             f"measured; lower tree.context, or name a table in tree.costs"
         )
-    sizes = [("verify", count) for count in nodes]
-    sizes += [("draft", width) for width in widths] if ahead is not None else []
-    sizes.sort(key=lambda one: one[1])
-    calls = [
-        ahead.draft(size) if ahead is not None and part == "draft" else passes.verify(size)
-        for part, size in sizes
-    ]
+    steps: list[tuple[list[Call], Call]] = [([], passes.verify(1))]  # one of plain decoding
+    for width in widths:
+        drafts = [] if ahead is None else ahead.drafts(width, levels)
+        steps.append((drafts, passes.verify(1 + width)))
     within = SECONDS[target.device.type]
-    seconds = median_seconds(calls, target.device, replays=REPLAYS, within=within)
-    timed = [*zip(sizes, seconds, strict=False)]
-    verify, drafted = (
-        [one for (part, _), one in timed if part == wanted] for wanted in ("verify", "draft")
-    )
-    return verify, drafted
+    found = step_seconds(steps, target.device, replays=REPLAYS, within=within)
+    drafted, verify = (list(seconds) for seconds in zip(*found, strict=True))
+    return verify, [] if ahead is None else drafted[1:]
 
 
 def _loop(
-    run: Loaded, batch: int, budget: int, chain: Callable[[int], TreePolicy]
-) -> tuple[float, float, float]:
-    """What the loop adds to a level, to the first one and to a step, by chains of two lengths."""
+    run: Loaded, batch: int, levels: tuple[int, int], chain: Callable[[int], TreePolicy]
+) -> dict[str, float]:
+    """`loop_costs` of chains of so many levels."""
     target = run.target
-    most = min(CHAINS[1], budget, run.drafter.depth or CHAINS[1])
-    levels = (min(CHAINS[0], most), most)
     tokens = min(LOOP_TOKENS, target.max_context - 1)
     prompts = loop_prompts(target, batch, min(LOOP_PROMPT, target.max_context - tokens))
     capacity = replace(run.capacity, rows=batch, max_tokens=len(prompts[0]) + tokens, pages=None)
+    within = SECONDS[target.device.type] / 2
     first, second = (
-        loop_seconds(run.decoder(chain(count), capacity), prompts, tokens) for count in levels
+        loop_seconds(run.decoder(chain(count), capacity), prompts, tokens, within=within)
+        for count in levels
     )
     return loop_costs(first, second, levels)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from specdec.tables import load_table
 
 CALIBRATE = "python -m specdec.experiments.tools.calibrate"
-LOOP = {"loop_batches": "batch", "loop_level": "level", "loop_step": "step", "loop_start": "start"}
+LOOP = {f"loop_{name}": name for name in ("level", "step", "start", "accept")}
 
 
 class CostTable:
@@ -27,7 +27,8 @@ class CostTable:
         draft_seconds: one for each combination.
         loop_batches, loop_level, loop_step: batches, ascending, and for each the seconds that the
             decoding loop adds to a drafted level and to a step.
-        loop_start: likewise to a step that drafts; None for nothing.
+        loop_start, loop_accept: likewise to a step that drafts, and for each level that it does;
+            None for nothing.
         about: of which models and which machine, as `specdec.calibration.about` says it; None if
             nobody knows.
 
@@ -47,13 +48,14 @@ class CostTable:
         loop_level: Sequence[float] = (0.0,),
         loop_step: Sequence[float] = (0.0,),
         loop_start: Sequence[float] | None = None,
+        loop_accept: Sequence[float] | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
         self.about = about
         self._verify = _Grid("verify", verify_grid, verify_seconds)
         self._draft = _Grid("draft", draft_grid, draft_seconds)
-        start = loop_start or [0.0] * len(loop_batches)
-        self._loop = np.asarray([loop_batches, loop_level, loop_step, start], dtype=np.float64)
+        added = [one or [0.0] * len(loop_batches) for one in (loop_start, loop_accept)]
+        self._loop = np.asarray([loop_batches, loop_level, loop_step, *added], dtype=np.float64)
         if not (np.isfinite(self._loop) & (self._loop >= 0)).all():
             raise ValueError("loop: seconds that are missing or negative")
 
@@ -91,6 +93,7 @@ class CostTable:
             draft_grid=[draft[name] for name in axes],
             draft_seconds=_filled(draft["seconds"]) if "context" in axes else draft["seconds"],
             about=data.get("about"),
+            loop_batches=loop.get("batch", (1.0,)),
             **{name: loop[key] for name, key in LOOP.items() if key in loop},
         )
 
@@ -124,9 +127,11 @@ class CostTable:
         """Seconds that the loop adds to such a pass."""
         return float(np.interp(batch, self._loop[0], self._loop[1]))
 
-    def step(self, batch: float) -> float:
-        """Seconds of a step beyond the passes of the target and the draft."""
-        return float(np.interp(batch, self._loop[0], self._loop[2]))
+    def step(self, batch: float, levels: int = 0) -> float:
+        """Seconds of a step beyond verification and draft, if so many levels were drafted: the
+        work of a rule may grow with them."""
+        step, accept = (np.interp(batch, self._loop[0], self._loop[row]) for row in (2, 4))
+        return float(step + levels * accept)
 
     def start(self, batch: float) -> float:
         """Seconds that a step takes more than that if it drafts at all."""

@@ -209,11 +209,10 @@ def predictions(
         budget: nodes of a tree at most, the root not counted.
         depth: levels at most.
     """
-    step = costs.step(batch)
-    yield Choice(shape=frozenset(), tokens=1.0, seconds=costs.verify(batch, 1, context) + step)
+    plain = costs.verify(batch, 1, context) + costs.step(batch)
+    yield Choice(shape=frozenset(), tokens=1.0, seconds=plain)
     budget = min(budget, costs.most_nodes - 1)
-    step += costs.start(batch)
-    verify = [costs.verify(batch, nodes + 1, context) + step for nodes in range(budget + 1)]
+    verify = [costs.verify(batch, nodes + 1, context) for nodes in range(budget + 1)]
     level = costs.level(batch)
     draft = [costs.draft(batch, width, context) + level for width in range(costs.most_width + 1)]
     listed: set[Shape] = {frozenset()}
@@ -226,8 +225,9 @@ def predictions(
             listed.add(shape)
             widths = [len(parents) for parents in parents_by_level(shape)]
             if max(widths) <= costs.most_width:
+                loop = costs.start(batch) + costs.step(batch, len(widths))
                 yield Choice(
                     shape=shape,
                     tokens=1.0 + expected_accepted(shape, rates),
-                    seconds=verify[len(shape)] + sum(draft[width] for width in widths),
+                    seconds=loop + verify[len(shape)] + sum(draft[width] for width in widths),
                 )

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 
-from specdec.calibration import Passes, median_seconds
 from specdec.experiments.bench.anatomy import warm_up_profiler
 from specdec.experiments.bench.timeline import breakdown, read_profile
 from specdec.flight import Step
@@ -37,6 +36,7 @@ from specdec.lab.prompts import Asked
 from specdec.lab.session import Decoded, OurSession, wait
 from specdec.lab.workshop import PLAIN, Workshop, word
 from specdec.models.quantised import Quantize
+from specdec.passes import Passes, step_seconds
 from specdec.prefixes import Prefixes
 from specdec.request import KV_DTYPES, Request
 
@@ -126,8 +126,8 @@ def passes(options: Options, shop: Workshop, cases: dict[str, Any]) -> None:
         return lm.forward(cache, made.rows, token, first, view=view)
 
     calls = {f"verify {count}": made.verify(count) for count in options.nodes} | {"draft 1": draft}
-    seconds = median_seconds(list(calls.values()), lm.device, replays=15)
-    for (name, call), one in zip(calls.items(), seconds, strict=True):
+    seconds = step_seconds([([], call) for call in calls.values()], lm.device, replays=15)
+    for (name, call), (_, one) in zip(calls.items(), seconds, strict=True):
         cases[name] = {"ms": one * 1e3}
         if lm.device.type == "cuda":
             cases[name]["kernels"] = by_kernels(call, lm.device)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from specdec.calibration import Passes
 from specdec.experiments.bench.clock import GraphClock, describe, read_ceiling
 from specdec.kernels.layout import Weight
 from specdec.kernels.reference import quantise_weight
@@ -38,6 +37,7 @@ from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
 from specdec.models.shards import Shared, local
 from specdec.observation import Observation, Observes
+from specdec.passes import Passes
 from specdec.protocols import StepContext
 from specdec.ranks import Ranks, here, join
 from specdec.request import Capacity

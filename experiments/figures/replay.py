@@ -41,9 +41,15 @@ def _about(result: Result) -> str:
         f"record; p of the two being equal, by Holm of all of them"
     )
     if _timed(result):
+        about += "; tokens a second, "
+        if "timed" in settings:
+            about += (
+                f"which are these over the mean seconds of a step of {settings['timed']} texts of "
+                f"each prompt, decoded one at a time, "
+            )
         about += (
-            "; tokens a second, by how much replay is above, and by how much of the run's time "
-            "each part was foretold too long"
+            "by how much replay is above, and by how much of the run's time each part was "
+            "foretold too long"
         )
     return about
 

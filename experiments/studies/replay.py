@@ -11,12 +11,15 @@ a step; p-values are corrected for their number (Holm). Texts of the runs are ot
 the record, and each run has random numbers of its own: all follow the target's law, and only the
 record is common to all comparisons.
 
-With batch=1 speeds are compared as well. Costs of passes and of the loop are measured beside each
-run: before it and, on a CPU, where other programs come and go, between the samples and after it.
-`gap` is by how much the replay's tokens per second are above the run's; `parts` says why: the
-number of steps; in a median step the draft, the pass of the target and the rest of the loop; and
-`uneven`, by how much a step takes less at the median, which costs are, than in the mean. Each is a
-share of the run's seconds by which replay has more, so that one above 0 makes replay slower.
+With batch=1 speeds are compared as well. So many samples as `timed` are decoded one at a time and
+say how long a step takes; how many tokens it yields is said by all, of which the others are
+decoded together. (Chance moves tokens a step of 48 texts by 3 %, seconds hardly.) Costs of passes
+and of the loop are measured beside the timed ones: before them and, on a CPU, where other programs
+come and go, between and after them. `gap` is by how much the replay's tokens per second are above
+the run's; `parts` says why: the number of steps; in a median step the draft, the pass of the
+target and the rest of the loop; and `uneven`, by how much a step takes less at the median, which
+costs are, than in the mean. Each is a share of the run's seconds by which replay has more, so that
+one above 0 makes replay slower. `alone` is the speed of the timed samples by themselves.
 """
 
 import re
@@ -35,7 +38,7 @@ from rich.progress import track
 
 from specdec.calibration import costs_of
 from specdec.costs import CostTable
-from specdec.drafters.trees.fixed import FixedShape
+from specdec.drafters.trees.static import Static
 from specdec.experiments.figures.markdown import show
 from specdec.experiments.figures.replay import beside_runs, runs_table
 from specdec.lab.build import sampling_of
@@ -57,6 +60,7 @@ from specdec.replay.record import CANDIDATES, Record
 from specdec.replay.replaying import Replayer, widths_by_level
 
 SEEDS_APART = 100_000  # of the runs and the record
+TOGETHER = 16  # texts that nobody times
 SIX = (  # policy, budget, children, rule
     ("chain", 4, "sample", "tokenwise"),
     ("chain", 4, "sample", "block"),
@@ -79,13 +83,14 @@ class Options:
     dtype: str = option("float32", "of both models")
     path: str | None = option(None, "prompts, as in prompts.path; the built-in ones")
     prompts: Positive = option(24, "of them")
-    samples: Positive = option(2, "of each")
+    samples: Positive = option(6, "of each")
+    timed: Positive = option(2, "of them, where batch=1")
     tokens: Positive = option(48, "new ones")
     temperature: float = option(1.0, "of sampling")
     budgets: tuple[Positive, ...] = option((1, 2, 4, 6, 8, 12, 16), "replayed")
     record: Path = option(Path("replay_record"), "folder of the record, made if there is none")
     run: Literal["six", "every", "none"] = option("six", "of the configurations: every pair of a")
-    batch: Positive = option(1, "sequences together in runs; speeds are compared at 1 alone")
+    batch: Positive = option(1, "sequences together in runs; speeds are compared at 1")
     page: Path | None = option(
         None, "HTML file of what is replayed, as of specdec replay, and of the runs"
     )
@@ -106,15 +111,23 @@ class Runs:
     Args:
         shop: makes their methods.
         prompts: each is asked `samples` times.
+        timed: of these, where they are decoded one at a time.
         tokens: new ones of each text.
         batch: sequences together.
     """
 
     def __init__(
-        self, shop: Workshop, prompts: Sequence[Prompt], *, samples: int, tokens: int, batch: int
+        self,
+        shop: Workshop,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        timed: int,
+        tokens: int,
+        batch: int,
     ) -> None:
-        self.shop = shop
-        self.prompts, self.samples, self.tokens, self.batch = prompts, samples, tokens, batch
+        self.shop, self.prompts, self.tokens, self.batch = shop, prompts, tokens, batch
+        self.samples, self.timed = samples, min(timed, samples)
         self.longest = max(len(prompt.tokens) for prompt in prompts) + tokens
         self._texts = 0  # of all runs so far
 
@@ -122,12 +135,16 @@ class Runs:
         made = self.shop.method(f"tree.children={one.children} acceptance={one.rule}")
         return replace(made, tree=one.tree, tree_name=one.policy)
 
-    def session(self, method: Method) -> OurSession:
-        return self.shop.session(method, rows=self.batch, longest=self.longest)
+    def session(self, method: Method, rows: int) -> OurSession:
+        return self.shop.session(method, rows=rows, longest=self.longest)
 
-    def run(self, method: Method, samples: int, *, warm: bool) -> Decoded:
-        """So many samples of all prompts, one after the other."""
-        session = self.session(method)
+    def run(self, method: Method, samples: int, *, warm: bool, rows: int | None = None) -> Decoded:
+        """So many samples of all prompts, one after the other.
+
+        Args:
+            rows: sequences together; None for those of the batch.
+        """
+        session = self.session(method, rows or self.batch)
         if warm:
             session.warm_up(self.prompts[0].tokens)
         first = SEEDS_APART + self._texts
@@ -136,12 +153,12 @@ class Runs:
         return session.decode([p._replace(id=first + i) for i, p in enumerate(asked)], self.tokens)
 
     def beside(self, method: Method) -> tuple[list[Decoded], list[CostTable]]:
-        """All samples, with costs measured beside them."""
+        """The timed samples, with costs measured beside them."""
         if self.shop.target.device.type != "cpu":
             table = self.costs(method)
-            return [self.run(method, self.samples, warm=True)], [table]
+            return [self.run(method, self.timed, warm=True)], [table]
         done, tables = [], [self.costs(method)]
-        for _ in range(self.samples):
+        for _ in range(self.timed):
             done.append(self.run(method, 1, warm=True))
             tables.append(self.costs(method))
         return done, tables
@@ -150,14 +167,13 @@ class Runs:
         """Measured now."""
         target, tree = self.shop.target, method.tree
 
-        def chain(levels: int) -> FixedShape:
-            shape = [(0,) * level for level in range(1, levels + 1)]
-            return FixedShape(shape=shape, children=tree.children)
+        def chain(levels: int) -> Static:  # grown as the trees of one shape that are run
+            return Static(widths=[1] * levels, children=tree.children)
 
         loaded = Loaded(
             target=target,
             drafter=method.drafter,
-            capacity=self.session(method).decoder.capacity,
+            capacity=self.session(method, self.batch).decoder.capacity,
             decoder=lambda tree, room: replace(method, tree=tree).decoder(target, room),
         )
         given = {"batch": self.batch, "context": None, "budget": max(2, tree.budget)}
@@ -207,7 +223,7 @@ def record_of(options: Options) -> Record:
 def runs_of(options: Options) -> Runs:
     shop = Workshop(options.words)
     sets = ask(shop.target.tokenizer, {"set": options.path}, limit=options.prompts)
-    sizes = {name: getattr(options, name) for name in ("samples", "tokens", "batch")}
+    sizes = {name: getattr(options, name) for name in ("samples", "timed", "tokens", "batch")}
     return Runs(shop, sets["set"], **sizes)
 
 
@@ -285,13 +301,15 @@ class Foretelling:
 
 def compared(one: Configuration, told: Foretelling, runs: Runs) -> dict[str, Any]:
     """What a run of a configuration says, and its replay, prompt by prompt."""
-    timed = runs.batch == 1 and one.shape is not None
-    method, tables = runs.method(one), list[CostTable]()
-    if timed:
-        done, tables = runs.beside(method)
-    else:
-        done = [runs.run(method, runs.samples, warm=False)]
-    steps = np.reshape([d.passes for d in done], (runs.samples, -1)).sum(0)
+    method = runs.method(one)
+    alone, tables = list[Decoded](), list[CostTable]()
+    rest, rows = runs.samples, None
+    if runs.batch == 1 and one.shape is not None:
+        alone, tables = runs.beside(method)
+        rest, rows = rest - runs.timed, TOGETHER
+    together = [runs.run(method, rest, warm=False, rows=rows)] if rest else []
+    done = [*alone, *together]
+    steps = np.concatenate([d.passes for d in done]).reshape(runs.samples, -1).sum(0)
     told_tokens, told_steps = told.sums(one, runs.prompts)
     tokens = [float(runs.tokens * runs.samples)] * len(runs.prompts)
     apart = product([tokens, told_steps], [steps.tolist(), told_tokens])
@@ -304,33 +322,42 @@ def compared(one: Configuration, told: Foretelling, runs: Runs) -> dict[str, Any
         "prompts": apart.singles,
         "seconds": sum(d.seconds for d in done),
     }
-    return {**found, "speed": speed(one, done, told.record, tables)} if timed else found
+    if alone:
+        found["speed"] = speed(one, alone, sum(tokens) / steps.sum(), told.record, tables)
+    return found
 
 
 def speed(
-    one: Configuration, done: Sequence[Decoded], record: Record, tables: Sequence[CostTable]
+    one: Configuration,
+    alone: Sequence[Decoded],
+    length: float,
+    record: Record,
+    tables: Sequence[CostTable],
 ) -> dict[str, Any]:
     """Tokens per second of a run at a batch of 1 and as foretold, and what sets them apart.
 
     Args:
+        alone: texts that were decoded one at a time.
+        length: tokens of a step.
         tables: costs, each of which counts as much.
     """
-    steps = [step.seconds for decoded in done for step in decoded.steps]
-    tokens = sum(len(text) for decoded in done for text in decoded.outputs)
+    steps = [step.seconds for decoded in alone for step in decoded.steps]
+    tokens = sum(len(text) for decoded in alone for text in decoded.outputs)
     verbs = np.array([[sum(step.get(verb, 0.0) for verb in of) for of in PARTS] for step in steps])
     median, mean = np.median(verbs, axis=0), float(verbs.sum(1).mean())
     replayers = [replayer_of(record, table) for table in tables]
     rows = [replayer.figures(replayer.replay(one)) for replayer in replayers]
     predicted = float(np.mean([row["tokens_per_second"] for row in rows]))
-    measured = tokens / len(steps) / mean
+    measured = length / mean
     told = np.mean([step_costs(one, table) for table in tables], axis=0)
     shares = [*((told - median) / mean).tolist(), float(median.sum() / mean - 1.0)]
     return {
         "measured": measured,
         "predicted": predicted,
         "gap": predicted / measured - 1.0,
+        "alone": tokens / len(steps) / mean,
         "parts": {
-            "steps": tokens / len(steps) / rows[0]["tokens_per_step"] - 1.0,
+            "steps": length / rows[0]["tokens_per_step"] - 1.0,
             **dict(zip(("draft", "verify", "loop", "uneven"), shares, strict=True)),
         },
     }
@@ -341,7 +368,7 @@ def step_costs(one: Configuration, table: CostTable) -> NDArray[np.float64]:
     shape = one.shape or frozenset()
     levels = [table.draft(1, width, 1.0) + table.level(1) for width in widths_by_level(shape)]
     verify = table.verify(1, len(shape) + 1, 1.0)
-    return np.array([table.start(1) + sum(levels), verify, table.step(1)])
+    return np.array([table.start(1) + sum(levels), verify, table.step(1, len(levels))])
 
 
 def corrected(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,11 +5,12 @@
     python -m specdec.run tree=cost_aware tree.costs=costs.json ...
 
 Times passes of a target over random trees and passes of a draft over levels of a tree, on a GPU
-as CUDA graphs (medians of replays, between device events), on a CPU by the clock. Keys, values and
-tokens are random. A pass of the target includes finding out who sees whom (`tree_structure`);
-one of the draft is that of a second level, with the first in the scratch, and includes finding
-the most probable tokens. What the decoding loop adds to that, at temperature 1 with sampled
-children, is measured in the loop itself, with chains of two lengths.
+as CUDA graphs (medians of replays, between device events), on a CPU by the clock, where they stand
+in a step: several of the draft, then one of the target. Keys, values and tokens are random. A pass
+of the target includes finding out who sees whom (`tree_structure`); one of the draft is that of a
+second level, with the first in the scratch, and includes finding the most probable tokens. What
+the decoding loop adds to that, at temperature 1 with sampled children, is measured in the loop
+itself, with chains of two lengths.
 
 The file, which `specdec.costs.CostTable` reads and tree policies may:
 
@@ -21,6 +22,7 @@ The file, which `specdec.costs.CostTable` reads and tree policies may:
     loop.batch
     loop.level[batch]                   seconds of a drafted level beyond its pass
     loop.start[batch]                   of the first drafted level beyond the others
+    loop.accept[batch]                  of a step for each level that was drafted, beyond those
     loop.step[batch]                    of a step beyond verification and draft
     about, settings, hardware, versions, git, command       of what it is true
 
@@ -40,12 +42,10 @@ import torch
 from pydantic import AfterValidator
 
 from specdec.calibration import (
-    Passes,
     about,
     loop_costs,
     loop_prompts,
     loop_seconds,
-    median_seconds,
 )
 from specdec.experiments.figures import decoding
 from specdec.experiments.figures.markdown import show
@@ -53,8 +53,10 @@ from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.workshop import Workshop, tree, word
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
+from specdec.passes import Call, Passes, step_seconds
 
 CHAINS = (2, 6)  # levels whose drafts are compared
+LEVELS = 4  # of a draft whose passes are timed
 LOOP_TOKENS = 48
 
 Axis = Annotated[tuple[Positive, ...], AfterValidator(lambda values: tuple(sorted({*values})))]
@@ -83,7 +85,7 @@ class Options:
 
 
 def calibrate_verify(
-    options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]
+    options: Options, target: PagedLM, draft: PagedLM, seconds: Any, save: Callable[[], None]
 ) -> None:
     """Fill the table of the target; one cache after the other, each of a batch and a context."""
     places = product(*map(enumerate, (options.batches, options.contexts)))
@@ -91,35 +93,46 @@ def calibrate_verify(
         todo = [n for n in range(len(options.nodes)) if seconds[b][n][c] == "todo"]
         if not todo:
             continue
-        passes = Passes(lm, batch=batch, context=context, nodes=max(options.nodes))
+        passes = Passes(target, batch=batch, context=context, nodes=max(options.nodes))
+        ahead = Passes(draft, batch=batch, context=min(options.draft_contexts), nodes=2)
         for n in todo:
             found = None
-            if passes.cache is not None:
-                call = passes.verify(options.nodes[n])
-                (found,) = median_seconds([call], lm.device, replays=options.replays)
+            if passes.cache is not None and ahead.cache is not None:
+                drafts = [] if options.nodes[n] == 1 else ahead.drafts(1, LEVELS)
+                _, found = _timed(options, target, drafts, passes.verify(options.nodes[n]))
             seconds[b][n][c] = found
             save()
-        del passes  # frees its cache before the next is made
+        del passes, ahead  # frees their caches before the next are made
 
 
-def calibrate_draft(options: Options, lm: PagedLM, seconds: Any, save: Callable[[], None]) -> None:
+def calibrate_draft(
+    options: Options, target: PagedLM, draft: PagedLM, seconds: Any, save: Callable[[], None]
+) -> None:
     """Fill the table of the draft."""
-    widest = max(options.widths)
+    widest, most = max(options.widths), max(options.nodes)
     places = product(*map(enumerate, (options.batches, options.draft_contexts)))
     for (b, batch), (c, context) in places:
-        passes = Passes(lm, batch=batch, context=context, nodes=2 * widest)
+        passes = Passes(draft, batch=batch, context=context, nodes=2 * widest)
+        after = Passes(target, batch=batch, context=min(options.contexts), nodes=most)
         for w, width in enumerate(options.widths):
             if seconds[b][w][c] != "todo":
                 continue
             found = None
-            if passes.cache is not None:
-                call = passes.draft(width)
-                (found,) = median_seconds([call], lm.device, replays=options.replays)
+            if passes.cache is not None and after.cache is not None:
+                verify = after.verify(min(1 + width, most))
+                found, _ = _timed(options, target, passes.drafts(width, LEVELS), verify)
             elif not c:
                 raise ValueError(f"draft_contexts={context}: exceeds the memory")
             seconds[b][w][c] = found
             save()
-        del passes  # frees its cache before the next is made
+        del passes, after  # frees their caches before the next are made
+
+
+def _timed(
+    options: Options, target: PagedLM, drafts: Sequence[Call], verify: Call
+) -> tuple[float, float]:
+    (found,) = step_seconds([(drafts, verify)], target.device, replays=options.replays)
+    return found
 
 
 def calibrate_loop(
@@ -130,8 +143,10 @@ def calibrate_loop(
     for b, batch in enumerate(options.batches):
         prompts = loop_prompts(shop.target, batch)
         first, second = (_chain(options, shop, prompts, levels) for levels in CHAINS)
-        level, loop["start"][b], loop["step"][b] = loop_costs(first, second, CHAINS)
-        loop["level"][b] = max(0.0, level - result["draft"]["seconds"][b][0][0])
+        found = loop_costs(first, second, CHAINS)
+        found["level"] = max(0.0, found["level"] - result["draft"]["seconds"][b][0][0])
+        for part, seconds in found.items():
+            loop[part][b] = seconds
         save()
 
 
@@ -166,7 +181,7 @@ def blank(options: Options) -> dict[str, Any]:
             ],
         },
         "loop": {"batch": batches}
-        | {name: ["todo"] * len(batches) for name in ("level", "start", "step")},
+        | {name: ["todo"] * len(batches) for name in ("level", "start", "accept", "step")},
     }
 
 
@@ -184,9 +199,9 @@ def work(options: Options) -> None:
         draft = shop.models.load(options.draft, setting="draft")
         result["about"] = about(shop.target, draft)
     if "draft" in todo:
-        calibrate_draft(options, draft, result["draft"]["seconds"], save)
+        calibrate_draft(options, shop.target, draft, result["draft"]["seconds"], save)
     if "verify" in todo:
-        calibrate_verify(options, shop.target, result["verify"]["seconds"], save)
+        calibrate_verify(options, shop.target, draft, result["verify"]["seconds"], save)
     if "loop" in todo:
         calibrate_loop(options, shop, result, save)
     save()

@@ -171,7 +171,7 @@ class Replayer:
             verify = [table.verify(batch, int(count) + 1, float(context)) for context in grid]
             here = nodes == count
             found[here] = np.interp(places[here], grid, verify)
-        found += table.step(batch) + (table.start(batch) if widths else 0.0)
+        found += table.step(batch, len(widths)) + (table.start(batch) if widths else 0.0)
         for width in widths:
             draft = [table.draft(batch, width, float(context)) for context in grid]
             found += np.interp(places, grid, draft) + table.level(batch)

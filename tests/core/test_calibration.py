@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from specdec import calibration
-from specdec.calibration import about, costs_of, loop_costs, median_seconds, unlike
+from specdec.calibration import (
+    about,
+    costs_of,
+    loop_costs,
+    loop_prompts,
+    loop_seconds,
+    unlike,
+)
 from specdec.costs import CostTable
 from specdec.drafters.trees.chain import Chain
 from specdec.lab.prompts import Asked
@@ -17,6 +24,7 @@ from specdec.lab.workshop import Workshop
 from specdec.models.fingerprint import fingerprint
 from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
+from specdec.passes import step_seconds
 from specdec.protocols import Drafter, Loaded
 from specdec.rates import AcceptanceRates
 from specdec.request import Capacity
@@ -151,33 +159,83 @@ def test_a_fingerprint_is_of_the_weights_wherever_they_lie() -> None:
     assert len(others | {mark}) == 3
 
 
-def test_calls_take_turns_and_the_last_are_left_out_if_time_is_short(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock, order = [0.0], list[int]()
-    monkeypatch.setattr(calibration.time, "perf_counter", lambda: clock[0])
+class Caches:
+    """A clock, and caches that hold the weights of the model that ran last, alone: another one
+    takes `cold` seconds longer, and half of that in its second pass."""
 
-    def call(number: int, seconds: float) -> Any:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cold: float = 0.0) -> None:
+        self.now, self.cold = 0.0, cold
+        self.order = list[str]()
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+    def call(self, name: str, seconds: float) -> Any:
         def done() -> None:
-            order.append(number)
-            clock[0] += seconds
+            last = [one[0] == name[0] for one in self.order[-2:]]
+            lacking = 0.0 if last == [True, True] else 0.5 if last[-1:] == [True] else 1.0
+            self.now += seconds + self.cold * lacking
+            self.order.append(name)
 
         return done
 
-    found = median_seconds([call(0, 1.0), call(1, 2.0)], CPU, replays=3)
-    assert order == [0, 1, *[0, 0, 1, 1] * 3]  # once each, then in turns; the second call counts
-    assert found == [1.0, 2.0]
-    many = [call(number, 1.0) for number in range(9)]
-    assert len(median_seconds(many, CPU, replays=3, within=11.0)) == 6
-    assert len(median_seconds(many, CPU, replays=1, within=0.0)) == 4
+
+def test_passes_are_timed_where_they_stand_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = Caches(monkeypatch, cold=2.0)
+    root, level, tree = (caches.call(*one) for one in (("d0", 1.0), ("d1", 3.0), ("v", 10.0)))
+    plain = caches.call("v1", 8.0)
+    steps = [([], plain), ([root, level, level, level], tree)]
+    found = step_seconds(steps, CPU, replays=3)
+    # Three levels after a root that paid for most of the cold, and a target that finds the draft's
+    # weights; a plain step finds its own.
+    assert found == [(0.0, 8.0), (pytest.approx((4.0 + 3.0 + 3.0) / 3), 12.0)]
+    one = ["v1", "d0", "d1", "d1", "d1", "v"]
+    assert caches.order == one + 3 * (["v1"] * 2 + one[1:] * 2)
+    assert step_seconds([([level], tree)], CPU, replays=3) == [(5.0, 12.0)]  # it is all there is
+
+
+def test_steps_take_turns_and_the_last_are_left_out_if_time_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caches = Caches(monkeypatch)
+    many = [([], caches.call(f"{number}", 1.0)) for number in range(9)]
+    assert len(step_seconds(many, CPU, replays=3, within=11.0)) == 6
+    assert len(step_seconds(many, CPU, replays=1, within=0.0)) == 3
 
 
 def test_what_the_loop_adds() -> None:
-    # Drafts of 5 and 11 ms for 1 and 4 levels: 2 a level, 3 for the first; the rest on average.
-    level, start, step = loop_costs((0.005, 0.001), (0.011, 0.003), (1, 4))
-    assert (level, start, step) == pytest.approx((0.002, 0.003, 0.002))
-    assert loop_costs((0.005, 0.0), (0.004, 0.0), (1, 4))[0] == 0.0  # noise
-    assert loop_costs((0.005, 0.0), (0.005, 0.0), (1, 1))[:2] == pytest.approx((0.005, 0.0))
+    # Drafts of 5 and 11 ms for 1 and 4 levels: 2 a level, 3 for the first. The rest, of 3 and 9
+    # ms, is 1 and 2 for each level.
+    found = loop_costs((0.005, 0.003), (0.011, 0.009), (1, 4))
+    wanted = {"level": 0.002, "start": 0.003, "accept": 0.002, "step": 0.001}
+    assert found == pytest.approx(wanted)
+    noise = loop_costs((0.005, 0.002), (0.004, 0.001), (1, 4))
+    assert noise == pytest.approx({"level": 0.0, "start": 0.005, "accept": 0.0, "step": 0.0015})
+    single = loop_costs((0.005, 0.001), (0.005, 0.001), (1, 1))
+    assert single == pytest.approx({"level": 0.005, "start": 0.0, "accept": 0.0, "step": 0.001})
+
+
+def test_the_loop_is_timed_until_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only steps of all sequences together count, however many texts there is time for."""
+    shop = Workshop("target=zoo device=cpu")
+    words = "drafter=small_llama tree=chain tree.budget=4 sampling=sample"
+    session = shop.session(words, rows=2, longest=80)
+    prompts, batches = loop_prompts(shop.target, 2), list[int]()
+    run = session.decoder.run
+
+    def watched(requests: Any, on_step: Any = None) -> Any:
+        def seen(step: Any) -> None:
+            batches.append(len(step.requests))
+            seconds = 1.0 if len(step.requests) == 2 else 50.0
+            step.seconds.update(draft=seconds, accept=seconds, commit=0.0, other=0.0)
+            on_step(step)
+
+        return run(requests, on_step=seen if on_step else None)
+
+    monkeypatch.setattr(session.decoder, "run", watched)
+    assert loop_seconds(session.decoder, prompts, 16) == (1.0, 1.0)
+    assert {1, 2} == {*batches}
+    every = len(batches)
+    loop_seconds(session.decoder, prompts, 16, within=0.0)
+    assert len(batches) - every < every / 2
 
 
 def test_costs_of_the_built_in_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -158,3 +158,7 @@ def test_what_the_loop_adds_is_checked(tmp_path: Path, level: list[float]) -> No
     path.write_text(json.dumps(data))
     table = CostTable.load(path)
     assert (table.level(1), table.step(8), table.level(99)) == (0.001, 0.002, 0.003)
+    assert table.step(8, 4) == 0.002
+    data["loop"]["accept"] = [0.5, 1.0]
+    path.write_text(json.dumps(data))
+    assert CostTable.load(path).step(8, 4) == 4.002

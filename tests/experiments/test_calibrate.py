@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.calibration import CHOICES, Passes
+from specdec import calibration
 from specdec.costs import CostTable
 from specdec.experiments.figures import decoding
 from specdec.experiments.tools import calibrate
 from specdec.models.fingerprint import fingerprint
 from specdec.models.load import load_model
+from specdec.passes import CHOICES, Passes
 
 TINY = shlex.split(
     "target=zoo:target draft=zoo:draft device=cpu dtype=float32 replays=1 "
@@ -25,6 +26,8 @@ def test_calibrate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(calibrate, "LOOP_TOKENS", 4)
+    monkeypatch.setattr(calibrate, "LEVELS", 2)
+    monkeypatch.setattr(calibration, "TEXTS", 1)
     out = tmp_path / "calibrate.json"
     words = [*TINY, f"out={out}"]
     assert calibrate.main([*words, "only=draft"]) == 0
@@ -34,15 +37,16 @@ def test_calibrate(
 
     timed: list[int] = []
 
-    def fake(calls: Any, device: torch.device, *, replays: int) -> list[float]:
-        timed.append(len(calls))
-        return [0.001 * len(timed)]
+    def fake(steps: Any, device: torch.device, *, replays: int) -> list[tuple[float, float]]:
+        ((drafts, _),) = steps
+        timed.append(len(drafts))
+        return [(0.0, 0.001 * len(timed))]
 
-    monkeypatch.setattr(calibrate, "median_seconds", fake)
+    monkeypatch.setattr(calibrate, "step_seconds", fake)
     assert calibrate.main([*words, "resume=true"]) == 0
     result = json.loads(out.read_text())
     assert result["draft"] == before["draft"]
-    assert len(timed) == 2 * 2 * 2  # the target alone was missing
+    assert timed == [0, 2] * 4  # the target alone was missing; a root needs no draft
     assert result["command"].count("specdec.experiments.tools.calibrate") == 2
     assert {"hardware", "versions", "git"} <= result.keys()
     models = result["about"]["models"]
