@@ -144,7 +144,7 @@ def _with(ours: Any, x: Tensor, weights: Sequence[Weight], blocks: Any, copy: in
 def launches(kind: str, x: Tensor, weight: Weight) -> Iterator[Any]:
     """Launch parameters that fit, of the splits that exact mode has; in float8 of half and twice
     as many too, and with room for up to three programs on a multiprocessor."""
-    from specdec.kernels.gpu.stream import FLOAT8_RING, RING, choose_stream, padded_rows
+    from specdec.kernels.gpu.stream import RING, choose_stream, padded_rows
 
     outputs, inputs = weight.shape
     gated, float8 = kind == "gated_linear", isinstance(weight, Fp8Weight)
@@ -171,7 +171,7 @@ def launches(kind: str, x: Tensor, weight: Weight) -> Iterator[Any]:
             continue
         shaped = replace(chosen, rows=rows, columns=columns, warps=warps)
         for share, splits in product((1, 2, 3) if float8 else (1,), sorted(divisions)):
-            stages = min((FLOAT8_RING if float8 else RING) // share // (line * columns), 10)
+            stages = min(RING // share // (line * columns), 10)
             if stages >= 2:
                 found[replace(shaped, stages=stages, splits=splits)] = None
     yield from found

@@ -21,16 +21,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from specdec.kernels.gpu.blocks import processors
 from specdec.kernels.gpu.ring import ring_descriptor, ring_kernel
 from specdec.kernels.gpu.shared import FEW_ROWS, SharedParts
 from specdec.kernels.gpu.stream import (
     FLOAT8_ROWS,
+    PROGRAMS,
     SPLIT_COLUMNS,
     STREAM_ROWS,
-    WIDE_ROWS,
     Stream,
     box_rows,
     choose_stream,
+    few_enough,
     gated,
     padded_rows,
     stream_kernel,
@@ -131,14 +133,13 @@ def _choose(
     """How to read the weight; None leaves the product to torch, in the interpreter too, which
     would take minutes for those of a model."""
     outputs, inputs = weight.shape
-    # Torch reads x once for several tiles of the weight, which counts once x is large beside
-    # it; but it does not join a gate, nor split a long sum. Measured on an H100 and an H200.
-    ours = len(x) <= STREAM_ROWS or (
-        len(x) in WIDE_ROWS and x.itemsize == 2 and (gated or inputs >= outputs)
-    )
     float8 = isinstance(weight, Fp8Weight)
     if float8:
         ours = len(x) <= FLOAT8_ROWS
+    else:
+        ours = few_enough(len(x), outputs, inputs, gated) and (
+            x.itemsize == 2 or len(x) <= STREAM_ROWS
+        )
     if not exact and (not ours or triton.knobs.runtime.interpret):
         return None
     return choose_stream(
@@ -150,7 +151,13 @@ def _choose(
         gated=gated,
         exact=exact,
         float8=float8,
+        processors=_processors(x.device),
     )
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return processors(device) if device.type == "cuda" else PROGRAMS
 
 
 @lru_cache

@@ -183,11 +183,11 @@ def product_calls() -> dict[str, Callable[[], object]]:
             for kind in ("linear", "gated_linear"):
                 call = partial(product, kind, rows, 28672, 4096, bf16, **change)
                 found[f"product: {kind}, {way}, {rows} rows"] = call
-    for rows in (1, 64, 256):
-        found[f"product: float8, {rows} rows"] = partial(
-            product, "linear", rows, 6144, 4096, bf16, float8(6144, 4096)
+    for rows, (outputs, inputs) in product_of((1, 64, 128, 256), ((6144, 4096), (4096, 14336))):
+        found[f"product: float8 {outputs} x {inputs}, {rows} rows"] = partial(
+            product, "linear", rows, outputs, inputs, bf16, float8(outputs, inputs)
         )
-    for rows, blocked in ((1, False), (128, False), (64, True)):
+    for rows, blocked in ((1, False), (128, False), (1, True), (64, True)):
         found[f"product: gated float8, {rows} rows, blocks {blocked}"] = partial(
             product,
             "gated_linear",

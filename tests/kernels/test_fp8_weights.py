@@ -17,7 +17,7 @@ from specdec.kernels.gpu import widen
 from specdec.kernels.gpu.linear import _chunks
 from specdec.kernels.gpu.stream import (
     EXACT,
-    FLOAT8_RING,
+    RING,
     STREAM_ROWS,
     Stream,
     choose_stream,
@@ -139,7 +139,7 @@ def check(
     assert not found.numel() or float((found.double() - expected).abs().max()) <= bound
 
 
-def blocks_for(name: str, x: Tensor, weight: Fp8Weight) -> Stream:
+def blocks_for(name: str, x: Tensor, weight: Fp8Weight, processors: int = 132) -> Stream:
     return choose_stream(
         rows=len(x),
         outputs=weight.shape[0],
@@ -148,6 +148,7 @@ def blocks_for(name: str, x: Tensor, weight: Fp8Weight) -> Stream:
         whole=name == "project",
         gated=name == "gated_linear",
         float8=True,
+        processors=processors,
     )
 
 
@@ -267,18 +268,39 @@ def test_exact_rows_are_the_same_among_any_others(
 
 
 def test_the_schedule_follows_from_the_weight() -> None:
-    """Splits and their columns; and every tile fits its multiprocessor."""
+    """Splits and their columns, on any GPU; and every tile fits its multiprocessor."""
     shapes = [(6144, 4096), (4096, 4096), (4096, 14336), (10240, 8192), (8192, 28672), (768, 640)]
     for (outputs, inputs), kind in product_of(shapes, ("linear", "project", "gated_linear")):
         weight = Fp8Weight(torch.empty(outputs, inputs, device="meta"), torch.empty(0))
         divisions = set()
-        for rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000):
+        counts = (1, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 1000)
+        for rows, processors in product_of(counts, (78, 114, 132, 148)):
             x = torch.empty(rows, inputs, dtype=torch.bfloat16, device="meta")
-            blocks = blocks_for(kind, x, weight)
+            blocks = blocks_for(kind, x, weight, processors)
             columns, splits = _chunks(inputs, blocks, float8=True)
             divisions.add((columns, splits))
             gated = kind == "gated_linear"
             line = (1 + gated) * blocks.rows + 2 * padded_rows(rows, gated=gated)
-            assert blocks.stages * line * blocks.columns <= FLOAT8_RING
+            assert blocks.stages * line * blocks.columns <= RING
             assert blocks.rows % (16 * blocks.warps) == 0
         assert len(divisions) == 1, (outputs, inputs, kind)
+
+
+@pytest.mark.parametrize("processors", [114, 132, 148])
+def test_programs_of_a_split_product_run_at_the_same_time(processors: int) -> None:
+    """None waits for another to end, by shared memory: 228 KB, of which each takes one more."""
+    for outputs, inputs in [
+        (6144, 4096),
+        (4096, 4096),
+        (4096, 14336),
+        (3072, 4096),
+        (8192, 28672),
+    ]:
+        weight = Fp8Weight(torch.empty(outputs, inputs, device="meta"), torch.empty(0))
+        for rows in (1, 16, 17, 33, 64):
+            x = torch.empty(rows, inputs, dtype=torch.bfloat16, device="meta")
+            blocks = blocks_for("linear", x, weight, processors)
+            line = blocks.rows + 2 * padded_rows(rows)
+            taken = 1024 + 8 * blocks.stages + blocks.stages * line * blocks.columns
+            programs = -(-outputs // blocks.rows) * _chunks(inputs, blocks, float8=True)[1]
+            assert programs <= processors * (228 * 1024 // taken), (outputs, inputs, rows)

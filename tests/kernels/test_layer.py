@@ -18,7 +18,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from specdec.kernels import gpu, reference
 from specdec.kernels.gpu.linear import gate
-from specdec.kernels.gpu.stream import EXACT, STREAM_ROWS, Stream, choose_stream, padded_rows
+from specdec.kernels.gpu.stream import (
+    EXACT,
+    STREAM_ROWS,
+    Stream,
+    choose_stream,
+    few_enough,
+    padded_rows,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -189,6 +196,27 @@ def test_up_to_16_rows_are_divided_alike() -> None:
         shape: dict[str, Any] = {"outputs": outputs, "inputs": inputs, "whole": False}
         chosen = {choose_stream(rows=rows, dtype=torch.bfloat16, **shape) for rows in (1, 5, 16)}
         assert len(chosen) == 1
+
+
+def test_many_rows_are_left_to_cublas_where_it_is_faster() -> None:
+    """Of the weights of an 8B: those that were measured to be, between 65 and 300 rows."""
+    weights = {"qkv": (6144, 4096), "output": (4096, 4096), "head": (128_256, 4096)}
+    weights |= {"down": (4096, 14336), "gate": (28672, 4096)}
+    ours = {
+        name: [
+            rows
+            for rows in (64, 80, 96, 128, 160, 192, 224, 256, 300)
+            if few_enough(rows, outputs, inputs, gated=name == "gate")
+        ]
+        for name, (outputs, inputs) in weights.items()
+    }
+    assert ours == {
+        "qkv": [64, 96, 128],
+        "output": [64, 96, 128],
+        "head": [64],
+        "down": [64, 96, 128, 160, 192, 224, 256],
+        "gate": [64, 96, 128, 224, 256],
+    }
 
 
 # Residual stream
