@@ -317,6 +317,8 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
         kind = "" if rope["rope_type"] == "default" else f" {rope['rope_type']}"
         facts.append(f"rope{kind} {rope['rope_theta']:,g}")
         facts.append(f"{config.layer.max_position_embeddings:,} positions")
+    reach = sorted({window for window in getattr(config, "windows", ()) if window})
+    facts += [f"windows of {' '.join(map(str, reach))}"] * bool(reach)
     facts += [f"{_short(own)} parameters", f"{_short(level)}B read per {per}"]
     return facts + (remarks_of(head) if isinstance(head, BlockHead) else [])
 

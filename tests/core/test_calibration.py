@@ -257,7 +257,7 @@ def test_costs_of_the_built_in_pair(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_rates_of_another_drafter_or_other_models_say_so(run: Loaded) -> None:
-    for name in ("zoo", "zoo_ngram"):
+    for name in ("zoo", "eagle3", "zoo_ngram"):
         rates = AcceptanceRates.load(name, children="top_k", temperature=0.0)
         assert f"{name}, measured with " in rates.origin(run)
         assert "NOT with this drafter and these models" in rates.origin(run)

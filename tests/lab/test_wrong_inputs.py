@@ -20,7 +20,6 @@ from specdec.lab.setup import general_of, record_of, target_of, tracker_of
 COUNT, SOON = 150, 5.0
 NEEDED = {
     "dflash": "drafter.path=heads",
-    "dspark": "drafter.path=heads",
     "eagle": "drafter.path=heads",
     "medusa": "drafter.path=heads",
     "mtp": "drafter.path=heads",

@@ -152,10 +152,12 @@ def test_a_level_is_judged_by_the_token_it_is_about() -> None:
                 assert float(overlap[level, row, slot]) == pytest.approx(float(kept), rel=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, BLOCK])
 @torch.no_grad()
-def test_what_is_written_drafts_the_same(tmp_path: Path) -> None:
+def test_what_is_written_drafts_the_same(window: int | None, tmp_path: Path) -> None:
     lm = target()
-    trainee = DFlash(block=BLOCK, taps=[0, 1, "normal"]).make(surroundings(lm))
+    method = DFlash(block=BLOCK, taps=[0, 1, "normal"], window=window)
+    trainee = method.make(surroundings(lm))
     for parameter in trainee.head.parameters():
         if parameter.requires_grad:
             parameter.copy_((0.3 * torch.randn(parameter.shape)).bfloat16().float())
@@ -163,6 +165,7 @@ def test_what_is_written_drafts_the_same(tmp_path: Path) -> None:
     read: Any = load_head(str(tmp_path), lm, kinds=("dflash",))
     own = replace(trainee.head.config, layer=read.config.layer, output_bias=False)
     assert read.config == own
+    assert read.config.windows == (window, window)
     states, tokens = inputs(trainee.head)
     anchors = torch.tensor([[0, 3], [5, 2]])
     ours, theirs = (drafted(head, states, tokens[:, 1:], anchors) for head in (trainee.head, read))

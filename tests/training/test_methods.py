@@ -255,6 +255,7 @@ def test_a_model_from_scratch_follows_from_the_seed() -> None:
         (lambda: DSpark(block=0), r"^method\.block=0: must be at least 1, or nothing"),
         (lambda: DSpark(rank=0), r"^method\.rank=0: must be at least 1$"),
         (lambda: DSpark(markov="lstm"), r"^method\.markov=lstm: must be one of vanilla, gated"),  # type: ignore[arg-type]
+        (lambda: DFlash(window=7), r"^method\.window=7: must hold method\.block=8, or be null$"),
         (lambda: DFlash(loss="dspark"), r"^method\.loss=dspark: must be one of kl.* ce$"),
         (lambda: DFlash(anchors=0), r"^method\.anchors=0: must be at least 1$"),
         (

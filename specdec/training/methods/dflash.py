@@ -46,6 +46,8 @@ class DFlash(TrainingMethod):
         taps: states that it reads; None is chosen by the number of layers.
         layers: decoder layers.
         rope_theta: of its rotary positions.
+        window: tokens that its attention reaches back over, here and at work; None is all, and
+            drafts badly in texts longer than those it was trained on.
 
     Raises:
         ValueError: a setting out of range.
@@ -61,6 +63,7 @@ class DFlash(TrainingMethod):
     taps: Sequence[Tap] | None = None
     layers: int = 2
     rope_theta: float = 10_000.0
+    window: int | None = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +76,10 @@ class DFlash(TrainingMethod):
             )
         if not self.rope_theta > 0:
             raise ValueError(f"method.rope_theta={self.rope_theta}: must be above 0")
+        if self.window is not None and self.window < self.block:
+            raise ValueError(
+                f"method.window={self.window}: must hold method.block={self.block}, or be null"
+            )
 
     def _taps(self, config: Any) -> tuple[Tap, ...]:
         layers = config.get_text_config().num_hidden_layers
@@ -95,12 +102,13 @@ class DFlash(TrainingMethod):
     def _sizes(self, surroundings: Surroundings) -> dict[str, Any]:
         """Of the head, as `BlockConfig` has them."""
         target = surroundings.target
+        reach = {"use_sliding_window": True, "sliding_window": self.window, "max_window_layers": 0}
         return {
             "layer": layer_config(
                 target.model.config,
                 layers=self.layers,
                 rope_theta=self.rope_theta,
-                make=Qwen3Config,
+                make=partial(Qwen3Config, **({} if self.window is None else reach)),
             ),
             "taps": self._taps(target.model.config),
             "state_size": target.config.hidden_size,
@@ -110,7 +118,7 @@ class DFlash(TrainingMethod):
             "mask": int(surroundings.counts.argmin()),
             "own_mask": True,
             "causal": (False,) * self.layers,
-            "windows": (None,) * self.layers,
+            "windows": (self.window,) * self.layers,
         }
 
     def _how(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class DSpark(DFlash):
         rank: of the correction.
         markov: vanilla, gated or rnn, how it is made of the token before.
         confidence: whether a head learns, by cross-entropy, the chance that a draft is kept.
-        anchors, decay, taps, layers, rope_theta: as of `DFlash`.
+        anchors, decay, taps, layers, rope_theta, window: as of `DFlash`.
 
     Raises:
         ValueError: a setting out of range.
