@@ -14,6 +14,7 @@ speculation_profile.json, of the best method, into the record's folder or `out`.
 """
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -88,11 +89,19 @@ def work(options: Options) -> None:
     ]
     rows = [{"drafter": name, **replayer.figures(one)} for one in outcomes]
     result = results.result_of(replayer, outcomes, rows, settings=settings, options=options)
+    result["left_out"] = asked.left_out()
     if options.oracle:
         result["oracle"] = results.oracle(replayer, outcomes, rows)
     results.write(out, result, rows, results.profile_of(replayer, outcomes, rows, name))
     results.show(rows, result, console)
+    if result["left_out"]:
+        tell(console, f"left out: {'; '.join(map(_left_out, result['left_out']))}")
     tell(console, f"{len(rows)} configurations in {out / 'report.html'}")
+
+
+def _left_out(found: Mapping[str, Any]) -> str:
+    policies, rules = (", ".join(found[name]) for name in ("policies", "rules"))
+    return f"{policies} with {rules} ({found['why']})"
 
 
 def _drafter_settings(record: Record, words: str | None) -> tuple[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from specdec.lab.build import build
 from specdec.lab.options import CONFIGS, nearest
 from specdec.protocols import TreePolicy
 from specdec.rates import AcceptanceRates
-from specdec.replay.survival import SAMPLED, Node, check
+from specdec.replay.survival import CHAINS, SAMPLED, Node, check
 from specdec.sampling import SamplingParams
 
 FIXED = ("chain", "static", "optimal", "accuracy", "cost_aware")  # of one shape at every step
@@ -98,8 +98,7 @@ class Asked:
             self._made(policy, budget, children, rule)
             for children, rule in self._pairs()
             for policy, budget in product(self.policies, self.budgets)
-            if not (rule in ("tokenwise", "block") and policy != "chain")
-            and not (policy in FOLLOWING and children != "top_k")
+            if not _unfit(policy, children, rule)
         ]
         if not found:
             raise ValueError(
@@ -109,18 +108,51 @@ class Asked:
             )
         return found
 
+    def left_out(self) -> list[dict[str, Any]]:
+        """Policies and rules that were asked for and go together with no children: lists of both,
+        and why. Rules that no children that were asked for make lossless are among them if they
+        were named."""
+        kinds: dict[str, list[str]] = {}  # of children, by rule
+        for children, rule in self._pairs():
+            kinds.setdefault(rule, []).append(children)
+        found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for rule in dict.fromkeys([*kinds, *self.rules]):
+            if rule == "all":
+                continue
+            whys: dict[str, list[str]] = {}
+            for policy in self.policies:
+                reasons = [_unfit(policy, children, rule) for children in kinds.get(rule, [])]
+                if all(reasons):
+                    why = reasons[0] if reasons else self._lossy(rule)
+                    whys.setdefault(why, []).append(policy)
+            for why, policies in whys.items():
+                found.setdefault((why, tuple(policies)), []).append(rule)
+        return [
+            {"policies": [*policies], "rules": rules, "why": why}
+            for (why, policies), rules in found.items()
+        ]
+
+    @property
+    def _kinds(self) -> Sequence[str]:
+        return KINDS if "all" in self.children else self.children
+
     def _pairs(self) -> Iterator[tuple[str, str]]:
-        kinds = KINDS if "all" in self.children else self.children
         if self.sampling.greedy:
             yield "top_k", "greedy"
             return
         rules = SAMPLED if "all" in self.rules else self.rules
-        for children, rule in product(kinds, rules):
+        for children, rule in product(self._kinds, rules):
             try:
                 check(rule, frozenset(), children)
             except ValueError:
                 continue
             yield children, rule
+
+    def _lossy(self, rule: str) -> str:
+        """Why a rule goes with none of the children."""
+        if self.sampling.greedy:
+            return "at temperature 0 every rule is greedy"
+        return f"would change the law of texts with children={','.join(self._kinds)}"
 
     def _made(self, policy: str, budget: int, children: str, rule: str) -> Configuration:
         tree = self._tree(policy, budget, children)
@@ -184,6 +216,15 @@ class Asked:
 
         known = [one for one in _static(budget) if self.depth is None or len(one) <= self.depth]
         return list(known[int(np.argmax([expected(widths) for widths in known]))])
+
+
+def _unfit(policy: str, children: str, rule: str) -> str:
+    """Why a policy does not go with a lossless pair of these; empty if it does."""
+    if rule in CHAINS and policy != "chain":
+        return "for chains alone"
+    if policy in FOLLOWING and children != "top_k":
+        return "shapes would depend on what is drawn"
+    return ""
 
 
 @cache

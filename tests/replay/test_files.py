@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,50 @@ def test_trees_that_follow_the_draft_have_costs(folder: Path, tmp_path: Path) ->
     tokens = sum(map(len, record.outputs))
     assert found["tokens_per_second"] == pytest.approx(tokens / total, rel=1e-3)
     assert found["tokens_per_step"] == pytest.approx(tokens / steps)
+
+
+@pytest.mark.parametrize(
+    ("policies", "rules", "children", "said"),
+    [
+        ("chain,static", "block", "all", "static with block (for chains alone)"),
+        ("chain,static", "target_only", "sample_with_replacement", ""),
+        (
+            "chain,static",
+            "block,k_seq",
+            "sample",
+            "static with block (for chains alone); chain, static with k_seq (would change the law "
+            "of texts with children=sample)",
+        ),
+        (
+            "dynamic,chain",
+            "traversal,target_only,block",
+            "all",
+            "dynamic with traversal (shapes would depend on what is drawn); dynamic with block "
+            "(for chains alone)",
+        ),
+    ],
+)
+def test_what_is_left_out_is_said(
+    policies: str,
+    rules: str,
+    children: str,
+    said: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All that was asked for is replayed or named, and nothing is both."""
+    words = [f"policies=[{policies}]", f"rules=[{rules}]", f"children=[{children}]"]
+    replayed(folder, tmp_path, *words, "budgets=[2]")
+    out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert out == ([f"left out: {said}"] if said else [])
+    found = json.loads((tmp_path / "replay.json").read_text())
+    done = {(row["tree"], row["acceptance"]) for row in found["rows"]}
+    left = [(p, r) for one in found["left_out"] for p in one["policies"] for r in one["rules"]]
+    assert len({*left}) == len(left)
+    assert not done & {*left}
+    assert done | {*left} == {*product(policies.split(","), rules.split(","))}
+    assert all(one["why"] in said for one in found["left_out"])
 
 
 @pytest.mark.parametrize(
