@@ -9,6 +9,7 @@ from specdec.drafters.dflash import DFlash
 from specdec.drafters.growth import Expand, Frontier
 from specdec.heads.spark import SparkHead
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.observation import Tap
 from specdec.protocols import StepContext
 
@@ -22,7 +23,8 @@ class DSpark(DFlash):
         confidence: the chance of acceptance that the head states for a node's children is a factor
             of their probabilities where the tree policy decides, so that trees go where it is
             sure. What is drawn, and what rules are told, are the probabilities themselves.
-        path, taps, depth, candidates, rope_theta, widen, vocabulary: those of `HeadDrafter`.
+        path, taps, depth, candidates, rope_theta, widen, vocabulary, quantize: those of
+            `HeadDrafter`.
 
     Raises:
         ValueError: as `DFlash`; with `confidence` a head that states none.
@@ -41,6 +43,7 @@ class DSpark(DFlash):
         rope_theta: float | None = None,
         widen: bool = True,
         vocabulary: int | str | None = None,
+        quantize: Quantize = "none",
         confidence: bool = False,
     ) -> None:
         super().__init__(
@@ -51,6 +54,7 @@ class DSpark(DFlash):
             rope_theta=rope_theta,
             widen=widen,
             vocabulary=vocabulary,
+            quantize=quantize,
         )
         self.confidence = confidence
         self.composable = not confidence  # compositions do not ask for it

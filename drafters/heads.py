@@ -14,6 +14,7 @@ from specdec.heads.mtp_files import HowMTP
 from specdec.heads.narrow import ids_of
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.observation import Observation, Observes, Tap
 from specdec.protocols import StepContext, TreePolicy
 from specdec.request import Capacity, Decoding
@@ -33,6 +34,8 @@ class HeadDrafter(GrowingDrafter):
             leaves it small, a lower limit of what heads cost.
         vocabulary: the tokens that it may name: the lowest ids, so many, or those of a .json file;
             None is all that it can.
+        quantize: fp8 quantises the weights of its layers, and of its output matrix where that is
+            not the target's.
 
     Attributes:
         kind: of head, as `load_head` has it.
@@ -60,12 +63,13 @@ class HeadDrafter(GrowingDrafter):
         rope_theta: float | None = None,
         widen: bool = True,
         vocabulary: int | str | None = None,
+        quantize: Quantize = "none",
     ) -> None:
         super().__init__(depth=depth, candidates=candidates)
         if rope_theta is not None and not 0 < rope_theta < math.inf:
             raise ValueError(f"drafter.rope_theta={rope_theta}: must be above 0, or null")
         self.path, self.taps, self.rope_theta, self.widen = path, taps, rope_theta, widen
-        self.vocabulary = vocabulary
+        self.vocabulary, self.quantize = vocabulary, quantize
         self.head: Any
         self._wanted = depth
         self._policy: TreePolicy | None = None  # of the last check
@@ -115,6 +119,7 @@ class HeadDrafter(GrowingDrafter):
             how=self.how,
             widened=self.widen,
             vocabulary=self.vocabulary,
+            quantize=self.quantize,
         )
         self._use(head, target)
         self.notes = {"drafter.path": str(head.description)}

@@ -9,6 +9,7 @@ from specdec.drafters.growth import Expand
 from specdec.drafters.heads import HeadDrafter
 from specdec.heads.medusa import MedusaHeads
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.observation import Observation
 from specdec.protocols import StepContext, TreePolicy
 from specdec.request import Capacity, Decoding
@@ -38,9 +39,15 @@ class Medusa(HeadDrafter):
         candidates: int = 64,
         widen: bool = True,
         vocabulary: int | str | None = None,
+        quantize: Quantize = "none",
     ) -> None:
         super().__init__(
-            path=path, depth=depth, candidates=candidates, widen=widen, vocabulary=vocabulary
+            path=path,
+            depth=depth,
+            candidates=candidates,
+            widen=widen,
+            vocabulary=vocabulary,
+            quantize=quantize,
         )
         self.head: MedusaHeads
         self.device: torch.device

@@ -4,6 +4,7 @@ from specdec.drafters.eagle import Eagle
 from specdec.heads.mtp_files import HowMTP
 from specdec.heads.narrow import ids_of
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.observation import Tap
 
 
@@ -34,6 +35,7 @@ class MTP(Eagle):
         rope_theta: float | None = None,
         widen: bool = True,
         vocabulary: int | str | None = None,
+        quantize: Quantize = "none",
     ) -> None:
         super().__init__(
             path=path or "",
@@ -43,6 +45,7 @@ class MTP(Eagle):
             rope_theta=rope_theta,
             widen=widen,
             vocabulary=vocabulary,
+            quantize=quantize,
         )
         self.how = HowMTP(feedback=feedback, layers=layers)
 

@@ -29,7 +29,7 @@ import torch
 
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.bench.timeline import breakdown, read_profile
-from specdec.experiments.studies.drafters import HEADS, OF_HEADS, model_words
+from specdec.experiments.studies.drafters import HEADS, OF_HEADS, kind_of, model_words
 from specdec.flight import Step
 from specdec.lab.command import Positive, option
 from specdec.lab.metrics import VERBS
@@ -71,7 +71,7 @@ def words_of(case: str, temperature: float, options: Options) -> str:
     if case == "none":
         return f"{PLAIN} {sampling}"
     head, _, shape = case.rpartition(" ")
-    if head and head not in HEADS:
+    if head and kind_of(head) not in HEADS:
         raise ValueError(f"cases={case}: of the learned heads there are {', '.join(HEADS)}")
     drafter = model_words(head or "small_llama", options.draft, options.heads)
     kind, _, sizes = shape.partition(":")

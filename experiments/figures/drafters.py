@@ -179,13 +179,13 @@ def _gain(side: dict[str, Any], entry: dict[str, Any], every: Sequence[str]) -> 
 def levels(result: Result, file: str = "levels") -> str:
     """How long chains of drafts take, from `bench.run anatomy`: milliseconds, and over what the
     first drafter takes for as many levels."""
-    first = next(iter(result["cases"])).partition(" ")[0]
+    first = next(iter(result["cases"])).partition(",")[0].rpartition(" ")[0]
     drafts = {
         name.partition(",")[0]: case["verbs_ms"]["draft"] for name, case in result["cases"].items()
     }
     rows = []
     for name, ms in drafts.items():
-        drafter, _, chain = name.partition(" ")
+        drafter, _, chain = name.rpartition(" ")
         over = ms / drafts[f"{first} {chain}"]
         rows.append([f"`{drafter}`", chain.removeprefix("chain:"), number(ms), number(over)])
     about = (

@@ -10,11 +10,12 @@ the same number of nodes. `speed` gives each the trees that suit it; its methods
 by prompt, and the figure is that of decoding: the time of all steps, prefill left out, by device
 events on a GPU. `wide` does so with a chain of 7 and trees of 16 to 255 nodes, of drafters that
 are models; `texts` with one tree each, to compare texts alone. `heads` names the files of learned
-heads. `early_exit anew` is an ablation: the same trees, verified from the first layer.
-Online state is that of the drafter's YAML: prompts come in the order of the file, and drafters
-that never forget learn from those before. At temperature 0 outputs are compared with those of
-plain decoding, and divergences explained as in `specdec.lab.lossless`. The file is written anew
-after every prompt.
+heads; names of several words, the first of them the drafter, compare settings of one drafter:
+`drafters=[eagle3,eagle3 fp8] heads=["eagle3 fp8=zoo:eagle3,quantize=fp8"]`. `early_exit anew` is
+an ablation: the same trees, verified from the first layer. Online state is that of the drafter's
+YAML: prompts come in the order of the file, and drafters that never forget learn from those
+before. At temperature 0 outputs are compared with those of plain decoding, and divergences
+explained as in `specdec.lab.lossless`. The file is written anew after every prompt.
 """
 
 import json
@@ -46,7 +47,7 @@ from specdec.tree import TokenTree
 HEADS = ("eagle3", "mtp", "peagle", "dflash", "dspark")  # over the target's states
 OF_HEADS = (
     "DRAFTER=folder or hub id of each head, and its settings behind commas, in quotes: "
-    '"mtp=FOLDER,vocabulary=32000"; eagle3 has its own'
+    '"mtp=FOLDER,vocabulary=32000"; eagle3 has its own; "mtp few=..." is another one, of that name'
 )
 MODELS = ("small_llama", "early_exit", "translated", *HEADS)  # their children may be sampled
 SEARCHING = ("ngram", "pld", "rest", "retriever", "suffix_decoding")
@@ -138,6 +139,12 @@ class Anew(EarlyExit):
         return replace(super().end(context, tree, expanded), begun=None)
 
 
+def kind_of(name: str) -> str:
+    """The drafter of a name, which for a head is its first word: trees are found by it."""
+    first = name.partition(" ")[0]
+    return first if first in HEADS else name
+
+
 def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
     """`small_llama` or a head in the words of `specdec.run`.
 
@@ -147,17 +154,17 @@ def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
     paths = {"small_llama": draft, "eagle3": "zoo:eagle3"}
     for one in heads:
         head, equals, said = one.partition("=")
-        if head not in HEADS or not equals:
+        if kind_of(head) not in HEADS or not equals:
             raise ValueError(
                 f"heads={one}: must begin with one of {', '.join(HEADS)}; what has a comma stands "
                 f'in quotes, as in heads=["mtp=FOLDER,vocabulary=32000"]'
             )
         paths[head] = said
     if name not in paths:
-        raise ValueError(f"drafters={name}: needs heads=[{name}=FOLDER]")
+        raise ValueError(f'drafters={name}: needs heads=["{name}=FOLDER"]')
     path, *settings = paths[name].split(",")
     more = (shlex.quote(f"drafter.{one.strip()}") for one in settings)
-    return " ".join([f"drafter={name}", word("drafter.path", path), *more])
+    return " ".join([f"drafter={kind_of(name)}", word("drafter.path", path), *more])
 
 
 def drafter_words(name: str, options: Options) -> str:
@@ -166,9 +173,9 @@ def drafter_words(name: str, options: Options) -> str:
     Raises:
         ValueError: no such drafter, or what it needs is not given.
     """
-    if name not in FAST:
+    if kind_of(name) not in FAST:
         raise ValueError(f"drafters={name}: there are {', '.join(FAST)}")
-    if name in HEADS or name == "small_llama":
+    if kind_of(name) in (*HEADS, "small_llama"):
         return model_words(name, options.draft, options.heads)
     kind, _, mode = name.partition(" ")
     words = [f"drafter={kind}"]
@@ -192,6 +199,7 @@ def methods(
     grid: str, temperature: float, drafter: str, batch: int = 1
 ) -> Iterator[tuple[int, str]]:
     """(the budget, or 0; words of a tree) of a drafter."""
+    drafter = kind_of(drafter)
     sampled = bool(temperature) and drafter in MODELS
     children = " tree.children=sample" if sampled else ""
     if grid == "texts":

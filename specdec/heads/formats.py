@@ -5,6 +5,7 @@ with is there, of the shape that follows from config.json and target, and finite
 wrong is one line.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +34,14 @@ from specdec.heads.medusa_files import counts, medusa_config
 from specdec.heads.mtp_files import HowMTP, fold, handed_on, mtp_config, unfold
 from specdec.heads.narrow import narrow
 from specdec.heads.parallel import ParallelHead
+from specdec.heads.quantised import quantise_head
 from specdec.heads.reading import eagle3_config, eagle_config, parallel_config, unstated
 from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
 from specdec.heads.verifier import check_verifier
 from specdec.heads.widen import moved, widen
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import Quantize
 from specdec.observation import Tap
 
 __all__ = ["find_head", "levels_of", "load_head"]
@@ -48,6 +51,8 @@ RECURRENT: dict[str, tuple[Any, Any]] = {
     "peagle": (parallel_config, ParallelHead),
     "eagle": (eagle_config, EagleHead),
 }
+# Of a state_dict: MTP layers share the output matrix of the first.
+NOT_READ = re.compile(r"names|(later\.\d+\.)?embed_tokens\.weight|later\.\d+\.lm_head\.\w+")
 FLAGS = (
     "norm_before_residual",
     "norm_before_fc",
@@ -72,6 +77,7 @@ def load_head(
     how: HowMTP | None = None,
     widened: bool = True,
     vocabulary: int | str | None = None,
+    quantize: Quantize = "none",
 ) -> nn.Module:
     """A head on the target's device and in its type, in evaluation mode and without gradients.
 
@@ -84,6 +90,7 @@ def load_head(
         how: of MTP layers; None leaves it to the files.
         widened: whether a stand-in's head, of its small model, gets the size of published ones.
         vocabulary: which tokens it may name, as of `narrow`; None is all that it can.
+        quantize: fp8 quantises its weights, as `quantise_head` does.
 
     Returns:
         The head, with `description`, a line for the start of a run.
@@ -108,7 +115,8 @@ def load_head(
         head = widen(head, target, setting=files.name) if widened else moved(head, target)
         host = Host.of(target)
     narrow(head, vocabulary, host, name=files.name)
-    head.description = ", ".join([*_facts(head, layout, host), *remarks])
+    kept = [] if quantize == "none" else [quantise_head(head, host)]
+    head.description = ", ".join([*_facts(head, layout, host, kept), *remarks])
     ready: nn.Module = head.eval().requires_grad_(False)
     return ready
 
@@ -287,12 +295,13 @@ def _medusa(
     return head
 
 
-def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
-    """Layout, layers, taps, tokens, flags and sizes."""
+def _facts(head: Any, layout: Layout, host: Host, kept: list[str]) -> list[str]:
+    """Layout, layers, taps, tokens, flags, how weights are kept, and sizes."""
     config = head.config
-    weights = {k: w for k, w in head.state_dict().items() if k not in (EMBEDDING, "names")}
+    weights = {k: w for k, w in head.state_dict().items() if not NOT_READ.fullmatch(k)}
     theirs = {host.embedding.data_ptr(), host.output.data_ptr()}
-    own = sum(w.numel() for w in weights.values() if w.data_ptr() not in theirs)
+    sizes = {k: w.numel() for k, w in weights.items() if not k.endswith(".scale")}
+    own = sum(size for k, size in sizes.items() if weights[k].data_ptr() not in theirs)
     once = ("fc.", "fc_norm.", "input_norm.") if layout.kind == "eagle3" else ()
     level, per = sum(w.nbytes for k, w in weights.items() if not k.startswith(once)), "step"
     if layout.kind == "medusa":
@@ -319,7 +328,7 @@ def _facts(head: Any, layout: Layout, host: Host) -> list[str]:
         facts.append(f"{config.layer.max_position_embeddings:,} positions")
     reach = sorted({window for window in getattr(config, "windows", ()) if window})
     facts += [f"windows of {' '.join(map(str, reach))}"] * bool(reach)
-    facts += [f"{_short(own)} parameters", f"{_short(level)}B read per {per}"]
+    facts += [f"{_short(own)} parameters", *kept, f"{_short(level)}B read per {per}"]
     return facts + (remarks_of(head) if isinstance(head, BlockHead) else [])
 
 

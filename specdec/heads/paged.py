@@ -46,7 +46,7 @@ class PagedHead:
                 head.layers, windows or [None] * len(head.layers), strict=True
             )
         ]
-        self.angles = Angles(head.rotary, target.max_context, head.lm_head.weight)
+        self.angles = Angles(head.rotary, target.max_context, head.embed_tokens.weight)
         self.device, self.dtype, self.looks = target.device, target.dtype, target.looks
         self.max_context = target.max_context
         attention = head.layers[0].self_attn

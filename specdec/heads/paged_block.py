@@ -11,6 +11,7 @@ from specdec.heads.paged import PagedHead
 from specdec.kernels.layout import pack_bits
 from specdec.models.forward import ForwardPass
 from specdec.models.paged import PagedLM
+from specdec.models.quantised import stacked
 
 
 class PagedBlock(PagedHead):
@@ -31,11 +32,11 @@ class PagedBlock(PagedHead):
         super().__init__(head, target, kernels=kernels, windows=head.config.windows)
         # Keys and values of all layers are one product of what they have in common.
         size = self.kv_shape.key_dim
-        parts = [(layer, layer.query_heads * size) for layer in self.layers]
-        weights = [(layer.qkv, start) for layer, start in parts if isinstance(layer.qkv, Tensor)]
-        self._entries = torch.cat([weight[start:].detach() for weight, start in weights])
+        each = [layer.self_attn for layer in head.layers]
+        self._entries = stacked([p.weight for one in each for p in (one.k_proj, one.v_proj)])
         self._biases = [
-            None if layer.qkv_bias is None else layer.qkv_bias[start:] for layer, start in parts
+            None if layer.qkv_bias is None else layer.qkv_bias[layer.query_heads * size :]
+            for layer in self.layers
         ]
 
     @torch.inference_mode()

@@ -201,7 +201,7 @@ class Layer:
         self.query_norm, self.key_norm = (getattr(norm, "weight", None) for norm in norms)
         self.head_eps: float = getattr(norms[0], "variance_epsilon", 0.0)
         gate = getattr(attention, "gate_proj", None)  # of attention, in MTP layers alone
-        self.gate: Tensor | None = None if gate is None else gate.weight
+        self.gate: Weight | None = None if gate is None else gate.weight
         self.output: Weight = _weight(attention.o_proj)
         self.output_bias: Tensor | None = _bias(attention.o_proj)
         self.gate_up, _ = _join(*gate_up)

@@ -11,7 +11,7 @@ scale that it has in one process.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from specdec.ranks import ALONE, Ranks
 
 Quantize = Literal["none", "fp8"]
 SCALE_BYTES = 4
+W = TypeVar("W", Tensor, Fp8Weight)
 
 
 class Fp8Linear(nn.Module):
@@ -161,11 +162,23 @@ def joinable(linears: Sequence[Any]) -> bool:
     return whole and all(weight.blocked for weight in weights)
 
 
+@torch.no_grad()
+def stacked(weights: Sequence[W]) -> W:
+    """Weights of one kind, one below the other, in memory of their own."""
+    made: Any
+    if isinstance(weights[0], Tensor):
+        made = torch.cat(list(weights))
+    else:
+        values = torch.cat([one.values.view(torch.uint8) for one in weights])  # any torch can
+        scale = torch.cat([one.scale for one in weights])
+        made = Fp8Weight(values.view(torch.float8_e4m3fn), scale)
+    same: W = made
+    return same
+
+
 def join(linears: Sequence[Fp8Linear]) -> Fp8Weight:
     """Their weights, one below the other; theirs become views of it."""
-    values = torch.cat([linear.values.view(torch.uint8) for linear in linears])  # any torch can
-    scale = torch.cat([linear.scale for linear in linears])
-    joined = Fp8Weight(values.view(torch.float8_e4m3fn), scale)
+    joined = stacked([linear.weight for linear in linears])
     row = first = 0
     for linear in linears:
         linear.values = joined.values[row : row + len(linear.values)]

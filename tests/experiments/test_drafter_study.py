@@ -71,6 +71,27 @@ def test_texts_are_of_one_tree_of_each_drafter(temperature: float) -> None:
         assert [shape.split(" tree.children")[0] for _, shape in found] == list(wanted)
 
 
+def test_a_head_of_two_names_has_the_trees_of_the_first_word() -> None:
+    given = 'heads=["eagle3 fp8=zoo:eagle3,quantize=fp8", "mtp few=a,vocabulary=9"]'
+    options = parse(drafters.Options, ["grid=wide", "out=x", "gsm8k=z", given])
+    for name, own in (("eagle3 fp8", {"quantize": "fp8"}), ("mtp few", {"vocabulary": 9})):
+        found = settings_of(drafters.drafter_words(name, options))["drafter"]
+        assert own.items() <= found.items()
+        kind = name.partition(" ")[0]
+        for grid in ("budgets", "speed", "texts", "wide"):
+            for temperature in (0.0, 1.0):
+                for batch in (1, 32):
+                    both = (drafters.methods(grid, temperature, n, batch) for n in (name, kind))
+                    mine, theirs = map(list, both)
+                    assert mine == theirs
+                    assert mine
+    assert settings_of(drafters.drafter_words("eagle3", options))["drafter"]["quantize"] == "none"
+    with pytest.raises(ValueError, match=r'^drafters=mtp: needs heads=\["mtp=FOLDER"\]'):
+        drafters.drafter_words("mtp", options)
+    with pytest.raises(ValueError, match=r"^heads=pld fp8=a: must begin with one of eagle3"):
+        drafters.model_words("eagle3", "", ["pld fp8=a"])
+
+
 @pytest.mark.slow
 def test_from_prompts_to_tables(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,8 +134,9 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert retokenize.main(["keep=6000", f"out={other}"]) == 0
     out = tmp_path / "speed.json"
-    names = ["early_exit", "early_exit anew", "translated"]
+    names = ["early_exit", "early_exit anew", "translated", "eagle3", "eagle3 fp8"]
     more = ["grid=speed", f"other_draft={other}", "temperatures=0", f"drafters={names}"]
+    more += ['heads=["eagle3 fp8=zoo:eagle3,quantize=fp8"]']
     assert drafters.main(words_of(files, out, *more)) == 0
     result = json.loads(out.read_text())
     part: dict[str, Any] = result["parts"]["T=0"]
@@ -123,7 +145,8 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
     steps = [sum(p["steps"] for p in one["prompts"].values()) for one in (resumed, anew)]
     assert steps[0] == steps[1]
     lines = tables.drafter_speed(result).splitlines()
-    assert sum(line.startswith("| 0 | `") for line in lines) == 4
+    assert sum(line.startswith("| 0 | `") for line in lines) == 6
+    assert sum("`eagle3 fp8`" in line for line in lines) == 1
     assert "of the weights" not in lines[-1]
     result["settings"] |= {"target": "standin:llama3_8b", "exit_layer": 10}
     assert tables.drafter_speed(result).endswith("29.1% of the weights that a pass reads.")
@@ -135,7 +158,7 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
         (["grid=speed"], "no prompts: give a file for one of"),
         (["grid=speed", "humaneval=x", "drafters=rest"], "drafters=rest: needs datastore"),
         (["grid=speed", "humaneval=x", "drafters=nobody"], "drafters=nobody: there are"),
-        (["grid=wide", "humaneval=x", "drafters=dflash"], "needs heads=[dflash=FOLDER]"),
+        (["grid=wide", "humaneval=x", "drafters=dflash"], 'needs heads=["dflash=FOLDER"]'),
         (["grid=none", "humaneval=x"], "grid=none: must be 'budgets', 'speed', 'texts' or 'wide'"),
     ],
 )

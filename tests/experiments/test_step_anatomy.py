@@ -91,6 +91,10 @@ def test_cases() -> None:
     found = settings_of(anatomy.words_of("mtp chain:4", 0.0, options))["drafter"]
     assert (found["path"], found["vocabulary"], found["layers"]) == ("a b/c", 32000, 1)
     assert settings_of(anatomy.words_of("dflash chain:4", 0.0, options))["drafter"]["path"] == "d"
+    options = parse(anatomy.Options, ['heads=["eagle3 less=zoo:eagle3,quantize=fp8"]'])
+    for case, quantize in (("eagle3", "none"), ("eagle3 less", "fp8")):
+        found = settings_of(anatomy.words_of(f"{case} chain:4", 0.0, options))["drafter"]
+        assert (found["path"], found["quantize"]) == ("zoo:eagle3", quantize)
     options = parse(anatomy.Options, [given.replace('"', "")])
     with pytest.raises(ValueError, match=r"^heads=vocabulary=32000: .* stands in quotes"):
         anatomy.words_of("mtp chain:4", 0.0, options)

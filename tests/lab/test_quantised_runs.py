@@ -22,7 +22,8 @@ PAIR = ("target.quantize=fp8", "drafter.quantize=fp8", "cache.dtype=fp8_e4m3")
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            ("target.quantize=fp8", "drafter=eagle3", "tree=dynamic"), marks=pytest.mark.slow
+            ("target.quantize=fp8", "drafter=eagle3", "drafter.quantize=fp8", "tree=dynamic"),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["pair and pages", "early_exit", "eagle3"],
