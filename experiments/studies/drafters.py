@@ -9,8 +9,9 @@ ignored, so that all outputs have the same length. `budgets` gives every drafter
 the same number of nodes. `speed` gives each the trees that suit it; its methods take turns prompt
 by prompt, and the figure is that of decoding: the time of all steps, prefill left out, by device
 events on a GPU. `wide` does so with a chain of 7 and trees of 16 to 255 nodes, of drafters that
-are models; `texts` with one tree each, to compare texts alone. `heads` names the files of learned
-heads; names of several words, the first of them the drafter, compare settings of one drafter:
+are models: at temperature 0 `dynamic` ones, above it those of `tree=optimal`; `texts` with one
+tree each, to compare texts alone. `heads` names the files of learned heads; names of several
+words, the first of them the drafter, compare settings of one drafter:
 `drafters=[eagle3,eagle3 fp8] heads=["eagle3 fp8=zoo:eagle3,quantize=fp8"]`. `early_exit anew` is
 an ablation: the same trees, verified from the first layer. Online state is that of the drafter's
 YAML: prompts come in the order of the file, and drafters that never forget learn from those
@@ -47,7 +48,8 @@ from specdec.tree import TokenTree
 HEADS = ("eagle3", "mtp", "peagle", "dflash", "dspark")  # over the target's states
 OF_HEADS = (
     "DRAFTER=folder or hub id of each head, and its settings behind commas, in quotes: "
-    '"mtp=FOLDER,vocabulary=32000"; eagle3 has its own; "mtp few=..." is another one, of that name'
+    '"mtp=FOLDER,vocabulary=32000"; eagle3 and dspark have their own; "mtp few=..." is one more, '
+    "of that name"
 )
 MODELS = ("small_llama", "early_exit", "translated", *HEADS)  # their children may be sampled
 SEARCHING = ("ngram", "pld", "rest", "retriever", "suffix_decoding")
@@ -75,6 +77,7 @@ SAMPLED = {
 }
 WIDE_BUDGETS = 16, 32, 64, 127, 255
 WIDE_CHAIN = 7
+DEEPEST = 8  # level of those trees, and of a block
 CHAIN, LONG = tree("chain", 4), tree("chain", 16)
 WIDE, DEEP = tree("dynamic", 63, 8, 8), tree("dynamic", 32, 4, 12)
 LAYERS = tree("dynamic", 24, 6, 3), tree("dynamic", 48, 8, 4)
@@ -151,7 +154,7 @@ def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
     Raises:
         ValueError: a head that `heads` does not name, or what is none in it.
     """
-    paths = {"small_llama": draft, "eagle3": "zoo:eagle3"}
+    paths = {"small_llama": draft, "eagle3": "zoo:eagle3", "dspark": "zoo:dspark"}
     for one in heads:
         head, equals, said = one.partition("=")
         if kind_of(head) not in HEADS or not equals:
@@ -195,6 +198,13 @@ def drafter_words(name: str, options: Options) -> str:
     return " ".join(words)
 
 
+def best_sampled(drafter: str, budget: int) -> str:
+    """The tree of draws that measured rates make the most of; heads go by those of eagle3."""
+    rates = "eagle3" if drafter in HEADS else "zoo"
+    shape = f"{tree('optimal', budget)} {word('tree.depth', DEEPEST)} tree.rates={rates}"
+    return f"{shape} tree.children=sample"
+
+
 def methods(
     grid: str, temperature: float, drafter: str, batch: int = 1
 ) -> Iterator[tuple[int, str]]:
@@ -210,8 +220,7 @@ def methods(
         if drafter in MODELS:
             yield WIDE_CHAIN, tree("chain", WIDE_CHAIN) + children
         for budget in WIDE_BUDGETS if drafter in MODELS else ():
-            for shape in SAMPLED[budget] if sampled else (DYNAMIC[budget],):
-                yield budget, shape + children
+            yield budget, best_sampled(drafter, budget) if sampled else DYNAMIC[budget]
         return
     if grid == "speed":
         for shape in (SMALL if batch >= LARGE else FAST[drafter])[bool(temperature)]:
