@@ -1,10 +1,10 @@
 """tree=cost_aware: the tree with the most expected tokens per second."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
+import numpy as np
 from torch import Tensor
 
 from specdec.calibration import costs_of, unlike
@@ -52,7 +52,7 @@ class CostAware(FixedShape):
     """The tree with the most expected tokens per second, or none where drafting does not pay,
     given how often children are accepted and what passes of the target and the draft cost.
 
-    It is the best of the `predictions`; the hardware-aware tree optimizer of Sequoia (Chen et al.
+    It is what `choose` finds; the hardware-aware tree optimizer of Sequoia (Chen et al.
     2024) chooses size and depth likewise. The draft's part of a table is that of a draft model; a
     drafter that searches a text costs less.
 
@@ -188,20 +188,13 @@ def _chain(children: str, levels: int) -> FixedShape:
 def choose(
     rates: AcceptanceRates, costs: CostTable, *, batch: int, context: int, budget: int, depth: int
 ) -> Choice:
-    """The one of the `predictions` with the most tokens per second; of equals the first."""
-    every = predictions(rates, costs, batch=batch, context=context, budget=budget, depth=depth)
-    return max(every, key=lambda choice: choice.tokens_per_second)
+    """The choice of the most tokens per second: no drafting, or for a number of levels up to
+    `depth` and of nodes up to `budget` the shape of the most expected accepted nodes; of equals
+    the one of the fewest levels, then nodes. A step takes a pass of the target over the tree and
+    one of the draft over the nodes of each level that have children.
 
-
-def predictions(
-    rates: AcceptanceRates, costs: CostTable, *, batch: int, context: int, budget: int, depth: int
-) -> Iterator[Choice]:
-    """No drafting, and for each number of levels up to `depth` and of nodes up to `budget` the
-    shape with the most expected accepted nodes. A step takes a pass of the target over the tree
-    and one of the draft over the nodes of each level that have children.
-
-    Each shape is listed once. Left out is what exceeds the trees and levels that were measured,
-    because `costs` would have it cost no more than those.
+    Left out is what exceeds the trees and levels that were measured, because `costs` would have it
+    cost no more than those.
 
     Args:
         batch: sequences of the batch.
@@ -210,24 +203,25 @@ def predictions(
         depth: levels at most.
     """
     plain = costs.verify(batch, 1, context) + costs.step(batch)
-    yield Choice(shape=frozenset(), tokens=1.0, seconds=plain)
+    best = Choice(shape=frozenset(), tokens=1.0, seconds=plain)
     budget = min(budget, costs.most_nodes - 1)
-    verify = [costs.verify(batch, nodes + 1, context) for nodes in range(budget + 1)]
-    level = costs.level(batch)
-    draft = [costs.draft(batch, width, context) + level for width in range(costs.most_width + 1)]
-    listed: set[Shape] = {frozenset()}
-    for levels in range(1, min(depth, budget) + 1):
+    most = min(depth, budget)
+    verify = np.array([costs.verify(batch, nodes + 1, context) for nodes in range(budget + 1)])
+    loop = np.array([costs.start(batch) + costs.step(batch, level) for level in range(most + 1)])
+    drafts = [costs.draft(batch, width, context) for width in range(1, costs.most_width + 1)]
+    draft = np.array([0.0, *(seconds + costs.level(batch) for seconds in drafts)])
+    for levels in range(1, most + 1):
         shapes = OptimalShapes(rates, budget, levels)
-        for nodes in range(1, budget + 1):
-            shape = shapes.of(nodes)
-            if shape in listed:
-                continue
-            listed.add(shape)
-            widths = [len(parents) for parents in parents_by_level(shape)]
-            if max(widths) <= costs.most_width:
-                loop = costs.start(batch) + costs.step(batch, len(widths))
-                yield Choice(
-                    shape=shape,
-                    tokens=1.0 + expected_accepted(shape, rates),
-                    seconds=loop + verify[len(shape)] + sum(draft[width] for width in widths),
-                )
+        widths = shapes.widths
+        known = (shapes.nodes > 0) & (widths.max(axis=1) <= costs.most_width)
+        if not known.any():
+            continue
+        passes = draft[np.minimum(widths, costs.most_width)].sum(axis=1)
+        seconds = verify[shapes.nodes] + loop[(widths > 0).sum(axis=1)] + passes
+        speeds = np.where(known, (1.0 + shapes.accepted) / seconds, 0.0)
+        place = int(speeds.argmax())
+        if speeds[place] > best.tokens_per_second:
+            shape = shapes.of(place)
+            tokens = 1.0 + expected_accepted(shape, rates)
+            best = Choice(shape=shape, tokens=tokens, seconds=float(seconds[place]))
+    return best

@@ -146,6 +146,11 @@ class OptimalShapes:
         rates: of acceptance.
         budget: nodes at most, the root not counted.
         depth: levels at most; None for no limit.
+
+    Attributes:
+        accepted: [budget + 1], of the shape of each budget the expected accepted nodes.
+        nodes: [budget + 1], how many it has.
+        widths: [budget + 1, levels], how many of each level have children, the root's first.
     """
 
     def __init__(self, rates: AcceptanceRates, budget: int, depth: int | None = None) -> None:
@@ -154,6 +159,8 @@ class OptimalShapes:
         # siblings, how many go beneath that child; STOP if there is best no such child.
         self._choices: list[NDArray[np.int64]] = []
         beneath = np.zeros(budget + 1)  # W of a node of the level below
+        self.nodes = np.zeros(budget + 1, dtype=np.int64)  # beneath that node, as the widths are
+        self.widths = np.zeros((budget + 1, levels), dtype=np.int64)
         for level in reversed(range(levels)):
             row = rates.row(level)[:budget]
             choices = np.full((row.size, budget + 1), STOP)
@@ -169,6 +176,22 @@ class OptimalShapes:
                 younger = np.concatenate([[0.0], found])
             self._choices.insert(0, choices)
             beneath = younger
+            self._count(level, choices)
+        self.accepted = beneath
+
+    def _count(self, level: int, choices: NDArray[np.int64]) -> None:
+        """Of a node of this level what was known of one below."""
+        nodes, widths = np.zeros_like(self.nodes), np.zeros_like(self.widths)
+        widths[:, level] = choices[0] != STOP
+        left = np.arange(nodes.size)
+        for row in choices:
+            beneath = row[left]
+            (some,) = np.nonzero(beneath != STOP)
+            beneath = beneath[some]
+            nodes[some] += 1 + self.nodes[beneath]
+            widths[some] += self.widths[beneath]
+            left = np.where(row[left] == STOP, 0, left - 1 - row[left])  # of 0 nodes no child
+        self.nodes, self.widths = nodes, widths
 
     def of(self, budget: int) -> Shape:
         """The shape of at most so many nodes, themselves at most those of the programme."""

@@ -95,9 +95,14 @@ def test_optimal_is_the_best_of_all_trees(seed: int) -> None:
             if nodes <= budget and (depth is None or levels <= depth)
         ]
         best = max(value for _, value in within)
-        shape = optimal(rates, budget, depth)
+        programme = OptimalShapes(rates, budget, depth)
+        shape = programme.of(budget)
         assert expected_accepted(shape, rates) == pytest.approx(best, abs=1e-12)
         assert len(shape) <= budget
+        assert programme.accepted[-1] == pytest.approx(best, abs=1e-12)
+        assert programme.nodes[-1] == len(shape)
+        widths = [len(parents) for parents in parents_by_level(shape)]
+        assert [width for width in programme.widths[-1] if width] == widths
         assert depth is None or max(map(len, shape), default=0) <= depth
         assert shape_of(shape) == shape
         assert skipping(shape) is None
