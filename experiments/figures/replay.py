@@ -41,15 +41,10 @@ def _about(result: Result) -> str:
         f"record; p of the two being equal, by Holm of all of them"
     )
     if _timed(result):
-        about += "; tokens a second, "
-        if "timed" in settings:
-            about += (
-                f"which are these over the mean seconds of a step of {settings['timed']} texts of "
-                f"each prompt, decoded one at a time, "
-            )
         about += (
-            "by how much replay is above, and by how much of the run's time each part was "
-            "foretold too long"
+            f"; tokens a second, which are these over the mean seconds of a step of "
+            f"{settings['timed']} texts of each prompt, decoded one at a time, by how much replay "
+            f"is above, and by how much of the run's time each part was foretold too long"
         )
     return about
 
