@@ -73,7 +73,7 @@ def test_from_prompts_to_tables_and_plots(
         *("chain", "static", "paths", "dynamic", "threshold", "optimal", "accuracy"),
         "cost_aware",
     }
-    ratio, low, high = shown.compared(best["optimal"], shown.chain_of(result, 8))
+    ratio, low, high = shown.compared(best["optimal"], shown.chain_of(result, 8)).around
     assert low <= ratio <= high
     text = shown.tree_lengths(result)
     assert "| policy | 8 nodes |" in text

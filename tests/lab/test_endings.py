@@ -144,7 +144,7 @@ def test_a_process_that_is_killed_at_any_moment_goes_on(tmp_path, number):
         if process.poll() is None:
             process.send_signal(number)
         code, error = end(process)
-        assert (code, error) in {(0, ""), (-9, ""), (130, "")}
+        assert (code, error) in {(0, ""), (-number, ""), (130, "")}  # or while it imports
         killed += code != 0
     assert killed
     resume = ["resume=true"] * (cut / "config.yaml").exists()
