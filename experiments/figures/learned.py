@@ -66,7 +66,7 @@ def _heads(budgets: list[int]) -> list[str]:
 
 def learned(result: Result, file: str = "learned") -> str:
     """Accepted lengths by budget, and what they are over those of the reference."""
-    settings, found = result["settings"], []
+    settings, found, compared = result["settings"], list[str](), False
     prompts = sum(map(len, result["sets"].values()))
     found.append(
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, on one "
@@ -81,13 +81,14 @@ def learned(result: Result, file: str = "learned") -> str:
             cells = []
             for budget in budgets:
                 gain = ratio_to(part, drafter, budget)
+                compared |= gain is not None
                 after = f"; {interval(*gain)}" if gain else ""
                 cells.append(_length(part, drafter, budget) + after)
             rows.append([_title(drafter), *cells])
         found.append(piece(f"{temperature}:", [temperature, *_heads(budgets)], rows))
-    found.append(
-        f"Behind the semicolon: over `{REFERENCE}`, paired over prompts, with its 95 % interval."
-    )
+    if compared:
+        said = f"Behind the semicolon: over `{REFERENCE}`, paired over prompts"
+        found.append(f"{said}, with its 95 % interval.")
     return "\n\n".join([*found, *_trainings(result)])
 
 

@@ -100,12 +100,7 @@ def load_head(
             setting, file, tensor and the likely reason.
     """
     files = HeadFiles(path, setting)
-    layout = recognise(files.shapes, files.config, files.name)
-    if layout.kind not in kinds:
-        raise ValueError(
-            f"{files.name}: is a head of kind {layout.kind} ({layout.label}), and "
-            f"{' or '.join(kinds)} is asked for; use drafter={layout.kind}"
-        )
+    layout = _asked_for(files, kinds)
     small = _is_of_small(files, layout, target, widened)
     host = Host.small(target) if small else Host.of(target)
     remarks = check_verifier(files, host) + unstated(files, layout)
@@ -119,6 +114,21 @@ def load_head(
     head.description = ", ".join([*_facts(head, layout, host, kept), *remarks])
     ready: nn.Module = head.eval().requires_grad_(False)
     return ready
+
+
+def _asked_for(files: HeadFiles, kinds: Sequence[str]) -> Layout:
+    """How a head is laid out that is of one of these kinds.
+
+    Raises:
+        ValueError: it is of another.
+    """
+    layout = recognise(files.shapes, files.config, files.name)
+    if layout.kind not in kinds:
+        raise ValueError(
+            f"{files.name}: is a head of kind {layout.kind} ({layout.label}), and "
+            f"{' or '.join(kinds)} is asked for; use drafter={layout.kind}"
+        )
+    return layout
 
 
 def levels_of(path: str, setting: str = "drafter.path") -> int | None:
