@@ -85,7 +85,7 @@ def test_cases() -> None:
     settings = settings_of(anatomy.words_of("eagle3 chain:4", 0.0, options))
     assert (settings["drafter"]["path"], settings["tree"]["budget"]) == ("zoo:eagle3", 4)
     with pytest.raises(ValueError, match="heads="):
-        anatomy.words_of("dspark chain:4", 0.0, options)
+        anatomy.words_of("dflash chain:4", 0.0, options)
     given = 'heads=["mtp=a b/c,vocabulary=32000,layers=1", dflash=d]'
     options = parse(anatomy.Options, [given])
     found = settings_of(anatomy.words_of("mtp chain:4", 0.0, options))["drafter"]
