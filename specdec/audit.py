@@ -14,6 +14,7 @@ target's vocabulary is asked; of any other drafter that can be recorded, a recor
     specdec audit runs/two record=records/two
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -172,3 +173,6 @@ def _baseline(folder: Path) -> Side:
 
 
 main = partial(run_main, Options, work, doc=__doc__)
+
+if __name__ == "__main__":
+    sys.exit(main())
