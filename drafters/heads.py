@@ -91,12 +91,15 @@ class HeadDrafter(GrowingDrafter):
     def find(self) -> None:
         if self.vocabulary is not None:
             ids_of(self.vocabulary)
+        self._find_head()
+        if self._policy is not None:
+            self.check(self._policy)
+
+    def _find_head(self) -> None:
         find_head(self.path, "drafter.path")
         count = levels_of(self.path, "drafter.path") if self.answers else None
         if count is not None:
             self._limit(count)
-        if self._policy is not None:
-            self.check(self._policy)
 
     def _limit(self, levels: int) -> None:
         """So many levels it has answers for."""

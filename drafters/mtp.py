@@ -2,7 +2,6 @@
 
 from specdec.drafters.eagle import Eagle
 from specdec.heads.mtp_files import HowMTP
-from specdec.heads.narrow import ids_of
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
 from specdec.observation import Tap
@@ -49,11 +48,9 @@ class MTP(Eagle):
         )
         self.how = HowMTP(feedback=feedback, layers=layers)
 
-    def find(self) -> None:
+    def _find_head(self) -> None:
         if self.path:
-            super().find()
-        elif self.vocabulary is not None:
-            ids_of(self.vocabulary)
+            super()._find_head()
 
     def _files(self, target: PagedLM) -> tuple[str, str]:
         if self.path:

@@ -29,7 +29,6 @@ def ranks(result: Result, file: str = "ranks") -> str:
 def _about(result: Result, file: str) -> str:
     settings, gpus, sums = result["settings"], result["hardware"]["gpus"], result["sums"]
     bits, speed = result["small"]["bits"], result["read_bytes_per_second"] / 1e12
-    compared = bits.get("of", "logits, which each gathers from all and so must have,")
     equal = "have" if bits["equal"] else "do NOT have"
     return (
         f"`{settings['small']}` in {settings['dtype']} on one {device(result)} and on {gpus} that "
@@ -37,7 +36,7 @@ def _about(result: Result, file: str) -> str:
         f"tokens each; `small_llama` with `{settings['draft']}`, whole on each GPU. The limit is "
         f"what reading the weights of one GPU takes at {speed:.2f} TB/s, measured in the same "
         f"run. Of {sums['sums']} sums over shared memory {len(sums['wrong'])} differ from sums of "
-        f"gathered parts; {compared} of {bits['steps']} steps {equal} the same bits on all GPUs "
+        f"gathered parts; {bits['of']} of {bits['steps']} steps {equal} the same bits on all GPUs "
         f"({source(result, file)}):"
     )
 

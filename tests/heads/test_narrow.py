@@ -22,12 +22,12 @@ from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.heads.narrow import ids_of
 from specdec.models.paged import PagedLM
-from tests.decoding import decoder_of, loaded, requests_of
+from tests.decoding import decoder_of, loaded, outputs_of
 from tests.heads import blocks, made, oracle
 from tests.heads.mtp import mtp
 from tests.heads.test_drafts import TOLERANCE, N, watched
 from tests.heads.test_medusa_files import own_layout
-from tests.heads.test_widened_runs import HEADS, drafts_of, large  # noqa: F401
+from tests.heads.test_widened_runs import HEADS, assert_same_drafts, drafts_of, large  # noqa: F401
 from tests.models.tiny import VOCABULARY, texts, tiny
 
 FEW = 40
@@ -128,16 +128,14 @@ def test_texts_are_those_of_plain_decoding(
     """Where fewer tokens can be named than a node has children, too."""
     kind, write, _ = KINDS[case]
     write(tmp_path, target.model)
-    asked = requests_of(texts(), 12)
-    plain = {s.request.id: s.output_ids for s in decoder_of(target, NoDrafter()).run(asked)}
+    plain = outputs_of(decoder_of(target, NoDrafter()), texts(), 12)
     for tree in (
         Static(widths=[3, 2, 1]),
         Dynamic(budget=10, width=3, depth=4),
         Static(widths=[3, 1], children="sample"),
     ):
         drafter = kind(path=str(tmp_path), vocabulary=vocabulary)
-        for found in decoder_of(target, drafter, tree).run(asked):
-            assert found.output_ids == plain[found.request.id]
+        assert outputs_of(decoder_of(target, drafter, tree), texts(), 12) == plain
 
 
 def test_a_number_copies_nothing_of_the_target_and_a_list_its_rows_alone(
@@ -170,14 +168,7 @@ def test_a_stand_in_drafts_the_same_with_fewer_rows(
     kind, write, sampled = HEADS[name]
     write(tmp_path, tiny("llama", num_hidden_layers=8))
     most, rows = kind(path=str(tmp_path)), kind(path=str(tmp_path), vocabulary=100)
-    outputs, trees = drafts_of(large, rows, sampled=sampled)
-    wanted, others = drafts_of(large, most, sampled=sampled)
-    assert outputs == wanted
-    for request, steps in others.items():
-        for found, want in zip(trees[request], steps, strict=True):
-            for part, other in zip(found[:3], want[:3], strict=True):
-                assert torch.equal(part, other)
-            torch.testing.assert_close(found[3], want[3], rtol=1e-9, atol=1e-12)
+    assert_same_drafts(*(drafts_of(large, one, sampled=sampled) for one in (rows, most)))
     assert "100 of 120 tokens" in rows.notes["drafter.path"]
     assert rows.head.drafts == most.head.drafts
     sizes = [len(w) for k, w in rows.head.state_dict().items() if "lm_head" in k]

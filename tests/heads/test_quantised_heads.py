@@ -22,12 +22,12 @@ from specdec.heads import formats
 from specdec.kernels.layout import Fp8Weight
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Fp8Linear, quantise_layer
-from tests.decoding import decoder_of, loaded, requests_of
+from tests.decoding import decoder_of, loaded, outputs_of
 from tests.heads import blocks, made, oracle
 from tests.heads.mtp import mtp
 from tests.heads.test_drafts import TOLERANCE, N, watched
 from tests.heads.test_narrow import KINDS
-from tests.heads.test_widened_runs import HEADS, drafts_of, large  # noqa: F401
+from tests.heads.test_widened_runs import HEADS, assert_same_drafts, drafts_of, large  # noqa: F401
 from tests.models.fp8_files import rounded
 from tests.models.tiny import texts, tiny
 
@@ -132,13 +132,11 @@ def test_texts_are_those_of_plain_decoding(case: str, target: PagedLM, tmp_path:
     both = PagedLM(tiny("llama", num_hidden_layers=N))
     for layer in both.model.model.layers:
         quantise_layer(layer)
-    asked = requests_of(texts(), 12)
     for one in (target, PagedLM(both.model)):  # whose own weights are float8, too
-        plain = {s.request.id: s.output_ids for s in decoder_of(one, NoDrafter()).run(asked)}
+        plain = outputs_of(decoder_of(one, NoDrafter()), texts(), 12)
         for tree in (Static(widths=[3, 2, 1]), Static(widths=[3, 1], children="sample")):
             drafter = kind(path=str(tmp_path), quantize="fp8")
-            for found in decoder_of(one, drafter, tree).run(asked):
-                assert found.output_ids == plain[found.request.id]
+            assert outputs_of(decoder_of(one, drafter, tree), texts(), 12) == plain
 
 
 def test_the_targets_own_matrix_stays_and_rows_of_it_do_not(
@@ -184,16 +182,8 @@ def test_a_stand_in_drafts_with_what_was_widened_first(
 
     monkeypatch.setattr(formats, "quantise_head", by_hand)
     other = kind(path=str(tmp_path), quantize="fp8")
-    assert_same(found, drafts_of(large, other, sampled=sampled))
+    assert_same_drafts(found, drafts_of(large, other, sampled=sampled))
     assert not any(isinstance(module, Fp8Linear) for module in other.head.modules())
-
-
-def assert_same(found: Any, wanted: Any) -> None:
-    assert found[0] == wanted[0]
-    for request, steps in wanted[1].items():
-        for mine, theirs in zip(found[1][request], steps, strict=True):
-            assert all(torch.equal(*both) for both in zip(mine[:3], theirs[:3], strict=True))
-            torch.testing.assert_close(mine[3], theirs[3], rtol=1e-9, atol=1e-12)
 
 
 def test_other_values_are_refused(specdec: Any, tmp_path: Path) -> None:

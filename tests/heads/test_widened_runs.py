@@ -125,6 +125,17 @@ def drafts_of(target: PagedLM, drafter: Drafter, *, sampled: bool) -> Any:
     return done, trees
 
 
+def assert_same_drafts(
+    found: Any, wanted: Any, *, rtol: float = 1e-9, atol: float = 1e-12
+) -> None:
+    """Two of `drafts_of` are equal, probabilities as nearly as this."""
+    assert found[0] == wanted[0]
+    for request, steps in wanted[1].items():
+        for mine, theirs in zip(found[1][request], steps, strict=True):
+            assert all(torch.equal(*both) for both in zip(mine[:3], theirs[:3], strict=True))
+            torch.testing.assert_close(mine[3], theirs[3], rtol=rtol, atol=atol)
+
+
 @pytest.mark.some(7)
 @pytest.mark.parametrize("widen", [True, False])
 @pytest.mark.parametrize("name", HEADS)
@@ -134,14 +145,10 @@ def test_the_large_pair_drafts_what_the_small_one_drafts(
     kind, write, sampled = HEADS[name]
     write(tmp_path, tiny("llama", num_hidden_layers=8))
     mine, theirs = kind(path=str(tmp_path), widen=widen), kind(path=str(tmp_path))
-    outputs, trees = drafts_of(large, mine, sampled=sampled)
-    wanted, others = drafts_of(small, theirs, sampled=sampled)
-    assert outputs == wanted
-    for request, steps in others.items():
-        for found, want in zip(trees[request], steps, strict=True):
-            for part, other in zip(found[:3], want[:3], strict=True):
-                assert torch.equal(part, other)
-            torch.testing.assert_close(found[3], want[3], rtol=1e-6, atol=1e-9)
+    found, wanted = (
+        drafts_of(*pair, sampled=sampled) for pair in ((large, mine), (small, theirs))
+    )
+    assert_same_drafts(found, wanted, rtol=1e-6, atol=1e-9)
     head = mine.head
     note = mine.notes["drafter.path"]
     assert head.width == (SHAPE.hidden_size if widen else 32)

@@ -102,13 +102,13 @@ class DFlash(TrainingMethod):
     def _sizes(self, surroundings: Surroundings) -> dict[str, Any]:
         """Of the head, as `BlockConfig` has them."""
         target = surroundings.target
-        reach = {"use_sliding_window": True, "sliding_window": self.window, "max_window_layers": 0}
+        window = {"use_sliding_window": self.window is not None, "sliding_window": self.window}
         return {
             "layer": layer_config(
                 target.model.config,
                 layers=self.layers,
                 rope_theta=self.rope_theta,
-                make=partial(Qwen3Config, **({} if self.window is None else reach)),
+                make=partial(Qwen3Config, **window, max_window_layers=0),
             ),
             "taps": self._taps(target.model.config),
             "state_size": target.config.hidden_size,
