@@ -76,8 +76,10 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("drafter_wide_blocks", lambda _: several(drafter_wide, "drafter_wide_blocks"), {}),
             ("levels", levels, {}),
             ("learned", learned, {}),
-            ("learned_seeds", partial(learned, file="learned_seeds"), {}),
-            ("learned_cpu", partial(learned, file="learned_cpu"), {}),
+            *(
+                (file, partial(learned, file=file), {})
+                for file in ("learned_seeds", "learned_windows", "learned_cpu")
+            ),
             ("lookup_speed", lookup_speed, {}),
         ],
     ),
