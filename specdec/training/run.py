@@ -113,7 +113,7 @@ class Job:
         """Texts first, then the training."""
         resumes = _resumes(self.plan, self.out)
         self.target = self.source.load(Models(self.placement))
-        self.method.check(self.target.model.config)
+        self.method.check(self.target)
         self.device = self.target.device
         self.size = self.plan.batch or (128 if self.device.type == "cuda" else 4)
         if self.device.type == "cuda":

@@ -124,12 +124,11 @@ class TrainingMethod(Rates):
 
     drafter: ClassVar[str]
 
-    def check(self, config: Any) -> None:
-        """Raise ValueError for what does not go with a target of this configuration; here nothing
-        does not."""
+    def check(self, target: PagedLM) -> None:
+        """Raise ValueError for what does not go with a target; here nothing does not."""
 
     def make(self, surroundings: Surroundings) -> Trainee:
-        """A trainee with fresh weights, on the target's device."""
+        """A trainee with the weights that it begins with, on the target's device."""
         raise NotImplementedError
 
     def using(self, head: str, target: str, config: Any) -> list[str]:

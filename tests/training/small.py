@@ -23,7 +23,7 @@ from specdec.training.batches import EXTRA, Batch, Batches
 from specdec.training.corpus import Corpus
 from specdec.training.course import Budget, Course
 from specdec.training.measure import MeasureSettings
-from specdec.training.methods.recurrent import layer_config
+from specdec.training.methods.head import layer_config
 from specdec.training.optimise import Optimisers
 from specdec.training.teacher import Teacher
 from specdec.training.trainee import Surroundings

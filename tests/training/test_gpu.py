@@ -56,7 +56,7 @@ def test_compiled_is_what_it_is_otherwise(name: str, lm: PagedLM) -> None:
     found = []
     for surroundings in (plainly, replace(plainly, compiled=True)):
         method = METHODS[name]()
-        method.check(lm.model.config)
+        method.check(lm)
         trainee = method.make(surroundings)
         with plain(lm.model) as model, torch.autocast("cuda", torch.bfloat16):
             teacher = None if trainee.is_target else Teacher(model, trainee.taps)

@@ -1,5 +1,6 @@
 """Every method learns, is measured by what it would draft, and is written as drafters read it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from specdec.training.methods import small_llama
 from specdec.training.methods.dflash import DFlash
 from specdec.training.methods.dspark import DSpark
 from specdec.training.methods.eagle import Eagle
+from specdec.training.methods.eagle3 import Eagle3
 from specdec.training.methods.early_exit import EarlyExit
 from specdec.training.methods.medusa import Medusa
 from specdec.training.methods.mtp import MTP
@@ -42,6 +44,9 @@ METHODS: dict[str, Any] = {
 }
 
 
+HEADS = ("dflash", "dspark", "eagle", "medusa", "mtp", "peagle")
+
+
 @pytest.fixture(autouse=True)
 def tiny_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """A draft of one layer instead of that of the zoo."""
@@ -58,7 +63,7 @@ def tiny_draft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(name: str, lm: PagedLM, **rates: Any) -> Any:
     method = METHODS[name](**rates)
-    method.check(lm.model.config)
+    method.check(lm)
     return method, method.make(surroundings(lm))
 
 
@@ -96,7 +101,7 @@ def test_what_is_trained_goes_on_where_it_was(name: str, tmp_path: Path) -> None
     lm = target()
     with plain(lm.model) as model:
         method = METHODS[name]()
-        method.check(lm.model.config)
+        method.check(lm)
         one = course(method, lm, model, tmp_path, tokens=48)
         one.run()
         before = [p.detach().clone() for p in one.trainee.module.parameters()]
@@ -206,7 +211,7 @@ def test_eagle1_learns_the_next_state() -> None:
     assert found.loss.item() == pytest.approx((wanted + 0.1 * tokens).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dflash", "dspark", "eagle", "medusa", "mtp", "peagle"])
+@pytest.mark.parametrize("name", HEADS)
 @torch.no_grad()
 def test_heads_are_read_back(name: str, tmp_path: Path) -> None:
     lm = target()
@@ -220,6 +225,108 @@ def test_heads_are_read_back(name: str, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         assert torch.equal(value.float(), theirs[key].float()), key
+
+
+@pytest.mark.parametrize("name", [*HEADS, "eagle1"])
+def test_a_training_begins_with_a_head(name: str, tmp_path: Path) -> None:
+    """What was written drafts again as it did, every weight learns, and the target stays."""
+    lm = target()
+    before = [parameter.clone() for parameter in lm.model.parameters()]
+    method, first = made(name, lm)
+    with torch.no_grad():
+        for parameter in first.module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_((0.3 * torch.randn(parameter.shape)).bfloat16().float())
+    first.save(tmp_path, "tiny")
+    method = replace(method, path=str(tmp_path), rate=1e-2, matrix_rate=1e-2, warm_up=0)
+    method.check(lm)
+    second = method.make(surroundings(lm))
+    seen = seen_of(lm, first)
+    for one, other in zip(first.chains(seen, 2), second.chains(seen, 2), strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=1e-5)
+    learns = {n: p.requires_grad for n, p in first.module.named_parameters()}
+    assert learns == {n: p.requires_grad for n, p in second.module.named_parameters()}
+    second.lesson(seen).loss.backward()
+    Optimisers(second, method).step(0.0, 0)
+    assert any(
+        not torch.equal(one, other)
+        for one, other in zip(first.module.parameters(), second.module.parameters(), strict=True)
+    )
+    for one, other in zip(before, lm.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("written", "begun", "said"),
+    [
+        ("eagle", "mtp", r"is a head of kind eagle .* use drafter=eagle"),
+        (
+            "dflash",
+            lambda **how: DFlash(block=5, layers=1, **how),
+            r"its block is 4, .* make 5; ",
+        ),
+        ("dspark", lambda **how: DSpark(block=3, layers=1, rank=8, **how), r"its rank is 4, .* 8"),
+        ("peagle", lambda **how: PEagle(layers=2, **how), r"1, .* 2; set method\.layers$"),
+        (
+            lambda **how: Eagle3(draft_vocab=10, **how),
+            lambda **how: Eagle3(**how),
+            r"its vocab_size is 10, .* make 24; set method\.draft_vocab$",
+        ),
+        (
+            lambda **how: Eagle3(rope_theta=5.0, **how),
+            lambda **how: Eagle3(**how),
+            r"its rope_parameters is .*5\.0.*; set method\.rope_theta$",
+        ),
+        (
+            lambda **how: Eagle3(**how),
+            lambda **how: Eagle3(tied=True, **how),
+            r"has an output head of its own, .*; set method\.tied=false$",
+        ),
+        (
+            lambda **how: Eagle3(taps=[0, 1], **how),
+            lambda **how: Eagle3(taps=[1, 2], **how),
+            r"its taps is \(0, 1\), .* \(1, 2\); set method\.taps$",
+        ),
+        ("medusa", lambda **how: Medusa(heads=2, blocks=2, tied=False, **how), "its heads is 3"),
+    ],
+)
+def test_a_head_of_another_shape_is_refused(
+    written: Any, begun: Any, said: str, tmp_path: Path
+) -> None:
+    lm = target()
+    write, read = (METHODS[one] if isinstance(one, str) else one for one in (written, begun))
+    trainee = write().make(surroundings(lm))
+    with torch.no_grad():
+        for parameter in trainee.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape))
+    trainee.save(tmp_path, "tiny")
+    with pytest.raises(ValueError, match=rf"^method\.path={tmp_path}:? .*{said}"):
+        read(path=str(tmp_path)).check(lm)
+
+
+def test_names_and_mask_are_those_of_the_head(tmp_path: Path) -> None:
+    lm = target()
+    around = surroundings(lm)
+    other = replace(around, counts=around.counts.flip(0))
+    for make in (
+        lambda **how: Eagle3(draft_vocab=10, **how),
+        METHODS["peagle"],
+        METHODS["dflash"],
+    ):
+        first = make().make(around)
+        first.save(tmp_path / "head", "tiny")
+        second = make(path=str(tmp_path / "head")).make(other)
+        fresh = make().make(other)
+        for name in ("names", "mask"):
+            found = [
+                getattr(one.head, name, getattr(one.head.config, name, None))
+                for one in (first, second, fresh)
+            ]
+            if found[0] is None:
+                continue
+            same = [torch.equal(torch.as_tensor(found[0]), torch.as_tensor(one)) for one in found]
+            assert same == [True, True, False]
 
 
 @pytest.mark.parametrize("name", ["small_llama", "early_exit"])
@@ -259,11 +366,11 @@ def test_a_model_from_scratch_follows_from_the_seed() -> None:
         (lambda: DFlash(loss="dspark"), r"^method\.loss=dspark: must be one of kl.* ce$"),
         (lambda: DFlash(anchors=0), r"^method\.anchors=0: must be at least 1$"),
         (
-            lambda: DFlash(taps=[2]).check(target().model.config),
+            lambda: DFlash(taps=[2]).check(target()),
             r"^method\.taps=\[2\]: files of DFlash .* use normal instead of 2$",
         ),
         (lambda: MTP(decay=1.5), r"^method\.decay=1\.5: must be above 0 and at most 1$"),
-        (lambda: MTP(tap=3).check(target().model.config), r"^method\.tap=\[3\]: 3 must be 0 to"),
+        (lambda: MTP(tap=3).check(target()), r"^method\.tap=\[3\]: 3 must be 0 to"),
         (lambda: Medusa(heads=0), r"^method\.heads=0: must be at least 1$"),
         (lambda: Medusa(decay=0.0), r"^method\.decay=0\.0: must be above 0"),
         (lambda: SmallLlama(path="zoo:none"), r"^method\.path=zoo:none: no such built-in model"),
@@ -271,10 +378,10 @@ def test_a_model_from_scratch_follows_from_the_seed() -> None:
         (lambda: EarlyExit(weight=0.0), r"^method\.weight=0\.0: must be above 0$"),
         (lambda: EarlyExit(clip=0.0), r"^method\.clip=0\.0: must be above 0$"),
         (
-            lambda: EarlyExit(exit_layer=2).check(target().model.config),
+            lambda: EarlyExit(exit_layer=2).check(target()),
             r"^method\.exit_layer=2: must be from 1 to 1, the target has 2 layers$",
         ),
-        (lambda: Eagle(tap=3).check(target().model.config), r"^method\.tap=\[3\]: 3 must be 0 to"),
+        (lambda: Eagle(tap=3).check(target()), r"^method\.tap=\[3\]: 3 must be 0 to"),
     ],
 )
 def test_mistakes_are_told_in_one_line(make: Any, said: str) -> None:

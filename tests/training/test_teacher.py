@@ -6,7 +6,7 @@ from torch import Tensor
 
 from specdec.training.batches import Batch
 from specdec.training.measure import lengths, whole_chains
-from specdec.training.methods.recurrent import frequent
+from specdec.training.methods.head import frequent
 from specdec.training.teacher import Teacher, check_taps, default_taps, norm_weight, plain
 from specdec.training.trainee import rooted
 from tests.training.small import VOCAB, target

@@ -2,7 +2,7 @@
 under the target's output head."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,19 +13,19 @@ from transformers import Qwen3Config
 
 from specdec.heads.block import BlockConfig, BlockHead
 from specdec.heads.export import save_block
+from specdec.models.paged import PagedLM
 from specdec.models.quantised import output_of
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.blocks import anchors_of, chains_of, drafted, levels_at, parents
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
-from specdec.training.methods.recurrent import begin, layer_config
+from specdec.training.methods.head import HeadMethod, begin, layer_config
 from specdec.training.teacher import check_taps, default_taps
 from specdec.training.trainee import (
     Drafts,
     Lesson,
     Surroundings,
-    TrainingMethod,
     check_choice,
     check_decay,
     check_least,
@@ -35,7 +35,7 @@ SALT = 1e4  # a step moves weights by a thousandth or so
 
 
 @dataclass(frozen=True, kw_only=True)
-class DFlash(TrainingMethod):
+class DFlash(HeadMethod):
     """A DFlash head with the sizes of layers of its target, all of whose layers see everything.
 
     Args:
@@ -48,6 +48,7 @@ class DFlash(TrainingMethod):
         rope_theta: of its rotary positions.
         window: tokens that its attention reaches back over, here and at work; None is all, and
             drafts badly in texts longer than those it was trained on.
+        path: as of `HeadMethod`.
 
     Raises:
         ValueError: a setting out of range.
@@ -56,6 +57,7 @@ class DFlash(TrainingMethod):
     drafter = "dflash"
     losses: ClassVar[tuple[str, ...]] = LOSSES
     least: ClassVar[int] = 2  # slots: a root and a draft
+    kind: ClassVar[type[BlockHead]] = BlockHead
     loss: str = "lk"
     block: int = 8
     anchors: int = 64
@@ -92,16 +94,30 @@ class DFlash(TrainingMethod):
             )
         return taps
 
-    def check(self, config: Any) -> None:
-        self._taps(config)
+    def check(self, target: PagedLM) -> None:
+        self._taps(target.model.config)
+        super().check(target)
 
     def make(self, surroundings: Surroundings) -> "DFlashTrainee":
-        head = BlockHead(BlockConfig(**self._sizes(surroundings)))
-        return DFlashTrainee(head, surroundings, **self._how())
+        return DFlashTrainee(self.head(surroundings), surroundings, **self._how())
 
-    def _sizes(self, surroundings: Surroundings) -> dict[str, Any]:
+    def fresh(self, surroundings: Surroundings) -> BlockHead:
+        config = replace(self.config(surroundings.target), mask=int(surroundings.counts.argmin()))
+        head = self.kind(config)
+        begin(head, surroundings)
+        assert head.mask_embedding is not None
+        with torch.no_grad():  # as long as others
+            embedding: Any = surroundings.target.model.get_input_embeddings().weight
+            size = embedding.detach().float().std().cpu()
+            noise = torch.Generator().manual_seed(surroundings.seed)
+            head.mask_embedding.copy_(size * torch.randn(head.width, generator=noise))
+        return head
+
+    def config(self, target: PagedLM) -> BlockConfig:
+        return BlockConfig(**self._sizes(target))
+
+    def _sizes(self, target: PagedLM) -> dict[str, Any]:
         """Of the head, as `BlockConfig` has them."""
-        target = surroundings.target
         window = {"use_sliding_window": self.window is not None, "sliding_window": self.window}
         return {
             "layer": layer_config(
@@ -115,7 +131,7 @@ class DFlash(TrainingMethod):
             "target_vocab": target.model.get_input_embeddings().weight.shape[0],
             "vocab_size": target.vocab_size,
             "block": self.block,
-            "mask": int(surroundings.counts.argmin()),
+            "mask": 0,
             "own_mask": True,
             "causal": (False,) * self.layers,
             "windows": (self.window,) * self.layers,
@@ -150,14 +166,8 @@ class DFlashTrainee(Drafts):
         anchors: int,
     ) -> None:
         target = surroundings.target
-        begin(head, target, surroundings.seed)
         embedding: Any = target.model.get_input_embeddings().weight
         rows = output_of(target.model)
-        assert head.mask_embedding is not None
-        with torch.no_grad():  # as long as others
-            size = embedding.detach().float().std().cpu()
-            noise = torch.Generator().manual_seed(surroundings.seed)
-            head.mask_embedding.copy_(size * torch.randn(head.width, generator=noise))
         head.embed_tokens.weight = nn.Parameter(embedding.detach(), requires_grad=False)
         head.lm_head.weight = nn.Parameter(rows.detach(), requires_grad=False)
         self.module: nn.Module = head.to(target.device)

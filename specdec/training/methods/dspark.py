@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdec.heads.spark import Markov, SparkConfig, SparkHead
+from specdec.models.paged import PagedLM
 from specdec.training.blocks import corrected
 from specdec.training.losses import DSPARK, LOSSES, sequence_means
 from specdec.training.methods.dflash import DFlash, DFlashTrainee
@@ -26,7 +27,7 @@ class DSpark(DFlash):
         rank: of the correction.
         markov: vanilla, gated or rnn, how it is made of the token before.
         confidence: whether a head learns, by cross-entropy, the chance that a draft is kept.
-        anchors, decay, taps, layers, rope_theta, window: as of `DFlash`.
+        anchors, decay, taps, layers, rope_theta, window, path: as of `DFlash`.
 
     Raises:
         ValueError: a setting out of range.
@@ -35,6 +36,7 @@ class DSpark(DFlash):
     drafter = "dspark"
     losses = (*LOSSES, DSPARK)
     least = 1
+    kind = SparkHead
     block: int = 7
     rank: int = 64
     markov: Markov = "vanilla"
@@ -46,15 +48,17 @@ class DSpark(DFlash):
         check_choice("markov", self.markov, get_args(Markov))
 
     def make(self, surroundings: Surroundings) -> "DSparkTrainee":
-        config = SparkConfig(
-            **self._sizes(surroundings),
+        return DSparkTrainee(self.head(surroundings), surroundings, **self._how())
+
+    def config(self, target: PagedLM) -> SparkConfig:
+        return SparkConfig(
+            **self._sizes(target),
             shifted=True,
             rank=self.rank,
             markov=self.markov,
             confidence=self.confidence,
             confidence_markov=self.confidence,
         )
-        return DSparkTrainee(SparkHead(config), surroundings, **self._how())
 
 
 class Corrected(nn.Module):

@@ -3,26 +3,27 @@ state and writes through the target's output head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from specdec.heads.recurrent import EagleConfig, EagleHead
+from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.losses import LOSSES, sequence_means
-from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent, layer_config
+from specdec.training.methods.head import HeadMethod, begin, layer_config
+from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import check_taps
-from specdec.training.trainee import Lesson, Surroundings, TrainingMethod, check_choice
+from specdec.training.trainee import Lesson, Surroundings, check_choice
 
 EAGLE1 = "eagle1"
 TOKEN_WEIGHT = 0.1  # of the loss of tokens beside that of states, in EAGLE's own training
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle(TrainingMethod):
+class Eagle(HeadMethod):
     """A head of EAGLE-1 with the sizes of a layer of its target.
 
     Args:
@@ -33,6 +34,7 @@ class Eagle(TrainingMethod):
         tap: the state that it reads.
         bias: of its fc.
         rope_theta: of its rotary positions.
+        path: as of `HeadMethod`.
 
     Raises:
         ValueError: a setting out of range.
@@ -51,24 +53,29 @@ class Eagle(TrainingMethod):
         check_choice("loss", self.loss, (*LOSSES, EAGLE1))
         check_recurrent(steps=self.steps, decay=self.decay, rope_theta=self.rope_theta)
 
-    def check(self, config: Any) -> None:
-        check_taps([self.tap], config.get_text_config().num_hidden_layers, "method.tap")
+    def check(self, target: PagedLM) -> None:
+        check_taps([self.tap], target.layers, "method.tap")
+        super().check(target)
+
+    def config(self, target: PagedLM) -> EagleConfig:
+        return EagleConfig(
+            layer=layer_config(target.model.config, layers=1, rope_theta=self.rope_theta),
+            taps=(self.tap,),
+            state_size=target.config.hidden_size,
+            target_vocab=target.model.get_input_embeddings().weight.shape[0],
+            vocab_size=target.vocab_size,
+            bias=self.bias,
+        )
+
+    def fresh(self, surroundings: Surroundings) -> EagleHead:
+        head = EagleHead(self.config(surroundings.target))
+        begin(head, surroundings)
+        return head
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
-        target = surroundings.target
-        head = EagleHead(
-            EagleConfig(
-                layer=layer_config(target.model.config, layers=1, rope_theta=self.rope_theta),
-                taps=(self.tap,),
-                state_size=target.config.hidden_size,
-                target_vocab=target.model.get_input_embeddings().weight.shape[0],
-                vocab_size=target.vocab_size,
-                bias=self.bias,
-            )
-        )
         states = self.loss == EAGLE1
         return (Regression if states else RecurrentTrainee)(
-            head,
+            self.head(surroundings),
             surroundings,
             loss="kl" if states else self.loss,
             steps=self.steps,

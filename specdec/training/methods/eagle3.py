@@ -8,18 +8,14 @@ from specdec.heads.recurrent import Eagle3Config, Eagle3Head
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.losses import LOSSES
-from specdec.training.methods.recurrent import (
-    RecurrentTrainee,
-    check_recurrent,
-    frequent,
-    layer_config,
-)
+from specdec.training.methods.head import HeadMethod, begin, frequent, layer_config
+from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import check_taps, default_taps
-from specdec.training.trainee import Surroundings, TrainingMethod, check_choice, check_least
+from specdec.training.trainee import Surroundings, check_choice, check_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle3(TrainingMethod):
+class Eagle3(HeadMethod):
     """An EAGLE-3 head with the sizes of a layer of its target.
 
     Args:
@@ -32,6 +28,7 @@ class Eagle3(TrainingMethod):
         rope_theta: of its rotary positions.
         draft_vocab: tokens that it can name; None is all.
         tied: whether the output head stays the target's.
+        path: as of `HeadMethod`.
 
     Raises:
         ValueError: a setting out of range.
@@ -63,27 +60,32 @@ class Eagle3(TrainingMethod):
         check_taps(taps, layers)
         return taps
 
-    def check(self, config: Any) -> None:
-        self._taps(config)
-        vocab = config.get_text_config().vocab_size
+    def check(self, target: PagedLM) -> None:
+        self._taps(target.model.config)
+        vocab = target.model.config.get_text_config().vocab_size
         if self.draft_vocab is not None and self.draft_vocab > vocab:
             raise ValueError(
                 f"method.draft_vocab={self.draft_vocab}: the target has {vocab} tokens; null is "
                 f"all of them"
             )
+        super().check(target)
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
-        return RecurrentTrainee(self._head(surroundings), surroundings, **self._how())
+        return RecurrentTrainee(self.head(surroundings), surroundings, **self._how())
 
-    def _head(self, surroundings: Surroundings) -> Eagle3Head:
+    def fresh(self, surroundings: Surroundings) -> Eagle3Head:
         head = self._of(surroundings)
         if head.config.vocab_size < surroundings.target.vocab_size:
             head.names = frequent(surroundings.counts, head.config.vocab_size)
+        begin(head, surroundings)
         return head
 
     def _of(self, surroundings: Surroundings) -> Eagle3Head:
-        """A head that names the first tokens."""
-        return Eagle3Head(Eagle3Config(**self._sizes(surroundings.target)))
+        """A head that names the first tokens, not filled."""
+        return Eagle3Head(self.config(surroundings.target))
+
+    def config(self, target: PagedLM) -> Eagle3Config:
+        return Eagle3Config(**self._sizes(target))
 
     def _sizes(self, target: PagedLM) -> dict[str, Any]:
         """Of the head, as `Eagle3Config` has them."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.lab.settings import word_of
+from specdec.models.paged import PagedLM
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
 from specdec.training.methods.causal import CausalTrainee, check_output, trained_copy
@@ -61,7 +62,8 @@ class EarlyExit(TrainingMethod):
             )
         return found
 
-    def check(self, config: Any) -> None:
+    def check(self, target: PagedLM) -> None:
+        config = target.model.config
         self._layers(config)
         check_output(config, "method=early_exit")
 

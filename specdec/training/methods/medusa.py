@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from specdec.heads.export import save_medusa
 from specdec.heads.medusa import MedusaConfig, MedusaHeads
+from specdec.models.paged import PagedLM
 from specdec.models.quantised import output_of
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
+from specdec.training.methods.head import HeadMethod
 from specdec.training.trainee import (
     Drafts,
     Lesson,
     Surroundings,
-    TrainingMethod,
     check_choice,
     check_decay,
     check_least,
@@ -27,7 +28,7 @@ from specdec.training.trainee import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Medusa(TrainingMethod):
+class Medusa(HeadMethod):
     """Medusa heads, which begin as the target's own output head.
 
     Args:
@@ -36,6 +37,7 @@ class Medusa(TrainingMethod):
         loss: kl, reverse_kl, tv, lk or ce.
         decay: weight of a head beside that of the one before.
         tied: whether all write through the target's output head; else each trains its own.
+        path: as of `HeadMethod`.
 
     Raises:
         ValueError: a setting out of range.
@@ -56,17 +58,26 @@ class Medusa(TrainingMethod):
         check_decay(self.decay)
 
     def make(self, surroundings: Surroundings) -> "MedusaTrainee":
-        target = surroundings.target
-        heads = MedusaHeads(
-            MedusaConfig(
-                heads=self.heads,
-                blocks=self.blocks,
-                state_size=target.config.hidden_size,
-                vocab_size=target.vocab_size,
-                tied=self.tied,
-            )
-        )
+        heads = self.head(surroundings)
         return MedusaTrainee(heads, surroundings, loss=self.loss, decay=self.decay)
+
+    def config(self, target: PagedLM) -> MedusaConfig:
+        return MedusaConfig(
+            heads=self.heads,
+            blocks=self.blocks,
+            state_size=target.config.hidden_size,
+            vocab_size=target.vocab_size,
+            tied=self.tied,
+        )
+
+    @torch.no_grad()
+    def fresh(self, surroundings: Surroundings) -> MedusaHeads:
+        heads = MedusaHeads(self.config(surroundings.target))
+        for block in heads.blocks.parameters():
+            block.zero_()
+        for output in heads.lm_heads:
+            output.weight.copy_(output_of(surroundings.target.model).float().cpu())
+        return heads
 
 
 class MedusaTrainee(Drafts):
@@ -79,11 +90,6 @@ class MedusaTrainee(Drafts):
     ) -> None:
         model = surroundings.target.model
         rows = output_of(model).detach()
-        with torch.no_grad():
-            for block in heads.blocks.parameters():
-                block.zero_()
-            for output in heads.lm_heads:
-                output.weight.copy_(rows.float().cpu())
         if heads.lm_head is not None:
             heads.lm_head.weight = nn.Parameter(rows, requires_grad=False)
         self.module: nn.Module = heads.to(surroundings.target.device)

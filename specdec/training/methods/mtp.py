@@ -2,20 +2,21 @@
 2025), which writes through the target's output head."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import Qwen3Config
 
 from specdec.heads.recurrent import MTPConfig, MTPHead
+from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.losses import LOSSES
-from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent, layer_config
+from specdec.training.methods.head import HeadMethod, begin, layer_config
+from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import check_taps
-from specdec.training.trainee import Surroundings, TrainingMethod, check_choice
+from specdec.training.trainee import Surroundings, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
-class MTP(TrainingMethod):
+class MTP(HeadMethod):
     """An MTP layer of Qwen3's kind with the sizes of a layer of its target, which hands on its
     normed states.
 
@@ -26,6 +27,7 @@ class MTP(TrainingMethod):
             0.31 and 0.18.
         tap: the state that it reads.
         rope_theta: of its rotary positions.
+        path: as of `HeadMethod`.
 
     Raises:
         ValueError: a setting out of range.
@@ -43,25 +45,29 @@ class MTP(TrainingMethod):
         check_choice("loss", self.loss, LOSSES)
         check_recurrent(steps=self.steps, decay=self.decay, rope_theta=self.rope_theta)
 
-    def check(self, config: Any) -> None:
-        check_taps([self.tap], config.get_text_config().num_hidden_layers, "method.tap")
+    def check(self, target: PagedLM) -> None:
+        check_taps([self.tap], target.layers, "method.tap")
+        super().check(target)
+
+    def config(self, target: PagedLM) -> MTPConfig:
+        return MTPConfig(
+            layer=layer_config(
+                target.model.config, layers=1, rope_theta=self.rope_theta, make=Qwen3Config
+            ),
+            taps=(self.tap,),
+            state_size=target.config.hidden_size,
+            target_vocab=target.model.get_input_embeddings().weight.shape[0],
+            vocab_size=target.vocab_size,
+        )
+
+    def fresh(self, surroundings: Surroundings) -> MTPHead:
+        head = MTPHead(self.config(surroundings.target))
+        begin(head, surroundings)
+        return head
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
-        target = surroundings.target
-        layer = layer_config(
-            target.model.config, layers=1, rope_theta=self.rope_theta, make=Qwen3Config
-        )
-        head = MTPHead(
-            MTPConfig(
-                layer=layer,
-                taps=(self.tap,),
-                state_size=target.config.hidden_size,
-                target_vocab=target.model.get_input_embeddings().weight.shape[0],
-                vocab_size=target.vocab_size,
-            )
-        )
         return RecurrentTrainee(
-            head,
+            self.head(surroundings),
             surroundings,
             loss=self.loss,
             steps=self.steps,

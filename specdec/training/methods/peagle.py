@@ -2,7 +2,7 @@
 in one pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.heads.parallel import ParallelConfig, ParallelHead
+from specdec.models.paged import PagedLM
 from specdec.training.batches import Seen
 from specdec.training.blocks import anchors_of, chains_of, levels_at, rolled
 from specdec.training.methods.dflash import SALT
@@ -29,7 +30,7 @@ class PEagle(Eagle3):
             every slot. Published trainings drop more of the deeper ones.
         layers: decoder layers, of which the first reads pairs.
         loss, decay, taps, fc_norm, norm_before_fc, norm_before_residual, norm_output, rope_theta,
-            draft_vocab, tied: as of `Eagle3`.
+            draft_vocab, tied, path: as of `Eagle3`.
 
     Raises:
         ValueError: a setting out of range.
@@ -46,11 +47,15 @@ class PEagle(Eagle3):
 
     def _of(self, surroundings: Surroundings) -> ParallelHead:
         mask = int(surroundings.counts.argmin())
-        return ParallelHead(ParallelConfig(**self._sizes(surroundings.target), mask=mask))
+        return ParallelHead(replace(self.config(surroundings.target), mask=mask))
+
+    def config(self, target: PagedLM) -> ParallelConfig:
+        return ParallelConfig(**self._sizes(target), mask=0)
 
     def make(self, surroundings: Surroundings) -> "PEagleTrainee":
-        head: Any = self._head(surroundings)
-        return PEagleTrainee(head, surroundings, anchors=self.anchors, **self._how())
+        return PEagleTrainee(
+            self.head(surroundings), surroundings, anchors=self.anchors, **self._how()
+        )
 
 
 class PEagleTrainee(RecurrentTrainee):

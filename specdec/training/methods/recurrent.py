@@ -1,22 +1,16 @@
-"""What training of all recurrent heads has in common: the training-time test, the vocabulary, and
-where weights begin."""
+"""What training of all recurrent heads has in common: the training-time test."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
 
 from specdec.heads.export import save_head
 from specdec.heads.layered import LayeredHead
-from specdec.models.paged import PagedLM
-from specdec.models.quantised import output_of
 from specdec.training.batches import Seen
 from specdec.training.judge import Judge
-from specdec.training.teacher import norm_weight
 from specdec.training.test_time import unroll
 from specdec.training.trainee import (
     Drafts,
@@ -27,66 +21,12 @@ from specdec.training.trainee import (
     rooted,
 )
 
-STD = 0.02  # of fresh matrices
-
-
-def layer_config(config: Any, *, layers: int, rope_theta: float, make: Any = LlamaConfig) -> Any:
-    """Decoder layers of the sizes of a target's.
-
-    Args:
-        config: of the target.
-        make: configuration of a type in `heads.layered.LAYERS`.
-    """
-    text = config.get_text_config()
-    heads, hidden = text.num_attention_heads, text.hidden_size
-    return make(
-        vocab_size=text.vocab_size,
-        hidden_size=hidden,
-        intermediate_size=getattr(text, "intermediate_size", None) or 4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
-        max_position_embeddings=text.max_position_embeddings,
-        rms_norm_eps=getattr(text, "rms_norm_eps", None) or 1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-
-
-def frequent(counts: Tensor, size: int) -> Tensor:
-    """The ids of the most frequent tokens, ascending; of equally frequent ones the lowest."""
-    order = torch.argsort(counts, descending=True, stable=True)
-    return order[:size].sort().values
-
-
-@torch.no_grad()
-def begin(head: LayeredHead, target: PagedLM, seed: int) -> None:
-    """Fresh weights: what leads back into the residual stream is small; output head and final norm
-    begin as the target's, and the embedding is the target's own, which is not trained."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in head.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        last = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = STD / math.sqrt(2 * len(head.layers)) if last else STD
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    rows = output_of(target.model).float().cpu()
-    head.lm_head.weight.copy_(rows if head.names is None else rows[head.names])
-    norm: Any = getattr(head, "norm", None)
-    weight = norm_weight(target.model)
-    if norm is not None and weight is not None:
-        norm.weight.copy_(weight.cpu())
-
 
 class RecurrentTrainee(Drafts):
     """A recurrent head on its way.
 
     Args:
-        head: with its names, not filled yet.
+        head: filled, with its names.
         steps: of the training-time test.
         decay: weight of a step beside that of the one before.
         tied: whether the output head stays the target's.
@@ -103,7 +43,6 @@ class RecurrentTrainee(Drafts):
         tied: bool,
     ) -> None:
         target = surroundings.target
-        begin(head, target, surroundings.seed)
         embedding: Any = target.model.get_input_embeddings()
         head.embed_tokens.weight = nn.Parameter(embedding.weight.detach(), requires_grad=False)
         self.module: nn.Module = head.to(target.device)
