@@ -77,6 +77,8 @@ SAMPLED = {
 }
 WIDE_BUDGETS = 16, 32, 64, 127, 255
 WIDE_CHAIN = 7
+# Of a batch: small trees are faster there, and more rows than these slower than plain decoding.
+LARGE_BUDGETS, LARGE_CHAIN, MOST_ROWS = (8, 16, 64, 127, 255), 4, 2048
 DEEPEST = 8  # level of those trees, and of a block
 CHAIN, LONG = tree("chain", 4), tree("chain", 16)
 WIDE, DEEP = tree("dynamic", 63, 8, 8), tree("dynamic", 32, 4, 12)
@@ -217,9 +219,12 @@ def methods(
             yield 0, shape + children
         return
     if grid == "wide":
-        if drafter in MODELS:
-            yield WIDE_CHAIN, tree("chain", WIDE_CHAIN) + children
-        for budget in WIDE_BUDGETS if drafter in MODELS else ():
+        large, able = batch >= LARGE, drafter in MODELS
+        if able:
+            chain = LARGE_CHAIN if large else WIDE_CHAIN
+            yield chain, tree("chain", chain) + children
+        budgets = [n for n in LARGE_BUDGETS if n * batch <= MOST_ROWS] if large else WIDE_BUDGETS
+        for budget in budgets if able else ():
             yield budget, best_sampled(drafter, budget) if sampled else DYNAMIC[budget]
         return
     if grid == "speed":

@@ -71,6 +71,16 @@ def test_texts_are_of_one_tree_of_each_drafter(temperature: float) -> None:
         assert [shape.split(" tree.children")[0] for _, shape in found] == list(wanted)
 
 
+def test_wide_trees_of_a_large_batch_are_of_few_rows() -> None:
+    for batch, budgets in ((1, [7, 16, 32, 64, 127, 255]), (8, [4, 8, 16, 64, 127, 255])):
+        for temperature in (0.0, 1.0):
+            found = drafters.methods("wide", temperature, "dspark", batch)
+            assert [budget for budget, _ in found] == budgets
+    found = drafters.methods("wide", 0.0, "dspark", 32)
+    assert [budget for budget, _ in found] == [4, 8, 16, 64]
+    assert not list(drafters.methods("wide", 0.0, "pld", 32))
+
+
 def test_a_head_of_two_names_has_the_trees_of_the_first_word() -> None:
     given = 'heads=["eagle3 fp8=zoo:eagle3,quantize=fp8", "mtp few=a,vocabulary=9"]'
     options = parse(drafters.Options, ["grid=wide", "out=x", "gsm8k=z", given])
