@@ -101,7 +101,7 @@ def about(target: PagedLM, draft: PagedLM | None) -> dict[str, Any]:
         "models": {"target": fingerprint(target), "draft": draft and fingerprint(draft)},
         "machine": {part: hardware[part] for part in parts} | {"torch": torch.__version__},
         "dtype": str(target.dtype).removeprefix("torch."),
-        "kernels": target.kernels.impl,
+        "kernels": target.kernels.impl + ", exact" * target.kernels.exact,
         **ranks,
     }
 

@@ -165,6 +165,8 @@ class CostAware(FixedShape):
         if self.table is not None:
             other = unlike(self.table, run)
             notes["costs"] = f"{self.costs}, {other or 'of this machine and these models'}"
+            if (known := self.table.most_nodes - 1) < self.most:
+                notes["costs"] += f"; tree.budget={self.most} is {known}, the most it knows"
         elif self.most:
             self.table, notes["costs"] = costs_of(
                 run,

@@ -69,6 +69,7 @@ class Options:
     quantize: Quantize = option("none", "of the target: none or fp8")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of both models")
+    exact: bool = option(False, "kernels.exact of both models")
     batches: Axis = option((1, 8, 32), "sequences together")
     nodes: Axis = option(
         (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256), "of a tree, the root included"
@@ -191,6 +192,7 @@ def work(options: Options) -> None:
     shop = Workshop(
         word("target.path", options.target),
         f"target.quantize={options.quantize} device={options.device} dtype={options.dtype}",
+        word("kernels.exact", options.exact),
     )
     result = {**blank(options), **begin(options, shop.models.placement.device)}
     save = partial(write, options.out, result)

@@ -19,6 +19,7 @@ from specdec.calibration import (
 )
 from specdec.costs import CostTable
 from specdec.drafters.trees.chain import Chain
+from specdec.kernels.choose import Kernels
 from specdec.lab.prompts import Asked
 from specdec.lab.workshop import Workshop
 from specdec.models.fingerprint import fingerprint
@@ -133,6 +134,15 @@ def test_other_models_threads_or_types_are_other_costs(
     assert len(measured) == 4
     table.about = None
     assert "does not say" in unlike(table, run)
+
+
+def test_exact_mode_has_costs_of_its_own(run: Loaded, measured: list[Any]) -> None:
+    for count, exact in enumerate((False, True, False), 1):
+        run.target.kernels = Kernels(impl="triton", exact=exact)
+        table, _ = ask(run)
+        assert len(measured) == min(count, 2)
+        run.target.kernels = Kernels(impl="triton", exact=not exact)
+        assert unlike(table, run) == "of other kernels"
 
 
 def test_a_packaged_table_of_this_machine_is_taken(

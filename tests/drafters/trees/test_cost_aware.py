@@ -223,6 +223,18 @@ def test_measured_costs_choose_when_models_are_there(monkeypatch: pytest.MonkeyP
         assert f"{gain:.2f} times" in policy.notes["shape"]
 
 
+@pytest.mark.parametrize(("budget", "told"), [(63, ""), (256, "; tree.budget=256 is 63, ")])
+def test_a_table_of_smaller_trees_than_may_be_is_told(
+    monkeypatch: pytest.MonkeyPatch, budget: int, told: str
+) -> None:
+    monkeypatch.setattr(AcceptanceRates, "origin", lambda *_: "")
+    monkeypatch.setattr(cost_aware, "unlike", lambda *_: "")
+    policy = CostAware(rates="zoo", costs="cpu", budget=budget)
+    policy.fit(None)  # type: ignore[arg-type]
+    end = f"{told}the most it knows" if told else ""
+    assert policy.notes["costs"] == f"cpu, of this machine and these models{end}"
+
+
 def test_a_gain_within_the_noise_of_measuring_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for draft, nodes in ((0.55, 0), (0.45, 1)):  # worth 1.03 and 1.10
         costs = costs_of(flat(1.0), flat(draft))
