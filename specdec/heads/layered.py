@@ -59,11 +59,13 @@ class LayeredHead(nn.Module):
             the rest is padding.
         blind: a dimension of the target's states that it takes for zero; None: it sees all.
         kernels: the module that computes norms.
+        exact: it has `Kernels.exact`.
         description: a line for the start of a run; of a head that was loaded.
         run: what `PagedHead` runs a layer by.
     """
 
     blind: int | None = None
+    exact = False
     names: Tensor | None
     description: str = ""
     run: ClassVar[type[Layer]] = Layer
@@ -100,6 +102,14 @@ class LayeredHead(nn.Module):
         _, out = self.kernels.add_norm(rows, None, norm.weight, norm.variance_epsilon)
         same: Tensor = out.view_as(x)
         return same
+
+    def joined(self, fc: nn.Linear, x: Tensor) -> Tensor:
+        """What fc makes of [..., K]; torch rounds it by the number of rows."""
+        if not self.exact:
+            made: Tensor = fc(x)
+            return made
+        made = self.kernels.project(x.flatten(0, -2), fc.weight).unflatten(0, x.shape[:-1])
+        return made if fc.bias is None else made + fc.bias
 
     def fuse(self, states: Tensor) -> Tensor:
         """The feature [..., D] that the target's states [..., taps * H], joined, are to it."""

@@ -38,7 +38,7 @@ class PagedHead:
     ) -> None:
         which = kernels or target.kernels
         module = which.on(target.device)
-        head.kernels = module
+        head.kernels, head.exact = module, which.exact
         self.head, self.kernels = head, module
         self.layers = [
             head.run(layer, window, module)

@@ -129,7 +129,7 @@ class Eagle3Head(LayeredHead):
             states = torch.cat(normed, dim=-1)
         if self.input_norm is not None:
             states = self.normed(self.input_norm, states)
-        return states if self.fc is None else self.fc(states)
+        return states if self.fc is None else self.joined(self.fc, states)
 
     def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.layers[index]
@@ -180,7 +180,7 @@ class EagleHead(LayeredHead):
                 embedded = self.normed(self.embedding_layernorm, embedded)
             if self.hidden_states_layernorm is not None:
                 hidden = self.normed(self.hidden_states_layernorm, hidden)
-            hidden = self.fc(torch.cat([embedded, hidden], dim=-1))
+            hidden = self.joined(self.fc, torch.cat([embedded, hidden], dim=-1))
             if not self.config.input_norm:
                 return hidden, hidden
         return hidden, self.normed(layer.input_layernorm, hidden)

@@ -1,12 +1,17 @@
 """Exact mode from the first embedding to the logits, and what it refuses."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from specdec.drafters.eagle import Eagle1, Eagle3
 from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import quantise_layer
+from tests.decoding import loaded
+from tests.heads import made
 from tests.kernels.memory import DEVICE
 from tests.models.tiny import VOCABULARY, tiny
 
@@ -51,6 +56,23 @@ def test_logits_of_a_token_alone_and_in_a_tree_have_equal_bits(family: str) -> N
     assert logits.shape == (2, 6, VOCABULARY)
     for node, wanted in zip(PATH, alone, strict=True):
         assert torch.equal(logits[0, node], wanted)
+
+
+@pytest.mark.usefixtures("ordered_products")
+def test_heads_join_what_they_read_row_by_row(tmp_path: Path) -> None:
+    """Torch rounds one row otherwise than forty."""
+    target = PagedLM(tiny("llama").to(DEVICE), kernels=EXACT)
+    x = torch.randn(40, 4 * made.D, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    embedded, states = x.split([made.D, 3 * made.D], dim=1)
+    made.eagle3(three := tmp_path / "3", target.model)
+    head = loaded(Eagle3(path=str(three), taps=[1, 2, 3]), target).head
+    assert torch.equal(head.fuse(states[:1]), head.fuse(states)[:1])
+    made.eagle(one := tmp_path / "1", target.model)
+    head = loaded(Eagle1(path=str(one)), target).head
+    parts = embedded, states[:, : made.D]
+    alone = head.enter(0, *(part[:1] for part in parts))
+    for mine, among in zip(alone, head.enter(0, *parts), strict=True):
+        assert torch.equal(mine, among[:1])
 
 
 def test_models_of_the_general_way_are_refused() -> None:
