@@ -50,6 +50,16 @@ class Options(Timed):
     replays: Positive = option(6, "of a graph; the median counts")
     out: Path = option(Path("exact.json"), "result file")
 
+    def __post_init__(self) -> None:
+        together = max(batch for batch, _ in TREES)
+        if self.sequences < together:
+            raise ValueError(
+                f"sequences={self.sequences}: must be at least {together}, so many trees are "
+                f"verified together"
+            )
+        if self.steps < 2:
+            raise ValueError(f"steps={self.steps}: must be at least 2, trees end among them")
+
 
 def exact(options: Options, result: dict[str, Any], save: Callable[[], None]) -> int:
     """To result["bits"], [kind] = [compared, different], and to result["cases"]; 1 if some differ.

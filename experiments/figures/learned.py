@@ -121,6 +121,23 @@ def _trainings(result: Result) -> Iterator[str]:
         yield "\n".join([f"Trained on {' or '.join(data)}, half of each batch:", "", *lines])
 
 
+def further(result: Result, file: str = "learned_further") -> str:
+    """How the held-out accepted length of a head goes that is trained again."""
+    path = result["settings"]["method"]["path"]
+    about = (
+        f"Accepted length on held-out text of `{path}`, trained again at a fresh head's rates "
+        f"on one {device(result)}: chains of 7, texts of others and of the target's own, "
+        f"temperatures 0 and 1 ({source(result, file)}):"
+    )
+    names = [f"{kind}/{how}" for kind in ("corpus", "own") for how in ("greedy", "sampled")]
+    rows = [
+        [f"{point['tokens'] / 1e6:.0f}", *(f"{point[name]:.2f}" for name in names)]
+        for point in result["curve"]
+    ]
+    heads = ["M tokens", "T=0", "T=1", "own, T=0", "own, T=1"]
+    return piece(about, heads, rows)
+
+
 def learned_summary(result: Result) -> str:
     """The README's table: lengths by budget at temperature 0 and with `MIDDLE` nodes at 1, and
     there what they are over those of the reference."""

@@ -25,7 +25,7 @@ from specdec.experiments.figures.drafters import (
 )
 from specdec.experiments.figures.end_to_end_plot import best, end_to_end, gain
 from specdec.experiments.figures.faults import faults
-from specdec.experiments.figures.learned import learned, learned_summary
+from specdec.experiments.figures.learned import further, learned, learned_summary
 from specdec.experiments.figures.markdown import Result, device, interval, number, table
 from specdec.experiments.figures.quantised import quantised
 from specdec.experiments.figures.replay import runs_table
@@ -38,6 +38,7 @@ RESULTS = ROOT / "experiments" / "results"
 FP8_PASSES = "bf16", "fp8", "70b"
 FP8_SPEEDS = "weights_speed_none", "weights_speed_fp8"
 WIDE = "drafter_wide", "drafter_wide_sampled"
+WIDE_BATCHES = [f"drafter_wide_batch{n}{heads}" for n in (8, 32) for heads in ("", "_blocks")]
 GENERATED = "Generated from the JSON files by `python -m specdec.experiments.figures.pages`."
 
 
@@ -65,21 +66,23 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         "Accepted lengths and speed of every drafter, and what a look-up of `retriever` takes. "
         "`early_exit anew` verifies the trees of `early_exit` from the first layer: what going on "
         "is worth. `rest` needs a datastore that resembles what is asked for; this one is small "
-        "and holds library code. The head of `dspark` in the table of wide trees has seen 172 M "
-        "tokens, and its rates of learning had not yet fallen; those of `dflash` and `peagle` are "
-        "the ones of 40 M below.",
+        "and holds library code. In tables of wide trees `dspark` has seen 172 M tokens, and "
+        "its rates of learning had not yet fallen; `dspark fp8` is that of the package, 437 M, "
+        "`mtp fp8` has seen 322 M, and `dflash` and `peagle` 40 M.",
         [
             ("drafter_lengths", drafter_lengths, {}),
             ("drafter_speed", drafter_speed, {}),
             ("learned_speed", lambda _: of_batches("learned_speed"), {}),
             ("drafter_wide", lambda _: several(drafter_wide, *WIDE), {}),
             ("drafter_wide_blocks", lambda _: several(drafter_wide, "drafter_wide_blocks"), {}),
+            ("drafter_wide_batch8", lambda _: several(drafter_wide, *WIDE_BATCHES), {}),
             ("levels", levels, {}),
             ("learned", learned, {}),
             *(
                 (file, partial(learned, file=file), {})
                 for file in ("learned_seeds", "learned_windows", "learned_cpu")
             ),
+            ("learned_further", further, {}),
             ("lookup_speed", lookup_speed, {}),
         ],
     ),

@@ -39,6 +39,7 @@ from specdec.experiments.figures.drafters import (
     drafter_wide,
 )
 from specdec.experiments.figures.markdown import show
+from specdec.heads.formats import levels_of
 from specdec.lab.command import begin, option, run_main, write
 from specdec.lab.study import Entry, Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, name_of, tree, word
@@ -150,8 +151,8 @@ def kind_of(name: str) -> str:
     return first if first in HEADS else name
 
 
-def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
-    """`small_llama` or a head in the words of `specdec.run`.
+def model_of(name: str, draft: str, heads: Sequence[str]) -> tuple[str, list[str]]:
+    """Path and settings of `small_llama` or a head.
 
     Raises:
         ValueError: a head that `heads` does not name, or what is none in it.
@@ -168,6 +169,12 @@ def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
     if name not in paths:
         raise ValueError(f'drafters={name}: needs heads=["{name}=FOLDER"]')
     path, *settings = paths[name].split(",")
+    return path, settings
+
+
+def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
+    """`small_llama` or a head in the words of `specdec.run`; raises as `model_of`."""
+    path, settings = model_of(name, draft, heads)
     more = (shlex.quote(f"drafter.{one.strip()}") for one in settings)
     return " ".join([f"drafter={kind_of(name)}", word("drafter.path", path), *more])
 
@@ -200,17 +207,25 @@ def drafter_words(name: str, options: Options) -> str:
     return " ".join(words)
 
 
-def best_sampled(drafter: str, budget: int) -> str:
+def deepest(name: str, options: Options) -> int:
+    """Levels that a tree of this drafter may have."""
+    if kind_of(name) not in HEADS:
+        return DEEPEST
+    path, _ = model_of(name, options.draft, options.heads)
+    return min(DEEPEST, levels_of(path, "heads") or DEEPEST)
+
+
+def best_sampled(drafter: str, budget: int, depth: int) -> str:
     """The tree of draws that measured rates make the most of; heads go by those of eagle3."""
     rates = "eagle3" if drafter in HEADS else "zoo"
-    shape = f"{tree('optimal', budget)} {word('tree.depth', DEEPEST)} tree.rates={rates}"
+    shape = f"{tree('optimal', budget)} {word('tree.depth', depth)} tree.rates={rates}"
     return f"{shape} tree.children=sample"
 
 
 def methods(
-    grid: str, temperature: float, drafter: str, batch: int = 1
+    grid: str, temperature: float, drafter: str, batch: int = 1, depth: int = DEEPEST
 ) -> Iterator[tuple[int, str]]:
-    """(the budget, or 0; words of a tree) of a drafter."""
+    """(the budget, or 0; words of a tree) of a drafter that names so many levels."""
     drafter = kind_of(drafter)
     sampled = bool(temperature) and drafter in MODELS
     children = " tree.children=sample" if sampled else ""
@@ -225,7 +240,7 @@ def methods(
             yield chain, tree("chain", chain) + children
         budgets = [n for n in LARGE_BUDGETS if n * batch <= MOST_ROWS] if large else WIDE_BUDGETS
         for budget in budgets if able else ():
-            yield budget, best_sampled(drafter, budget) if sampled else DYNAMIC[budget]
+            yield budget, best_sampled(drafter, budget, depth) if sampled else DYNAMIC[budget]
         return
     if grid == "speed":
         for shape in (SMALL if batch >= LARGE else FAST[drafter])[bool(temperature)]:
@@ -254,7 +269,8 @@ def work(options: Options) -> None:
         way = partial(own.way, rows=options.batch, longest=options.longest(sets))
         ways = {"none: chain 1": way(PLAIN, drafter="none", budget=0, state=None)}
         for drafter in options.drafters:
-            for budget, shape in methods(options.grid, temperature, drafter, options.batch):
+            depth = deepest(drafter, options)
+            for budget, shape in methods(options.grid, temperature, drafter, options.batch, depth):
                 made = way(f"{words[drafter]} {shape}", drafter=drafter, budget=budget)
                 made.entry["state"] = made.state
                 ways[f"{drafter}: {name_of(shape)}"] = made

@@ -81,6 +81,13 @@ def test_wide_trees_of_a_large_batch_are_of_few_rows() -> None:
     assert not list(drafters.methods("wide", 0.0, "pld", 32))
 
 
+def test_trees_are_no_deeper_than_a_block() -> None:
+    options = parse(drafters.Options, ["grid=wide", "out=x", "gsm8k=z"])
+    assert [drafters.deepest(name, options) for name in ("pld", "eagle3", "dspark")] == [8, 8, 8]
+    shapes = list(drafters.methods("wide", 1.0, "dflash", depth=7))
+    assert all("tree.depth=7" in shape for _, shape in shapes[1:])
+
+
 def test_a_head_of_two_names_has_the_trees_of_the_first_word() -> None:
     given = 'heads=["eagle3 fp8=zoo:eagle3,quantize=fp8", "mtp few=a,vocabulary=9"]'
     options = parse(drafters.Options, ["grid=wide", "out=x", "gsm8k=z", given])
