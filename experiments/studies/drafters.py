@@ -47,6 +47,7 @@ from specdec.protocols import StepContext
 from specdec.tree import TokenTree
 
 HEADS = ("eagle3", "mtp", "peagle", "dflash", "dspark")  # over the target's states
+OVER_STATES = (*HEADS, "eagle", "medusa")
 OF_HEADS = (
     "DRAFTER=folder or hub id of each head, and its settings behind commas, in quotes: "
     '"mtp=FOLDER,vocabulary=32000"; eagle3 and dspark have their own; "mtp few=..." is one more, '
@@ -207,17 +208,16 @@ def drafter_words(name: str, options: Options) -> str:
     return " ".join(words)
 
 
-def deepest(name: str, options: Options) -> int:
-    """Levels that a tree of this drafter may have."""
-    if kind_of(name) not in HEADS:
+def deepest(drafter: str, path: str | None) -> int:
+    """Levels that a tree of a drafter may have, whose files lie there if it is a head."""
+    if drafter not in OVER_STATES or path is None:
         return DEEPEST
-    path, _ = model_of(name, options.draft, options.heads)
-    return min(DEEPEST, levels_of(path, "heads") or DEEPEST)
+    return min(DEEPEST, levels_of(path, "drafter.path") or DEEPEST)
 
 
 def best_sampled(drafter: str, budget: int, depth: int) -> str:
     """The tree of draws that measured rates make the most of; heads go by those of eagle3."""
-    rates = "eagle3" if drafter in HEADS else "zoo"
+    rates = "eagle3" if drafter in OVER_STATES else "zoo"
     shape = f"{tree('optimal', budget)} {word('tree.depth', depth)} tree.rates={rates}"
     return f"{shape} tree.children=sample"
 
@@ -269,7 +269,10 @@ def work(options: Options) -> None:
         way = partial(own.way, rows=options.batch, longest=options.longest(sets))
         ways = {"none: chain 1": way(PLAIN, drafter="none", budget=0, state=None)}
         for drafter in options.drafters:
-            depth = deepest(drafter, options)
+            kind, path = kind_of(drafter), None
+            if kind in HEADS:
+                path, _ = model_of(drafter, options.draft, options.heads)
+            depth = deepest(kind, path)
             for budget, shape in methods(options.grid, temperature, drafter, options.batch, depth):
                 made = way(f"{words[drafter]} {shape}", drafter=drafter, budget=budget)
                 made.entry["state"] = made.state

@@ -5,8 +5,9 @@
                   eagle3 without states=drafter=eagle3 drafter.path=heads/control/head]"
 
 Every method gets the same trees: a chain of 7 and trees of up to 8, 16, 32 and 64 nodes, at
-temperature 0 those of `tree=dynamic`, above it two of `tree=static` for each budget, of which the
-better counts, with children drawn from the draft. `small_llama` and `early_exit` stand beside
+temperature 0 those of `tree=dynamic`, above it two of `tree=static` for each budget, and that of
+`tree=optimal` by measured rates, of a draft model or of a head; the best counts. Children are
+drawn from the draft. `small_llama` and `early_exit` stand beside
 what `methods` names. `join` takes in what other files hold of the same prompts. The stop token is
 ignored, so that all texts have the same length. Ratios of accepted lengths are paired over
 prompts. A method whose words have `target.path` of its own (early exit after a training) decodes
@@ -26,9 +27,11 @@ import torch
 
 from specdec.experiments.figures.learned import CHAIN, learned
 from specdec.experiments.figures.markdown import show
-from specdec.experiments.studies.drafters import DYNAMIC, SAMPLED
+from specdec.experiments.studies.drafters import DYNAMIC, SAMPLED, best_sampled, deepest
+from specdec.lab.build import Settings
 from specdec.lab.command import begin, option, run_main, write
 from specdec.lab.prompts import Asked
+from specdec.lab.settings import settings_of
 from specdec.lab.study import Entry, Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, Workshop, name_of, tree, word
 
@@ -50,8 +53,11 @@ class Options(StudyOptions):
     resume: bool = option(False, "what the file has stays")
 
 
-def shapes(budget: int, temperature: float) -> Iterator[str]:
+def shapes(budget: int, temperature: float, drafter: Settings) -> Iterator[str]:
     """Words of the trees of a budget.
+
+    Args:
+        drafter: choice and settings, by which the tree of draws goes.
 
     Raises:
         ValueError: there are none.
@@ -62,6 +68,9 @@ def shapes(budget: int, temperature: float) -> Iterator[str]:
     elif budget in DYNAMIC:
         for shape in SAMPLED[budget] if temperature else (DYNAMIC[budget],):
             yield shape + children
+        if temperature:
+            kind = drafter["kind"]
+            yield best_sampled(kind, budget, deepest(kind, drafter.get("path")))
     else:
         known = ", ".join(map(str, (CHAIN, *DYNAMIC)))
         raise ValueError(f"budgets={budget}: there are {known}")
@@ -91,7 +100,7 @@ def work(options: Options) -> None:
     torch.manual_seed(0)
     methods = named(options)
     for budget in options.budgets:
-        list(shapes(budget, 0.0))
+        list(shapes(budget, 0.0, {}))
     shop = options.workshop()
     result = begin(options, shop.models.placement.device)
     sets = options.read(shop)
@@ -129,8 +138,10 @@ def measure(
     way = partial(own.way, rows=options.batch, longest=options.longest(sets))
     ways = {"none": way(PLAIN, drafter="none", budget=0)}
     for name, words in methods.items():
+        said = settings_of(words)
+        drafter = {**said["drafter"], "kind": said["choices"]["drafter"]}
         for budget in options.budgets:
-            for shape in shapes(budget, temperature):
+            for shape in shapes(budget, temperature, drafter):
                 made = way(f"{words} {shape}", drafter=name, budget=budget)
                 ways[f"{name}: {name_of(shape)}"] = made
     Study(

@@ -81,9 +81,17 @@ def test_wide_trees_of_a_large_batch_are_of_few_rows() -> None:
     assert not list(drafters.methods("wide", 0.0, "pld", 32))
 
 
-def test_trees_are_no_deeper_than_a_block() -> None:
-    options = parse(drafters.Options, ["grid=wide", "out=x", "gsm8k=z"])
-    assert [drafters.deepest(name, options) for name in ("pld", "eagle3", "dspark")] == [8, 8, 8]
+def test_trees_are_no_deeper_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {
+        "pld": None,
+        "eagle3": "zoo:eagle3",
+        "dspark": "zoo:dspark",
+        "small_llama": "zoo:draft",
+    }
+    assert {drafters.deepest(*one) for one in paths.items()} == {8}
+    monkeypatch.setattr(drafters, "levels_of", lambda path, setting: 4)
+    assert drafters.deepest("medusa", "a head") == 4
+    assert drafters.deepest("small_llama", "a model") == 8
     shapes = list(drafters.methods("wide", 1.0, "dflash", depth=7))
     assert all("tree.depth=7" in shape for _, shape in shapes[1:])
 
