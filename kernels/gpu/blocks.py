@@ -47,7 +47,7 @@ def choose_blocks(
 ) -> Blocks:
     """Launch parameters for `rows` query rows of a sequence and head.
 
-    They do not depend on the batch, nor on lengths: neither do, with fixed splits, the results.
+    They do not depend on the batch, nor on lengths.
 
     Args:
         rows: nodes times query heads of a group.

@@ -21,6 +21,7 @@ from specdec.kernels import exact
 from specdec.kernels.exact import attend as exact_attend
 from specdec.kernels.exact import pieces
 from specdec.kernels.exact.pieces import REACH, TAIL, pieces_before
+from specdec.tree import MOST_LEVELS
 from tests.kernels.attention_cases import (
     BF16,
     FP16,
@@ -411,3 +412,4 @@ def test_borders_of_pieces() -> None:
     assert tail.tolist() == tails
     assert max(n - t for n, t in zip(numbers, tails, strict=True)) < TAIL
     assert min(n - t for n, t in zip(numbers, tails, strict=True) if t) == REACH
+    assert REACH >= MOST_LEVELS  # so that the root of a tree is in the tail of every node
