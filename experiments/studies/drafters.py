@@ -156,9 +156,10 @@ def model_of(name: str, draft: str, heads: Sequence[str]) -> tuple[str, list[str
     """Path and settings of `small_llama` or a head.
 
     Raises:
-        ValueError: a head that `heads` does not name, or what is none in it.
+        ValueError: a head that `heads` does not name, or names twice, or what is none in it.
     """
     paths = {"small_llama": draft, "eagle3": "zoo:eagle3", "dspark": "zoo:dspark"}
+    given: dict[str, str] = {}
     for one in heads:
         head, equals, said = one.partition("=")
         if kind_of(head) not in HEADS or not equals:
@@ -166,7 +167,12 @@ def model_of(name: str, draft: str, heads: Sequence[str]) -> tuple[str, list[str
                 f"heads={one}: must begin with one of {', '.join(HEADS)}; what has a comma stands "
                 f'in quotes, as in heads=["mtp=FOLDER,vocabulary=32000"]'
             )
-        paths[head] = said
+        if head in given:
+            raise ValueError(
+                f"heads={one}: {given[head]} has this name already; give one of them another, "
+                f'as in "{kind_of(head)} other={said}"'
+            )
+        given[head], paths[head] = one, said
     if name not in paths:
         raise ValueError(f'drafters={name}: needs heads=["{name}=FOLDER"]')
     path, *settings = paths[name].split(",")

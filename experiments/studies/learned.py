@@ -80,7 +80,7 @@ def named(options: Options) -> dict[str, str]:
     """Words of each method by its name.
 
     Raises:
-        ValueError: a method without a name.
+        ValueError: a method without a name, or with that of another.
     """
     usual: dict[str, str] = {
         "small_llama": f"drafter=small_llama {word('drafter.path', options.draft)}",
@@ -91,6 +91,10 @@ def named(options: Options) -> dict[str, str]:
         name, equals, words = method.partition("=")
         if not equals or "drafter=" not in words:
             raise ValueError(f"methods={method}: must be NAME=drafter=... and what it needs")
+        if name.strip() in found:
+            raise ValueError(
+                f"methods={method}: {name.strip()} is measured already; give it another name"
+            )
         found[name.strip()] = words.strip()
     return found
 

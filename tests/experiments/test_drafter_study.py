@@ -115,6 +115,8 @@ def test_a_head_of_two_names_has_the_trees_of_the_first_word() -> None:
         drafters.drafter_words("mtp", options)
     with pytest.raises(ValueError, match=r"^heads=pld fp8=a: must begin with one of eagle3"):
         drafters.model_words("eagle3", "", ["pld fp8=a"])
+    with pytest.raises(ValueError, match=r"^heads=mtp=b: mtp=a has this name already; .*other=b"):
+        drafters.model_words("eagle3", "", ["eagle3=c", "mtp=a", "mtp=b"])
 
 
 @pytest.mark.slow

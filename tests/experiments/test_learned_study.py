@@ -42,6 +42,8 @@ def test_methods_are_measured_beside_the_draft_and_files_are_joined(tmp_path: Pa
     ("word", "message"),
     [
         ("methods=[eagle3]", "must be NAME=drafter="),
+        ("methods=[a=drafter=eagle3,a=drafter=dspark]", "a is measured already; give it another"),
+        ("methods=[small_llama=drafter=eagle3]", "small_llama is measured already"),
         ("budgets=[5]", "there are 7, 8, 16, 32, 64"),
     ],
 )
