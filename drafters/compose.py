@@ -346,9 +346,10 @@ def _check(
     last = len(parts) - 1
     for place, (name, part) in enumerate(parts.items()):
         if not isinstance(part, HostDrafter | GrowingDrafter) or not part.composable:
+            mend = getattr(part, "mend", ShapedDrafter.mend)
             raise ValueError(
                 f"drafter.parts.{name}: {type(part).__name__} needs trees of its own and cannot "
-                f"be composed; choose another drafter"
+                f"be composed; {mend}"
             )
         if mode == "cascade" and isinstance(part, GrowingDrafter) and place < last:
             raise ValueError(

@@ -57,7 +57,8 @@ class DSpark(DFlash):
             quantize=quantize,
         )
         self.confidence = confidence
-        self.composable = not confidence  # compositions do not ask for it
+        if confidence:  # compositions do not ask for it
+            self.composable, self.mend = False, "leave out its confidence=true"
         self._normal: Tensor  # [B, levels, D] of the last block
 
     def _use(self, head: Any, target: PagedLM) -> None:

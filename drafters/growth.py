@@ -63,6 +63,7 @@ class ShapedDrafter(Drafter):
         composable: False if it cannot guess for trees that others have a part in. A class that
             has a `draft` or, on the host, a `commit` of its own, or on the device a `commit`
             without `follow`, is not, unless it says that it is.
+        mend: what to do instead where it is not composable.
         most_candidates: the limit of `candidates`, if it has to be stated before the vocabulary
             is known.
         tree, levels: the policy of the run, and the levels to grow; 0 turns drafting off.
@@ -72,6 +73,7 @@ class ShapedDrafter(Drafter):
     """
 
     composable = True
+    mend = "choose another drafter"
     most_candidates: int | None = None
     tree: TreePolicy
     levels: int

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specdec.cache import CacheFullError
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
-from specdec.heads.formats import find_head, levels_of, load_head
+from specdec.heads.formats import levels_of, load_head
 from specdec.heads.mtp_files import HowMTP
 from specdec.heads.narrow import ids_of
 from specdec.models.load import Models
@@ -96,8 +96,7 @@ class HeadDrafter(GrowingDrafter):
             self.check(self._policy)
 
     def _find_head(self) -> None:
-        find_head(self.path, "drafter.path")
-        count = levels_of(self.path, "drafter.path") if self.answers else None
+        count = levels_of(self.path, (self.kind,), "drafter.path")
         if count is not None:
             self._limit(count)
 

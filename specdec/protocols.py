@@ -276,6 +276,7 @@ class TreePolicy:
     Attributes:
         takes_all: whether `select`, `expand` and `keep` are those of this class, so that nobody
             need ask.
+        one_shape: whether it is asked, but what it answers does not follow from scores.
         notes: what it has chosen its trees by, in words, by setting; known after `fit`. A run says
             it before decoding and in its summary.
 
@@ -284,12 +285,14 @@ class TreePolicy:
     """
 
     takes_all = False
+    one_shape = False
     notes: Mapping[str, str] = {}  # replaced, never written to
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if {"select", "expand", "keep"} & vars(cls).keys():  # whatever the base class has said
             cls.takes_all = False
+            cls.one_shape = bool(vars(cls).get("one_shape"))
 
     def __init__(self, *, budget: int, children: str = "top_k") -> None:
         check_basics(budget, children)

@@ -93,7 +93,7 @@ class CostAware(FixedShape):
         children: str = "top_k",
         adapts: bool = False,
     ) -> None:
-        self.adapts = adapts
+        self.adapts, self.one_shape = adapts, not adapts
         check_positive(batch=batch, context=context)
         found = measured_rates(
             rates,

@@ -33,6 +33,8 @@ class FixedShape(TreePolicy):
             sampled children.
     """
 
+    one_shape = True
+
     def __init__(
         self,
         *,

@@ -131,17 +131,17 @@ def _asked_for(files: HeadFiles, kinds: Sequence[str]) -> Layout:
     return layout
 
 
-def levels_of(path: str, setting: str = "drafter.path") -> int | None:
+def levels_of(path: str, kinds: Sequence[str], setting: str = "drafter.path") -> int | None:
     """How many levels the head in a folder has answers for; None if it goes on, or if that is not
     known before it is loaded.
 
     Raises:
-        ValueError: broken files.
+        ValueError: broken files, no head, or one of another kind.
     """
     if not Path(find_head(path, setting)).is_dir():
         return None
     files = HeadFiles(path, setting)
-    layout = recognise(files.shapes, files.config, files.name)
+    layout = _asked_for(files, kinds)
     if layout.kind == "medusa":
         return counts(layout)[0]
     if layout.kind in BLOCK_KINDS:

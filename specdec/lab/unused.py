@@ -39,6 +39,13 @@ def without_effect(
             levels = tree.levels(depth)
             if all(tree.width(level) == 1 for level in range(levels)) and levels < tree.budget:
                 reason = f"drafter.depth={depth} leaves chains of {levels}"
+        elif name == "tree.depth" and depth is not None and tree.budget:
+            levels = tree.levels(depth)
+            if levels != tree.levels(None):
+                reason = f"drafter.depth={depth} makes trees of {levels} level{'s' * (levels > 1)}"
+        elif name == "drafter.confidence" and settings["drafter"].get("confidence"):
+            fixed = tree.takes_all or tree.one_shape
+            reason = "trees of one shape do not ask for it" if fixed else None
         elif group == "acceptance" and setting not in ("", *NEVER_IDLE) and as_greedy:
             reason = f"at temperature 0 acceptance={method.rule.name} is greedy"
         if reason:

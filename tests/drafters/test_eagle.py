@@ -11,6 +11,7 @@ from specdec.drafters.compose import Compose
 from specdec.drafters.eagle import Eagle3
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.growth import GrowingDrafter
+from specdec.drafters.mtp import MTP
 from specdec.drafters.ngram import NGram
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
@@ -179,6 +180,9 @@ def test_what_it_reads_is_said(target: PagedLM, head: str) -> None:
     )
     with pytest.raises(ValueError, match=r"^drafter\.path=/nowhere: "):
         Eagle3(path="/nowhere").find()
+    Eagle3(path=head).find()
+    with pytest.raises(ValueError, match=r"of kind eagle3 .*, and mtp is asked for; use drafter="):
+        MTP(path=head).find()  # before a target is loaded
 
 
 def test_a_run_with_states_shares_no_pages(target: PagedLM, head: str) -> None:

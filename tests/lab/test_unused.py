@@ -15,6 +15,18 @@ from specdec.lab.unused import without_effect
         ("tree=chain tree=chain", []),
         ("sampling=nucleus drafter.candidates=8", []),
         ("tree=dynamic tree.budget=4 drafter.depth=1", []),
+        ("tree=dynamic tree.depth=3 drafter.depth=3", []),
+        ("tree=cost_aware tree.adapts=true drafter=dspark drafter.confidence=true", []),
+        ("tree=threshold drafter=dspark drafter.confidence=true", []),
+        ("tree=static drafter=dspark drafter.confidence=false", []),
+        *(
+            (f"tree={tree} drafter=dspark drafter.confidence=true", ["drafter.confidence=true: h"])
+            for tree in ("chain", "static", "optimal", "cost_aware")
+        ),
+        (
+            "tree=dynamic tree.depth=6 drafter.depth=3",
+            ["tree.depth=6: has no effect, drafter.depth=3 makes trees of 3 levels"],
+        ),
         ("acceptance=relaxed acceptance.delta=0.1 acceptance.allow_lossy=true", []),
         (
             "drafter=none tree.budget=8",
