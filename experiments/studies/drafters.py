@@ -218,7 +218,7 @@ def deepest(drafter: str, path: str | None) -> int:
     """Levels that a tree of a drafter may have, whose files lie there if it is a head."""
     if drafter not in OVER_STATES or path is None:
         return DEEPEST
-    return min(DEEPEST, levels_of(path, (drafter,), "heads") or DEEPEST)
+    return min(DEEPEST, levels_of(path, (drafter,), "drafter.path") or DEEPEST)
 
 
 def best_sampled(drafter: str, budget: int, depth: int) -> str:

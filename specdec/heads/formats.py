@@ -124,9 +124,10 @@ def _asked_for(files: HeadFiles, kinds: Sequence[str]) -> Layout:
     """
     layout = recognise(files.shapes, files.config, files.name)
     if layout.kind not in kinds:
+        group = "method" if files.name.startswith("method.") else "drafter"
         raise ValueError(
             f"{files.name}: is a head of kind {layout.kind} ({layout.label}), and "
-            f"{' or '.join(kinds)} is asked for; use drafter={layout.kind}"
+            f"{' or '.join(kinds)} is asked for; use {group}={layout.kind}"
         )
     return layout
 

@@ -89,7 +89,7 @@ def test_trees_are_no_deeper_than_a_block(monkeypatch: pytest.MonkeyPatch) -> No
         "small_llama": "zoo:draft",
     }
     assert {drafters.deepest(*one) for one in paths.items()} == {8}
-    monkeypatch.setattr(drafters, "levels_of", lambda path, setting: 4)
+    monkeypatch.setattr(drafters, "levels_of", lambda path, kinds, setting: 4)
     assert drafters.deepest("medusa", "a head") == 4
     assert drafters.deepest("small_llama", "a model") == 8
     shapes = list(drafters.methods("wide", 1.0, "dflash", depth=7))

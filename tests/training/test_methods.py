@@ -259,7 +259,7 @@ def test_a_training_begins_with_a_head(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "begun", "said"),
     [
-        ("eagle", "mtp", r"is a head of kind eagle .* use drafter=eagle"),
+        ("eagle", "mtp", r"is a head of kind eagle .* use method=eagle"),
         (
             "dflash",
             lambda **how: DFlash(block=5, layers=1, **how),
