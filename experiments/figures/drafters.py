@@ -205,6 +205,10 @@ def drafter_texts(*results: Result, files: Sequence[str] = ("exact_texts",)) -> 
         f"`none`; last, of those decoded in several batches, how many are the same in all "
         f"({'; '.join(map(source, results, files))}):"
     )
+    notes = {one["settings"]["batch"]: one["note"] for one in results if "note" in one}
+    if notes:
+        said = ". ".join(f"Batch {batch}: {note}" for batch, note in notes.items())
+        about = f"{about[:-1]}. {said}:"
     rows: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for result in results:
         for name, part in result["parts"].items():
