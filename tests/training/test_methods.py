@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from specdec.drafters import dflash, dspark, eagle, medusa, mtp
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.trees.chain import Chain
 from specdec.heads.formats import load_head
 from specdec.models.paged import PagedLM
+from specdec.protocols import Drafter
 from specdec.training.batches import Batch, Seen
 from specdec.training.measure import look
 from specdec.training.methods import small_llama
@@ -25,6 +29,7 @@ from specdec.training.methods.peagle import PEagle
 from specdec.training.methods.small_llama import SmallLlama
 from specdec.training.optimise import Optimisers
 from specdec.training.teacher import Teacher, plain
+from tests.decoding import decoder_of, requests_of
 from tests.tiny import tiny_llama
 from tests.training.small import VOCAB, WIDTH, course, filled, surroundings, target
 
@@ -44,6 +49,17 @@ METHODS: dict[str, Any] = {
 }
 
 
+ALL: dict[str, Any] = METHODS | {"eagle3": lambda **rates: Eagle3(steps=3, **rates)}
+DRAFTERS: dict[str, Any] = {
+    "dflash": dflash.DFlash,
+    "dspark": dspark.DSpark,
+    "eagle": eagle.Eagle1,
+    "eagle3": eagle.Eagle3,
+    "medusa": medusa.Medusa,
+    "mtp": mtp.MTP,
+    "peagle": eagle.PEagle,
+}
+LEARNT = 8  # tokens
 HEADS = ("dflash", "dspark", "eagle", "medusa", "mtp", "peagle")
 
 
@@ -65,6 +81,13 @@ def made(name: str, lm: PagedLM, **rates: Any) -> Any:
     method = METHODS[name](**rates)
     method.check(lm)
     return method, method.make(surroundings(lm))
+
+
+def text_by(lm: PagedLM, drafter: Drafter, new: int = LEARNT) -> tuple[int, list[int]]:
+    """Steps, and tokens, of a text decoded with chains of three nodes."""
+    decoder = decoder_of(lm, drafter, Chain(budget=3 * (not isinstance(drafter, NoDrafter))))
+    (sequence,) = decoder.run(requests_of([[1, 5, 9]], new))
+    return len(sequence.accepted_lengths), sequence.tokens
 
 
 def seen_of(lm: PagedLM, trainee: Any, rows: int = 1) -> Seen:
@@ -94,6 +117,36 @@ def test_one_sequence_is_learnt_by_heart(name: str) -> None:
     agrees, overlap = trainee.chains(seen, depth)
     assert agrees[:, 0, : SLOTS - 2].float().mean() > 0.9
     assert overlap[:, 0, : SLOTS - 2].mean() > 0.8
+
+
+@pytest.mark.some(2)
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_what_is_learnt_by_heart_is_accepted_whole(name: str, tmp_path: Path) -> None:
+    """One text of the target's own, from its training over files to decoding."""
+    lm = target()
+    _, text = text_by(lm, NoDrafter(), LEARNT + 4)  # drafts of the last step go beyond
+    method = ALL[name](warm_up=5, rate=1e-2, matrix_rate=2e-2, weight_decay=0.0, steady=0.3)
+    if hasattr(method, "anchors"):  # every slot, every time
+        method = replace(method, anchors=len(text) - 2)
+    trainee = method.make(surroundings(lm))
+    tokens = torch.tensor([text])
+    batch = Batch(tokens=tokens, mask=torch.ones(1, tokens.shape[1] - 2, dtype=torch.bool))
+    with plain(lm.model) as model:
+        seen = look(Teacher(model, trainee.taps), batch)
+    trainee.save(tmp_path / "fresh", "tiny")
+    optimisers = Optimisers(trainee, method)
+    for step in range(3 * STEPS):
+        loss = trainee.lesson(seen).loss
+        if loss.item() < 0.003:
+            break
+        loss.backward()
+        optimisers.step(step / (3 * STEPS), step)
+    trainee.save(tmp_path / "learnt", "tiny")
+    steps = {}
+    for folder in ("fresh", "learnt"):
+        steps[folder], found = text_by(lm, DRAFTERS[name](path=str(tmp_path / folder)))
+        assert found == text[: len(found)]
+    assert steps["learnt"] == LEARNT // 4 < steps["fresh"]
 
 
 @pytest.mark.parametrize("name", METHODS)
