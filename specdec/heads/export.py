@@ -122,8 +122,12 @@ def save_block(
         if not name.startswith(lent)
     }
     outputs = [target_layers - 1 if tap == "normal" else tap - 1 for tap in config.taps]
+    reach = [window for window in config.windows if window]
     stated = {
-        **_layer_of(head),
+        **_layer_of(head),  # which knows no windows if it was read
+        "layer_types": [f"{'sliding' if one else 'full'}_attention" for one in config.windows],
+        "use_sliding_window": bool(reach),
+        "sliding_window": max(reach, default=None),
         "architectures": ["DFlashDraftModel"],
         "block_size": config.block,
         "num_target_layers": target_layers,

@@ -1,20 +1,24 @@
 """Every method learns, is measured by what it would draft, and is written as drafters read it."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from specdec.drafters import dflash, dspark, eagle, medusa, mtp
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.trees.chain import Chain
 from specdec.heads.formats import load_head
+from specdec.models.load import zoo_path
 from specdec.models.paged import PagedLM
 from specdec.protocols import Drafter
+from specdec.models.standin import Widening
 from specdec.training.batches import Batch, Seen
 from specdec.training.measure import look
 from specdec.training.methods import small_llama
@@ -30,6 +34,7 @@ from specdec.training.methods.small_llama import SmallLlama
 from specdec.training.optimise import Optimisers
 from specdec.training.teacher import Teacher, plain
 from tests.decoding import decoder_of, requests_of
+from tests.models.standins import BASE, build
 from tests.tiny import tiny_llama
 from tests.training.small import VOCAB, WIDTH, course, filled, surroundings, target
 
@@ -307,6 +312,76 @@ def test_a_training_begins_with_a_head(name: str, tmp_path: Path) -> None:
     )
     for one, other in zip(before, lm.model.parameters(), strict=True):
         assert torch.equal(one, other)
+    second.save(tmp_path / "again", "tiny")
+    written, again = (
+        vars(load_head(str(folder), lm, kinds=(method.drafter,)).config)
+        for folder in (tmp_path, tmp_path / "again")
+    )
+    for key, value in written.items():
+        assert key == "layer" or again[key] == value, key
+
+
+def test_what_a_head_was_lent_learns_as_its_own(tmp_path: Path) -> None:
+    """The target's output head is left as it is where a head goes on with one of its own."""
+    lm = target()
+    before = lm.model.get_output_embeddings().weight.clone()
+    Eagle3(tied=True).make(surroundings(lm)).save(tmp_path, "tiny")
+    method = Eagle3(path=str(tmp_path), warm_up=0)
+    method.check(lm)
+    trainee = method.make(surroundings(lm))
+    trainee.lesson(seen_of(lm, trainee)).loss.backward()
+    Optimisers(trainee, method).step(0.0, 0)
+    assert torch.equal(lm.model.get_output_embeddings().weight, before)
+    assert not torch.equal(trainee.head.lm_head.weight, before)
+
+
+def test_output_rows_of_named_tokens_stay_tied(tmp_path: Path) -> None:
+    lm = target()
+    method = Eagle3(tied=True, draft_vocab=10)
+    first = method.make(surroundings(lm))
+    first.save(tmp_path, "tiny")
+    method = replace(method, path=str(tmp_path))
+    method.check(lm)
+    head = method.make(surroundings(lm)).head
+    assert torch.equal(head.names, first.head.names)
+    assert not head.lm_head.weight.requires_grad
+
+
+def test_a_block_may_be_filled_with_the_targets_own_row(tmp_path: Path) -> None:
+    """Published heads of DFlash hold no embedding of their mask token."""
+    lm = target()
+    method, trainee = made("dflash", lm)
+    trainee.save(tmp_path, "tiny")
+    (tmp_path / "mask_embedding.pt").unlink()
+    method = replace(method, path=str(tmp_path))
+    method.check(lm)
+    trainee = method.make(surroundings(lm))
+    row = lm.model.get_input_embeddings().weight[trainee.head.config.mask]
+    assert torch.equal(trainee.head.blocks(torch.tensor([1]), 2)[0, 1], row)
+    trainee.save(tmp_path / "again", "tiny")
+    assert not load_head(str(tmp_path / "again"), lm, kinds=["dflash"]).config.own_mask
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.002, False), (0.1, True)])
+def test_an_embedding_of_ones_own_is_refused(share: float, refused: bool, tmp_path: Path) -> None:
+    """A training takes the target's; files of other types hold it rounded."""
+    lm = target()
+    method = Eagle3(path=str(tmp_path))
+    replace(method, path=None).make(surroundings(lm)).save(tmp_path, "tiny")
+    weights = load_file(file := tmp_path / "model.safetensors")
+    own = lm.model.get_input_embeddings().weight.detach().clone()
+    own[5] *= 1 + share
+    save_file({**weights, "embed_tokens.weight": own}, file)
+    with pytest.raises(ValueError, match="an embedding of its own") if refused else nullcontext():
+        method.check(lm)
+
+
+def test_a_widened_head_is_refused(tmp_path: Path) -> None:
+    """What the norms of one make up for has no place in its files."""
+    small = AutoConfig.from_pretrained(zoo_path("target"))
+    lm = PagedLM(build(BASE), standin=Widening(small=small, shape=BASE))
+    with pytest.raises(ValueError, match=r"was widened for .*; train it for the model that"):
+        Eagle3(path="zoo:eagle3").check(lm)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +403,7 @@ def test_a_training_begins_with_a_head(name: str, tmp_path: Path) -> None:
         (
             lambda **how: Eagle3(rope_theta=5.0, **how),
             lambda **how: Eagle3(**how),
-            r"its rope_parameters is .*5\.0.*; set method\.rope_theta$",
+            r"its rope_theta is 5\.0, .*; set method\.rope_theta$",
         ),
         (
             lambda **how: Eagle3(**how),
@@ -339,6 +414,11 @@ def test_a_training_begins_with_a_head(name: str, tmp_path: Path) -> None:
             lambda **how: Eagle3(taps=[0, 1], **how),
             lambda **how: Eagle3(taps=[1, 2], **how),
             r"its taps is \(0, 1\), .* \(1, 2\); set method\.taps$",
+        ),
+        (
+            lambda **how: Eagle(tap=1, **how),
+            lambda **how: Eagle(**how),
+            r"its taps is \(1,\), .*; set method\.tap$",
         ),
         ("medusa", lambda **how: Medusa(heads=2, blocks=2, tied=False, **how), "its heads is 3"),
     ],

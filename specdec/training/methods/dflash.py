@@ -118,13 +118,12 @@ class DFlash(HeadMethod):
 
     def _sizes(self, target: PagedLM) -> dict[str, Any]:
         """Of the head, as `BlockConfig` has them."""
-        window = {"use_sliding_window": self.window is not None, "sliding_window": self.window}
         return {
             "layer": layer_config(
                 target.model.config,
                 layers=self.layers,
                 rope_theta=self.rope_theta,
-                make=partial(Qwen3Config, **window, max_window_layers=0),
+                make=Qwen3Config,
             ),
             "taps": self._taps(target.model.config),
             "state_size": target.config.hidden_size,

@@ -15,18 +15,17 @@ from specdec.models.quantised import output_of
 from specdec.training.teacher import norm_weight
 from specdec.training.trainee import Surroundings, TrainingMethod
 
-# Of a head's configuration what need not be as the settings say, and how they name the rest.
-FREE = ("layer", "mask", "target_vocab", "output_bias")
-OF_LAYERS = ("num_hidden_layers", "rope_parameters")
+# Of a head's configuration what need not be as the settings say, and what they may call the rest.
+FREE = ("layer", "mask", "own_mask", "target_vocab", "output_bias")
 SETTINGS = {
-    "vocab_size": "draft_vocab",
-    "windows": "window",
-    "num_hidden_layers": "layers",
-    "rope_parameters": "rope_theta",
+    "taps": ("taps", "tap"),
+    "vocab_size": ("draft_vocab",),
+    "windows": ("window",),
+    "num_hidden_layers": ("layers",),
 }
 
-
 STD = 0.02  # of fresh matrices
+NEAR = 0.01  # part of a row that rounding to 16 bits stays below, and learning does not
 
 
 def layer_config(config: Any, *, layers: int, rope_theta: float, make: Any = LlamaConfig) -> Any:
@@ -102,7 +101,7 @@ class HeadMethod(TrainingMethod):
             find_head(self.path, "method.path")
 
     def config(self, target: PagedLM) -> Any:
-        """Of its heads; a mask token is another one if texts say so."""
+        """What a head of these settings is; which mask token it has, texts say."""
         raise NotImplementedError
 
     def fresh(self, surroundings: Surroundings) -> Any:
@@ -115,7 +114,7 @@ class HeadMethod(TrainingMethod):
             return self.fresh(surroundings)
         found = self._given(self.path, surroundings.target)
         for parameter in found.parameters():  # those that it was lent must stay as they are
-            parameter.data = parameter.float().clone()
+            parameter.data = parameter.to(torch.float32, copy=True)
         return found.float().train().requires_grad_(True)
 
     def check(self, target: PagedLM) -> None:
@@ -129,21 +128,38 @@ class HeadMethod(TrainingMethod):
             ValueError: it is none for the target, or of another shape.
         """
         found: Any = load_head(path, target, kinds=[self.drafter], setting="method.path")
+        if found.drafts < found.config.vocab_size:
+            raise ValueError(
+                f"method.path={path}: was widened for {target.name}, and norms of widened heads "
+                f"cannot be written; train it for the model that it was made for"
+            )
         for name, ours, theirs in _pairs(self.config(target), found):
             if ours != theirs:
-                setting = SETTINGS.get(name, name)
-                mend = f"set method.{setting}" if hasattr(self, setting) else "take another head"
                 raise ValueError(
                     f"method.path={path}: its {name} is {theirs}, where the settings of method "
-                    f"make {ours}; {mend}"
+                    f"make {ours}; {self._mend(name)}"
                 )
-        if getattr(self, "tied", True) and not _ends_as(found, target.model):
+        embedding: Any = target.model.get_input_embeddings().weight
+        if hasattr(found, "embed_tokens") and not _near(found.embed_tokens.weight, embedding):
+            raise ValueError(
+                f"method.path={path}: has an embedding of its own, and heads are trained with "
+                f"the target's; take another head"
+            )
+        rows = output_of(target.model)
+        rows = rows if found.names is None else rows[found.names]
+        if getattr(self, "tied", True) and not _near(found.lm_head.weight, rows):
             mend = "set method.tied=false" if hasattr(self, "tied") else "take another head"
             raise ValueError(
                 f"method.path={path}: has an output head of its own, which is not trained "
                 f"under the target's; {mend}"
             )
         return found
+
+    def _mend(self, name: str) -> str:
+        """What to do about a part of the configuration that differs."""
+        known = SETTINGS.get(name, (name,))
+        setting = next((one for one in known if hasattr(self, one)), None)
+        return "take another head" if setting is None else f"set method.{setting}"
 
 
 def _pairs(wanted: Any, found: Any) -> list[tuple[str, Any, Any]]:
@@ -155,11 +171,20 @@ def _pairs(wanted: Any, found: Any) -> list[tuple[str, Any, Any]]:
     pairs = [(name, getattr(wanted, name), getattr(found.config, name)) for name in names]
     if hasattr(wanted, "layer"):
         layers = wanted.layer, found.config.layer
-        pairs += [(name, *(getattr(one, name) for one in layers)) for name in OF_LAYERS]
+        of_layers = ("hidden_size", "num_hidden_layers")
+        pairs += [(name, *(getattr(one, name) for one in layers)) for name in of_layers]
+        pairs.append(("rope_theta", *(one.rope_parameters["rope_theta"] for one in layers)))
         pairs.append(("further layers", 0, len(getattr(found, "later", ()))))
     return pairs
 
 
-def _ends_as(head: Any, model: Any) -> bool:
-    """Whether its output head is the target's."""
-    return torch.equal(head.lm_head.weight, output_of(model))
+@torch.no_grad()
+def _near(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether a matrix is the target's, whose embedding may have more rows, but for the type that
+    it was written in."""
+    theirs = theirs[: len(mine)]
+    if mine.shape != theirs.shape:
+        return False
+    away = torch.linalg.vector_norm(mine - theirs, dim=1, dtype=torch.float32)
+    size = torch.linalg.vector_norm(theirs, dim=1, dtype=torch.float32)
+    return bool((away <= NEAR * size).all())
