@@ -17,8 +17,8 @@ from specdec.drafters.trees.chain import Chain
 from specdec.heads.formats import load_head
 from specdec.models.load import zoo_path
 from specdec.models.paged import PagedLM
-from specdec.protocols import Drafter
 from specdec.models.standin import Widening
+from specdec.protocols import Drafter
 from specdec.training.batches import Batch, Seen
 from specdec.training.measure import look
 from specdec.training.methods import small_llama
