@@ -98,17 +98,21 @@ class Course:
     # Going on
 
     def state(self) -> dict[str, Any]:
-        weights = {
-            name: parameter.detach()
-            for name, parameter in self.trainee.module.named_parameters()
-            if parameter.requires_grad
-        }
         return {
             "settings": self.settings,
             "progress": asdict(self.progress),
-            "weights": weights,
+            "weights": self._weights(),
             "optimisers": self.optimisers.state(),
             "generator": self.batches.generator.get_state(),
+        }
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """What is trained, and the ids of tokens that it names."""
+        found = self.trainee.module.state_dict(keep_vars=True)
+        return {
+            name: one.detach()
+            for name, one in found.items()
+            if one.requires_grad or not isinstance(one, torch.nn.Parameter)
         }
 
     def resume(self) -> None:
@@ -125,10 +129,17 @@ class Course:
                     f"{name}={value}: the training in {self.folder} has {before}; leave it so, "
                     f"or choose another folder with out="
                 )
-        with torch.no_grad():
-            for name, parameter in self.trainee.module.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(state["weights"][name])
+        weights = self._weights()
+        shapes, before = (
+            {name: one.shape for name, one in some.items()} for some in (weights, state["weights"])
+        )
+        if shapes != before:
+            raise ValueError(
+                f"resume: the training in {self.folder} has other weights than this one begins "
+                f"with; what method.path names has changed, or the software: start anew elsewhere"
+            )
+        for name, weight in weights.items():
+            weight.copy_(state["weights"][name])
         self.optimisers.load(state["optimisers"])
         self.batches.generator.set_state(state["generator"])
         self.progress = Progress(**state["progress"])

@@ -68,6 +68,20 @@ def test_other_settings_are_not_continued(tmp_path: Path) -> None:
             one.resume()
 
 
+def test_ids_of_tokens_are_kept_and_other_weights_refused(tmp_path: Path) -> None:
+    lm = target()
+    with plain(lm.model) as model:
+        one = course(Eagle3(steps=1, draft_vocab=10), lm, model, tmp_path, tokens=32)
+        one.run()
+        names = one.trainee.module.names.clone()
+        one.trainee.module.names.sub_(1)
+        one.resume()
+        assert one.trainee.module.names.equal(names)
+        other = course(Eagle3(steps=1, draft_vocab=9), lm, model, tmp_path, tokens=32)
+        with pytest.raises(ValueError, match=r"^resume: the training in .* has other weights"):
+            other.resume()
+
+
 @pytest.mark.parametrize("settings", [{}, {"norm_output": True, "taps": [0]}])
 def test_one_sequence_is_learnt_by_heart(settings: dict[str, Any]) -> None:
     lm = target()
