@@ -274,11 +274,9 @@ class TreePolicy:
             without replacement) or "sample_with_replacement".
 
     Attributes:
-        takes_all: whether `select`, `expand` and `keep` are those of this class, so that nobody
-            need ask.
-        one_shape: whether it is asked, but what it answers does not follow from scores.
-        notes: what it has chosen its trees by, in words, by setting; known after `fit`. A run says
-            it before decoding and in its summary.
+        takes_all: whether nobody need ask: `select`, `expand` and `keep` are those of this class.
+        one_shape: whether what it answers does not follow from scores.
+        notes: by setting, in words, what it has chosen its trees by; known after `fit`, and said.
 
     Raises:
         ValueError: a setting out of range.
@@ -291,8 +289,7 @@ class TreePolicy:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if {"select", "expand", "keep"} & vars(cls).keys():  # whatever the base class has said
-            cls.takes_all = False
-            cls.one_shape = bool(vars(cls).get("one_shape"))
+            cls.takes_all, cls.one_shape = False, bool(vars(cls).get("one_shape"))
 
     def __init__(self, *, budget: int, children: str = "top_k") -> None:
         check_basics(budget, children)
