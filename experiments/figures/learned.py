@@ -68,11 +68,13 @@ def learned(result: Result, file: str = "learned") -> str:
     """Accepted lengths by budget, and what they are over those of the reference."""
     settings, found, compared = result["settings"], list[str](), False
     prompts = sum(map(len, result["sets"].values()))
+    by_rates = any(": optimal" in name for part in result["parts"].values() for name in part)
+    trees = "the same trees for all" + ", and one by rates of acceptance" * by_rates
     found.append(
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, on one "
-        f"{device(result)}: {prompts} prompts, {settings['tokens']} new tokens each, the same "
-        f"trees for all ({source(result, file)}). Accepted lengths, pooled; at every budget "
-        f"above temperature 0 the better of two trees:"
+        f"{device(result)}: {prompts} prompts, {settings['tokens']} new tokens each, {trees} "
+        f"({source(result, file)}). Accepted lengths, pooled; at every budget above temperature 0 "
+        f"the best of its trees:"
     )
     for temperature in dict.fromkeys(name.partition(", ")[0] for name in result["parts"]):
         budgets = _budgets(result, temperature)
