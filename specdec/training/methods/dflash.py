@@ -2,7 +2,7 @@
 under the target's output head."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from specdec.training.batches import Seen
 from specdec.training.blocks import anchors_of, chains_of, drafted, levels_at, parents
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
-from specdec.training.methods.head import HeadMethod, begin, layer_config
+from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
 from specdec.training.teacher import check_taps, default_taps
 from specdec.training.trainee import (
     Drafts,
@@ -57,7 +57,7 @@ class DFlash(HeadMethod):
     drafter = "dflash"
     losses: ClassVar[tuple[str, ...]] = LOSSES
     least: ClassVar[int] = 2  # slots: a root and a draft
-    kind: ClassVar[type[BlockHead]] = BlockHead
+    kind: ClassVar[type[Any]] = BlockHead
     loss: str = "lk"
     block: int = 8
     anchors: int = 64
@@ -102,9 +102,7 @@ class DFlash(HeadMethod):
         return DFlashTrainee(self.head(surroundings), surroundings, **self._how())
 
     def fresh(self, surroundings: Surroundings) -> BlockHead:
-        config = replace(self.config(surroundings.target), mask=int(surroundings.counts.argmin()))
-        head = self.kind(config)
-        begin(head, surroundings)
+        head: BlockHead = super().fresh(surroundings)
         assert head.mask_embedding is not None
         with torch.no_grad():  # as long as others
             embedding: Any = surroundings.target.model.get_input_embeddings().weight
@@ -126,9 +124,7 @@ class DFlash(HeadMethod):
                 make=Qwen3Config,
             ),
             "taps": self._taps(target.model.config),
-            "state_size": target.config.hidden_size,
-            "target_vocab": target.model.get_input_embeddings().weight.shape[0],
-            "vocab_size": target.vocab_size,
+            **sizes_of(target),
             "block": self.block,
             "mask": 0,
             "own_mask": True,

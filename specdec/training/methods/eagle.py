@@ -13,7 +13,7 @@ from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.losses import LOSSES, sequence_means
-from specdec.training.methods.head import HeadMethod, begin, layer_config
+from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
 from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import check_taps
 from specdec.training.trainee import Lesson, Surroundings, check_choice
@@ -41,6 +41,7 @@ class Eagle(HeadMethod):
     """
 
     drafter = "eagle"
+    kind = EagleHead
     loss: str = "kl"
     steps: int = 5
     decay: float = 0.8
@@ -61,16 +62,9 @@ class Eagle(HeadMethod):
         return EagleConfig(
             layer=layer_config(target.model.config, layers=1, rope_theta=self.rope_theta),
             taps=(self.tap,),
-            state_size=target.config.hidden_size,
-            target_vocab=target.model.get_input_embeddings().weight.shape[0],
-            vocab_size=target.vocab_size,
             bias=self.bias,
+            **sizes_of(target),
         )
-
-    def fresh(self, surroundings: Surroundings) -> EagleHead:
-        head = EagleHead(self.config(surroundings.target))
-        begin(head, surroundings)
-        return head
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
         states = self.loss == EAGLE1

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from specdec.heads.recurrent import Eagle3Config, Eagle3Head
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.losses import LOSSES
-from specdec.training.methods.head import HeadMethod, begin, frequent, layer_config
+from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
 from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import check_taps, default_taps
 from specdec.training.trainee import Surroundings, check_choice, check_least
@@ -35,6 +35,7 @@ class Eagle3(HeadMethod):
     """
 
     drafter = "eagle3"
+    kind: ClassVar[type[Any]] = Eagle3Head
     loss: str = "lk"
     steps: int = 5
     decay: float = 0.8
@@ -73,17 +74,6 @@ class Eagle3(HeadMethod):
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
         return RecurrentTrainee(self.head(surroundings), surroundings, **self._how())
 
-    def fresh(self, surroundings: Surroundings) -> Eagle3Head:
-        head = self._of(surroundings)
-        if head.config.vocab_size < surroundings.target.vocab_size:
-            head.names = frequent(surroundings.counts, head.config.vocab_size)
-        begin(head, surroundings)
-        return head
-
-    def _of(self, surroundings: Surroundings) -> Eagle3Head:
-        """A head that names the first tokens, not filled."""
-        return Eagle3Head(self.config(surroundings.target))
-
     def config(self, target: PagedLM) -> Eagle3Config:
         return Eagle3Config(**self._sizes(target))
 
@@ -94,8 +84,7 @@ class Eagle3(HeadMethod):
                 target.model.config, layers=self.layers, rope_theta=self.rope_theta
             ),
             "taps": self._taps(target.model.config),
-            "state_size": target.config.hidden_size,
-            "target_vocab": target.model.get_input_embeddings().weight.shape[0],
+            **sizes_of(target),
             "vocab_size": self.draft_vocab or target.vocab_size,
             "fc_norm": self.fc_norm,
             "norm_before_fc": self.norm_before_fc,

@@ -2,8 +2,8 @@
 fresh or as those of a head that is there."""
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,15 @@ def layer_config(config: Any, *, layers: int, rope_theta: float, make: Any = Lla
     )
 
 
+def sizes_of(target: PagedLM) -> dict[str, Any]:
+    """What a `HeadConfig` says of a target, whose tokens the head can all name."""
+    return {
+        "state_size": target.config.hidden_size,
+        "target_vocab": target.model.get_input_embeddings().weight.shape[0],
+        "vocab_size": target.vocab_size,
+    }
+
+
 def frequent(counts: Tensor, size: int) -> Tensor:
     """The ids of the most frequent tokens, ascending; of equally frequent ones the lowest."""
     order = torch.argsort(counts, descending=True, stable=True)
@@ -89,10 +98,14 @@ class HeadMethod(TrainingMethod):
         path: folder, hub id or zoo:NAME of a head to begin with, of the shape that the other
             settings say; None: fresh weights.
 
+    Attributes:
+        kind: of head.
+
     Raises:
         ValueError: no such head.
     """
 
+    kind: ClassVar[type[Any]]
     path: str | None = None
 
     def __post_init__(self) -> None:
@@ -105,8 +118,16 @@ class HeadMethod(TrainingMethod):
         raise NotImplementedError
 
     def fresh(self, surroundings: Surroundings) -> Any:
-        """A head with fresh weights."""
-        raise NotImplementedError
+        """A head with fresh weights, which names the most frequent tokens; the rarest is its mask
+        token, if it has one."""
+        config, counts = self.config(surroundings.target), surroundings.counts
+        if hasattr(config, "mask"):
+            config = replace(config, mask=int(counts.argmin()))
+        head = self.kind(config)
+        if config.vocab_size < surroundings.target.vocab_size:
+            head.names = frequent(counts, config.vocab_size)
+        begin(head, surroundings)
+        return head
 
     def head(self, surroundings: Surroundings) -> Any:
         """What the training begins with."""

@@ -9,7 +9,7 @@ from specdec.heads.recurrent import MTPConfig, MTPHead
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.losses import LOSSES
-from specdec.training.methods.head import HeadMethod, begin, layer_config
+from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
 from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import check_taps
 from specdec.training.trainee import Surroundings, check_choice
@@ -34,6 +34,7 @@ class MTP(HeadMethod):
     """
 
     drafter = "mtp"
+    kind = MTPHead
     loss: str = "lk"
     steps: int = 3
     decay: float = 0.6
@@ -55,15 +56,8 @@ class MTP(HeadMethod):
                 target.model.config, layers=1, rope_theta=self.rope_theta, make=Qwen3Config
             ),
             taps=(self.tap,),
-            state_size=target.config.hidden_size,
-            target_vocab=target.model.get_input_embeddings().weight.shape[0],
-            vocab_size=target.vocab_size,
+            **sizes_of(target),
         )
-
-    def fresh(self, surroundings: Surroundings) -> MTPHead:
-        head = MTPHead(self.config(surroundings.target))
-        begin(head, surroundings)
-        return head
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
         return RecurrentTrainee(

@@ -2,7 +2,7 @@
 in one pass."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ class PEagle(Eagle3):
     """
 
     drafter = "peagle"
+    kind = ParallelHead
     steps: int = 7
     layers: int = 2
     anchors: int = 64
@@ -44,10 +45,6 @@ class PEagle(Eagle3):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(anchors=self.anchors)
-
-    def _of(self, surroundings: Surroundings) -> ParallelHead:
-        mask = int(surroundings.counts.argmin())
-        return ParallelHead(replace(self.config(surroundings.target), mask=mask))
 
     def config(self, target: PagedLM) -> ParallelConfig:
         return ParallelConfig(**self._sizes(target), mask=0)
