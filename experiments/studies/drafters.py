@@ -41,6 +41,7 @@ from specdec.experiments.figures.drafters import (
 from specdec.experiments.figures.markdown import show
 from specdec.heads.formats import levels_of
 from specdec.lab.command import begin, option, run_main, write
+from specdec.lab.settings import settings_of
 from specdec.lab.study import Entry, Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, name_of, tree, word
 from specdec.protocols import StepContext
@@ -152,8 +153,8 @@ def kind_of(name: str) -> str:
     return first if first in HEADS else name
 
 
-def model_of(name: str, draft: str, heads: Sequence[str]) -> tuple[str, list[str]]:
-    """Path and settings of `small_llama` or a head.
+def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
+    """`small_llama` or a head in the words of `specdec.run`.
 
     Raises:
         ValueError: a head that `heads` does not name, or names twice, or what is none in it.
@@ -176,12 +177,6 @@ def model_of(name: str, draft: str, heads: Sequence[str]) -> tuple[str, list[str
     if name not in paths:
         raise ValueError(f'drafters={name}: needs heads=["{name}=FOLDER"]')
     path, *settings = paths[name].split(",")
-    return path, settings
-
-
-def model_words(name: str, draft: str, heads: Sequence[str]) -> str:
-    """`small_llama` or a head in the words of `specdec.run`; raises as `model_of`."""
-    path, settings = model_of(name, draft, heads)
     more = (shlex.quote(f"drafter.{one.strip()}") for one in settings)
     return " ".join([f"drafter={kind_of(name)}", word("drafter.path", path), *more])
 
@@ -214,11 +209,18 @@ def drafter_words(name: str, options: Options) -> str:
     return " ".join(words)
 
 
-def deepest(drafter: str, path: str | None) -> int:
-    """Levels that a tree of a drafter may have, whose files lie there if it is a head."""
+def choice_of(words: str) -> tuple[str, str | None]:
+    """Drafter and path in the words of `specdec.run`."""
+    settings = settings_of(words)
+    return settings["choices"]["drafter"], settings["drafter"].get("path")
+
+
+def deepest(words: str) -> int:
+    """Levels that a tree of a drafter in these words may have."""
+    drafter, path = choice_of(words)
     if drafter not in OVER_STATES or path is None:
         return DEEPEST
-    return min(DEEPEST, levels_of(path, (drafter,), "drafter.path") or DEEPEST)
+    return min(DEEPEST, levels_of(path, (drafter,)) or DEEPEST)
 
 
 def best_sampled(drafter: str, budget: int, depth: int) -> str:
@@ -240,12 +242,13 @@ def methods(
             yield 0, shape + children
         return
     if grid == "wide":
-        large, able = batch >= LARGE, drafter in MODELS
-        if able:
-            chain = LARGE_CHAIN if large else WIDE_CHAIN
-            yield chain, tree("chain", chain) + children
-        budgets = [n for n in LARGE_BUDGETS if n * batch <= MOST_ROWS] if large else WIDE_BUDGETS
-        for budget in budgets if able else ():
+        if drafter not in MODELS:
+            return
+        chain, budgets = WIDE_CHAIN, list(WIDE_BUDGETS)
+        if batch >= LARGE:
+            chain, budgets = LARGE_CHAIN, [n for n in LARGE_BUDGETS if n * batch <= MOST_ROWS]
+        yield chain, tree("chain", chain) + children
+        for budget in budgets:
             yield budget, best_sampled(drafter, budget, depth) if sampled else DYNAMIC[budget]
         return
     if grid == "speed":
@@ -275,10 +278,7 @@ def work(options: Options) -> None:
         way = partial(own.way, rows=options.batch, longest=options.longest(sets))
         ways = {"none: chain 1": way(PLAIN, drafter="none", budget=0, state=None)}
         for drafter in options.drafters:
-            kind, path = kind_of(drafter), None
-            if kind in HEADS:
-                path, _ = model_of(drafter, options.draft, options.heads)
-            depth = deepest(kind, path)
+            depth = deepest(words[drafter])
             for budget, shape in methods(options.grid, temperature, drafter, options.batch, depth):
                 made = way(f"{words[drafter]} {shape}", drafter=drafter, budget=budget)
                 made.entry["state"] = made.state

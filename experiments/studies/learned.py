@@ -27,11 +27,9 @@ import torch
 
 from specdec.experiments.figures.learned import CHAIN, learned
 from specdec.experiments.figures.markdown import show
-from specdec.experiments.studies.drafters import DYNAMIC, SAMPLED, best_sampled, deepest
-from specdec.lab.build import Settings
+from specdec.experiments.studies.drafters import DYNAMIC, SAMPLED, best_sampled, choice_of, deepest
 from specdec.lab.command import begin, option, run_main, write
 from specdec.lab.prompts import Asked
-from specdec.lab.settings import settings_of
 from specdec.lab.study import Entry, Study, spend
 from specdec.lab.workshop import PLAIN, StudyOptions, Workshop, name_of, tree, word
 
@@ -53,11 +51,11 @@ class Options(StudyOptions):
     resume: bool = option(False, "what the file has stays")
 
 
-def shapes(budget: int, temperature: float, drafter: Settings) -> Iterator[str]:
+def shapes(budget: int, temperature: float, words: str) -> Iterator[str]:
     """Words of the trees of a budget.
 
     Args:
-        drafter: choice and settings, by which the tree of draws goes.
+        words: of the drafter, by whose rates and levels the tree of draws goes.
 
     Raises:
         ValueError: there are none.
@@ -69,8 +67,7 @@ def shapes(budget: int, temperature: float, drafter: Settings) -> Iterator[str]:
         for shape in SAMPLED[budget] if temperature else (DYNAMIC[budget],):
             yield shape + children
         if temperature:
-            kind = drafter["kind"]
-            yield best_sampled(kind, budget, deepest(kind, drafter.get("path")))
+            yield best_sampled(choice_of(words)[0], budget, deepest(words))
     else:
         known = ", ".join(map(str, (CHAIN, *DYNAMIC)))
         raise ValueError(f"budgets={budget}: there are {known}")
@@ -104,7 +101,7 @@ def work(options: Options) -> None:
     torch.manual_seed(0)
     methods = named(options)
     for budget in options.budgets:
-        list(shapes(budget, 0.0, {}))
+        list(shapes(budget, 0.0, ""))
     shop = options.workshop()
     result = begin(options, shop.models.placement.device)
     sets = options.read(shop)
@@ -142,10 +139,8 @@ def measure(
     way = partial(own.way, rows=options.batch, longest=options.longest(sets))
     ways = {"none": way(PLAIN, drafter="none", budget=0)}
     for name, words in methods.items():
-        said = settings_of(words)
-        drafter = {**said["drafter"], "kind": said["choices"]["drafter"]}
         for budget in options.budgets:
-            for shape in shapes(budget, temperature, drafter):
+            for shape in shapes(budget, temperature, words):
                 made = way(f"{words} {shape}", drafter=name, budget=budget)
                 ways[f"{name}: {name_of(shape)}"] = made
     Study(

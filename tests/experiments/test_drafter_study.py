@@ -82,16 +82,11 @@ def test_wide_trees_of_a_large_batch_are_of_few_rows() -> None:
 
 
 def test_trees_are_no_deeper_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = {
-        "pld": None,
-        "eagle3": "zoo:eagle3",
-        "dspark": "zoo:dspark",
-        "small_llama": "zoo:draft",
-    }
-    assert {drafters.deepest(*one) for one in paths.items()} == {8}
-    monkeypatch.setattr(drafters, "levels_of", lambda path, kinds, setting: 4)
-    assert drafters.deepest("medusa", "a head") == 4
-    assert drafters.deepest("small_llama", "a model") == 8
+    said = ["pld", "eagle3", "dspark", "small_llama drafter.path=zoo:draft"]
+    assert {drafters.deepest(f"drafter={words}") for words in said} == {8}
+    monkeypatch.setattr(drafters, "levels_of", lambda path, kinds: 4)
+    assert drafters.deepest("drafter=medusa drafter.path=a_head") == 4
+    assert drafters.deepest("drafter=small_llama drafter.path=a_model") == 8
     shapes = list(drafters.methods("wide", 1.0, "dflash", depth=7))
     assert all("tree.depth=7" in shape for _, shape in shapes[1:])
 
