@@ -1,6 +1,6 @@
 """Figures, table and plot of what `end_to_end.py` measures; needs no GPU."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +9,25 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from specdec.compare.canvas import COLOURS, by_powers_of_two, canvas, save
-from specdec.experiments.figures.markdown import device, interval, number, piece, source
+from specdec.experiments.figures.markdown import (
+    device,
+    interval,
+    number,
+    piece,
+    source,
+    weights_of,
+)
 
 ENTRIES = {  # what a page shows, by the beginning of a method's name
     "none": "`none`",
     "small_llama": "`small_llama`, {part}: {detail}",
-    "ngram": "`ngram`: {detail}",
+    "{drafter} ": "`{part}`: {detail}",  # whose name its part has: ngram and heads
     "generate": "transformers `generate`",
     "assisted": "transformers assisted, {detail}",
     "prompt lookup": "transformers prompt lookup",
 }
-BARS = {  # what the plot shows, by the beginning of a method's name
+BARS = {  # what the plot calls them, if not by the part
     "none": "none",
-    "ngram": "ngram",
     "generate": "transformers generate",
     "prompt lookup": "transformers prompt lookup",
     "assisted": "transformers assisted",
@@ -39,37 +45,62 @@ def best(part: Mapping[str, Any], beginning: str = "") -> tuple[str, Any] | None
     return max(able, default=None, key=lambda pair: pair[1]["figures"]["all"]["tokens_per_second"])
 
 
-def end_to_end(result: Mapping[str, Any]) -> str:
-    """The table of a page: the fastest tree of each grid."""
-    settings, versions = result["settings"], result["versions"]
+def fastest(part: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Of each entry that a part has: its key, the fastest method's label and what it measured."""
+    drafter = part["part"].partition(" ")[0]
+    for entry, label in ENTRIES.items():
+        beginning = entry.format(drafter=drafter)
+        found = best(part, beginning)
+        if found is not None:
+            detail = found[0].removeprefix(beginning).strip(" ,")
+            yield entry, label.format(part=part["part"], detail=detail), found[1]
+
+
+def end_to_end(*results: Mapping[str, Any], files: Sequence[str] = ("end_to_end",)) -> str:
+    """The table of a page: the fastest tree of each grid. Several results are of other settings,
+    and only the first says how they are measured; `files` hold them."""
+    first, *others = results
+    tokens = first["settings"]["tokens"]
     about = (
-        f"`{settings['target']}` in {settings['dtype']} on one {device(result)}, torch "
-        f"{versions['torch']}, transformers {versions['transformers']}; raw prompts of HumanEval "
-        f"and MT-Bench ({settings['prompts']} each at batch 1, else the first of each file "
-        f"together), {settings['tokens']} new tokens. Tokens/s is {settings['tokens'] - 1} over "
+        f"{_measured_on(first)}. Tokens/s is {tokens - 1} over "
         f"the time of such a run less that of a run of one token, by the clock, which flatters "
         f"methods with few steps by up to 1 / steps; the next column, all tokens over the device "
         f"time of all steps, does not. Of each grid of trees the fastest is shown; over `none` in "
         f"the same turns, with 95 % jackknife intervals over prompts (batch 1). Identical: "
         f"outputs equal to those of `none`, token for token; of the others, how many part at a "
         f"gap of logits within the rounding bound of `specdec/lab/lossless.py` "
-        f"({source(result, 'end_to_end')}):"
+        f"({source(first, files[0])}):"
     )
-    rows = []
+    heads = ["T, batch", "method", "tokens/s", "by steps", "HumanEval", "MT-Bench"]
+    heads += ["accepted length", "over `none`", "identical", "explained"]
+    pieces = [piece(about, heads, _rows(first))]
+    for one, file in zip(others, files[1:], strict=True):
+        about = f"The same of {_measured_on(one)} ({source(one, file)}):"
+        pieces.append(piece(about, heads, _rows(one)))
+    return "\n\n".join(pieces)
+
+
+def _measured_on(result: Mapping[str, Any]) -> str:
+    settings, versions = result["settings"], result["versions"]
+    exact = " in exact mode (`kernels.exact=true`)" if settings.get("exact") else ""
+    return (
+        f"`{settings['target']}`{weights_of(result)} in {settings['dtype']}{exact} on one "
+        f"{device(result)}, torch {versions['torch']}, transformers {versions['transformers']}; "
+        f"raw prompts of HumanEval and MT-Bench ({settings['prompts']} each at batch 1, else the "
+        f"first of each file together), {settings['tokens']} new tokens"
+    )
+
+
+def _rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The fastest tree of each grid; `none` once for each temperature and batch."""
     shown: set[tuple[Any, ...]] = set()
     parts = result["parts"].values()
     for part in sorted(parts, key=lambda part: (part["batch"], part["temperature"])):
         place = part["temperature"], part["batch"]
-        for beginning, label in ENTRIES.items():
-            found = best(part, beginning)
-            if found is None or (beginning == "none" and place in shown):
-                continue
-            shown.add(place)
-            detail = found[0].removeprefix(beginning).strip(" ,")
-            rows.append(_row(part, label.format(part=part["part"], detail=detail), found[1]))
-    heads = ["T, batch", "method", "tokens/s", "by steps", "HumanEval", "MT-Bench"]
-    heads += ["accepted length", "over `none`", "identical", "explained"]
-    return piece(about, heads, rows)
+        for entry, label, method in fastest(part):
+            if entry != "none" or place not in shown:
+                shown.add(place)
+                yield _row(part, label, method)
 
 
 def gain(found: Mapping[str, Any]) -> str:
@@ -118,17 +149,14 @@ def table(result: Mapping[str, Any]) -> Group:
     return Group(Markdown(end_to_end(result)), *map(Text, said))
 
 
-def bars(result: Mapping[str, Any], temperature: float, batch: int) -> dict[str, tuple[str, Any]]:
-    """What the plot shows of a temperature and a batch: label -> (method, figures of all)."""
-    found: dict[str, tuple[str, Any]] = {}
+def bars(result: Mapping[str, Any], temperature: float, batch: int) -> dict[str, Any]:
+    """What the plot shows of a temperature and a batch: label -> figures of all."""
+    found: dict[str, Any] = {}
     for part in result["parts"].values():
         if (part["temperature"], part["batch"]) != (temperature, batch):
             continue
-        for beginning in ENTRIES:
-            one = best(part, beginning)
-            if one is not None:
-                label = BARS.get(beginning, part["part"])
-                found.setdefault(label, (one[0], one[1]["figures"]["all"]))
+        for entry, _, method in fastest(part):
+            found.setdefault(BARS.get(entry, part["part"]), method["figures"]["all"])
     return found
 
 
@@ -144,9 +172,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
     for axes, temperature in zip(panels, temperatures, strict=False):
         shown = bars(result, temperature, batches[0])
-        speeds = [one["tokens_per_second"] for _, one in shown.values()]
+        speeds = [one["tokens_per_second"] for one in shown.values()]
         drawn = axes.barh(list(shown), speeds, color=[colours[label] for label in shown])
-        notes = [f"{one['tokens_per_second']:.0f}" for _, one in shown.values()]
+        notes = [f"{one['tokens_per_second']:.0f}" for one in shown.values()]
         axes.bar_label(drawn, notes, padding=2, fontsize="small")
         axes.margins(x=0.15)
         axes.invert_yaxis()
@@ -155,7 +183,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axes = panels[-1]
     for label in labels:
         points = [
-            (batch, bars(result, temperatures[0], batch)[label][1]["tokens_per_second"])
+            (batch, bars(result, temperatures[0], batch)[label]["tokens_per_second"])
             for batch in batches
             if label in bars(result, temperatures[0], batch)
         ]

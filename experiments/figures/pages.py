@@ -56,7 +56,11 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         "Whole decoding beside plain decoding and transformers, where a step goes, and what a "
         "pass over a tree costs.",
         [
-            ("end_to_end", end_to_end, {"Tokens per second by method and batch": "end_to_end"}),
+            (
+                "end_to_end",
+                lambda _: variants("end_to_end", end_to_end),
+                {"Tokens per second by method and batch": "end_to_end"},
+            ),
             ("step_anatomy", kernels.anatomy, {"Where a step goes": "step_anatomy"}),
             ("calibrate", calibrate, {}),
         ],
@@ -72,7 +76,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         [
             ("drafter_lengths", drafter_lengths, {}),
             ("drafter_speed", drafter_speed, {}),
-            ("learned_speed", lambda _: of_batches("learned_speed"), {}),
+            ("learned_speed", lambda _: variants("learned_speed", drafter_speed), {}),
             ("drafter_wide", lambda _: several(drafter_wide, *WIDE), {}),
             ("drafter_wide_blocks", lambda _: several(drafter_wide, "drafter_wide_blocks"), {}),
             ("drafter_wide_batch8", lambda _: several(drafter_wide, *WIDE_BATCHES), {}),
@@ -160,16 +164,16 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("exact", kernels.exact, {}),
             ("products", kernels.products, {}),
             ("taps", kernels.taps, {}),
-            ("exact_texts", lambda _: of_batches("exact_texts", drafter_texts), {}),
+            ("exact_texts", lambda _: variants("exact_texts", drafter_texts), {}),
         ],
     ),
 }
 
 
-def of_batches(name: str, show: Callable[..., str] = drafter_speed) -> str:
-    """A table of drafters, of every batch that has a file of this name."""
-    files = [path.stem for path in RESULTS.glob(f"{name}*.json")]
-    files.sort(key=lambda file: int(read(file)["settings"]["batch"]))
+def variants(name: str, show: Callable[..., str]) -> str:
+    """A table of every file whose name begins so, by batch if each is of one."""
+    files = sorted(path.stem for path in RESULTS.glob(f"{name}*.json"))
+    files.sort(key=lambda file: int(read(file)["settings"].get("batch", 0)))
     return several(show, *files)
 
 

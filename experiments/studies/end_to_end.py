@@ -5,9 +5,9 @@
 
 The prompts are raw text without a chat template, the first ones of each file; the stop token is
 ignored, so that all outputs have the same length. A *part* is what is compared in one go: the
-trees of one drafter at a temperature and a batch, or what transformers offers, and always our own
-`none`. Methods of a part take turns, job by job; a *job* is one prompt at batch 1, else the first
-prompts of a file together.
+trees of one draft model or head at a temperature and a batch, or what transformers offers, and
+always our own `none`. Methods of a part take turns, job by job; a *job* is one prompt at batch 1,
+else the first prompts of a file together.
 
 The figure is that of decoding alone, the same for all: the time of a run of `tokens` new tokens
 minus that of a run of one, by the clock, after a wait for the device. A run of one token is the
@@ -38,6 +38,7 @@ from transformers.utils import logging
 
 from specdec.experiments.bench.clock import LostDevice, describe, recover
 from specdec.experiments.figures import end_to_end_plot
+from specdec.experiments.studies.drafters import OF_HEADS, model_words
 from specdec.experiments.studies.theirs import theirs
 from specdec.lab.command import Positive, begin, option, run_main, write
 from specdec.lab.metrics import figures
@@ -76,6 +77,7 @@ class Options:
     draft: tuple[str, ...] = option(
         ("standin:llama_160m", "standin:llama3_1b"), "likewise; each is a part"
     )
+    heads: tuple[str, ...] = option((), f"each is a part: {OF_HEADS}", varies=True)
     quantize: Quantize = option("none", "of the target: none or fp8")
     device: str = option("cuda", "or cpu", varies=True)
     dtype: str = option("bfloat16", "of all models")
@@ -85,7 +87,9 @@ class Options:
     repeats: Positive = option(2, "of all jobs", varies=True)
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
     batches: tuple[Positive, ...] = option((1, 8, 32), "sequences together", varies=True)
-    parts: tuple[str, ...] = option((), "drafts, ngram, transformers; all if empty", varies=True)
+    parts: tuple[str, ...] = option(
+        (), "drafts, heads, ngram, transformers; all if empty", varies=True
+    )
     only: tuple[str, ...] = option((), "methods whose name has one of these", varies=True)
     out: Path = option(Path("end_to_end.json"), "result file")
     resume: bool = option(False, "what the file has stays")
@@ -98,8 +102,8 @@ class Part(NamedTuple):
     temperature: float
     batch: int
 
-    def words(self) -> list[str]:
-        """Our methods, but for `none`; the draft model is left out."""
+    def words(self, drafter: str) -> list[str]:
+        """Our methods, but for `none`; of a model, with these words of what drafts."""
         large = self.batch >= LARGE
         if self.part == "transformers":
             return []
@@ -109,7 +113,7 @@ class Part(NamedTuple):
         if self.temperature:
             trees = [f"{one} tree.children=sample" for one in DRAWN[large]]
             trees += [f"{one} tree.children=top_k" for one in TOP[large]]
-        return [f"drafter=small_llama {one}" for one in trees]
+        return [f"{drafter} {one}" for one in trees]
 
 
 def parts(options: Options) -> Iterator[Part]:
@@ -118,7 +122,7 @@ def parts(options: Options) -> Iterator[Part]:
     Raises:
         ValueError: no such part.
     """
-    known = [*map(_short, options.draft), "ngram", "transformers"]
+    known = [*models(options), "ngram", "transformers"]
     for part in options.parts:
         if part not in known:
             raise ValueError(f"parts={part}: there are {', '.join(known)}")
@@ -127,6 +131,17 @@ def parts(options: Options) -> Iterator[Part]:
     ):
         if part != "transformers" or batch == 1:
             yield Part(part, temperature, batch)
+
+
+def models(options: Options) -> dict[str, str]:
+    """Every draft and head in the words of `specdec.run`, by its part.
+
+    Raises:
+        ValueError: no such head.
+    """
+    found = {_short(p): f"drafter=small_llama {word('drafter.path', p)}" for p in options.draft}
+    heads = (one.partition("=")[0] for one in options.heads)
+    return found | {name: model_words(name, "", options.heads) for name in heads}
 
 
 def _short(path: str) -> str:
@@ -138,9 +153,9 @@ def ways_of(part: Part, shop: Workshop, options: Options, longest: int) -> dict[
     room = {"rows": part.batch, "longest": longest}
     ways = {"none": shop.way(PLAIN, **room)}
     drafts = {_short(path): path for path in options.draft}
-    path = f" {word('drafter.path', drafts[part.part])}" if part.part in drafts else ""
-    for words in part.words():
-        ways[name_of(words)] = shop.way(words + path, **room)
+    drafter, _, own = models(options).get(part.part, "").partition(" ")
+    for words in part.words(drafter):
+        ways[name_of(words)] = shop.way(f"{words} {own}", **room)
     if part.part == "transformers":
         ways |= theirs(options.target, drafts, part.temperature, shop.models.placement)
     return {

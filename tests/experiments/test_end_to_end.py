@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from specdec.experiments.figures import draw, end_to_end_plot
-from specdec.experiments.figures import pages as readme
+from specdec.experiments.figures import draw, end_to_end_plot, pages
 from specdec.experiments.studies import end_to_end
 from specdec.experiments.studies.end_to_end import Part, note, time_runs
 from specdec.experiments.studies.theirs import Theirs, load_plain
@@ -144,7 +143,7 @@ def test_tables_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no graphs: it waits" in text
     assert "unexplained" in text
     assert "passes differ by 1.5 ulp" in text
-    lines = readme.end_to_end(result).splitlines()
+    lines = end_to_end_plot.end_to_end(result).splitlines()
     assert lines[3] == "| --- |" or lines[3].startswith("|---")
     rows = [line for line in lines if line.startswith("| 0, 1 |")]
     assert rows == [
@@ -159,12 +158,43 @@ def test_tables_and_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_exact_mode_is_shown_below_the_plain_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("end_to_end", "step_anatomy", "calibrate"):
+        (tmp_path / f"{name}.json").write_bytes((pages.RESULTS / f"{name}.json").read_bytes())
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "read", pages.read.__wrapped__)  # not what others have read
+    before, picture, after = pages.written(*pages.PAGES["end_to_end"]).partition("\n\n![Tokens")
+    result = made_up()
+    result["settings"]["exact"] = True
+    slow, fast = ({"runs": {"humaneval/0": runs(long)}} for long in (1.5, 1.0))
+    head = part_of(1, **{"none": slow, "eagle3 chain 2": fast, "eagle3 chain 4": slow})
+    result["parts"]["c"] = head | {"part": "eagle3 fp8"}
+    (tmp_path / "end_to_end_exact.json").write_text(json.dumps(result))
+    shown = pages.written(*pages.PAGES["end_to_end"])
+    assert shown.startswith(before)
+    assert shown.endswith(picture + after)
+    added = shown[len(before) : -len(picture + after)]
+    assert (
+        "`zoo:target` in float32 in exact mode (`kernels.exact=true`) on one NVIDIA H200," in added
+    )
+    assert "[JSON](../../experiments/results/end_to_end_exact.json)" in added
+    assert [row.split(" | ")[1] for row in added.splitlines() if row.startswith("| 0")] == [
+        "`none`",
+        "`small_llama`, llama_160m: chain 2",
+        "transformers `generate`",
+        "`eagle3 fp8`: chain 2",
+    ]
+    assert "in exact mode" not in before
+
+
 # The grid
 
 
 @pytest.mark.parametrize("part", [("draft", 0.0, 1), ("draft", 1.0, 8), ("ngram", 1.0, 1)])
 def test_methods_of_a_part_have_names_and_lose_nothing(part: tuple[str, float, int]) -> None:
-    found = Part(*part).words()
+    found = Part(*part).words("drafter=small_llama")
     assert len(set(map(name_of, found))) == len(found) > 1
     for words in found:
         method_of(settings_of(f"{words} sampling.temperature={part[1]}"))
@@ -220,16 +250,18 @@ def test_from_the_command_line(
     out = tmp_path / "out.json"
     words = [f"{name}={tmp_path}/{name}.jsonl" for name in sets]
     words += ["target=zoo:target", "draft=zoo:draft", "device=cpu", "dtype=float32", "tokens=4"]
-    words += ["repeats=1", "temperatures=0", f"out={out}"]
+    words += ["heads=eagle3=zoo:eagle3", "repeats=1", "temperatures=0", f"out={out}"]
     assert end_to_end.main([*words, "prompts=1", "batches=1"]) == 0
     result = json.loads(out.read_text())
     assert list(result["parts"]) == [
-        f"T=0, batch 1, {part}" for part in ("draft", "ngram", "transformers")
+        f"T=0, batch 1, {part}" for part in ("draft", "eagle3", "ngram", "transformers")
     ]
     before = result["parts"]["T=0, batch 1, draft"]
     method = before["methods"]["small_llama chain 2"]
     assert method["agreement"]["identical"] == method["agreement"]["checked"] == 2
     assert list(method["runs"]) == ["humaneval/a/0", "mt_bench/81"]
+    head = result["parts"]["T=0, batch 1, eagle3"]["methods"]["eagle3 chain 2"]
+    assert head["agreement"]["identical"] == 2
     assert method["graphs"] == {"counts": method["graphs"]["counts"], "obstacle": None}
     assert {"verify", "draft"} <= method["verbs"].keys()
     assert out.with_suffix(".png").exists()
@@ -245,7 +277,7 @@ def test_from_the_command_line(
     assert end_to_end.main([*words, "prompts=2", *more]) == 2
     assert "out.json: prompts=1 there, 2 now" in capsys.readouterr().err
     assert end_to_end.main([*words, "parts=none"]) == 2
-    assert "parts=none: there are draft, ngram, transformers" in capsys.readouterr().err
+    assert "parts=none: there are draft, eagle3, ngram, transformers" in capsys.readouterr().err
 
 
 IMPORTS = """
