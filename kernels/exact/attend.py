@@ -269,10 +269,17 @@ class Call:
         return strides_of(*self.tensors, self.scales[0], self.layout)
 
     def _constants(self) -> dict[str, Any]:
-        """What both kernels are compiled for."""
+        """What both kernels are compiled for. ALIGNED: rows of keys and values begin at multiples
+        of 16 bytes, wherever they lie."""
         return {
             **constants_of(*self.tensors),
+            "ALIGNED": all(map(_aligned, self.tensors[1:])),
             "WINDOW": self.options[1] > 0,
             "SOFTCAP": self.options[2] > 0,
             "OVERLAP": not self.interpreting,
         }
+
+
+def _aligned(rows: Tensor) -> bool:
+    steps = (rows.data_ptr(), *(stride * rows.itemsize for stride in rows.stride()[:-1]))
+    return all(step % 16 == 0 for step in steps)

@@ -85,6 +85,7 @@ def context_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     OVERLAP: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -229,6 +230,7 @@ def context_kernel(
                     VALUE_PAD,
                     PAGE,
                     UPCAST,
+                    ALIGNED,
                 )
                 seen = block < reach[:, None]
                 if WINDOW:
@@ -287,6 +289,7 @@ def gather(
     VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Keys and values [K, D] one by one, from pages or the scratch, in the type of the scratch:
     pages of a quantised type hold a power of two times the same numbers."""
@@ -307,6 +310,7 @@ def gather(
         KEY_DIM,
         KEY_PAD,
         UPCAST,
+        ALIGNED,
     )
     values = _either(
         value_ptr + page * stride_value_page + within * VALUE_STEP,
@@ -317,6 +321,7 @@ def gather(
         VALUE_DIM,
         VALUE_PAD,
         UPCAST,
+        ALIGNED,
     )
     return keys, values
 
@@ -331,9 +336,15 @@ def _either(
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """[K, PAD], zeros in rows that are nowhere."""
     columns = tl.arange(0, PAD)
+    if (
+        ALIGNED and page_rows.dtype == tree_rows.dtype
+    ):  # the second of two loads waits for the first
+        rows = tl.multiple_of(tl.where(in_scratch, tree_rows, page_rows), 16)
+        return load_block(rows[:, None] + columns, (in_pages | in_scratch)[:, None], columns, DIM)
     block = load_block(page_rows[:, None] + columns, in_pages[:, None], columns, DIM)
     if scales is not None:
         dtype: tl.constexpr = tree_rows.dtype.element_ty

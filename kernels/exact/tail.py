@@ -137,6 +137,7 @@ def tail_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One query of a sequence, with the heads of one group.
@@ -203,6 +204,7 @@ def tail_kernel(
             VALUE_PAD,
             PAGE,
             UPCAST,
+            ALIGNED,
         )
         acc, peak, mass = absorb(
             acc,
