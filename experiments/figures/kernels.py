@@ -147,8 +147,9 @@ def taps(result: Result) -> str:
     return piece(about, ["batch", "nodes", "states after", "without", "with", "ratio"], rows)
 
 
-def exact(result: Result) -> str:
-    """Bits of exact mode, and what it costs."""
+def exact(result: Result, bits: Result | None = None) -> str:
+    """What exact mode costs, and its bits, which may be those of another result."""
+    compared, file = (result, "exact") if bits is None else (bits, "exact_bits")
     settings = result["settings"]
     about = (
         f"`kernels.exact=true` on `{settings['target']}` in {settings['dtype']}, on one "
@@ -164,13 +165,14 @@ def exact(result: Result) -> str:
         times = [f"{one:.0f}" for one in us]
         rows.append([name, times[0], times[1], f"{case['ratio']:.3f}", *shares])
     heads = ["batch x nodes", "plain", "exact", "ratio", "roof: plain", "roof: exact"]
-    bits = piece(
+    hashes = piece(
         "Hashes of logits that were compared with those of the same tokens decoded one by one, in "
-        "one batch, and how many of them differ:",
+        f"one batch, on one {device(compared)}, and how many of them differ "
+        f"({source(compared, file)}):",
         ["kind", "compared", "different"],
-        [[kind, f"{a:,}", str(b)] for kind, (a, b) in result["bits"].items()],
+        [[kind, f"{a:,}", str(b)] for kind, (a, b) in compared["bits"].items()],
     )
-    return "\n\n".join([piece(about, heads, rows), bits])
+    return "\n\n".join([piece(about, heads, rows), hashes])
 
 
 def products(result: Result, name: str = "products") -> str:

@@ -38,7 +38,13 @@ RESULTS = ROOT / "experiments" / "results"
 FP8_PASSES = "bf16", "fp8", "70b"
 FP8_SPEEDS = "weights_speed_none", "weights_speed_fp8"
 WIDE = "drafter_wide", "drafter_wide_sampled"
-WIDE_BATCHES = [f"drafter_wide_batch{n}{heads}" for n in (8, 32) for heads in ("", "_blocks")]
+WIDE_HEADS = "drafter_wide_h200", "drafter_wide_h200_sampled"
+WIDE_BATCHES = [
+    f"drafter_wide_batch{n}{heads}{sampled}"
+    for n in (8, 32)
+    for sampled in ("", "_sampled")
+    for heads in ("", "_blocks")
+]
 GENERATED = "Generated from the JSON files by `python -m specdec.experiments.figures.pages`."
 
 
@@ -78,6 +84,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("drafter_speed", drafter_speed, {}),
             ("learned_speed", lambda _: variants("learned_speed", drafter_speed), {}),
             ("drafter_wide", lambda _: several(drafter_wide, *WIDE), {}),
+            ("drafter_wide_h200", lambda _: several(drafter_wide, *WIDE_HEADS), {}),
             ("drafter_wide_blocks", lambda _: several(drafter_wide, "drafter_wide_blocks"), {}),
             ("drafter_wide_batch8", lambda _: several(drafter_wide, *WIDE_BATCHES), {}),
             ("levels", levels, {}),
@@ -161,7 +168,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("kernel_grid", kernels.grid, {"By batch, context, tree and heads": "kernel_grid"}),
             ("kernel_steps", kernels.steps, {}),
             ("kernel_elementwise", kernels.elementwise, {}),
-            ("exact", kernels.exact, {}),
+            ("exact", lambda found: kernels.exact(found, bits=read("exact_bits")), {}),
             ("products", kernels.products, {}),
             ("taps", kernels.taps, {}),
             ("exact_texts", lambda _: variants("exact_texts", drafter_texts), {}),
