@@ -1,7 +1,7 @@
 """Tables and plots of what `specdec.experiments.bench` measures; needs no GPU."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -147,16 +147,16 @@ def taps(result: Result) -> str:
     return piece(about, ["batch", "nodes", "states after", "without", "with", "ratio"], rows)
 
 
-def exact(result: Result, bits: Result | None = None) -> str:
-    """What exact mode costs, and its bits, which may be those of another result."""
-    compared, file = (result, "exact") if bits is None else (bits, "exact_bits")
+def exact(*results: Result, files: Sequence[str] = ("exact",)) -> str:
+    """What exact mode costs, and its bits: of one result, or the bits of a second."""
+    result, compared = results[0], results[-1]
     settings = result["settings"]
     about = (
         f"`kernels.exact=true` on `{settings['target']}` in {settings['dtype']}, on one "
         f"{device(result)}. Microseconds of a pass over trees, {settings['context']} tokens of "
         f"context, medians, sides in turns; and the share that the larger of two roofs, weights "
         f"over read rate and operations over product rate, has of each "
-        f"({source(result, 'exact')}):"
+        f"({source(result, files[0])}):"
     )
     rows = []
     for name, case in result["cases"].items():
@@ -168,7 +168,7 @@ def exact(result: Result, bits: Result | None = None) -> str:
     hashes = piece(
         "Hashes of logits that were compared with those of the same tokens decoded one by one, in "
         f"one batch, on one {device(compared)}, and how many of them differ "
-        f"({source(compared, file)}):",
+        f"({source(compared, files[-1])}):",
         ["kind", "compared", "different"],
         [[kind, f"{a:,}", str(b)] for kind, (a, b) in compared["bits"].items()],
     )

@@ -168,7 +168,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("kernel_grid", kernels.grid, {"By batch, context, tree and heads": "kernel_grid"}),
             ("kernel_steps", kernels.steps, {}),
             ("kernel_elementwise", kernels.elementwise, {}),
-            ("exact", lambda found: kernels.exact(found, bits=read("exact_bits")), {}),
+            ("exact", lambda _: several(kernels.exact, "exact", "exact_bits"), {}),
             ("products", kernels.products, {}),
             ("taps", kernels.taps, {}),
             ("exact_texts", lambda _: variants("exact_texts", drafter_texts), {}),

@@ -119,3 +119,7 @@ def test_tables() -> None:
     text = kernels.exact(result)
     assert "| 1 x 2 | 11 | 11 | 1.000 | 0.50 | 0.50 |" in text
     assert "| alone | 8 | 0 |" in text
+    bits = {**about, "hardware": {"gpu": "H"}, "bits": {"alone": [9, 0]}}
+    text = kernels.exact(result, bits, files=("exact", "exact_bits"))
+    assert "| alone | 9 | 0 |" in text
+    assert "on one H, and" in text

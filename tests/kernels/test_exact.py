@@ -125,6 +125,15 @@ def test_heads(dtype: torch.dtype, shape: dict[str, Any]) -> None:
     assert_right(case, kernels=exact)
 
 
+@each_dtype
+def test_rows_that_begin_anywhere(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys next to a query come by one load if rows are aligned, else by two: the same bits."""
+    case = random_case(contexts=[200, 3], dtype=dtype, **VIEWS["path"] | {"sizes": [65, 40]})
+    found = attend(case, kernels=exact)
+    monkeypatch.setattr(exact_attend, "_aligned", lambda rows: False)
+    assert same(found, attend(case, kernels=exact))
+
+
 @pytest.mark.some(2)
 @pytest.mark.parametrize("view", ["tree", "later chain"])
 @pytest.mark.parametrize("stored", QUANTISED, ids=str)
