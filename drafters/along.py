@@ -30,6 +30,7 @@ class AlongText(Drafter):
     def __init__(self, inner: GrowingDrafter) -> None:
         self.inner, self.name, self.depth = inner, inner.name, inner.depth
         self.observes, self.reads_states = inner.observes, inner.reads_states
+        self.page_successors = inner.page_successors
         self.own_model, self.notes = inner.own_model, inner.notes
         self.candidates = inner.candidates
         self.texts: Mapping[int, Sequence[int]] = {}
@@ -39,6 +40,9 @@ class AlongText(Drafter):
 
     def prepare(self, capacity: Capacity, tree: TreePolicy) -> None:
         self.inner.prepare(capacity, tree)
+
+    def shareable(self, prefix: Sequence[int]) -> int | None:
+        return self.inner.shareable(prefix)
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding] | None:
         return self.inner.start(sequences)

@@ -129,6 +129,8 @@ class Compose(ShapedDrafter):
             ValueError: one reads states that the target does not compute, because another has.
         """
         self.observes, begun = Observes(), 0
+        each = [part.page_successors for part in self.parts if part.reads_states]
+        self.page_successors = max(each, default=0) if all(each) else 0
         for name, part in zip(self.names, self.parts, strict=True):
             self.observes |= part.observes
             notes = {
@@ -179,6 +181,10 @@ class Compose(ShapedDrafter):
                 sizes = self._sizes if number in self._tables else []
                 variants += [((number,), size) for size in (0, *sizes)]
         return variants
+
+    def shareable(self, prefix: Sequence[int]) -> int | None:
+        found = [part.shareable(prefix) for part in self.parts]
+        return min((count for count in found if count is not None), default=None)
 
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
         taken = sequences

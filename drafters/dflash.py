@@ -39,6 +39,7 @@ class DFlash(CachedHeadDrafter):
         if self.levels:
             with self.model.cache.scratch_apart(*tokens.shape):
                 self.model.read(rows, self._joined_states(seen), length)
+            self._offer(rows)
 
     def catch_up(self, rows: Tensor) -> None:
         self.model.read(rows, *self._noted(rows))

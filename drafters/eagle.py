@@ -39,6 +39,7 @@ class Eagle(CachedHeadDrafter):
         super()._use(head, target)
         if isinstance(head, MTPHead) and len(head.later):
             self.model = PagedMTP(head, target)
+            self.page_successors = len(self.model.each)
         else:
             self.model = PagedHead(head, target)
 
@@ -56,7 +57,7 @@ class Eagle(CachedHeadDrafter):
         # The root has no pair until a prompt is read; of one token there is nothing to read.
         row = sequence.row
         self._news[row, 0], self._states[row, 0] = sequence.tokens[-1], 0
-        self._prompts[row] = 0, list(sequence.tokens)
+        self._prompts[row] = sequence.found, list(sequence.tokens)
 
     def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         """Read the pairs of this part of the prompts. The pair that ends in the root is the next
@@ -82,6 +83,7 @@ class Eagle(CachedHeadDrafter):
         with cache.scratch_apart(len(parts), tokens.shape[1]):
             self.model.forward(rows, head.embed(following), head.fuse(states), chain)
             cache.append(rows, None, known, tokens.shape[1])
+        self._offer(rows)
 
     def finish(self, sequence: Decoding) -> None:
         super().finish(sequence)

@@ -49,6 +49,7 @@ class HeadDrafter(GrowingDrafter):
 
     sampled_children = True
     reads_states = True
+    page_successors = 1  # of an entry, made of a state and the token after it
     kind: ClassVar[str]
     how: HowMTP | None = None  # of MTP layers
     answers: ClassVar[str] = ""
@@ -200,6 +201,7 @@ class CachedHeadDrafter(HeadDrafter):
         if not self.levels:
             return
         self.model.prepare(capacity)
+        self._share = capacity.share
         known = self.head.config.layer.max_position_embeddings
         if capacity.max_tokens > known:
             said = (
@@ -217,14 +219,18 @@ class CachedHeadDrafter(HeadDrafter):
         """Most tokens that a step adds."""
         return (self._joined or self.levels) + 1
 
+    def shareable(self, prefix: Sequence[int]) -> int | None:
+        return self.model.cache.shareable(prefix) if self.levels else None
+
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding]:
         if not self.levels:
             return sequences
-        taken = []
+        cache, taken = self.model.cache, []
         for sequence in sequences:
-            tokens = min(sequence.request.max_tokens, self.model.cache.max_tokens)
+            tokens = min(sequence.request.max_tokens, cache.max_tokens)
+            prefix = sequence.tokens[:-1] if self._share else ()
             try:
-                self.model.cache.open(sequence.row, tokens=tokens)
+                cache.open(sequence.row, tokens=tokens, prefix=prefix, found=sequence.found)
             except CacheFullError:
                 break
             self._join(sequence)
@@ -232,8 +238,13 @@ class CachedHeadDrafter(HeadDrafter):
         return taken
 
     def _join(self, sequence: Decoding) -> None:
-        """It has a row; nothing of it is read."""
+        """It has a row; nothing of it is read but what was found."""
         self._count[sequence.row] = 0
+
+    def _offer(self, rows: Tensor) -> None:
+        """Later prompts may share what these rows have read of theirs."""
+        if self._share:
+            self.model.cache.offer(rows.tolist())
 
     def finish(self, sequence: Decoding) -> None:
         if self.levels:

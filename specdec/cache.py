@@ -77,6 +77,7 @@ class PagedKVCache:
             and head; None for `dtype`, which the scratch keeps in any case.
         kernels: the implementation that moves them, `specdec.kernels.reference` or `gpu`.
         exact: what it holds was computed with `Kernels.exact`.
+        successors: as in `Pages`.
 
     Raises:
         ValueError: a size below 1, or another `kv_dtype`.
@@ -95,6 +96,7 @@ class PagedKVCache:
         kv_dtype: torch.dtype | None = None,
         kernels: ModuleType = reference,
         exact: bool = False,
+        successors: int = 0,
     ) -> None:
         for name, value in {"page_size": page_size, "pages": pages, "rows": rows}.items():
             if value < 1:
@@ -117,7 +119,9 @@ class PagedKVCache:
         if kv_dtype is not None:
             self.key_scales = torch.ones(pool, dtype=torch.float32, device=device)
             self.value_scales = torch.ones_like(self.key_scales)
-        self._pages = Pages(count=pages, size=page_size, max_tokens=max_tokens)
+        self._pages = Pages(
+            count=pages, size=page_size, max_tokens=max_tokens, successors=successors
+        )
         columns = self.pages_for(max_tokens)
         self.page_table = torch.zeros(rows + 1, columns, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(rows + 1, dtype=torch.int32, device=device)  # committed tokens
@@ -147,10 +151,12 @@ class PagedKVCache:
 
     # Rows
 
-    def open(self, row: int, *, tokens: int, prefix: Sequence[int] = ()) -> int:
+    def open(
+        self, row: int, *, tokens: int, prefix: Sequence[int] = (), found: int | None = None
+    ) -> int:
         """Give a row all the pages it may need; arguments, result and errors are those of
         `Pages.open`."""
-        done = self._pages.open(row, tokens=tokens, prefix=prefix)
+        done = self._pages.open(row, tokens=tokens, prefix=prefix, found=found)
         pages = torch.tensor(self._pages.of(row), dtype=torch.int32)
         self.page_table[row, : len(pages)] = pages.to(self.page_table.device)
         self.capacity[row] = self.allocated(row)
@@ -227,13 +233,13 @@ class PagedKVCache:
             return
         self.append(torch.tensor(rows, device=self.keys.device), path, length, max(counts))
         for row, count in zip(rows, counts, strict=True):
-            self._pages.offer(row, committed[row], committed[row] + count)
+            self._pages.offer(row, committed[row] + count)
 
     def append(
         self, rows: Tensor, path: Tensor | None, length: Tensor, most: int | None = None
     ) -> None:
-        """As `commit`, but waits for nothing: what exceeds the pages of a row is dropped, and no
-        page is offered to later prompts.
+        """As `commit`, but waits for nothing: what exceeds the pages of a row is dropped, and
+        later prompts share no page of it before it is offered.
 
         Args:
             rows: [B] int64 on the device.
@@ -256,6 +262,13 @@ class PagedKVCache:
             self.value_scales,
         )
         self.lengths.index_add_(0, rows, length)
+
+    def offer(self, rows: Sequence[int]) -> None:
+        """Let later prompts share what these rows hold of their own prompts. Waits for the
+        device."""
+        committed = self.lengths.tolist()
+        for row in rows:
+            self._pages.offer(row, committed[row])
 
     def view(self, rows: Tensor, *, sink: int, window: int) -> PageView:
         """The first pages of each row and its last ones. Waits for nothing.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Join = Callable[[list[Decoding]], Sequence[Decoding]]
 Prefill = Callable[[Sequence[Decoding], int], Sequence[Decoding]]
+Shareable = Callable[[Sequence[int]], int | None]
 AT_ONCE = 4096  # tokens of a prompt that are read a pass a step before reading is slowed down
 MEMORY_SHARE = 0.8  # of the free memory of a GPU that pages may take
 
@@ -35,7 +36,7 @@ class CachedModel:
     def __init__(self, lm: PagedLM, *, prefixes: "Prefixes | None" = None) -> None:
         self.lm, self._prefixes = lm, prefixes
         self.cache: PagedKVCache
-        self._share = True
+        self._share, self._successors = True, 0
         self._unread: dict[int, list[int]] = {}  # by row, of prompts that are not read whole
 
     def prepare(self, capacity: Capacity) -> None:
@@ -46,7 +47,7 @@ class CachedModel:
         """
         if hasattr(self, "cache"):
             del self.cache  # its memory is free for the new one
-        self._share = capacity.share
+        self._share, self._successors = capacity.share, capacity.successors
         self._unread.clear()
         if self._prefixes is not None and self._prefixes.serves(self.lm, capacity):
             self.cache = self._prefixes.cache
@@ -57,6 +58,7 @@ class CachedModel:
             page_size=capacity.page_size,
             max_tokens=capacity.max_tokens,
             kv_dtype=capacity.kv_dtype,
+            successors=capacity.successors,
         )
 
     def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
@@ -67,30 +69,35 @@ class CachedModel:
         """
         return [*takewhile(self._open, sequences)]
 
-    def wave(self, pending: Sequence[Decoding]) -> tuple[list[Decoding], list[Decoding]]:
+    def wave(
+        self, pending: Sequence[Decoding], shareable: Shareable
+    ) -> tuple[list[Decoding], list[Decoding]]:
         """As `start`, for those that share nothing with one another but what is in the cache
-        already: these, and who is next."""
+        already, and what others have of it (`Drafter.shareable`): these, and who is next."""
         wave: list[Decoding] = []
         later: list[Decoding] = []
         page = self.cache.page_size
         for sequence in pending:
-            prefix = sequence.tokens[:-1]
+            prefix = sequence.tokens[:-1] if self._share else []
+            here, there = self.cache.shareable(prefix), shareable(prefix)
+            found = here if there is None else min(here, there)
             common = max((_common(prefix, other.tokens[:-1]) for other in wave), default=0)
-            if self._share and common // page * page > self.cache.shareable(prefix):
+            if (common - self._successors) // page * page > found:
                 later.append(sequence)
-            elif self._open(sequence):
+            elif self._open(sequence, found):
+                sequence.found = found
                 wave.append(sequence)
             else:
                 return wave, []
         return wave, later
 
-    def _open(self, sequence: Decoding) -> bool:
-        """Whether there was room for it."""
+    def _open(self, sequence: Decoding, found: int | None = None) -> bool:
+        """Whether there was room for it; `found` as in `Pages.open`."""
         prefix = sequence.tokens[:-1]
         tokens = min(sequence.request.max_tokens, self.cache.max_tokens)
         shared = prefix if self._share else ()
         try:
-            done = self.cache.open(sequence.row, tokens=tokens, prefix=shared)
+            done = self.cache.open(sequence.row, tokens=tokens, prefix=shared, found=found)
         except CacheFullError:
             return False
         self._unread[sequence.row] = prefix[done:]
@@ -136,7 +143,7 @@ class Reading:
     Args:
         model: whose cache it is.
         sequences: in order; those that find no room are never returned.
-        join, prefill: as in `Verifier.start`.
+        join, prefill, shareable: as in `Verifier.start`.
         chunk, beside: `prefill_chunk` and `prefill_beside` of `CacheSettings`.
         how: `see`, `logits` and `taps` of `PagedLM.prefill`.
     """
@@ -147,12 +154,14 @@ class Reading:
         sequences: Sequence[Decoding],
         join: Join,
         prefill: Prefill,
+        shareable: Shareable,
         *,
         chunk: int,
         beside: int | None,
         **how: Any,
     ) -> None:
         self._model, self._join, self._prefill, self._how = model, join, prefill, how
+        self._shareable = shareable
         self._chunk, self._rate = chunk, beside
         self._pending = list(sequences)
         self._wave: list[Decoding] = []  # those that are being read
@@ -186,7 +195,7 @@ class Reading:
 
     def _begin(self) -> None:
         """Open rows for those that need not wait for the pages of another."""
-        wave, self._pending = self._model.wave(self._pending)
+        wave, self._pending = self._model.wave(self._pending, self._shareable)
         taken = self._join(wave) if wave else wave
         if len(taken) < len(wave):
             self._pending = []

@@ -79,7 +79,7 @@ class Decoder:
         evidence: bool = False,
     ) -> None:
         self.verifier, self.drafter, self.rule, self.sampling = verifier, drafter, rule, sampling
-        self.device, self.capacity, self._recorded = verifier.device, capacity, trees
+        self.device, self._recorded = verifier.device, trees
         self._kernels = verifier.kernels.on(self.device)
         self.stop_tokens, self.stop_strings = frozenset(stop_tokens), stop_strings
         self._evidence = evidence
@@ -89,11 +89,12 @@ class Decoder:
                 processors, rows=capacity.rows, device=self.device, kernels=self._kernels
             )
         drafter.check(tree)
-        if drafter.reads_states and capacity.share:
+        if drafter.reads_states and capacity.share and not drafter.page_successors:
             raise ValueError(
                 "capacity.share=True: the drafter reads states of whole prompts, which tokens "
                 "found in shared pages do not have; make it False"
             )
+        self.capacity = capacity = replace(capacity, successors=drafter.page_successors)
         verifier.prepare(capacity, drafter.observes)
         drafter.prepare(capacity, tree)
         drafter.forget()
@@ -234,7 +235,8 @@ class Decoder:
 
     def _start(self, sequences: list[Decoding]) -> Intake:
         read = partial(self._read_prompt, sequences)
-        return self.verifier.start(sequences, self._start_draft, read, self._prefill_draft)
+        asked = self._start_draft, read, self._prefill_draft, self.drafter.shareable
+        return self.verifier.start(sequences, *asked)
 
     def _start_draft(self, sequences: list[Decoding]) -> Sequence[Decoding]:
         with self._blame(sequences):

@@ -22,8 +22,8 @@ class Observes:
         tokens: so many of the target's most probable tokens, after every node that it verifies.
         prompts: the same after every token of a prompt that it reads. What another sequence has
             read already, and shares, is not read again.
-        taps: states of the target at every node; with `prompts` at every token of every prompt,
-            so that nothing is shared.
+        taps: states of the target at every node, and with `prompts` likewise: a drafter says
+            (`page_successors`) whether it needs those of all tokens.
     """
 
     tokens: int = 0

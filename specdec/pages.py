@@ -6,6 +6,7 @@ of its positions
     [committed, allocated)   belong to the row and are empty.
 Full pages never change again, so rows may share those of a common beginning of their prompts,
 which are found by exact match and held by reference count; a page that is not full has one row.
+What a page holds may depend on tokens after its own (`successors`): these must match too.
 A row holds all pages it may ever need from the moment it is opened, so nothing can run out in the
 middle of a step.
 """
@@ -18,13 +19,14 @@ class CacheFullError(RuntimeError):
     """Too few free pages for a row to be opened now; it may fit when other rows have closed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Row:
     """An open row."""
 
     pages: list[int]
     # Tokens of the prompt, whose full pages may be shared.
     prefix: list[int]
+    offered: int = 0  # full pages of it that later prompts were offered
 
 
 class Pages:
@@ -34,15 +36,17 @@ class Pages:
         count: pages in the pool.
         size: tokens of a page.
         max_tokens: the longest sequence a row may hold.
+        successors: tokens after its own that what a page holds depends on.
     """
 
-    def __init__(self, *, count: int, size: int, max_tokens: int) -> None:
+    def __init__(self, *, count: int, size: int, max_tokens: int, successors: int = 0) -> None:
         self.count, self.size, self.max_tokens = count, size, max_tokens
+        self.successors = successors
         self._rows: dict[int, _Row] = {}
         self._free = list(range(count - 1, -1, -1))
         self._references = [0] * count
-        # A full page of a prompt, found by what precedes it and its own tokens. The parent page is
-        # alive as long as the child is, so its number identifies the whole prefix.
+        # A full page of a prompt, found by what precedes it, its own tokens and their successors.
+        # The parent page is alive as long as the child is, so its number identifies the prefix.
         self._shared: dict[tuple[int, tuple[int, ...]], int] = {}
         self._shared_key: dict[int, tuple[int, tuple[int, ...]]] = {}
 
@@ -68,19 +72,22 @@ class Pages:
         """Tokens that fit into the pages of an open row."""
         return len(self._rows[row].pages) * self.size
 
-    def open(self, row: int, *, tokens: int, prefix: Sequence[int] = ()) -> int:
+    def open(
+        self, row: int, *, tokens: int, prefix: Sequence[int] = (), found: int | None = None
+    ) -> int:
         """Give a row all the pages it may need, those that `match` its prefix among them.
 
         Args:
             tokens: the row will never hold more.
             prefix: the tokens it is about to commit first.
+            found: so many of them are to be in pages that it shares; None is all that match.
 
         Returns:
             How many tokens of the prefix are already committed, a multiple of the page size.
 
         Raises:
             CacheFullError: too few free pages; nothing has changed.
-            RuntimeError: the row is open.
+            RuntimeError: the row is open, or fewer are found.
             ValueError: more tokens than a row or the whole pool can hold.
         """
         if row in self._rows:
@@ -95,6 +102,13 @@ class Pages:
                 f"a sequence of {tokens} tokens exceeds the {self.count} pages of the cache"
             )
         shared = self.match(prefix)
+        if found is not None:
+            if found > len(shared) * self.size:
+                raise RuntimeError(
+                    f"cache row {row}: {found} tokens to be shared, "
+                    f"{len(shared) * self.size} are on offer"
+                )
+            shared = shared[: found // self.size]
         own = needed - len(shared)
         if own > self.free:
             raise CacheFullError(f"{own} pages needed, {self.free} free")
@@ -117,29 +131,30 @@ class Pages:
     def match(self, prefix: Sequence[int]) -> list[int]:
         """The pages on offer that hold the beginning of a prompt, in order."""
         pages: list[int] = []
-        for i in range(len(prefix) // self.size):
+        for i in range((len(prefix) - self.successors) // self.size):
             page = self._shared.get(self._key(prefix, pages, i))
             if page is None:
                 break
             pages.append(page)
         return pages
 
-    def offer(self, row: int, before: int, after: int) -> None:
-        """Let later prompts share what a row has filled by going from `before` to `after`
-        committed tokens: the pages of its own prompt that are full now."""
+    def offer(self, row: int, committed: int) -> None:
+        """Let later prompts share the pages of a row's own prompt that are full, now that it has
+        so many tokens committed."""
         state = self._rows[row]
-        last = min(after, len(state.prefix)) // self.size
-        for i in range(before // self.size, last):
+        full = min(committed, len(state.prefix) - self.successors) // self.size
+        for i in range(state.offered, full):
             key = self._key(state.prefix, state.pages, i)
             if key not in self._shared:
                 self._shared[key] = state.pages[i]
                 self._shared_key[state.pages[i]] = key
+        state.offered = full
 
     def _key(
         self, prefix: Sequence[int], pages: Sequence[int], i: int
     ) -> tuple[int, tuple[int, ...]]:
         parent = pages[i - 1] if i else -1
-        return parent, tuple(prefix[i * self.size : (i + 1) * self.size])
+        return parent, tuple(prefix[i * self.size : (i + 1) * self.size + self.successors])
 
     def check(self, committed: Mapping[int, int]) -> None:
         """Raise RuntimeError, naming the first violation, unless every invariant holds.

@@ -102,16 +102,14 @@ class LogitsError(ValueError):
 
 
 class Drafter:
-    """Guesses a tree of next tokens for each sequence. `draft` is the only method a drafter must
-    have.
+    """Guesses a tree of next tokens for each sequence. Of its methods it must have `draft` alone.
 
     It is made of the settings of its YAML, `YourDrafter(**settings)`, and may refuse them. Then
     come `check`, before any model is loaded, `load`, and for every run `prepare`.
 
     Attributes:
         name: what messages call it; the runner gives that of its YAML.
-        depth: levels it drafts at most, the setting `depth` of most drafters; None leaves it to
-            the tree policy.
+        depth: levels it drafts at most, a setting of most; None leaves it to the tree policy.
         sampled_children: what `tree.children=auto` becomes at temperature above 0: True if its
             probabilities are good enough to sample children from, False to take its most probable
             tokens.
@@ -125,16 +123,16 @@ class Drafter:
             when the tokens of the last step have arrived; it may look at them and write to
             tensors, and what it returns, one of the variants, is what `draft` and `commit` depend
             on besides tensors.
-        most_nodes: the size of its trees at most, the root included, if it works on the host; None
-            if it cannot say.
+        most_nodes: of its trees, roots included, if it works on the host; None if it cannot say.
         sources: the names that the numbers in `TokenTree.source` stand for.
         observes: what it wants to see of the target; `commit` and `read` get it.
         reset: after what it forgets what it learns online ("prompt", "category" or "never", as in
             `drafters/state.py`); None if it learns nothing. The summary of a run repeats it.
         own_model: the model it drafts with, if that is none but its own; known when it is loaded.
         reads_states: whether it observes hidden states of prompts; known before it is loaded.
-        notes: what it has found out when it was loaded, in words, by setting. A run says it before
-            decoding and in its summary.
+        page_successors: if so, pages are shared where so many tokens after them are equal too, on
+            which depends what it keeps of a page; 0 if it needs the states of whole prompts.
+        notes: by setting, in words, what loading has found out; a run and its summary say it.
     """
 
     name = ""
@@ -149,6 +147,7 @@ class Drafter:
     reset: str | None = None
     own_model: "PagedLM | None" = None
     reads_states = False
+    page_successors = 0
     notes: Mapping[str, str] = {}  # replaced, never written to
 
     def check(self, tree: "TreePolicy") -> None:
@@ -173,6 +172,10 @@ class Drafter:
         """Once per run, before the first prompt: make room for so many sequences, and draft trees
         of this policy, which `check` has passed."""
 
+    def shareable(self, prefix: Sequence[int]) -> int | None:
+        """Of how many tokens of this prompt it has all it needs in pages of its own, so that the
+        target may read from there on; None: of any."""
+
     def start(self, sequences: Sequence[Decoding]) -> Sequence[Decoding] | None:
         """These sequences are about to join the batch; all but the last of their tokens are
         context. Returned are those there is room for, in order, or None: all."""
@@ -183,13 +186,8 @@ class Drafter:
 
     def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         """After `start`, if it `observes` prompts: the target has read more of some of them, in
-        order.
-
-        Args:
-            rows: [B] int64, cache rows.
-            tokens: [B, N] int64, of which `length` [B] count.
-            seen: after each of them.
-        """
+        order; in cache rows [B] int64 tokens [B, N] int64, of which `length` [B] count, and `seen`
+        is after each of them."""
 
     def look(self, sequences: Sequence[Decoding], wanted: Any = None) -> Hashable:
         """On the host, for a drafter with `variants`: which of them the next `draft` of these
@@ -431,6 +429,7 @@ class Verifier(Protocol):
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
         prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
+        shareable: Callable[[Sequence[int]], int | None],
     ) -> "Intake":
         """Begin to take these sequences in, in order, as far as there is room.
 
@@ -438,6 +437,7 @@ class Verifier(Protocol):
             join: called with those that found room; returns those that the drafter takes too.
             read: as `Drafter.read`, called if that is asked for.
             prefill: of the drafter likewise, to be called until it has returned them all.
+            shareable: of the drafter likewise, asked before a sequence gets room.
         """
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:

@@ -41,6 +41,7 @@ class Decoding:
     steps: int = 0
     drafted: int = 0  # nodes proposed, the root not counted
     accepted_lengths: list[int] = field(default_factory=list)  # new tokens of each step
+    found: int = 0  # tokens of the prompt that the target has found in shared pages
     finish_reason: str | None = None  # "stop", "length" or "context"
     evidence: list[list[float]] = field(default_factory=list)  # of each new token, if recorded
 
@@ -60,8 +61,8 @@ class Capacity:
         pages: pages of each cache; None is enough for `rows` sequences of `max_tokens`, or what
             the memory of the GPU holds.
         kv_dtype: what the pages hold keys and values as; None for the type of each model.
-        share: whether sequences share the pages of equal beginnings. Not where a drafter reads
-            hidden states of prompts: tokens found in pages have none.
+        share: whether sequences share the pages of equal beginnings.
+        successors: tokens after those of a page that must be equal too: `Drafter.page_successors`.
 
     Raises:
         ValueError: so few pages that not even one such sequence fits.
@@ -73,6 +74,7 @@ class Capacity:
     pages: int | None = None
     kv_dtype: torch.dtype | None = None
     share: bool = True
+    successors: int = 0
 
     def __post_init__(self) -> None:
         if self.rows < 1:
@@ -107,7 +109,7 @@ class CacheSettings:
         dtype: what the pages hold keys and values as: auto (the type of each model), fp8_e4m3 or
             int8.
         share: whether sequences share the pages of equal beginnings; None: unless the drafter
-            reads hidden states of prompts, which tokens found in pages do not have.
+            reads hidden states of prompts, which it reads whole then.
 
     Raises:
         ValueError: a setting out of range.
@@ -129,16 +131,7 @@ class CacheSettings:
             raise ValueError(f"cache.dtype={self.dtype}: must be {', '.join(KV_DTYPES)}")
 
     def shares(self, *, states: bool) -> bool:
-        """Whether sequences share pages beside a drafter that reads hidden `states`, or not.
-
-        Raises:
-            ValueError: they cannot, and were to.
-        """
-        if self.share and states:
-            raise ValueError(
-                "cache.share=true: the drafter reads hidden states of whole prompts, and tokens "
-                "found in shared pages have none; use cache.share=null"
-            )
+        """Whether sequences share pages beside a drafter that reads hidden `states`, or not."""
         return not states if self.share is None else self.share
 
     def capacity(

@@ -145,6 +145,7 @@ class FakeVerifier:
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
         prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
+        shareable: Callable[[Sequence[int]], int | None],
     ) -> Intake:
         return Unread(join(list(sequences)), prefill)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specdec.cache import PagedKVCache
-from specdec.cached_model import CachedModel, Join, Prefill, Reading
+from specdec.cached_model import CachedModel, Join, Prefill, Reading, Shareable
 from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
 from specdec.models.states import States
@@ -59,6 +59,7 @@ class TreeVerifier:
         join: Join,
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
         prefill: Prefill,
+        shareable: Shareable,
     ) -> Reading:
         kernels, asked, how = self.kernels.on(self.device), self._observes, dict(self._pace)
 
@@ -73,7 +74,7 @@ class TreeVerifier:
 
         if asked.prompts:
             how |= {"see": see, "logits": asked.tokens > 0, "taps": asked.taps}
-        return Reading(self.target, sequences, join, prefill, **how)
+        return Reading(self.target, sequences, join, prefill, shareable, **how)
 
     def verify(self, context: StepContext, tree: TokenTree) -> tuple[Tensor, Observation]:
         """Logits by tree attention (SpecInfer, Miao et al. 2024, section 4)."""

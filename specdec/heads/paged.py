@@ -77,6 +77,7 @@ class PagedHead:
             device=self.device,
             kernels=self.kernels,
             exact=self._exact,
+            successors=capacity.successors,
         )
 
     @torch.inference_mode()

@@ -37,7 +37,7 @@ class PagedMTP:
         self._width = head.width
         self._depth = 0  # of the nodes that passed last
         self._made: list[Tensor] = []  # [B, N, D], what each layer made of them
-        self._seen: Tensor  # [rows], pairs read
+        self._seen: Tensor  # [rows], pairs read, not those in shared pages
         self._last: Tensor  # [rows, E, D], what each layer made of the last of them
 
     @property
@@ -59,11 +59,24 @@ class PagedMTP:
             rows, len(self.each), self._width, dtype=self.dtype, device=device
         )
 
-    def open(self, row: int, *, tokens: int, prefix: Sequence[int] = ()) -> None:
+    def shareable(self, prefix: Sequence[int]) -> int:
+        """As that of `PagedKVCache`, in all of them."""
+        return min(one.cache.shareable(prefix) for one in self.each)
+
+    def offer(self, rows: Sequence[int]) -> None:
         """As that of `PagedKVCache`."""
+        for one in self.each:
+            one.cache.offer(rows)
+
+    def open(
+        self, row: int, *, tokens: int, prefix: Sequence[int] = (), found: int | None = None
+    ) -> None:
+        """As that of `PagedKVCache`. A row that begins with shared pages has as many entries of
+        each layer, and goes on as one that begins: layer m leaves out its first m pairs, whose
+        entries it has."""
         for index, one in enumerate(self.each):
             try:
-                one.cache.open(row, tokens=tokens, prefix=prefix)
+                one.cache.open(row, tokens=tokens, prefix=prefix, found=found)
             except CacheFullError:
                 for before in self.each[:index]:
                     before.cache.close(row)

@@ -289,10 +289,17 @@ def shares_pages(settings: Settings) -> bool:
     """Whether sequences of a run share pages.
 
     Raises:
-        ValueError: they are to, and the drafter reads hidden states.
+        ValueError: they are to, and the drafter needs hidden states of all of a prompt.
     """
-    kinds = _kinds("drafter", group_of(settings, "drafter"))
-    return cache_of(settings).shares(states=any(kind.reads_states for kind in kinds))
+    cache = cache_of(settings)
+    reading = [k for k in _kinds("drafter", group_of(settings, "drafter")) if k.reads_states]
+    whole = [kind.__name__ for kind in reading if not kind.page_successors]
+    if cache.share and whole:
+        raise ValueError(
+            f"cache.share=true: {whole[0]} reads hidden states of whole prompts, and tokens found "
+            f"in shared pages have none; use cache.share=null"
+        )
+    return cache.shares(states=bool(reading))
 
 
 def _kinds(setting: str, settings: Any) -> list[type[Drafter]]:

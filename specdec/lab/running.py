@@ -260,10 +260,11 @@ def experiment_of(checked: Checked, console: Console) -> Experiment:
         for note in [] if model is None else model.notes:
             tell(console, note)
     if method.drafter.reads_states and cache_of(settings).share is None:
+        mend = "; with cache.share=true they do" if method.drafter.page_successors else ""
         tell(
             console,
             f"cache.share: {method.drafter_name} reads hidden states of whole prompts, so prompts "
-            f"share no pages, neither here nor in plain decoding",
+            f"share no pages, neither here nor in plain decoding{mend}",
         )
     return Experiment(
         target=target,

@@ -172,9 +172,10 @@ class Round:
                 prefixes.settle()
 
     def _share_prompts(self, lanes: Sequence[tuple[Lane, list[Course]]]) -> Prefixes | None:
-        """One cache of the target for all of them, if their sequences share pages."""
+        """One cache of the target for all of them, if their sequences share pages, and none needs
+        pages of its own beside them."""
         of = self._courses[0].experiment
-        if not of.capacity.share:
+        if not of.capacity.share or any(lane.method.drafter.reads_states for lane, _ in lanes):
             return None
         chunk = cache_of(self.jobs[0].settings).prefill_chunk
         prefixes = Prefixes(of.target, of.capacity, chunk=chunk)

@@ -152,6 +152,7 @@ class PagedLM:
         page_size: int,
         max_tokens: int,
         kv_dtype: torch.dtype | None = None,
+        successors: int = 0,
     ) -> PagedKVCache:
         """An empty cache for this model; arguments as in `PagedKVCache`."""
         return PagedKVCache(
@@ -165,6 +166,7 @@ class PagedLM:
             kv_dtype=kv_dtype,
             kernels=self._kernels,
             exact=self.kernels.exact,
+            successors=successors,
         )
 
     @torch.inference_mode()

@@ -49,6 +49,7 @@ class NoTarget:
         join: Callable[[list[Decoding]], Sequence[Decoding]],
         read: Callable[[Tensor, Tensor, Tensor, Observation], None],
         prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
+        shareable: Callable[[Sequence[int]], int | None],
     ) -> Unread:
         return Unread(join(list(sequences)), prefill)
 

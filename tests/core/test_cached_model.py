@@ -37,8 +37,12 @@ def whole(reading: Reading) -> list[Decoding]:
 
 
 def at_once(sequences: Sequence[Decoding], tokens: int) -> Sequence[Decoding]:
-    """A drafter that reads no prompts."""
+    """A drafter that reads no prompts,"""
     return sequences
+
+
+def whatever(prefix: Sequence[int]) -> None:
+    """and has no pages of its own."""
 
 
 @pytest.mark.parametrize("most", range(5))
@@ -59,7 +63,7 @@ def test_rows_that_the_drafter_does_not_take_are_given_back(target: PagedLM, mos
     def see(rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         read.update(rows.tolist())
 
-    started = whole(verifier.start(asked, join, see, at_once))
+    started = whole(verifier.start(asked, join, see, at_once, whatever))
     assert started == taken == asked[:most]
     assert read == {s.row for s in started}
     cache.check()
@@ -67,7 +71,7 @@ def test_rows_that_the_drafter_does_not_take_are_given_back(target: PagedLM, mos
         assert cache.committed(s.row) == len(s.tokens) - 1
     most = len(asked)
     # The rows of the others are free.
-    started += whole(verifier.start(asked[len(started) :], join, see, at_once))
+    started += whole(verifier.start(asked[len(started) :], join, see, at_once, whatever))
     assert started == asked
     cache.check()
     for s in asked:
@@ -86,7 +90,7 @@ def test_a_drafter_may_take_a_later_one_without_the_one_before(
     verifier.prepare(Capacity(rows=4, max_tokens=40, page_size=PAGE_SIZE), Observes())
     cache, asked = verifier.cache, sequences()[:2]
     part = [asked[i] for i in kept]
-    started = whole(verifier.start(asked, lambda wave: part, lambda *_: None, at_once))
+    started = whole(verifier.start(asked, lambda wave: part, lambda *_: None, at_once, whatever))
     assert started == part
     for sequence in part:
         assert cache.committed(sequence.row) == len(sequence.tokens) - 1

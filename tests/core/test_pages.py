@@ -26,21 +26,33 @@ def test_pages_need_no_torch() -> None:
 
 class Life:
     """Pages and the model beside them. A token stands with all that precedes it, as keys and
-    values do, so that a page that is shared or written to wrongly shows in what it holds."""
+    values do, and of prompts with its successors, so that a page that is shared or written to
+    wrongly shows in what it holds."""
 
-    def __init__(self, *, count: int = COUNT) -> None:
-        self.pages = Pages(count=count, size=SIZE, max_tokens=MAX_TOKENS)
+    def __init__(self, *, count: int = COUNT, successors: int = 0) -> None:
+        self.pages = Pages(count=count, size=SIZE, max_tokens=MAX_TOKENS, successors=successors)
+        self.successors = successors
         self.prompts: dict[int, list[int]] = {}  # announced at `open`, of each open row
         self.histories: dict[int, list[int]] = {}  # tokens committed, of each open row
         self.held: dict[int, list[int]] = {}  # pages of each open row
         self.written: dict[tuple[int, int], list[int]] = {}  # history at each place of each page
-        # Under the pages of the beginning and all tokens up to the end of the page.
+        # Under the pages of the beginning and all tokens up to the end of the page, and those
+        # that come after it.
         self.offered: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         self.announced: list[list[int]] = []
 
-    def open(self, row: int, prompt: list[int], *, tokens: int = MAX_TOKENS) -> int:
+    def open(
+        self,
+        row: int,
+        prompt: list[int],
+        *,
+        tokens: int = MAX_TOKENS,
+        found: int | None = None,
+    ) -> int:
         match, held = self.match(prompt), {page for own in self.held.values() for page in own}
-        done = self.pages.open(row, tokens=tokens, prefix=prompt)
+        if found is not None:
+            match = match[: found // SIZE]
+        done = self.pages.open(row, tokens=tokens, prefix=prompt, found=found)
         own = self.pages.of(row)
         assert own[: len(match)] == match
         assert held.isdisjoint(own[len(match) :])
@@ -58,9 +70,12 @@ class Life:
             history = [*self.histories[row], token]
             page, place = divmod(len(history) - 1, SIZE)
             self.written[own[page], place] = self.histories[row] = history
-            if place == SIZE - 1 and len(history) <= len(prompt):
-                self.offered.setdefault((tuple(own[:page]), tuple(history)), own[page])
-        self.pages.offer(row, before, before + len(tokens))
+            whole = prompt[: len(history) + self.successors]
+            if len(history) + self.successors <= len(prompt):
+                self.written[own[page], place] = whole
+                if place == SIZE - 1:
+                    self.offered.setdefault((tuple(own[:page]), tuple(whole)), own[page])
+        self.pages.offer(row, before + len(tokens))
 
     def close(self, row: int) -> None:
         self.pages.close(row)
@@ -70,8 +85,8 @@ class Life:
 
     def match(self, prompt: Sequence[int]) -> list[int]:
         pages: list[int] = []
-        for end in range(SIZE, len(prompt) + 1, SIZE):
-            page = self.offered.get((tuple(pages), tuple(prompt[:end])))
+        for end in range(SIZE, len(prompt) + 1 - self.successors, SIZE):
+            page = self.offered.get((tuple(pages), tuple(prompt[: end + self.successors])))
             if page is None:
                 break
             pages.append(page)
@@ -86,14 +101,16 @@ class Life:
             own = self.pages.of(row)
             assert own == self.held[row]
             for i in range(len(history)):
-                assert self.written[own[i // SIZE], i % SIZE] == history[: i + 1]
+                depends = (history[: i + 1], self.prompts[row][: i + 1 + self.successors])
+                assert self.written[own[i // SIZE], i % SIZE] in depends
             assert all(holders[page] == 1 for page in own[len(history) // SIZE :])
         for prompt in self.announced:
             match = self.pages.match(prompt)
             assert match == self.match(prompt)
             assert holders.keys() >= set(match)
             for i in range(len(match) * SIZE):
-                assert self.written[match[i // SIZE], i % SIZE] == prompt[: i + 1]
+                held_there = self.written[match[i // SIZE], i % SIZE]
+                assert held_there == prompt[: i + 1 + self.successors]
 
     def assert_unchanged_by(
         self, call: Callable[[], object], kind: type[Exception], message: str
@@ -112,26 +129,34 @@ PROMPTS = st.sampled_from([[0] * 9, [0] * 4 + [1] * 4, [0] * 3 + [1] * 6, [1, 0,
 class PagesMachine(RuleBasedStateMachine):
     """Random lives of rows."""
 
+    successors = 0
+
     def __init__(self) -> None:
         super().__init__()
-        self.life = Life()
+        self.life = Life(successors=self.successors)
 
     def closed_rows(self) -> list[int]:
         return [row for row in range(ROWS) if row not in self.life.histories]
 
     @precondition(lambda self: self.closed_rows())
-    @rule(data=st.data(), prompt=PROMPTS, room=st.integers(1, 7))
-    def open(self, data: st.DataObject, prompt: list[int], room: int) -> None:
+    @rule(data=st.data(), prompt=PROMPTS, room=st.integers(1, 7), fewer=st.integers(0, 2))
+    def open(self, data: st.DataObject, prompt: list[int], room: int, fewer: int) -> None:
+        """With all pages that it finds, or fewer."""
         row, life = data.draw(st.sampled_from(self.closed_rows())), self.life
         tokens = min(len(prompt) + room, MAX_TOKENS)
-        needed = -(-tokens // SIZE) - len(life.match(prompt))
+        match = len(life.match(prompt))
+        taken = max(0, match - fewer)
+        found = taken * SIZE if fewer else None
+        needed = -(-tokens // SIZE) - taken
         if needed <= life.pages.free:
-            life.open(row, prompt, tokens=tokens)
-            return
-        message = f"^{needed} pages needed, {life.pages.free} free$"
-        life.assert_unchanged_by(
-            lambda: life.pages.open(row, tokens=tokens, prefix=prompt), CacheFullError, message
-        )
+            life.open(row, prompt, tokens=tokens, found=found)
+        else:
+            message = f"^{needed} pages needed, {life.pages.free} free$"
+            life.assert_unchanged_by(
+                lambda: life.pages.open(row, tokens=tokens, prefix=prompt, found=found),
+                CacheFullError,
+                message,
+            )
 
     @precondition(lambda self: self.life.histories)
     @rule(data=st.data(), drafted=st.lists(st.integers(0, 2), max_size=9))
@@ -164,6 +189,16 @@ PagesMachine.TestCase.settings = settings(
     max_examples=75, stateful_step_count=30, deadline=None, derandomize=True
 )
 TestRandomLives = PagesMachine.TestCase
+
+
+class SuccessorsMachine(PagesMachine):
+    successors = 2
+
+
+SuccessorsMachine.TestCase.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
+)
+TestRandomLivesOfPagesThatDependOnWhatFollows = SuccessorsMachine.TestCase
 
 
 # Prompts
@@ -241,6 +276,11 @@ def test_errors_of_open_change_nothing() -> None:
     life = Life(count=5)
     life.open(0, [], tokens=7)
     life.commit(0, [1, 1, 1, 1])
+    life.assert_unchanged_by(
+        lambda: life.pages.open(2, tokens=9, prefix=[1] * 9, found=3),
+        RuntimeError,
+        "^cache row 2: 3 tokens to be shared, 0 are on offer$",
+    )
     for row, tokens, kind, message in (
         (0, 1, RuntimeError, "cache row 0 is already open"),
         (1, 17, ValueError, "a sequence of 17 tokens exceeds the 16 of a cache row"),
@@ -274,7 +314,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Pages], object]]] = {
     "two_writers": ("rows 0 and 1 may both write to it", swap_owner_page),
     "offered_page_is_not_full": (
         "on offer, and row 0 may write to it",
-        lambda pages: pages.offer(0, 0, 6),
+        lambda pages: pages.offer(0, 6),
     ),
     "freed_in_use": (
         "is free and in use",

@@ -11,9 +11,10 @@ from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import quantise_layer
 from tests.decoding import loaded
+from tests.drafters.test_shared_pages import decoded, decoder, drafter_of
 from tests.heads import made
 from tests.kernels.memory import DEVICE
-from tests.models.tiny import VOCABULARY, tiny
+from tests.models.tiny import VOCABULARY, texts, tiny
 
 EXACT = Kernels(impl="triton", exact=True)
 TEXT = [3 * i % 89 + 1 for i in range(26)]
@@ -89,3 +90,20 @@ def test_caches_of_the_other_setting_are_refused() -> None:
         cache = theirs.new_cache(rows=1, pages=2, page_size=16, max_tokens=20)
         with pytest.raises(ValueError, match=r"kernels\.exact=.*: model was given a cache"):
             mine.prefill(cache, [0], [[1, 2]])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ordered_products")
+def test_entries_of_a_head_have_equal_bits_where_pages_are_shared(tmp_path: Path) -> None:
+    exact = PagedLM(tiny("llama", num_hidden_layers=2).to(DEVICE), kernels=EXACT)
+    drafter, _ = drafter_of("three layers", tmp_path, exact)
+    first, second = texts()
+    asked = [[*first, *second[:8]], [*first[:21], *second[:3]]]
+    apart, shared = (
+        decoded(decoder(exact, drafter, 2, share=share, page_size=16, chunk=20), asked, 1)
+        for share in (False, True)
+    )
+    assert (apart.read - shared.read, shared.texts, shared.trees) == (16, apart.texts, apart.trees)
+    for number, held in apart.held.items():
+        for mine, theirs in zip(shared.held[number], held, strict=True):
+            assert torch.equal(mine, theirs)

@@ -222,6 +222,21 @@ def test_methods_in_turns_are_what_they_are_alone(specdec, tmp_path, monkeypatch
     assert not any(job.shared for job in jobs_of(tmp_path / "s"))
 
 
+@pytest.mark.slow
+def test_nobody_finds_prompts_read_beside_a_drafter_that_must_read_its_own(specdec, tmp_path):
+    """Each reads them, shared by its own samples alone."""
+    words = (*SHORT[:-1], "tree.budget=3", "cache.share=true", "sampling=sample")
+    words += ("prompts.samples=2",)
+    assert specdec(*TURNS, *words, "drafter=ngram,eagle3", f"out={tmp_path}/s")[0] == 0
+    for drafter, job in ((one["choices"]["drafter"], job) for job, one in configs(tmp_path / "s")):
+        out = tmp_path / drafter
+        assert specdec(*words, f"drafter={drafter}", f"out={out}")[0] == 0
+        assert outputs(job) == outputs(out)
+        summary = summary_of(job)
+        assert (summary["in_turns"], summary["lossless"]["verdict"]) == (True, "passed")
+        assert "shared_prefill" not in summary
+
+
 def test_methods_take_turns_without_plain_decoding(specdec, tmp_path):
     words = (*SHORT, "drafter=ngram,pld", "tree.budget=3", "baseline=false")
     assert specdec(*TURNS, *words, f"out={tmp_path}/s")[0] == 0
