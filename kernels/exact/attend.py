@@ -175,6 +175,7 @@ class Call:
             SLOTS=TAIL,
             # Whole in half precision; else tiles as small as those of the pieces.
             AT_ONCE=TAIL if self.blocks.keys * 2 == TAIL else self.blocks.keys,
+            ONE_LOAD=all(map(_aligned, self.tensors[1:])),
             num_warps=self.blocks.warps,
             launch_pdl=not self.interpreting,
             **self._constants(),
@@ -269,11 +270,9 @@ class Call:
         return strides_of(*self.tensors, self.scales[0], self.layout)
 
     def _constants(self) -> dict[str, Any]:
-        """What both kernels are compiled for. ALIGNED: rows of keys and values begin at multiples
-        of 16 bytes, wherever they lie."""
+        """What both kernels are compiled for."""
         return {
             **constants_of(*self.tensors),
-            "ALIGNED": all(map(_aligned, self.tensors[1:])),
             "WINDOW": self.options[1] > 0,
             "SOFTCAP": self.options[2] > 0,
             "OVERLAP": not self.interpreting,
@@ -281,5 +280,6 @@ class Call:
 
 
 def _aligned(rows: Tensor) -> bool:
+    """Whether rows [..., D] begin at multiples of 16 bytes."""
     steps = (rows.data_ptr(), *(stride * rows.itemsize for stride in rows.stride()[:-1]))
     return all(step % 16 == 0 for step in steps)

@@ -85,7 +85,6 @@ def context_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    ALIGNED: tl.constexpr,
     OVERLAP: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -230,7 +229,7 @@ def context_kernel(
                     VALUE_PAD,
                     PAGE,
                     UPCAST,
-                    ALIGNED,
+                    False,  # registers are too few
                 )
                 seen = block < reach[:, None]
                 if WINDOW:
@@ -289,10 +288,14 @@ def gather(
     VALUE_PAD: tl.constexpr,
     PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ONE_LOAD: tl.constexpr,
 ):
     """Keys and values [K, D] one by one, from pages or the scratch, in the type of the scratch:
-    pages of a quantised type hold a power of two times the same numbers."""
+    pages of a quantised type hold a power of two times the same numbers.
+
+    Args:
+        ONE_LOAD: rows begin at multiples of 16 bytes, so that one load may read either.
+    """
     page = tl.load(page_table_ptr + index // PAGE, mask=in_pages, other=0).to(tl.int64)
     within = index % PAGE
     row = scratch_row.to(tl.int64)
@@ -310,7 +313,7 @@ def gather(
         KEY_DIM,
         KEY_PAD,
         UPCAST,
-        ALIGNED,
+        ONE_LOAD,
     )
     values = _either(
         value_ptr + page * stride_value_page + within * VALUE_STEP,
@@ -321,7 +324,7 @@ def gather(
         VALUE_DIM,
         VALUE_PAD,
         UPCAST,
-        ALIGNED,
+        ONE_LOAD,
     )
     return keys, values
 
@@ -336,13 +339,11 @@ def _either(
     DIM: tl.constexpr,
     PAD: tl.constexpr,
     UPCAST: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ONE_LOAD: tl.constexpr,
 ):
     """[K, PAD], zeros in rows that are nowhere."""
     columns = tl.arange(0, PAD)
-    if (
-        ALIGNED and page_rows.dtype == tree_rows.dtype
-    ):  # the second of two loads waits for the first
+    if ONE_LOAD and page_rows.dtype == tree_rows.dtype:  # two loads wait for one another
         rows = tl.multiple_of(tl.where(in_scratch, tree_rows, page_rows), 16)
         return load_block(rows[:, None] + columns, (in_pages | in_scratch)[:, None], columns, DIM)
     block = load_block(page_rows[:, None] + columns, in_pages[:, None], columns, DIM)

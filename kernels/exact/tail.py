@@ -137,7 +137,7 @@ def tail_kernel(
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ONE_LOAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One query of a sequence, with the heads of one group.
@@ -204,7 +204,7 @@ def tail_kernel(
             VALUE_PAD,
             PAGE,
             UPCAST,
-            ALIGNED,
+            ONE_LOAD,
         )
         acc, peak, mass = absorb(
             acc,
