@@ -194,7 +194,8 @@ class Texts:
             for i in range(8):
                 found = self.step(self.cache, rows, [t[n + i] for t, n in self._pairs(rows)])
                 different = int((found != self.wanted[rows, i]).sum())
-                yield ("alone" if size == 1 else "batches of 2 to 48"), size, different
+                kind = "alone" if size == 1 else f"batches of 2 to {len(self.texts)}"
+                yield kind, size, different
 
     def _prefills(self) -> Iterator[tuple[str, int, int]]:
         """Prompts that end somewhere among the tokens compared, in a cache of their own."""

@@ -199,10 +199,12 @@ def drafter_texts(*results: Result, files: Sequence[str] = ("exact_texts",)) -> 
     """The table of `drafters.py grid=texts`: how many texts are those of plain decoding, and how
     many are the same whatever the batch. Several results are of other batches or temperatures."""
     settings = results[0]["settings"]
+    stored = settings.get("cache_dtype", "auto")
+    pages = "" if stored == "auto" else f" with keys and values in {stored}"
     notes = {one["settings"]["batch"]: one["note"] for one in results if "note" in one}
     said = "".join(f". Batch {batch}: {note}" for batch, note in notes.items())
     about = (
-        f"Texts of exact mode, `{settings['target']}` in {settings['dtype']} on one "
+        f"Texts of exact mode, `{settings['target']}` in {settings['dtype']}{pages} on one "
         f"{device(results[0])}, {settings['tokens']} new tokens each, and how many are those of "
         f"`none`; last, of those decoded in several batches, how many are the same in all "
         f"({'; '.join(map(source, results, files))}){said}:"

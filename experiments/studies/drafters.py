@@ -238,7 +238,7 @@ def methods(
     sampled = bool(temperature) and drafter in MODELS
     children = " tree.children=sample" if sampled else ""
     if grid == "texts":
-        for shape in FAST[drafter][bool(temperature)][:1] if drafter not in TIMED else ():
+        for shape in FAST[drafter][bool(temperature)][:1]:
             yield 0, shape + children
         return
     if grid == "wide":

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 from specdec.lab.build import cache_of, method_of, placement_of
 from specdec.lab.command import Positive, option
@@ -152,6 +152,7 @@ class StudyOptions:
     prompts: Positive = option(8, "of each set or category")
     batch: Positive = option(1, "sequences together")
     exact: bool = option(False, "kernels.exact of all models")
+    cache_dtype: Literal["auto", "fp8_e4m3", "int8"] = option("auto", "cache.dtype of all models")
 
     def __post_init__(self) -> None:
         """Refuse to begin without prompts."""
@@ -166,7 +167,7 @@ class StudyOptions:
     def workshop(self, *words: str) -> Workshop:
         """With these models, and settings beside them."""
         placed = f"device={self.device} dtype={self.dtype} batch_size={self.batch}"
-        placed += f" target.quantize={self.quantize}"
+        placed += f" target.quantize={self.quantize} cache.dtype={self.cache_dtype}"
         exact = ["kernels.exact=true"] if self.exact else []
         return Workshop(word("target.path", self.target), placed, *exact, *words)
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from specdec.cache import PagedKVCache
 from specdec.experiments.figures import drafters as tables
 from specdec.experiments.studies import drafters
 from specdec.experiments.tools import retokenize
@@ -67,7 +69,7 @@ def test_grids_keep_budgets_and_lose_nothing(grid: str, temperature: float) -> N
 def test_texts_are_of_one_tree_of_each_drafter(temperature: float) -> None:
     for name, shapes in drafters.FAST.items():
         found = list(drafters.methods("texts", temperature, name, 32))
-        wanted = () if name in drafters.TIMED else shapes[bool(temperature)][:1]
+        wanted = shapes[bool(temperature)][:1]
         assert [shape.split(" tree.children")[0] for _, shape in found] == list(wanted)
 
 
@@ -267,3 +269,26 @@ def test_wide_trees_stand_beside_their_chain() -> None:
         "4.00 (4.00 to 4.00)",
         "2.00 (2.00 to 2.00) |",
     ]
+
+
+def test_texts_over_quantised_pages_are_of_those_pages(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    opened = PagedKVCache.open
+
+    def open_(cache: PagedKVCache, *where: Any, **what: Any) -> int:
+        seen.add(cache.kv_dtype)
+        return opened(cache, *where, **what)
+
+    monkeypatch.setattr(PagedKVCache, "open", open_)
+    out = tmp_path / "texts.json"
+    words = words_of(
+        files, out, "grid=texts", "temperatures=0", "drafters=pld", "cache_dtype=int8"
+    )
+    assert drafters.main(words) == 0
+    assert seen == {torch.int8}
+    result = json.loads(out.read_text())
+    text = tables.drafter_texts(result)
+    assert "in float32 with keys and values in int8 on one" in text
+    assert "| 0 | `pld`: chain 16 | 5 of 5 |" in text
