@@ -8,7 +8,8 @@ from torch import Tensor
 
 from specdec.cached_model import CachedModel
 from specdec.drafters.growth import Expand, Frontier, GrowingDrafter
-from specdec.models.load import Models, find_model
+from specdec.heads.formats import check_whole
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
 from specdec.observation import Observation
@@ -63,7 +64,7 @@ class SmallLlama(GrowingDrafter):
         self._drafted: tuple[TokenTree, Tensor]
 
     def find(self) -> None:
-        find_model(self.path, setting="drafter.path")
+        check_whole(self.path, "drafter.path")
 
     def load(self, target: PagedLM, models: Models) -> None:
         self.lm = self.own_model = models.load(

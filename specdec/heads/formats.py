@@ -40,11 +40,12 @@ from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
 from specdec.heads.verifier import check_verifier
 from specdec.heads.widen import moved, widen
+from specdec.models.load import find_model
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import Quantize
 from specdec.observation import Tap
 
-__all__ = ["find_head", "levels_of", "load_head"]
+__all__ = ["check_whole", "find_head", "levels_of", "load_head"]
 
 RECURRENT: dict[str, tuple[Any, Any]] = {
     "eagle3": (eagle3_config, Eagle3Head),
@@ -124,12 +125,34 @@ def _asked_for(files: HeadFiles, kinds: Sequence[str]) -> Layout:
     """
     layout = recognise(files.shapes, files.config, files.name)
     if layout.kind not in kinds:
-        group = "method" if files.name.startswith("method.") else "drafter"
-        raise ValueError(
-            f"{files.name}: is a head of kind {layout.kind} ({layout.label}), and "
-            f"{' or '.join(kinds)} is asked for; use {group}={layout.kind}"
-        )
+        raise _another(files, layout, " or ".join(kinds))
     return layout
+
+
+def _another(files: HeadFiles, layout: Layout, wanted: str) -> ValueError:
+    group = "method" if files.name.startswith("method.") else "drafter"
+    return ValueError(
+        f"{files.name}: is a head of kind {layout.kind} ({layout.label}), and {wanted} is asked "
+        f"for; use {group}={layout.kind}"
+    )
+
+
+def check_whole(path: str, setting: str) -> None:
+    """Find a model that is none of the heads, as far as that is known before it is loaded.
+
+    Raises:
+        ValueError: no such built-in model, stand-in or folder, or it holds a head alone.
+    """
+    if not Path(find_model(path, setting=setting)).is_dir():
+        return
+    try:
+        files = HeadFiles(path, setting)
+        layout = recognise(files.shapes, files.config, files.name)
+    except ValueError:  # no head; what is wrong with a model, loading tells
+        return
+    its = {key for of_layer in (layout.files, *layout.later) for key in of_layer.values()}
+    if not any("layers.0.mlp." in key for key in files.shapes.keys() - its):
+        raise _another(files, layout, "a whole model")
 
 
 def levels_of(path: str, kinds: Sequence[str], setting: str = "drafter.path") -> int | None:

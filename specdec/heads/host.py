@@ -61,6 +61,7 @@ class Host:
         rows, width = small.vocab_size, small.hidden_size
         return replace(
             whole,
+            name=f"the small model of {whole.name}",
             layers=small.num_hidden_layers,
             state_size=width,
             vocab_size=rows,

@@ -50,6 +50,13 @@ def check_taps(taps: Sequence[Tap], layers: int, setting: str = "method.taps") -
         raise ValueError(f"{setting}={list(taps)}: must be one or more, each once")
 
 
+def chosen_taps(taps: Sequence[Tap] | None, layers: int) -> tuple[Tap, ...]:
+    """Those of `method.taps`, as `check_taps`; the default ones if it is open."""
+    chosen = default_taps(layers) if taps is None else tuple(taps)
+    check_taps(chosen, layers)
+    return chosen
+
+
 class Teacher:
     """States and logits of a target.
 

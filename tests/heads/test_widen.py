@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from specdec.heads.formats import load_head
 from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaConfig, MedusaHeads
 from specdec.heads.recurrent import (
@@ -401,3 +402,12 @@ def test_a_stand_in_knows_how_it_was_made(monkeypatch: pytest.MonkeyPatch) -> No
     assert made is not None
     assert (made.shape, made.small.hidden_size) == (SHAPE, SMALL)
     assert [made.tap(tap) for tap in (0, 1, 5, 6, "normal")] == [0, 1, 6, 8, "normal"]
+
+
+def test_states_of_its_heads_are_those_of_the_small_model() -> None:
+    """Eight layers of the stand-in are six of the small model, whose the refusal says they are."""
+    standin = Widening(small=AutoConfig.from_pretrained(zoo_path("target")), shape=SHAPE)
+    large = PagedLM(build(SHAPE), name="target.path=standin:base", standin=standin)
+    said = r"state 7, and those of the small model of target\.path=standin:base are 0 to 6 and"
+    with pytest.raises(ValueError, match=said):
+        load_head("zoo:eagle3", large, kinds=["eagle3"], taps=[1, 7])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from specdec.drafters.small_llama import SmallLlama as Draft
 from specdec.heads.formats import load_head
 from specdec.models.load import zoo_path
 from specdec.models.paged import PagedLM
@@ -20,8 +21,12 @@ from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.eagle3 import Eagle3
 from specdec.training.methods.medusa import Medusa
 from specdec.training.methods.peagle import PEagle
+from specdec.training.methods.small_llama import SmallLlama
 from specdec.training.optimise import Optimisers
+from tests.heads import made as heads
+from tests.heads.mtp import mtp
 from tests.models.standins import BASE, build
+from tests.models.tiny import tiny
 from tests.training.methods import HEADS, METHODS, made, seen_of
 from tests.training.small import surroundings, target
 
@@ -125,6 +130,22 @@ def test_a_widened_head_is_refused(tmp_path: Path) -> None:
     lm = PagedLM(build(BASE), standin=Widening(small=small, shape=BASE))
     with pytest.raises(ValueError, match=r"was widened for .*; train it for the model that"):
         Eagle3(path="zoo:eagle3").check(lm)
+
+
+def test_a_head_is_no_draft_model(tmp_path: Path) -> None:
+    """It is named before anything is loaded; a model may hold a head beside its layers."""
+    model = tiny("llama")
+    write = {"eagle3": heads.eagle3, "eagle": heads.eagle, "medusa": heads.medusa, "mtp": mtp}
+    for kind, written in write.items():
+        written(tmp_path / kind, model)
+        said = rf"^method\.path=.*{kind}: is a head of kind {kind} .* use method={kind}$"
+        with pytest.raises(ValueError, match=said):
+            SmallLlama(path=str(tmp_path / kind))
+    with pytest.raises(ValueError, match=r"^drafter\.path=zoo:eagle3: .* use drafter=eagle3$"):
+        Draft(path="zoo:eagle3").find()
+    mtp(tmp_path / "whole", model, whole=True)
+    for path in ("zoo:draft", "standin:llama_160m", "on/the-hub", str(tmp_path / "whole")):
+        SmallLlama(path=path)
 
 
 @pytest.mark.parametrize(

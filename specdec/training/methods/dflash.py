@@ -21,7 +21,7 @@ from specdec.training.blocks import anchors_of, chains_of, drafted, levels_at, p
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
 from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
-from specdec.training.teacher import check_taps, default_taps
+from specdec.training.teacher import chosen_taps
 from specdec.training.trainee import (
     Drafts,
     Lesson,
@@ -83,19 +83,17 @@ class DFlash(HeadMethod):
                 f"method.window={self.window}: must hold method.block={self.block}, or be null"
             )
 
-    def _taps(self, config: Any) -> tuple[Tap, ...]:
-        layers = config.get_text_config().num_hidden_layers
-        taps = default_taps(layers) if self.taps is None else tuple(self.taps)
-        check_taps(taps, layers)
-        if layers in taps:
+    def _taps(self, target: PagedLM) -> tuple[Tap, ...]:
+        taps = chosen_taps(self.taps, target.layers)
+        if target.layers in taps:
             raise ValueError(
                 f"method.taps={list(taps)}: files of DFlash heads have no name for the last state "
-                f"before its norm; use normal instead of {layers}"
+                f"before its norm; use normal instead of {target.layers}"
             )
         return taps
 
     def check(self, target: PagedLM) -> None:
-        self._taps(target.model.config)
+        self._taps(target)
         super().check(target)
 
     def make(self, surroundings: Surroundings) -> "DFlashTrainee":
@@ -123,7 +121,7 @@ class DFlash(HeadMethod):
                 rope_theta=self.rope_theta,
                 make=Qwen3Config,
             ),
-            "taps": self._taps(target.model.config),
+            "taps": self._taps(target),
             **sizes_of(target),
             "block": self.block,
             "mask": 0,

@@ -10,7 +10,7 @@ from specdec.observation import Tap
 from specdec.training.losses import LOSSES
 from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
 from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
-from specdec.training.teacher import check_taps, default_taps
+from specdec.training.teacher import chosen_taps
 from specdec.training.trainee import Surroundings, check_choice, check_least
 
 
@@ -55,14 +55,8 @@ class Eagle3(HeadMethod):
         check_recurrent(steps=self.steps, decay=self.decay, rope_theta=self.rope_theta)
         check_least(layers=self.layers, draft_vocab=self.draft_vocab)
 
-    def _taps(self, config: Any) -> tuple[Tap, ...]:
-        layers = config.get_text_config().num_hidden_layers
-        taps = default_taps(layers) if self.taps is None else tuple(self.taps)
-        check_taps(taps, layers)
-        return taps
-
     def check(self, target: PagedLM) -> None:
-        self._taps(target.model.config)
+        chosen_taps(self.taps, target.layers)
         vocab = target.model.config.get_text_config().vocab_size
         if self.draft_vocab is not None and self.draft_vocab > vocab:
             raise ValueError(
@@ -83,7 +77,7 @@ class Eagle3(HeadMethod):
             "layer": layer_config(
                 target.model.config, layers=self.layers, rope_theta=self.rope_theta
             ),
-            "taps": self._taps(target.model.config),
+            "taps": chosen_taps(self.taps, target.layers),
             **sizes_of(target),
             "vocab_size": self.draft_vocab or target.vocab_size,
             "fc_norm": self.fc_norm,

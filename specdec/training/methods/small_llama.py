@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.models.load import Models, find_model
+from specdec.heads.formats import check_whole
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.training.batches import Seen
@@ -34,7 +35,7 @@ class SmallLlama(TrainingMethod):
         loss: kl, reverse_kl, tv, lk or ce.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or a head.
     """
 
     drafter = "small_llama"
@@ -45,7 +46,7 @@ class SmallLlama(TrainingMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("loss", self.loss, LOSSES)
-        find_model(self.path, setting="method.path")
+        check_whole(self.path, "method.path")
 
     def make(self, surroundings: Surroundings) -> "SmallTrainee":
         target = surroundings.target
