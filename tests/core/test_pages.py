@@ -97,6 +97,7 @@ class Life:
         assert sorted(self.pages.rows) == sorted(self.histories)
         holders = Counter(page for own in self.held.values() for page in own)
         assert self.pages.free == self.pages.count - len(holders)
+        assert sorted(self.pages._shared_key) == sorted(self.offered.values())
         for row, history in self.histories.items():
             own = self.pages.of(row)
             assert own == self.held[row]
@@ -273,6 +274,7 @@ def test_two_rows_that_fill_the_same_prompt_at_once_both_survive(first: int) -> 
 
 
 def test_errors_of_open_change_nothing() -> None:
+    Life(count=5).open(0, [], tokens=15)  # as many pages as there are
     life = Life(count=5)
     life.open(0, [], tokens=7)
     life.commit(0, [1, 1, 1, 1])
