@@ -234,8 +234,8 @@ class Decoder:
         self._stopwatch.lap("prefill")
 
     def _start(self, sequences: list[Decoding]) -> Intake:
-        read = partial(self._read_prompt, sequences)
-        asked = self._start_draft, read, self._prefill_draft, self.drafter.shareable
+        read, shareable = partial(self._read_prompt, sequences), self.drafter.shareable
+        asked = self._start_draft, read, self._prefill_draft, self._blame(sequences)(shareable)
         return self.verifier.start(sequences, *asked)
 
     def _start_draft(self, sequences: list[Decoding]) -> Sequence[Decoding]:

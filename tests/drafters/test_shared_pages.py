@@ -31,7 +31,7 @@ from specdec.lab.build import shares_pages
 from specdec.lab.settings import settings_of
 from specdec.models.paged import PagedLM
 from specdec.observation import Observes
-from specdec.protocols import Drafter
+from specdec.protocols import Drafter, DraftError
 from specdec.request import Decoding
 from specdec.verifier.verifier import TreeVerifier
 from tests.decoding import decoder_of, loaded, outputs_of, requests_of
@@ -350,6 +350,15 @@ class Whole(GrowingDrafter):
 
     def load(self, target: PagedLM, models: Any) -> None:
         self.observes = Observes(taps=(2,), prompts=True)
+
+
+def test_who_fails_to_say_what_it_has_is_named(target: PagedLM) -> None:
+    class Failing(NoDrafter):
+        def shareable(self, prefix: Sequence[int]) -> int | None:
+            raise IndexError("nothing there")
+
+    with pytest.raises(DraftError, match="Failing failed on request 0: IndexError: nothing"):
+        outputs_of(decoder_of(target, Failing()), [[5, 6]], 2)
 
 
 def test_who_needs_states_of_whole_prompts_is_refused(target: PagedLM, tmp_path: Path) -> None:
