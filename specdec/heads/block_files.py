@@ -10,19 +10,17 @@ from dataclasses import fields as dataclass_fields
 from typing import Any, get_args
 
 from torch import Tensor
-from transformers import Qwen3Config
 
 from specdec.heads.block import MASK_ROW, BlockConfig, BlockHead
 from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.flash2 import Flash2Config
 from specdec.heads.host import Host
 from specdec.heads.layouts import Layout
-from specdec.heads.reading import check_states, decoder_config, mask_token, named
+from specdec.heads.reading import check_states, decoder_config, mask_token, named, windows_of
 from specdec.heads.spark import Markov, SparkConfig
 from specdec.heads.taps import settled_taps
 from specdec.models.weights import BrokenFilesError
 from specdec.observation import Tap
-from specdec.reasons import first_line
 
 DEFAULT_BLOCK = {False: 16, True: 8}  # of raw files, of those that speculators wrote
 MASK_FILE = f"{MASK_ROW}.pt"  # beside the weights of some
@@ -224,29 +222,14 @@ def _attention(
             f"{files.name}: {CONFIG} asks for attention_mode={other[0]}, which layers of heads do "
             f"not have here; take another head"
         )
-    names = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
-    stated = {name: layout.layer[name] for name in names if name in layout.layer}
-    try:
-        known: Any = Qwen3Config(num_hidden_layers=layers, **stated)
-        sliding = [{"sliding_attention": 1, "full_attention": 0}[x] for x in known.layer_types]
-        window: int | None = known.sliding_window
-    except Exception as error:  # of any class: config.json can hold anything
-        raise BrokenFilesError(
-            f"{files.name}: the layer_types of {CONFIG} are none of full and sliding attention "
-            f"({first_line(error)}); take the head's own {CONFIG}"
-        ) from None
-    if any(sliding) and (window or 0) < block:
-        raise ValueError(
-            f"{files.name}: {CONFIG} has sliding_window={window}, and a window must hold a block "
-            f"of {block}; take another head"
-        )
-    return _causal(layout, said, sliding), tuple(window if one else None for one in sliding)
+    windows = windows_of(layout.layer, layers, files.name, least=block)
+    return _causal(layout, said, [one is not None for one in windows]), windows
 
 
-def _causal(layout: Layout, said: Mapping[str, Any], sliding: Sequence[int]) -> tuple[bool, ...]:
+def _causal(layout: Layout, said: Mapping[str, Any], sliding: Sequence[bool]) -> tuple[bool, ...]:
     if layout.wrapped:  # full attention is always both ways there
         both = bool(said.get("sliding_window_non_causal", layout.selects))
-        return tuple(bool(one) and not both for one in sliding)
+        return tuple(one and not both for one in sliding)
     stated = (said.get(name) for name in ("is_causal", "causal_head", "causal"))
     every = next((one for one in stated if one is not None), None)
     return tuple(bool(one if every is None else every) for one in sliding)

@@ -122,12 +122,8 @@ def save_block(
         if not name.startswith(lent)
     }
     outputs = [target_layers - 1 if tap == "normal" else tap - 1 for tap in config.taps]
-    reach = [window for window in config.windows if window]
     stated = {
-        **_layer_of(head),  # which knows no windows if it was read
-        "layer_types": [f"{'sliding' if one else 'full'}_attention" for one in config.windows],
-        "use_sliding_window": bool(reach),
-        "sliding_window": max(reach, default=None),
+        **_layer_of(head),
         "architectures": ["DFlashDraftModel"],
         "block_size": config.block,
         "num_target_layers": target_layers,
@@ -163,6 +159,11 @@ def _layer_of(head: LayeredHead) -> dict[str, Any]:
         for key, value in head.config.layer.to_dict().items()
         if key not in ("transformers_version", "architectures", "_name_or_path")
     }
+    windows = head.config.windows
+    if windows:  # by the fields of Qwen3, whatever the layers are
+        layer["layer_types"] = [f"{'sliding' if one else 'full'}_attention" for one in windows]
+        layer["sliding_window"] = max((one for one in windows if one), default=None)
+        layer["use_sliding_window"] = any(windows)
     return {**layer, "vocab_size": head.config.target_vocab}
 
 

@@ -40,6 +40,8 @@ class HeadConfig:
         target_vocab: V, rows of its embedding.
         vocab_size: VD, tokens it can name.
         output_bias: with `layer.attention_bias`, whether o_proj has one beside q, k and v.
+        windows: tokens that attention reaches back over in each layer, None for all; () is all in
+            every layer.
     """
 
     layer: Any
@@ -48,6 +50,7 @@ class HeadConfig:
     target_vocab: int
     vocab_size: int
     output_bias: bool = True
+    windows: tuple[int | None, ...] = ()
 
 
 class LayeredHead(nn.Module):

@@ -25,7 +25,6 @@ class PagedHead:
         head: on the device of the target, in its type.
         target: whose context and type it shares.
         kernels: which compute; None for the target's.
-        windows: of the attention of each layer; None sees all.
     """
 
     def __init__(
@@ -34,17 +33,15 @@ class PagedHead:
         target: PagedLM,
         *,
         kernels: Kernels | None = None,
-        windows: Sequence[int | None] | None = None,
     ) -> None:
         which = kernels or target.kernels
         module = which.on(target.device)
         head.kernels, head.exact = module, which.exact
         self.head, self.kernels = head, module
+        windows = head.config.windows or [None] * len(head.layers)
         self.layers = [
             head.run(layer, window, module)
-            for layer, window in zip(
-                head.layers, windows or [None] * len(head.layers), strict=True
-            )
+            for layer, window in zip(head.layers, windows, strict=True)
         ]
         self.angles = Angles(head.rotary, target.max_context, head.embed_tokens.weight)
         self.device, self.dtype, self.looks = target.device, target.dtype, target.looks

@@ -29,7 +29,7 @@ class PagedBlock(PagedHead):
 
     def __init__(self, head: BlockHead, target: PagedLM) -> None:
         kernels = replace(target.kernels, exact=False)
-        super().__init__(head, target, kernels=kernels, windows=head.config.windows)
+        super().__init__(head, target, kernels=kernels)
         # Keys and values of all layers are one product of what they have in common.
         size = self.kv_shape.key_dim
         each = [layer.self_attn for layer in head.layers]

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.host import Host
-from specdec.heads.layouts import BLOCK_KINDS, EAGLE3_KINDS, Layout
+from specdec.heads.layouts import EAGLE3_KINDS, Layout
 from specdec.heads.parallel import ParallelConfig
 from specdec.heads.recurrent import Eagle3Config, EagleConfig
 from specdec.heads.rope import rope_parameters
@@ -62,6 +62,7 @@ def eagle3_config(
         fc=fc,
         fc_bias="fc.bias" in shapes,
         pairs=max(pairs, 1),
+        windows=_windows(layout, decoder, files.name),
     )
 
 
@@ -145,6 +146,7 @@ def eagle_config(
         embedding_norm=not norms and "embedding_layernorm.weight" in shapes,
         input_norm="layers.0.input_layernorm.weight" in shapes,
         output_norm="norm.weight" in shapes,
+        windows=_windows(layout, decoder, files.name),
     )
 
 
@@ -164,7 +166,7 @@ def decoder_config(
                 f"{name}: {CONFIG} has {field}={layer.get(field)}, which must be a number of at "
                 f"least 1; take the head's own {CONFIG}"
             )
-    _check_kind(layer, name, sliding=layout.kind in BLOCK_KINDS)
+    _check_kind(layer, name, sliding=layout.kind != "mtp")
     heads = layer["num_attention_heads"]
     rows = shapes.get("layers.0.self_attn.q_proj.weight", (0,))[0]
     if rows % (2 * heads):
@@ -197,6 +199,41 @@ def decoder_config(
             f"own"
         ) from None
     return made
+
+
+def _windows(layout: Layout, decoder: Any, name: str) -> tuple[int | None, ...]:
+    """Of each layer of a recurrent head; () if none has one, whatever its fields say besides."""
+    if layout.layer.get("use_sliding_window") is not True:
+        return ()
+    return windows_of(layout.layer, decoder.num_hidden_layers, name)
+
+
+def windows_of(
+    layer: Mapping[str, Any], layers: int, name: str, *, least: int = 1
+) -> tuple[int | None, ...]:
+    """Tokens that attention reaches back over in each layer, None for all, by the fields of Qwen3.
+
+    Raises:
+        ValueError: other kinds of attention, or a window that does not hold `least` tokens.
+    """
+    names = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    stated = {name: layer[name] for name in names if name in layer}
+    try:
+        known: Any = Qwen3Config(num_hidden_layers=layers, **stated)
+        sliding = [{"sliding_attention": 1, "full_attention": 0}[x] for x in known.layer_types]
+        window: int | None = known.sliding_window
+    except Exception as error:  # of any class: config.json can hold anything
+        raise BrokenFilesError(
+            f"{name}: the layer_types of {CONFIG} are none of full and sliding attention "
+            f"({first_line(error)}); take the head's own {CONFIG}"
+        ) from None
+    if any(sliding) and (type(window) is not int or window < least):
+        held = "a token" if least == 1 else f"a block of {least}"
+        raise ValueError(
+            f"{name}: {CONFIG} has sliding_window={window}, and a window must hold {held}; take "
+            f"another head"
+        )
+    return tuple(window if one else None for one in sliding)
 
 
 def _check_kind(layer: Mapping[str, Any], name: str, *, sliding: bool) -> None:

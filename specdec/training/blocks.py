@@ -100,10 +100,13 @@ def rolled(
     known = torch.arange(slots, device=anchors.device)
     places = anchors[..., None] + 1 + torch.arange(further, device=anchors.device)
     every = torch.cat([known.expand(len(tokens), -1), places.flatten(1)], dim=1)
+    window = next(iter(head.config.windows), None)  # the same in all layers that are trained
     of_pairs = known[None, :] <= known[:, None]  # [T, T]
+    if window is not None:
+        of_pairs &= known[None, :] > known[:, None] - window
     mask = of_pairs.expand(len(tokens), 1, -1, -1)
     if further:
-        behind = visible(anchors, known, places.flatten(1), causal=True, window=None)
+        behind = visible(anchors, known, places.flatten(1), causal=True, window=window)
         mask = torch.cat([nn.functional.pad(mask, (0, count * further)), behind], dim=2)
 
     def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -35,10 +35,11 @@ def unroll(head: LayeredHead, states: Tensor, tokens: Tensor, steps: int) -> lis
     slots = torch.arange(tokens.shape[1], device=tokens.device)
     angles = head.rotary(feature, slots[None].expand_as(tokens))
     entries: list[Entries] = [[] for _ in head.layers]
+    windows = head.config.windows or (None,) * len(head.layers)
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         entries[layer].append((key, value))
-        return chain_attention(query, entries[layer])
+        return chain_attention(query, entries[layer], windows[layer])
 
     outputs = []
     for step in range(steps):
@@ -59,9 +60,15 @@ def later(x: Tensor, slots: int, dim: int) -> Tensor:
     return torch.cat([ahead, kept], dim=dim)
 
 
-def chain_attention(query: Tensor, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def chain_attention(
+    query: Tensor, entries: Sequence[tuple[Tensor, Tensor]], window: int | None = None
+) -> Tensor:
     """What the queries [B, HQ, T, d] of the last step see: keys of step 0 so many slots back as
     there are later steps, and of each later step the one key of their own chain.
+
+    Args:
+        window: how many slots they reach back over, themselves among them, more than there are
+            later steps; None is all.
 
     Returns:
         [B, HQ, T, d]
@@ -69,24 +76,27 @@ def chain_attention(query: Tensor, entries: Sequence[tuple[Tensor, Tensor]]) -> 
     step = len(entries) - 1
     (key, value), *chain = entries
     groups = query.shape[1] // key.shape[1]
+    slots = torch.arange(query.shape[2], device=query.device)
+    seen = slots[None, :] <= slots[:, None] - step
+    if window is not None:
+        seen &= slots[None, :] > slots[:, None] - window
     if not step:
+        mask = None if window is None else seen
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=groups > 1
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1
         )
     query = query * query.shape[-1] ** -0.5
     wide = query.unflatten(1, (-1, groups))  # [B, HKV, G, T, d]
     scores = wide @ key.unsqueeze(2).transpose(-1, -2)  # [B, HKV, G, T, T]
-    slots = torch.arange(query.shape[2], device=query.device)
-    hidden = slots[None, :] > slots[:, None] - step
-    scores = scores.masked_fill(hidden, -torch.inf)
+    scores = scores.masked_fill(~seen, -torch.inf)
     own = [
         (later(k, step - i, dim=2).unsqueeze(2), later(v, step - i, dim=2).unsqueeze(2))
         for i, (k, v) in enumerate(chain, start=1)
     ]
     singles = [(wide * k).sum(-1, keepdim=True) for k, _ in own]
     weights = torch.cat([scores, *singles], dim=-1).float().softmax(-1).to(value.dtype)
-    seen = weights[..., : -len(own)] @ value.unsqueeze(2)
+    found = weights[..., : -len(own)] @ value.unsqueeze(2)
     for i, (_, v) in enumerate(own):
         at = weights.shape[-1] - len(own) + i
-        seen = seen + weights[..., at : at + 1] * v
-    return seen.flatten(1, 2)
+        found = found + weights[..., at : at + 1] * v
+    return found.flatten(1, 2)

@@ -82,6 +82,14 @@ def layer_config(target: Any, **others: Any) -> dict[str, Any]:
     }
 
 
+def sliding(window: int | None, layers: int) -> dict[str, Any]:
+    """What config.json says of a window in all layers."""
+    if window is None:
+        return {}
+    kinds = ["sliding_attention"] * layers
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+
+
 def write(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], file: str
 ) -> None:
@@ -143,6 +151,7 @@ def eagle3(
     prefix: str = "",
     dtype: torch.dtype | None = None,
     rope: tuple[dict[str, Any], dict[str, Any]] = PLAIN,
+    window: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Facts:
     """A head of EAGLE-3.
@@ -155,6 +164,7 @@ def eagle3(
         prefix: before every name of a tensor.
         dtype: of matrices and norms in the file.
         rope: as config.json says it, and as the oracle has it.
+        window: of its attention.
         config: more of config.json.
     """
     random, flags = Random(), frozenset(flags)
@@ -182,7 +192,7 @@ def eagle3(
     if dtype is not None:
         for key, value in tensors.items():
             tensors[key] = value.to(dtype) if value.is_floating_point() else value
-    layer = layer_config(target, num_hidden_layers=layers, **rope[0])
+    layer = layer_config(target, num_hidden_layers=layers, **rope[0], **sliding(window, layers))
     said = {
         "safeailab": {},
         "specforge": {"architectures": ["LlamaForCausalLMEagle3"]},
@@ -214,6 +224,7 @@ def eagle3(
         rope=rope[1],
         flags=flags | more,
         block={} if mask is None else {"mask": mask},
+        window=window,
     )
 
 
@@ -247,6 +258,7 @@ def eagle(
     in_use: bool = False,
     file: str | None = None,
     rope: tuple[dict[str, Any], dict[str, Any]] = PLAIN,
+    window: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Facts:
     """A head of EAGLE-1.
@@ -268,7 +280,7 @@ def eagle(
     tensors |= {f"{norm}.weight": random.norm(D) for norm in norms}
     if "pre_lm_head_layernorm" in norms:
         tensors["pre_lm_head_layernorm.weight"] *= 3  # so that some tokens are likely
-    layer = layer_config(target, num_hidden_layers=layers, **rope[0])
+    layer = layer_config(target, num_hidden_layers=layers, **rope[0], **sliding(window, layers))
     whole: dict[str, Any] = layer if fc_bias else layer | {"bias": False}
     published = tensors
     if layout == "speculators":
@@ -304,6 +316,7 @@ def eagle(
         taps=("normal",),
         ids=torch.arange(target.config.vocab_size),
         rope=rope[1],
+        window=window,
     )
 
 

@@ -27,7 +27,8 @@ class Facts:
         rope: theta, and type and values of a scaling.
         ids: the target's id of each token of the head.
         block: of a block head: slots, the mask's embedding, causal and windows of its layers, and
-            what it does to embeddings and logits.
+            what it does to embeddings and logits; of P-EAGLE its mask.
+        window: places that attention of all layers of a recurrent head reaches back over.
     """
 
     tensors: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class Facts:
     rope: Mapping[str, Any] = field(default_factory=lambda: {"theta": 10_000.0})
     flags: frozenset[str] = frozenset()
     block: Mapping[str, Any] = field(default_factory=dict)
+    window: int | None = None
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -104,6 +106,8 @@ def attention(facts: Facts, layer: str, x: Tensor) -> Tensor:
     v = project("v", keys).repeat_interleave(queries // keys, 0)
     scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
     unseen = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
+    if facts.window is not None:
+        unseen |= torch.ones_like(unseen).tril(-facts.window)
     seen = scores.masked_fill(unseen, -torch.inf).softmax(-1) @ v
     out = seen.transpose(0, 1).reshape(len(x), -1)
     if "gated" in facts.flags:

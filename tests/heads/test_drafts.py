@@ -138,7 +138,9 @@ CASES: dict[str, tuple[type[Eagle], dict[str, Any]]] = {
     "biases": (Eagle3, {"layout": "speculators", "layers": 2, "bias": "qkvo"}),
     "flags": (Eagle3, {"layout": "speculators", "flags": EVERY}),
     "fc_norm": (Eagle3, {"layout": "speculators", "flags": ("fc_norm",), "head_dim": 16}),
+    "window": (Eagle3, {"layout": "speculators", "layers": 2, "window": 5}),
     "eagle": (Eagle1, {}),
+    "eagle, window": (Eagle1, {"window": 5}),
     "eagle, layers": (Eagle1, {"layers": 2, "bias": "qkv", "fc_bias": False}),
     "hass": (Eagle1, {"norms": ("embedding_layernorm", "hidden_states_layernorm")}),
     "norms": (
@@ -171,6 +173,7 @@ def test_every_node_of_every_tree_is_as_restated(
 PARALLEL: dict[str, dict[str, Any]] = {
     "specforge": {"layout": "specforge", "layers": 3},
     "speculators": {"layout": "speculators", "own_embedding": True, "named": None},
+    "window": {"layout": "speculators", "window": 5},
     "flags": {"layout": "speculators", "flags": EVERY, "layers": 2, "bias": "qkvo"},
 }
 

@@ -348,7 +348,18 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "ropes": ({"rope_scaling": [1]}, "a rope_scaling that is no object"),
     "factor": ({"rope_scaling": {"rope_type": "yarn"}}, "describes no decoder layer"),
     "activation": ({"hidden_act": "gelu"}, "asks for hidden_act=gelu"),
-    "window": ({"use_sliding_window": True}, "asks for use_sliding_window=True"),
+    "window": (
+        {
+            "use_sliding_window": True,
+            "sliding_window": 0,
+            "layer_types": ["sliding_attention"],
+        },
+        "has sliding_window=0, and a window must hold a token",
+    ),
+    "kind of attention": (
+        {"use_sliding_window": True, "layer_types": ["chunked_attention"]},
+        "the layer_types of config.json are none of full and sliding attention",
+    ),
     "layer 9": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 5, 9]}}, "state 9"),
     "no list": ({"eagle_aux_hidden_state_layer_ids": "2,5"}, "must be a list of layers"),
     "a word": (

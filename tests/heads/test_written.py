@@ -20,6 +20,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], list[Any] | None]] = {
     "flags": (made.eagle3, {"layout": "speculators", "flags": FLAGS, "named": None}, None),
     "biases": (made.eagle3, {"layout": "speculators", "layers": 2, "bias": "qkv"}, None),
     "pairs": (made.eagle3, {"layout": "deepspec", "layers": 2}, None),
+    "window": (made.eagle3, {"layout": "speculators", "window": 4}, None),
     "normal": (made.eagle3, {}, [1, 4, "normal"]),
     "eagle": (made.eagle, {}, None),
     "no bias": (made.eagle, {"fc_bias": False, "layers": 2}, None),

@@ -77,11 +77,13 @@ def decoded(head: LayeredHead, states: Tensor, tokens: Tensor, step: int) -> Ten
     decoded token by token over a cache: [T, D] of states [T, S] and tokens [T]; the first `step`
     rows have no chain and are 0. It shares nothing with the parallel form but the head."""
     slots, rows = len(tokens), []
+    windows = head.config.windows or (None,) * len(head.layers)
 
     def one(feature: Tensor, slot: int, cache: list[list[tuple[Tensor, Tensor]]]) -> Any:
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             cache[layer].append((key, value))
-            keys, values = (torch.cat(x, dim=2) for x in zip(*cache[layer], strict=True))
+            seen = cache[layer] if not windows[layer] else cache[layer][-windows[layer] :]
+            keys, values = (torch.cat(x, dim=2) for x in zip(*seen, strict=True))
             groups = query.shape[1] // keys.shape[1]
             keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
             scores = query @ keys.transpose(-1, -2) / query.shape[-1] ** 0.5

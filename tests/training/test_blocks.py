@@ -224,13 +224,13 @@ def test_dspark_is_read_again_as_specforge_has_it(markov: Any, tmp_path: Path) -
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize(("wrong", "window"), [(False, None), (False, BLOCK), (True, None)])
 @torch.no_grad()
 def test_levels_of_one_pass_are_those_of_a_draft(
-    wrong: bool, monkeypatch: pytest.MonkeyPatch
+    wrong: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = target()
-    method = PEagle(steps=BLOCK, anchors=20, taps=[0, 1, "normal"])
+    method = PEagle(steps=BLOCK, anchors=20, taps=[0, 1, "normal"], window=window)
     trainee = method.make(surroundings(lm))
     head = filled(trainee.head)
     if wrong:  # masked pairs see a pair more than there is
@@ -241,7 +241,8 @@ def test_levels_of_one_pass_are_those_of_a_draft(
     seen = seen_of(lm, trainee, rows=2)
     slots = seen.mask.shape[1]
     _, overlap = trainee.chains(seen, BLOCK)
-    facts = replace(facts_of(head), flags=frozenset({"fc_norm"}), block={"mask": head.config.mask})
+    facts = replace(facts_of(head), flags=frozenset({"fc_norm"}), window=window)
+    facts = replace(facts, block={"mask": head.config.mask})
     off = 0.0
     for row in range(2):
         states, text = seen.states[row].split(WIDTH, dim=-1), seen.tokens[row].tolist()

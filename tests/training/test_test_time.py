@@ -21,7 +21,9 @@ HEADS: dict[str, Callable[[], LayeredHead]] = {
     "norm_output": lambda: eagle3(norm_output=True, fc_norm=True),
     "two layers": lambda: eagle3(layers=2),
     "two layers of pairs": lambda: eagle3(layers=2, pairs=2),
+    "windows": lambda: eagle3(layers=2, windows=(5, None)),
     "eagle": eagle,
+    "eagle, window": lambda: eagle(windows=(5,)),
     "mtp": mtp,
     "mtp, gated, unnormed": lambda: mtp(gated=True, turned=2, norm_output=False),
     "eagle with norms": lambda: eagle(norms=True, input_norm=True, output_norm=True),
@@ -47,7 +49,7 @@ def test_every_chain_is_that_of_decoding_with_a_cache(name: str) -> None:
             assert (found - wanted[step:]).abs().max() < 1e-5 * wanted.abs().max(), (step, row)
 
 
-@pytest.mark.parametrize("name", ["fc_norm", "eagle", "mtp"])
+@pytest.mark.parametrize("name", ["fc_norm", "windows", "eagle", "mtp"])
 def test_gradients_are_those_of_two_steps_of_decoding(name: str) -> None:
     head = HEADS[name]()
     states, tokens = inputs(head)
@@ -63,7 +65,7 @@ def test_gradients_are_those_of_two_steps_of_decoding(name: str) -> None:
         assert (one - other).abs().max() <= 1e-4 * other.abs().max()
 
 
-def wrong_history(query: Any, entries: Any) -> Any:
+def wrong_history(query: Any, entries: Any, window: Any) -> Any:
     """Without the shift of the true history."""
     (key, value), *chain = entries
     if not chain:

@@ -34,6 +34,7 @@ class Eagle(HeadMethod):
         tap: the state that it reads.
         bias: of its fc.
         rope_theta: of its rotary positions.
+        window: as of `DFlash`.
         path: as of `HeadMethod`.
 
     Raises:
@@ -48,11 +49,14 @@ class Eagle(HeadMethod):
     tap: Tap = "normal"
     bias: bool = True
     rope_theta: float = 10_000.0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("loss", self.loss, (*LOSSES, EAGLE1))
-        check_recurrent(steps=self.steps, decay=self.decay, rope_theta=self.rope_theta)
+        check_recurrent(
+            steps=self.steps, decay=self.decay, rope_theta=self.rope_theta, window=self.window
+        )
 
     def check(self, target: PagedLM) -> None:
         check_taps([self.tap], target.layers, "method.tap")
@@ -62,6 +66,7 @@ class Eagle(HeadMethod):
         return EagleConfig(
             layer=layer_config(target.model.config, layers=1, rope_theta=self.rope_theta),
             taps=(self.tap,),
+            windows=() if self.window is None else (self.window,),
             bias=self.bias,
             **sizes_of(target),
         )

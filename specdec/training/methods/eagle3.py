@@ -26,6 +26,7 @@ class Eagle3(HeadMethod):
         layers: decoder layers.
         fc_norm, norm_before_fc, norm_before_residual, norm_output: as of `Eagle3Config`.
         rope_theta: of its rotary positions.
+        window: as of `DFlash`.
         draft_vocab: tokens that it can name; None is all.
         tied: whether the output head stays the target's.
         path: as of `HeadMethod`.
@@ -46,13 +47,16 @@ class Eagle3(HeadMethod):
     norm_before_residual: bool = False
     norm_output: bool = False
     rope_theta: float = 10_000.0
+    window: int | None = None
     draft_vocab: int | None = None
     tied: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("loss", self.loss, LOSSES)
-        check_recurrent(steps=self.steps, decay=self.decay, rope_theta=self.rope_theta)
+        check_recurrent(
+            steps=self.steps, decay=self.decay, rope_theta=self.rope_theta, window=self.window
+        )
         check_least(layers=self.layers, draft_vocab=self.draft_vocab)
 
     def check(self, target: PagedLM) -> None:
@@ -80,6 +84,7 @@ class Eagle3(HeadMethod):
             "taps": chosen_taps(self.taps, target.layers),
             **sizes_of(target),
             "vocab_size": self.draft_vocab or target.vocab_size,
+            "windows": () if self.window is None else (self.window,) * self.layers,
             "fc_norm": self.fc_norm,
             "norm_before_fc": self.norm_before_fc,
             "norm_before_residual": self.norm_before_residual,

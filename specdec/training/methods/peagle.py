@@ -30,7 +30,7 @@ class PEagle(Eagle3):
             every slot. Published trainings drop more of the deeper ones.
         layers: decoder layers, of which the first reads pairs.
         loss, decay, taps, fc_norm, norm_before_fc, norm_before_residual, norm_output, rope_theta,
-            draft_vocab, tied, path: as of `Eagle3`.
+            window, draft_vocab, tied, path: as of `Eagle3`.
 
     Raises:
         ValueError: a setting out of range.

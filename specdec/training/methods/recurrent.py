@@ -107,9 +107,13 @@ class RecurrentTrainee(Drafts):
         )
 
 
-def check_recurrent(*, steps: int, decay: float, rope_theta: float) -> None:
+def check_recurrent(
+    *, steps: int, decay: float, rope_theta: float, window: int | None = None
+) -> None:
     """Raise ValueError for a setting of recurrent heads that is out of range."""
     check_least(steps=steps)
     check_decay(decay)
+    if window is not None and window < steps:
+        raise ValueError(f"method.window={window}: must hold method.steps={steps}, or be null")
     if not rope_theta > 0:
         raise ValueError(f"method.rope_theta={rope_theta}: must be above 0")
