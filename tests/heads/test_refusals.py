@@ -348,14 +348,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "ropes": ({"rope_scaling": [1]}, "a rope_scaling that is no object"),
     "factor": ({"rope_scaling": {"rope_type": "yarn"}}, "describes no decoder layer"),
     "activation": ({"hidden_act": "gelu"}, "asks for hidden_act=gelu"),
-    "window": (
-        {
-            "use_sliding_window": True,
-            "sliding_window": 0,
-            "layer_types": ["sliding_attention"],
-        },
-        "has sliding_window=0, and a window must hold a token",
-    ),
+    "window": (made.sliding(0, 1), "has sliding_window=0, and a window must hold a token"),
     "kind of attention": (
         {"use_sliding_window": True, "layer_types": ["chunked_attention"]},
         "the layer_types of config.json are none of full and sliding attention",
