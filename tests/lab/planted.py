@@ -111,10 +111,10 @@ def written(patch: pytest.MonkeyPatch) -> None:
     """Texts that share pages share the next one as well, which both write to."""
     opened = Pages.open
 
-    def wrong(pages: Pages, row: int, *, tokens: int, prefix: Any = ()) -> int:
-        shared = pages.match(prefix)
-        done = opened(pages, row, tokens=tokens, prefix=prefix)
-        place, own = len(shared), pages._rows[row].pages
+    def wrong(pages: Pages, row: int, **how: Any) -> int:
+        done = opened(pages, row, **how)
+        place, own = done // pages.page_size, pages._rows[row].pages
+        shared = own[:place]
         others = (held.pages for held in pages._rows.values() if held.pages is not own)
         for other in others if shared else ():
             if other[:place] == shared:
