@@ -113,7 +113,7 @@ def written(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(pages: Pages, row: int, **how: Any) -> int:
         done = opened(pages, row, **how)
-        place, own = done // pages.page_size, pages._rows[row].pages
+        place, own = done // pages.size, pages._rows[row].pages
         shared = own[:place]
         others = (held.pages for held in pages._rows.values() if held.pages is not own)
         for other in others if shared else ():
