@@ -205,7 +205,8 @@ def _windows(layout: Layout, decoder: Any, name: str) -> tuple[int | None, ...]:
     """Of each layer of a recurrent head; () if none has one, whatever its fields say besides."""
     if layout.layer.get("use_sliding_window") is not True:
         return ()
-    return windows_of(layout.layer, decoder.num_hidden_layers, name)
+    found = windows_of(layout.layer, decoder.num_hidden_layers, name)
+    return found if any(found) else ()
 
 
 def windows_of(

@@ -67,14 +67,15 @@ def chain_attention(
     there are later steps, and of each later step the one key of their own chain.
 
     Args:
-        window: how many slots they reach back over, themselves among them, more than there are
-            later steps; None is all.
+        window: how many slots they reach back over, themselves among them; None is all.
 
     Returns:
         [B, HQ, T, d]
     """
     step = len(entries) - 1
     (key, value), *chain = entries
+    if window is not None:
+        chain = chain[-window:]
     groups = query.shape[1] // key.shape[1]
     slots = torch.arange(query.shape[2], device=query.device)
     seen = slots[None, :] <= slots[:, None] - step
@@ -90,8 +91,8 @@ def chain_attention(
     scores = wide @ key.unsqueeze(2).transpose(-1, -2)  # [B, HKV, G, T, T]
     scores = scores.masked_fill(~seen, -torch.inf)
     own = [
-        (later(k, step - i, dim=2).unsqueeze(2), later(v, step - i, dim=2).unsqueeze(2))
-        for i, (k, v) in enumerate(chain, start=1)
+        (later(k, ago, dim=2).unsqueeze(2), later(v, ago, dim=2).unsqueeze(2))
+        for ago, (k, v) in zip(reversed(range(len(chain))), chain, strict=True)
     ]
     singles = [(wide * k).sum(-1, keepdim=True) for k, _ in own]
     weights = torch.cat([scores, *singles], dim=-1).float().softmax(-1).to(value.dtype)

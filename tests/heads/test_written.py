@@ -45,8 +45,28 @@ def test_a_head_that_is_written_is_read_again(
     save_head(head, tmp_path / "own", target_name="tiny", dtype=torch.float32)
     again: Any = load_head(str(tmp_path / "own"), target, kinds=kinds)
     assert again.config.taps == head.config.taps
+    assert again.config.windows == head.config.windows
+    assert bool(head.config.windows) == ("window" in options)
     states = states_of(own_attention(target.model), TOKENS, head.config.taps)
     ours, theirs = (drafted(one, states, TOKENS, PATH) for one in (again, head))
     assert torch.allclose(ours, theirs, atol=1e-5)
     if head.names is not None:
         assert again.names.equal(head.names)
+
+
+@pytest.mark.parametrize(
+    ("said", "windows"),
+    [
+        ({"use_sliding_window": True, "max_window_layers": 0}, (8,)),
+        ({"use_sliding_window": True, "max_window_layers": 28}, ()),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"]}, ()),
+        ({"use_sliding_window": False, "layer_types": ["sliding_attention"]}, ()),
+        ({"layer_types": ["full_attention"] * 8}, ()),  # of its target
+    ],
+)
+def test_no_window_is_written_in_many_ways_and_read_as_one(
+    said: dict[str, Any], windows: tuple[int, ...], target: PagedLM, tmp_path: Path
+) -> None:
+    made.eagle3(tmp_path, target.model, config={"sliding_window": 8, **said})
+    head: Any = load_head(str(tmp_path), target, kinds=["eagle3"])
+    assert head.config.windows == windows

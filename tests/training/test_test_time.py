@@ -23,7 +23,7 @@ HEADS: dict[str, Callable[[], LayeredHead]] = {
     "two layers of pairs": lambda: eagle3(layers=2, pairs=2),
     "windows": lambda: eagle3(layers=2, windows=(5, None)),
     "eagle": eagle,
-    "eagle, window": lambda: eagle(windows=(5,)),
+    "eagle, window of fewer than steps": lambda: eagle(windows=(2,)),
     "mtp": mtp,
     "mtp, gated, unnormed": lambda: mtp(gated=True, turned=2, norm_output=False),
     "eagle with norms": lambda: eagle(norms=True, input_norm=True, output_norm=True),
