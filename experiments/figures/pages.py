@@ -91,7 +91,12 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("learned", learned, {}),
             *(
                 (file, partial(learned, file=file), {})
-                for file in ("learned_trees", "learned_seeds", "learned_windows")
+                for file in (
+                    "learned_trees",
+                    "learned_seeds",
+                    "learned_windows",
+                    "learned_windows_eagle3",
+                )
             ),
             ("learned_further", further, {}),
             ("lookup_speed", lookup_speed, {}),
