@@ -158,16 +158,16 @@ def test_a_head_is_no_draft_model(tmp_path: Path) -> None:
             r"its block is 4, .* make 5; ",
         ),
         ("dspark", lambda **how: DSpark(block=3, layers=1, rank=8, **how), r"its rank is 4, .* 8"),
-        ("peagle", lambda **how: PEagle(layers=2, **how), r"1, .* 2; set method\.layers$"),
+        ("peagle", lambda **how: PEagle(layers=2, **how), r"1, .* 2; set method\.layers=1$"),
         (
             lambda **how: Eagle3(draft_vocab=10, **how),
             lambda **how: Eagle3(**how),
-            r"its vocab_size is 10, .* make 24; set method\.draft_vocab$",
+            r"its vocab_size is 10, .* make 24; set method\.draft_vocab=10$",
         ),
         (
             lambda **how: Eagle3(rope_theta=5.0, **how),
             lambda **how: Eagle3(**how),
-            r"its rope_theta is 5\.0, .*; set method\.rope_theta$",
+            r"its rope_theta is 5\.0, .*; set method\.rope_theta=5\.0$",
         ),
         (
             lambda **how: Eagle3(**how),
@@ -177,12 +177,17 @@ def test_a_head_is_no_draft_model(tmp_path: Path) -> None:
         (
             lambda **how: Eagle3(taps=[0, 1], **how),
             lambda **how: Eagle3(taps=[1, 2], **how),
-            r"its taps is \(0, 1\), .* \(1, 2\); set method\.taps$",
+            r"its taps is \(0, 1\), .* \(1, 2\); set method\.taps=\[0,1\]$",
         ),
         (
             lambda **how: Eagle(tap=1, **how),
             lambda **how: Eagle(**how),
-            r"its taps is \(1,\), .*; set method\.tap$",
+            r"its taps is \(1,\), .*; set method\.tap=1$",
+        ),
+        (
+            lambda **how: Eagle3(window=9, **how),
+            lambda **how: Eagle3(**how),
+            r"its windows is \(9,\), .* make \(\); set method\.window=9$",
         ),
         ("medusa", lambda **how: Medusa(heads=2, blocks=2, tied=False, **how), "its heads is 3"),
     ],

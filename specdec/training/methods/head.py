@@ -1,6 +1,7 @@
 """What training of all heads has in common: sizes, vocabulary, and where weights begin,
 fresh or as those of a head that is there."""
 
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from specdec.heads.formats import find_head, load_head
+from specdec.lab.values import shown
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import output_of
 from specdec.training.teacher import norm_weight
@@ -158,7 +160,7 @@ class HeadMethod(TrainingMethod):
             if ours != theirs:
                 raise ValueError(
                     f"method.path={path}: its {name} is {theirs}, where the settings of method "
-                    f"make {ours}; {self._mend(name)}"
+                    f"make {ours}; {self._mend(name, theirs)}"
                 )
         embedding: Any = target.model.get_input_embeddings().weight
         if hasattr(found, "embed_tokens") and not _near(found.embed_tokens.weight, embedding):
@@ -176,11 +178,16 @@ class HeadMethod(TrainingMethod):
             )
         return found
 
-    def _mend(self, name: str) -> str:
-        """What to do about a part of the configuration that differs."""
+    def _mend(self, name: str, theirs: Any) -> str:
+        """What to do about a part of the configuration that is another in the head's."""
         known = SETTINGS.get(name, (name,))
         setting = next((one for one in known if hasattr(self, one)), None)
-        return "take another head" if setting is None else f"set method.{setting}"
+        if setting == "taps":
+            theirs = json.dumps(theirs, separators=(",", ":"))
+        elif isinstance(theirs, tuple):  # of layers, or of one state
+            setting = setting if len({*theirs}) < 2 else None
+            theirs = next(iter(theirs), None)
+        return "take another head" if setting is None else f"set method.{setting}={shown(theirs)}"
 
 
 def _pairs(wanted: Any, found: Any) -> list[tuple[str, Any, Any]]:
