@@ -225,8 +225,9 @@ def windows_of(
         window: int | None = known.sliding_window
     except Exception as error:  # of any class: config.json can hold anything
         raise BrokenFilesError(
-            f"{name}: the layer_types of {CONFIG} are none of full and sliding attention "
-            f"({first_line(error)}); take the head's own {CONFIG}"
+            f"{name}: layer_types, sliding_window and max_window_layers of {CONFIG} do not say of "
+            f"{layers} layers whether attention is full or sliding ({first_line(error)}); take "
+            f"the head's own {CONFIG}"
         ) from None
     if any(sliding) and (type(window) is not int or window < least):
         held = "a token" if least == 1 else f"a block of {least}"

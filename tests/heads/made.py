@@ -82,7 +82,7 @@ def layer_config(target: Any, **others: Any) -> dict[str, Any]:
     }
 
 
-def sliding(window: int | None, layers: int) -> dict[str, Any]:
+def sliding(window: Any, layers: int) -> dict[str, Any]:
     """What config.json says of a window in all layers."""
     if window is None:
         return {}

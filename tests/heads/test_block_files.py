@@ -125,8 +125,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "softcap": (inner(final_logit_softcapping="x"), "has final_logit_softcapping=x, which must"),
     "scale": (inner(input_embedding_scale=True), "has input_embedding_scale=True, which must"),
     "attention": (inner(attention_mode="mla"), "asks for attention_mode=mla, which layers"),
-    "types": (stated(layer_types=["linear_attention"] * 2), "layer_types of .* are none of full"),
-    "few types": (stated(layer_types=["full_attention"]), "layer_types of .* are none of full"),
+    "types": (
+        stated(layer_types=["linear_attention"] * 2),
+        "layer_types, .* do not say of 2 layers",
+    ),
+    "few types": (
+        stated(layer_types=["full_attention"]),
+        "layer_types, .* do not say of 2 layers",
+    ),
     "window": (
         stated(layer_types=["sliding_attention"] * 2, use_sliding_window=True, sliding_window=5),
         "has sliding_window=5, and a window must hold a block of 6",

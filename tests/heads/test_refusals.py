@@ -349,9 +349,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "factor": ({"rope_scaling": {"rope_type": "yarn"}}, "describes no decoder layer"),
     "activation": ({"hidden_act": "gelu"}, "asks for hidden_act=gelu"),
     "window": (made.sliding(0, 1), "has sliding_window=0, and a window must hold a token"),
+    "no number": (made.sliding("9", 1), "layer_types, .* do not say of 1 layers"),
     "kind of attention": (
         {"use_sliding_window": True, "layer_types": ["chunked_attention"]},
-        "the layer_types of config.json are none of full and sliding attention",
+        "layer_types, .* of config.json do not say of 1 layers whether attention is full",
     ),
     "layer 9": ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 5, 9]}}, "state 9"),
     "no list": ({"eagle_aux_hidden_state_layer_ids": "2,5"}, "must be a list of layers"),
