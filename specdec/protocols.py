@@ -186,8 +186,8 @@ class Drafter:
 
     def read(self, rows: Tensor, tokens: Tensor, length: Tensor, seen: Observation) -> None:
         """After `start`, if it `observes` prompts: the target has read more of some of them, in
-        order; in cache rows [B] int64 tokens [B, N] int64, of which `length` [B] count, and `seen`
-        is after each of them."""
+        order. Of cache rows [B] these are the first `length` [B] of tokens [B, N], all int64;
+        `seen` is what it observes after each of them."""
 
     def look(self, sequences: Sequence[Decoding], wanted: Any = None) -> Hashable:
         """On the host, for a drafter with `variants`: which of them the next `draft` of these

@@ -78,7 +78,8 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
         "is worth. `rest` needs a datastore that resembles what is asked for; this one is small "
         "and holds library code. In tables of wide trees `dspark` has seen 172 M tokens, and "
         "its rates of learning had not yet fallen; `dspark fp8` is that of the package, 437 M, "
-        "`mtp fp8` has seen 322 M, and `dflash` and `peagle` 40 M.",
+        "`mtp fp8` has seen 322 M, and `dflash` and `peagle` 40 M; `eagle3 before` is the head "
+        "that the package had before, and no `eagle3` there has a window.",
         [
             ("drafter_lengths", drafter_lengths, {}),
             ("drafter_speed", drafter_speed, {}),

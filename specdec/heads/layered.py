@@ -92,6 +92,11 @@ class LayeredHead(nn.Module):
             made.self_attn.o_proj.bias = None
         return made
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, as the configuration has them; None where it sees all."""
+        return self.config.windows or (None,) * len(self.layers)
+
     def turning(self) -> Any:
         """What computes its rotary angles."""
         return LlamaRotaryEmbedding(self.config.layer)

@@ -38,10 +38,9 @@ class PagedHead:
         module = which.on(target.device)
         head.kernels, head.exact = module, which.exact
         self.head, self.kernels = head, module
-        windows = head.config.windows or [None] * len(head.layers)
         self.layers = [
             head.run(layer, window, module)
-            for layer, window in zip(head.layers, windows, strict=True)
+            for layer, window in zip(head.layers, head.windows, strict=True)
         ]
         self.angles = Angles(head.rotary, target.max_context, head.embed_tokens.weight)
         self.device, self.dtype, self.looks = target.device, target.dtype, target.looks

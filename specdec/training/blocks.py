@@ -100,7 +100,7 @@ def rolled(
     known = torch.arange(slots, device=anchors.device)
     places = anchors[..., None] + 1 + torch.arange(further, device=anchors.device)
     every = torch.cat([known.expand(len(tokens), -1), places.flatten(1)], dim=1)
-    window = next(iter(head.config.windows), None)  # the same in all layers that are trained
+    window = head.windows[0]  # the same in all layers that are trained
     of_pairs = known[None, :] <= known[:, None]  # [T, T]
     if window is not None:
         of_pairs &= known[None, :] > known[:, None] - window

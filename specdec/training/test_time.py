@@ -35,11 +35,10 @@ def unroll(head: LayeredHead, states: Tensor, tokens: Tensor, steps: int) -> lis
     slots = torch.arange(tokens.shape[1], device=tokens.device)
     angles = head.rotary(feature, slots[None].expand_as(tokens))
     entries: list[Entries] = [[] for _ in head.layers]
-    windows = head.config.windows or (None,) * len(head.layers)
 
     def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         entries[layer].append((key, value))
-        return chain_attention(query, entries[layer], windows[layer])
+        return chain_attention(query, entries[layer], head.windows[layer])
 
     outputs = []
     for step in range(steps):
@@ -74,12 +73,11 @@ def chain_attention(
     """
     step = len(entries) - 1
     (key, value), *chain = entries
-    if window is not None:
-        chain = chain[-window:]
     groups = query.shape[1] // key.shape[1]
     slots = torch.arange(query.shape[2], device=query.device)
     seen = slots[None, :] <= slots[:, None] - step
     if window is not None:
+        chain = chain[-window:]
         seen &= slots[None, :] > slots[:, None] - window
     if not step:
         mask = None if window is None else seen
