@@ -136,8 +136,18 @@ class Options(StudyOptions):
     heads: tuple[str, ...] = option((), OF_HEADS, varies=True)
     temperatures: tuple[float, ...] = option((0.0, 1.0), "of sampling", varies=True)
     drafters: tuple[str, ...] = option(tuple(FAST), "which", varies=True)
+    budgets: tuple[int, ...] = option((), "of grid=wide, if not those of the batch", varies=True)
     out: Path = option(about="result file")
     resume: bool = option(False, "what the file has stays")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budgets and self.grid != "wide":
+            raise ValueError(f"budgets={[*self.budgets]}: is of grid=wide, not of grid={self.grid}")
+        for budget in self.budgets:
+            if budget not in DYNAMIC:
+                known = ", ".join(map(str, DYNAMIC))
+                raise ValueError(f"budgets={budget}: there are {known}")
 
 
 class Anew(EarlyExit):
@@ -231,9 +241,15 @@ def best_sampled(drafter: str, budget: int, depth: int) -> str:
 
 
 def methods(
-    grid: str, temperature: float, drafter: str, batch: int = 1, depth: int = DEEPEST
+    grid: str,
+    temperature: float,
+    drafter: str,
+    batch: int = 1,
+    depth: int = DEEPEST,
+    budgets: Sequence[int] = (),
 ) -> Iterator[tuple[int, str]]:
-    """(the budget, or 0; words of a tree) of a drafter that names so many levels."""
+    """(the budget, or 0; words of a tree) of a drafter that names so many levels; `budgets` of
+    wide trees, if not those of the batch."""
     drafter = kind_of(drafter)
     sampled = bool(temperature) and drafter in MODELS
     children = " tree.children=sample" if sampled else ""
@@ -244,11 +260,11 @@ def methods(
     if grid == "wide":
         if drafter not in MODELS:
             return
-        chain, budgets = WIDE_CHAIN, list(WIDE_BUDGETS)
+        chain, usual = WIDE_CHAIN, list(WIDE_BUDGETS)
         if batch >= LARGE:
-            chain, budgets = LARGE_CHAIN, [n for n in LARGE_BUDGETS if n * batch <= MOST_ROWS]
+            chain, usual = LARGE_CHAIN, [n for n in LARGE_BUDGETS if n * batch <= MOST_ROWS]
         yield chain, tree("chain", chain) + children
-        for budget in budgets:
+        for budget in budgets or usual:
             yield budget, best_sampled(drafter, budget, depth) if sampled else DYNAMIC[budget]
         return
     if grid == "speed":
@@ -279,7 +295,10 @@ def work(options: Options) -> None:
         ways = {"none: chain 1": way(PLAIN, drafter="none", budget=0, state=None)}
         for drafter in options.drafters:
             depth = deepest(words[drafter])
-            for budget, shape in methods(options.grid, temperature, drafter, options.batch, depth):
+            trees = methods(
+                options.grid, temperature, drafter, options.batch, depth, options.budgets
+            )
+            for budget, shape in trees:
                 made = way(f"{words[drafter]} {shape}", drafter=drafter, budget=budget)
                 made.entry["state"] = made.state
                 ways[f"{drafter}: {name_of(shape)}"] = made

@@ -81,6 +81,8 @@ def test_wide_trees_of_a_large_batch_are_of_few_rows() -> None:
     found = drafters.methods("wide", 0.0, "dspark", 32)
     assert [budget for budget, _ in found] == [4, 8, 16, 64]
     assert not list(drafters.methods("wide", 0.0, "pld", 32))
+    asked = drafters.methods("wide", 0.0, "dspark", 32, budgets=(127, 255))
+    assert [budget for budget, _ in asked] == [4, 127, 255]
 
 
 def test_trees_are_no_deeper_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +185,8 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
         (["grid=speed", "humaneval=x", "drafters=rest"], "drafters=rest: needs datastore"),
         (["grid=speed", "humaneval=x", "drafters=nobody"], "drafters=nobody: there are"),
         (["grid=wide", "humaneval=x", "drafters=dflash"], 'needs heads=["dflash=FOLDER"]'),
+        (["grid=wide", "humaneval=x", "budgets=[127,128]"], "budgets=128: there are 8, 16, 32"),
+        (["grid=speed", "humaneval=x", "budgets=[8]"], "budgets=[8]: is of grid=wide, not of"),
         (["grid=none", "humaneval=x"], "grid=none: must be 'budgets', 'speed', 'texts' or 'wide'"),
     ],
 )
