@@ -135,8 +135,8 @@ def drafter_wide(*results: Result, files: Sequence[str] = ("drafter_wide",)) -> 
         }
         - {0}
     )
-    counts = (sum(map(len, groups_of(one).values())) for one in results)
-    prompts = " or ".join(dict.fromkeys(map(str, counts)))
+    counts = sorted({sum(map(len, groups_of(one).values())) for one in results})
+    prompts = ", ".join(map(str, counts[:-1])) + " or " * (len(counts) > 1) + str(counts[-1])
     about = (
         f"`{settings['target']}` in {settings['dtype']} on one {device(first)}, "
         f"{settings['tokens']} new tokens for each of {prompts} prompts; models of "

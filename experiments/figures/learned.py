@@ -73,8 +73,8 @@ def learned(result: Result, file: str = "learned") -> str:
     found.append(
         f"`{settings['target']}` with `{settings['draft']}`, {settings['dtype']}, on one "
         f"{device(result)}: {prompts} prompts, {settings['tokens']} new tokens each, {trees} "
-        f"({source(result, file)}). Accepted lengths, pooled; at every budget above temperature 0 "
-        f"the best of its trees:"
+        f"({source(result, file)}){_elsewhere(result)}. Accepted lengths, pooled; at every budget "
+        f"above temperature 0 the best of its trees:"
     )
     for temperature in dict.fromkeys(name.partition(", ")[0] for name in result["parts"]):
         budgets = _budgets(result, temperature)
@@ -92,6 +92,15 @@ def learned(result: Result, file: str = "learned") -> str:
         said = f"Behind the semicolon: over `{REFERENCE}`, paired over prompts"
         found.append(f"{said}, with its 95 % interval.")
     return "\n\n".join([*found, *_trainings(result)])
+
+
+def _elsewhere(result: Result) -> str:
+    """Joined methods that were measured on another device."""
+    return "".join(
+        f"; {one['name']} on one {device(one)}"
+        for one in result.get("joined", [])
+        if "hardware" in one
+    )
 
 
 def _trainings(result: Result) -> Iterator[str]:

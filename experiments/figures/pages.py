@@ -38,13 +38,14 @@ RESULTS = ROOT / "experiments" / "results"
 FP8_PASSES = "bf16", "fp8", "70b"
 FP8_SPEEDS = "weights_speed_none", "weights_speed_fp8"
 WIDE = "drafter_wide", "drafter_wide_sampled"
-WIDE_HEADS = "drafter_wide_h200", "drafter_wide_h200_sampled"
+WIDE_H200 = [f"drafter_wide_h200{of}" for of in ("", "_sampled", "_exit", "_blocks_sampled")]
 WIDE_BATCHES = [
     f"drafter_wide_batch{n}{heads}{sampled}"
     for n in (8, 32)
     for sampled in ("", "_sampled")
     for heads in ("", "_blocks")
-]
+] + ["drafter_wide_batch8_exit", "drafter_wide_batch32_exit"]
+EXACT_PAGES = "exact_pages_fp8", "exact_pages_int8"
 GENERATED = "Generated from the JSON files by `python -m specdec.experiments.figures.pages`."
 
 
@@ -85,7 +86,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("drafter_speed", drafter_speed, {}),
             ("learned_speed", lambda _: variants("learned_speed", drafter_speed), {}),
             ("drafter_wide", lambda _: several(drafter_wide, *WIDE), {}),
-            ("drafter_wide_h200", lambda _: several(drafter_wide, *WIDE_HEADS), {}),
+            ("drafter_wide_h200", lambda _: several(drafter_wide, *WIDE_H200), {}),
             ("drafter_wide_blocks", lambda _: several(drafter_wide, "drafter_wide_blocks"), {}),
             ("drafter_wide_batch8", lambda _: several(drafter_wide, *WIDE_BATCHES), {}),
             ("levels", levels, {}),
@@ -93,6 +94,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             *(
                 (file, partial(learned, file=file), {})
                 for file in (
+                    "learned_package",
                     "learned_trees",
                     "learned_seeds",
                     "learned_windows",
@@ -178,6 +180,7 @@ PAGES: dict[str, tuple[str, str, list[Table]]] = {  # title, what it is, tables
             ("products", kernels.products, {}),
             ("taps", kernels.taps, {}),
             ("exact_texts", lambda _: variants("exact_texts", drafter_texts), {}),
+            *((file, partial(drafter_texts, files=(file,)), {}) for file in EXACT_PAGES),
         ],
     ),
 }

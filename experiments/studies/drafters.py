@@ -143,7 +143,7 @@ class Options(StudyOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budgets and self.grid != "wide":
-            raise ValueError(f"budgets={[*self.budgets]}: is of grid=wide, not of grid={self.grid}")
+            raise ValueError(f"budgets={[*self.budgets]}: are of grid=wide, not of {self.grid}")
         for budget in self.budgets:
             if budget not in DYNAMIC:
                 known = ", ".join(map(str, DYNAMIC))

@@ -186,7 +186,10 @@ def test_speeds_take_turns_and_compare(files: Path, tmp_path: Path) -> None:
         (["grid=speed", "humaneval=x", "drafters=nobody"], "drafters=nobody: there are"),
         (["grid=wide", "humaneval=x", "drafters=dflash"], 'needs heads=["dflash=FOLDER"]'),
         (["grid=wide", "humaneval=x", "budgets=[127,128]"], "budgets=128: there are 8, 16, 32"),
-        (["grid=speed", "humaneval=x", "budgets=[8]"], "budgets=[8]: is of grid=wide, not of"),
+        (
+            ["grid=speed", "humaneval=x", "budgets=[8]"],
+            "budgets=[8]: are of grid=wide, not of speed",
+        ),
         (["grid=none", "humaneval=x"], "grid=none: must be 'budgets', 'speed', 'texts' or 'wide'"),
     ],
 )
