@@ -379,7 +379,7 @@ class Decoder:
         """Name the drafter and what it drafted for in whatever it raises."""
         try:
             yield
-        except (DraftError, RanksError):
+        except (DraftError, RanksError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise DraftError.caused_by(error, self.drafter, sequences) from error

@@ -2,8 +2,9 @@
 
 Whatever is wrong with them ends in one line on stderr and exit code 2, before any model is loaded
 where that is possible. Other exit codes: 0 all is well, 3 the check of a run has failed, 130 it
-was interrupted, 1 anything else, with a traceback. A sweep does all its jobs whatever becomes of
-one, and ends with the worst code: 130, then 1, 3, 2.
+was interrupted, 1 anything else: a drafter that fails or a full GPU in one line, what nobody
+thought of with a traceback. A sweep does all its jobs whatever becomes of one, and ends with the
+worst code: 130, then 1, 3, 2.
 """
 
 import json
@@ -55,8 +56,7 @@ from specdec.lab.settings import (
     split,
 )
 from specdec.lab.sweep_table import show_sweep
-from specdec.protocols import DraftError
-from specdec.ranks import RanksError
+from specdec.reasons import FailedError
 
 _codes: list[int] = []  # of the run of this process, or of the job it does for another
 
@@ -127,7 +127,7 @@ def _hydra_main(config: DictConfig) -> float | None:
 def _refuse(error: BaseException) -> int:
     """Print what is wrong, in one line; returns the exit code."""
     print(f"error: {message_of(error)}", file=sys.stderr)
-    return 1 if isinstance(error.__cause__, DraftError | RanksError) else 2
+    return 1 if isinstance(error, FailedError) else 2
 
 
 def _job(

@@ -2,11 +2,13 @@
 
 Whatever is wrong with the settings ends in one line on stderr and exit code 2, before any model is
 loaded where that is possible. Other exit codes: 0 all is well, 130 it was interrupted, 1 anything
-else, with a traceback. One training, no sweep: `-m` is refused.
+else: a full GPU in one line, what nobody thought of with a traceback. One training, no sweep: `-m`
+is refused.
 """
 
 import sys
 
+import torch
 import transformers
 from rich.console import Console
 
@@ -22,6 +24,7 @@ from specdec.lab.settings import (
     settings_of,
     split,
 )
+from specdec.reasons import full
 from specdec.training.run import train
 
 HELP = """\
@@ -58,6 +61,9 @@ def _command(arguments: list[str]) -> int:
             out = out_of(settings)
             again = continuing(arguments, out, "train", "auto")
             train(settings, out, Console(), words=words, again=again)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {full(error, 'lower batch, chunk or own_text.batch')}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

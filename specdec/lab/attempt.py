@@ -23,8 +23,7 @@ from specdec.lab.jobs import (
     jobs_of,
     now,
 )
-from specdec.protocols import DraftError
-from specdec.ranks import RanksError
+from specdec.reasons import FailedError
 
 Summary = dict[str, Any]
 
@@ -63,8 +62,8 @@ def attempt(
         job.state = INTERRUPTED
         raise
     except ValueError as error:
-        failed = isinstance(error.__cause__, DraftError | RanksError)  # no setting's fault
-        job.state, job.reason = FAILED if failed else REFUSED, " ".join(str(error).split())
+        state = FAILED if isinstance(error, FailedError) else REFUSED
+        job.state, job.reason = state, " ".join(str(error).split())
     except (Exception, SystemExit) as error:
         job.state, job.reason = FAILED, _crash(error, ledger, job)
     finally:

@@ -41,6 +41,7 @@ from specdec.lab.files import replace_file, to_json, writing
 from specdec.lab.interrupts import interruptible
 from specdec.lab.lock import Lock
 from specdec.lab.values import typed
+from specdec.reasons import FailedError
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,9 @@ def run_main(
     doc: str | None,
 ) -> int:
     """Read the command line, of the process if left out, and do the work; returns the exit code
-    of the work (None is 0). A ValueError becomes one line on stderr and exit code 2, an
-    interruption exit code 130. A result file that can be continued has one process at a time.
+    of the work (None is 0). A ValueError becomes one line on stderr and exit code 2, or 1 if it is
+    a `FailedError`; an interruption exit code 130. A result file that can be continued has one
+    process at a time.
 
     Args:
         doc: what `--help` says before the options.
@@ -89,7 +91,7 @@ def run_main(
             return work(options) or 0
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, FailedError) else 2
     except KeyboardInterrupt:
         return 130
 

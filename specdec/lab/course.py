@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+import torch
+
 from specdec.lab.baselines import Anchor, SharedBaseline
 from specdec.lab.conversations import prompt_of
 from specdec.lab.energy import energy_of, obstacle
@@ -17,6 +19,7 @@ from specdec.lab.runs import RunFolder, Side, of_requests
 from specdec.lab.tracking import Tracker, replay
 from specdec.protocols import DraftError, LogitsError
 from specdec.ranks import RanksError
+from specdec.reasons import FailedError, full
 
 if TYPE_CHECKING:
     from specdec.lab.experiment import Experiment
@@ -106,7 +109,8 @@ class Course:
         """Whatever ends it within, what is finished gets its summary.
 
         Raises:
-            ValueError: the drafter failed, ranks have parted, or the target's logits are NaN.
+            FailedError: the drafter failed, ranks have parted, or the memory of the GPU is full.
+            ValueError: the target's logits are NaN.
         """
         try:
             yield
@@ -115,17 +119,27 @@ class Course:
             raise
         except RanksError as error:
             self.finish(interrupted=True)
-            left = f"{self.folder.finished} finished texts are in {self.folder.path}"
-            raise ValueError(f"{error}; {left}") from error
+            raise FailedError(f"{error}; {self._left}") from error
+        except torch.OutOfMemoryError as error:
+            self.finish(interrupted=True)
+            own = self.experiment
+            mend = f"lower batch_size={own.batch_size}, max_new_tokens={own.max_new_tokens}"
+            mend += f" or trees of up to {own.method.tree.budget} nodes"
+            raise full(error, f"{mend}; {self._left}") from error
         except (DraftError, LogitsError) as error:
             path = self.folder.write_error(error)
             self.finish(interrupted=True)
             left = f"resume=true out={self.folder.path} continues"
             if isinstance(error, LogitsError):  # it would fail again
-                left = f"{self.folder.finished} finished texts are in {self.folder.path}"
-            raise ValueError(
-                f"{self._blame(error)}; the traceback is in {path}, and {left}"
-            ) from error
+                left = self._left
+            kind = ValueError if isinstance(error, LogitsError) else FailedError
+            raise kind(f"{self._blame(error)}; the traceback is in {path}, and {left}") from error
+
+    @property
+    def _left(self) -> str:
+        if not self.folder.finished:
+            return "no text is finished"
+        return f"{self.folder.finished} finished texts are in {self.folder.path}"
 
     def finish(self, *, interrupted: bool = False) -> Record:
         """The summary, written."""

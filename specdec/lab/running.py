@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from rich.console import Console
 
 from specdec.lab.baselines import SharedBaseline
@@ -38,9 +39,11 @@ from specdec.lab.values import shown, typed
 from specdec.models.load import Models, find_model
 from specdec.models.placement import Placement
 from specdec.ranks import here
+from specdec.reasons import full
 from specdec.sampling import SamplingParams
 
 MOST_TEXTS = 1_000_000  # of a run
+SMALLER = "choose smaller models, dtype=bfloat16 or target.quantize=fp8"
 _kept: list[tuple[Source, Models]] = []  # target of the last run of this process, and its models
 
 
@@ -138,7 +141,10 @@ def opened(
         for line in without_effect(settings, method, checked.placement.kernels.impl, words):
             tell(console, line)
         try:
-            experiment = experiment_of(checked, console)
+            try:
+                experiment = experiment_of(checked, console)
+            except torch.OutOfMemoryError as error:
+                raise full(error, SMALLER) from error
             folder.identify(experiment.resolved)
             shown = {**settings, "resolved": experiment.resolved}
             tracker.start(tracked_run(folder.path, shown, method.marks, words))

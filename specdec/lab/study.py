@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from rich.progress import track
 
 from specdec.lab.fingerprints import digest
@@ -25,6 +26,7 @@ from specdec.lab.session import Decoded, Session
 from specdec.lab.witness import Witness
 from specdec.lab.workshop import Way
 from specdec.models.paged import PagedLM
+from specdec.reasons import full
 
 Entry = dict[str, Any]  # what a result file has of a method
 Turn = Callable[[Session, Sequence[Asked], Entry], Decoded]
@@ -69,6 +71,9 @@ def add(total: Entry, more: Mapping[str, Any]) -> None:
 
 def give_up(entry: Entry, fault: Exception) -> None:
     """What becomes of a fault if a study says nothing else: the study ends."""
+    if isinstance(fault, torch.OutOfMemoryError):
+        mend = "those that take turns are held together: lower batch, or name fewer at a time"
+        raise full(fault, mend) from fault
     raise fault
 
 

@@ -33,8 +33,8 @@ from specdec.lab.jobs import ending
 from specdec.models.load import config_of
 from specdec.models.placement import Placement
 from specdec.models.shards import check_split
-from specdec.protocols import DraftError
 from specdec.ranks import Ranks, RanksError, here, join, runs
+from specdec.reasons import FailedError
 
 FOLDER = "SPECDEC_RANKS"  # in the environment: what the processes of a run have in common
 TASK, ANSWER = "task.json", "answer.json"  # there
@@ -127,10 +127,9 @@ def started(task: Task) -> dict[str, Any]:
     if code == 130:
         raise KeyboardInterrupt
     if answer is None:
-        raise ValueError(reason) from RanksError(reason)
+        raise FailedError(reason)
     if "error" in answer:
-        failed = RanksError(answer["error"]) if answer["failed"] else None
-        raise ValueError(answer["error"]) from failed
+        raise (FailedError if answer["failed"] else ValueError)(answer["error"])
     return answer
 
 
@@ -260,9 +259,7 @@ def _lead(task: Task, answer: Path) -> int:
         _join(task)
         found, code = _run(task, Console()), 0
     except (ValueError, RanksError) as error:
-        failed = isinstance(error, RanksError) or isinstance(
-            error.__cause__, DraftError | RanksError
-        )
+        failed = isinstance(error, FailedError | RanksError)
         found, code = {"error": " ".join(str(error).split()), "failed": failed}, 2 - failed
     answer.write_text(to_json(found))
     return code

@@ -18,7 +18,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from specdec.lab import experiment
+from specdec.decode import Decoder
+from specdec.lab import experiment, running
 from specdec.lab.interrupts import SIGNALS, interruptible
 from specdec.lab.progress import Live
 from specdec.lab.runs import of_requests
@@ -272,6 +273,48 @@ def test_a_check_for_which_no_memory_is_left_costs_the_check_alone(specdec, tmp_
     ((summary, generations),) = Told.told
     assert summary["lossless"]["reason"] == reason
     assert [g["output_ids"] for g in generations] == list(outputs(tmp_path / "o").values())
+
+
+FULL = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139 GiB."
+
+
+@pytest.mark.parametrize("call", ["_step", "_draft"])  # the drafter is not to blame either
+@pytest.mark.parametrize("most", [2, 12])  # in the warm-up, and later
+def test_a_full_gpu_ends_in_one_line(specdec, tmp_path, monkeypatch, call, most):
+    method, calls = getattr(Decoder, call), []
+
+    def full(self: Decoder, *given: Any) -> Any:
+        calls.append(call)
+        if len(calls) > most:
+            raise torch.OutOfMemoryError(FULL)
+        return method(self, *given)
+
+    monkeypatch.setattr(Decoder, call, full)
+    out = tmp_path / "o"
+    code, _, errors = specdec(*SHORT, "batch_size=1", "prompts.limit=4", f"out={out}")
+    assert code == 1
+    left = "no text is finished"
+    if most == 12:
+        finished = summary_of(out)["prompts"]
+        assert 0 < finished < 4
+        left = f"{finished} finished texts are in {out}"
+    assert errors.splitlines() == [
+        "error: the memory of the GPU is full, 2.50 GiB more were needed; lower batch_size=1, "
+        f"max_new_tokens=4 or trees of up to 2 nodes; {left}"
+    ]
+
+
+def test_a_gpu_that_is_full_before_the_first_text_ends_in_one_line(specdec, monkeypatch):
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(running, "experiment_of", full)
+    code, _, errors = specdec(*SHORT)
+    assert code == 1
+    assert errors.splitlines() == [
+        "error: the memory of the GPU is full, 2.50 GiB more were needed; choose smaller models, "
+        "dtype=bfloat16 or target.quantize=fp8"
+    ]
 
 
 def test_signals_are_as_before_once_a_run_has_ended():

@@ -1,13 +1,16 @@
 """Studies with sessions that follow a script: who is asked when, and what an entry keeps."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from specdec.lab.prompts import Asked
 from specdec.lab.session import Decoded
 from specdec.lab.study import NOTHING_COMPARED, Study, spend
 from specdec.lab.workshop import Way, Workshop, name_of, tree, word
+from specdec.reasons import FailedError
 
 NEW = 5
 PROMPTS = [Asked(0, "humaneval/0", [1, 2]), Asked(1, "humaneval/1", [3])]
@@ -52,6 +55,16 @@ def study(entries: dict[str, Any], save: Any = lambda: None, **options: Any) -> 
 
 def asked(log: list[str]) -> list[str]:
     return [line for line in log if "warms" not in line]
+
+
+def test_a_full_gpu_ends_a_study_in_one_line() -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 126.00 MiB. GPU 0 has")
+
+    ways = {"none": replace(way("none", []), make=full)}
+    said = "the memory of the GPU is full, 126.00 MiB more were needed; those that take turns "
+    with pytest.raises(FailedError, match=f"^{said}are held together: lower batch, or"):
+        study({}).in_turns(ways)
 
 
 def test_methods_take_turns_and_a_fault_ends_its_own_alone() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from specdec import train as command
 from specdec.lab.settings import settings_of
@@ -149,6 +150,19 @@ def test_an_interruption_is_told_the_command_that_continues(
     assert "".join(said.split()) == "".join(
         f"interrupted; this continues: python -m specdec.train {again}".split()
     )
+
+
+def test_a_full_gpu_ends_in_one_line(
+    train: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: training.Job, words: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(training.Job, "run", full)
+    code, _, error = train(f"{SMALL} data={texts(tmp_path)} out={tmp_path}/out")
+    mend = "lower batch, chunk or own_text.batch"
+    assert error == f"error: the memory of the GPU is full, 2.00 GiB more were needed; {mend}\n"
+    assert code == 1
 
 
 def test_help_lists_methods_and_settings(train: Callable[..., tuple[int, str, str]]) -> None:
