@@ -17,6 +17,8 @@ from specdec.lab.metrics import groups_of, summary
 from specdec.lab.statistics import ratio
 from specdec.models.standin import SHAPES
 
+Wide = tuple[int, str, str]  # batch, temperature and drafter of a row of wide trees
+
 
 def plain_of(part: dict[str, Any]) -> Any:
     """The entry of plain decoding."""
@@ -145,29 +147,54 @@ def drafter_wide(*results: Result, files: Sequence[str] = ("drafter_wide",)) -> 
         f"and over the drafter's own chain, in the same turns, with 95 % jackknife intervals over "
         f"prompts ({'; '.join(map(source, results, files))}):"
     )
-    rows = []
+    rows, reached = [], dict[Wide, dict[int, tuple[float, float]]]()
     for one in results:
         for name, part in one["parts"].items():
             plain = plain_of(part)
             every = list(plain["prompts"])
             for drafter in dict.fromkeys(entry["drafter"] for entry in part.values()):
-                cells, fastest = [], best(part, "speedup", drafter=drafter)
-                for budget in budgets:
-                    found = best(part, "speedup", drafter=drafter, budget=budget)
-                    own = summary(found[1], plain, every) if found else {}
-                    cells.append(
-                        f"{own['tokens_per_second']:.0f} ({own['accepted_length']:.2f})"
-                        if found
-                        else ""
-                    )
+                fastest = best(part, "speedup", drafter=drafter)
                 chain = best(part, "speedup", drafter=drafter, budget=budgets[0])
                 if drafter == "none" or fastest is None or chain is None:
                     continue
+                own = dict(_by_budget(part, drafter, budgets))
+                reached[one["settings"]["batch"], name, drafter] = own
+                cells = (f"{own[n][0]:.0f} ({own[n][1]:.2f})" if n in own else "" for n in budgets)
                 gains = [_gain(side, fastest[1], every) for side in (plain, chain[1])]
                 batch = str(one["settings"]["batch"])
                 rows.append([batch, name.removeprefix("T="), f"`{drafter}`", *cells, *gains])
     heads = ["batch", "T", "drafter", *(f"{budget} nodes" for budget in budgets)]
-    return piece(about, [*heads, "best over `none`", "over its chain"], rows)
+    page = piece(about, [*heads, "best over `none`", "over its chain"], rows)
+    if bounds := list(_bounds(reached)):
+        page += (
+            "\n\nTrees that were left out of the larger batch could not be the fastest: if they "
+            "took no more time than its largest ones and had the accepted lengths of the smaller "
+            f"batch, they would reach {min(bounds):.2f} to {max(bounds):.2f} of the fastest."
+        )
+    return page
+
+
+def _by_budget(
+    part: dict[str, Any], drafter: str, budgets: Sequence[int]
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """Tokens per second and accepted length of the fastest tree of each budget there is."""
+    plain = plain_of(part)
+    for budget in budgets:
+        if found := best(part, "speedup", drafter=drafter, budget=budget):
+            own = summary(found[1], plain, list(plain["prompts"]))
+            yield budget, (own["tokens_per_second"], own["accepted_length"])
+
+
+def _bounds(reached: Mapping[Wide, Mapping[int, tuple[float, float]]]) -> Iterator[float]:
+    """What trees that a batch left out would reach at most, over its fastest; `reached` is as of
+    `_by_budget`."""
+    for (batch, *which), own in reached.items():
+        largest = max(own)
+        for (other, *same), theirs in reached.items():
+            if same == which and other < batch and largest in theirs:
+                for budget in theirs.keys() - own.keys():
+                    longer = theirs[budget][1] / theirs[largest][1]
+                    yield own[largest][0] * longer / max(speed for speed, _ in own.values())
 
 
 def _gain(side: dict[str, Any], entry: dict[str, Any], every: Sequence[str]) -> str:

@@ -276,6 +276,13 @@ def test_wide_trees_stand_beside_their_chain() -> None:
         "4.00 (4.00 to 4.00)",
         "2.00 (2.00 to 2.00) |",
     ]
+    # A larger batch without 64 nodes, which accept no more than 16; these give 5 tokens a second
+    # there, and the chain 12.8.
+    some = {name: part[name] for name in list(part)[:3]}
+    some["head: chain 7"] = entry("head", 7, 4, 0.625)
+    more = {**result, "settings": {**settings, "batch": 8}, "parts": {"T=1": some}}
+    page = tables.drafter_wide(result, more, files=("a", "b"))
+    assert page.endswith("they would reach 0.39 to 0.39 of the fastest.")
 
 
 def test_texts_over_quantised_pages_are_of_those_pages(
