@@ -130,10 +130,13 @@ def _asked_for(files: HeadFiles, kinds: Sequence[str]) -> Layout:
 
 
 def _another(files: HeadFiles, layout: Layout, wanted: str) -> ValueError:
-    group = "method" if files.name.startswith("method.") else "drafter"
+    setting, _, path = files.name.partition("=")
+    mend = f"{'method' if setting == 'method.path' else 'drafter'}={layout.kind}"
+    if setting == "target.path":
+        mend += f" drafter.path={path}, and the model that it was made for as the target"
     return ValueError(
         f"{files.name}: is a head of kind {layout.kind} ({layout.label}), and {wanted} is asked "
-        f"for; use {group}={layout.kind}"
+        f"for; use {mend}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import torch
 from rich.console import Console
 
+from specdec.heads.formats import check_whole
 from specdec.lab.baselines import SharedBaseline
 from specdec.lab.build import (
     baseline_of,
@@ -36,7 +37,7 @@ from specdec.lab.tracked import tracked_run
 from specdec.lab.tracking import Careful, NoTracker, Tracker
 from specdec.lab.unused import without_effect
 from specdec.lab.values import shown, typed
-from specdec.models.load import Models, find_model
+from specdec.models.load import Models
 from specdec.models.placement import Placement
 from specdec.ranks import here
 from specdec.reasons import full
@@ -198,7 +199,7 @@ def check_settings(settings: Settings, console: Console) -> Checked:
     method, source = method_of(settings), target_of(settings)
     check_together(settings, source.tp, source.path, placement)
     asked = _asked(settings, method.sampling, console)
-    find_model(source.path, setting="target.path")
+    check_whole(source.path, "target.path")
     method.drafter.find()
     return Checked(
         settings=settings,

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from specdec.heads.formats import check_whole
 from specdec.lab.build import Settings
 from specdec.lab.environment import describe_environment
 from specdec.lab.experiment import stop_tokens
@@ -21,7 +22,7 @@ from specdec.lab.setup import target_of, tracker_of
 from specdec.lab.tracked import tracked_training
 from specdec.lab.tracking import Careful
 from specdec.lab.values import flat
-from specdec.models.load import Models, find_model
+from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.training.batches import EXTRA, Batch, Batches, OwnRows
@@ -101,7 +102,7 @@ class Job:
         self.placement = Placement.named(device=self.plan.device, dtype=self.plan.dtype)
         self.source = target_of(settings)
         self.path = self.source.path
-        find_model(self.path, setting="target.path")
+        check_whole(self.path, "target.path")
         for source in self.plan.sources:
             files_of(source)
         self.folder = Path(self.corpus_settings.folder or out / "data").expanduser()

@@ -284,6 +284,7 @@ MISTAKES = {
     "sampling.top_p=1.5": "sampling.top_p=1.5",
     "sampling.min_p=-0.1": "sampling.min_p=-0.1",
     "target.path=/no/such/model": "target.path=/no/such/model: no such folder",
+    "target.path=zoo:eagle3": "a whole model is asked for; use drafter=eagle3 drafter.path=",
     "target.path=zoo:lion": "target.path=zoo:lion: no such built-in model",
     "drafter.path=./no_such_model": "drafter.path=./no_such_model: no such folder",
     "drafter.depth=0": "drafter.depth=0: must be at least 1",

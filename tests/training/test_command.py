@@ -109,6 +109,10 @@ def test_the_exit_that_is_trained_is_a_third_of_the_layers(
         ("data=python own_text.share=2", "own_text.share=2.0: must be from 0 to 1"),
         ("data=python measure.depth=0", "measure.depth=0: must be above 0"),
         ("data=python target=hf target.path=/no/model", "target.path=/no/model: no such folder; "),
+        (
+            "data=python target.path=zoo:dspark",
+            "target.path=zoo:dspark: is a head of kind dspark ",
+        ),
         ("data=python --multirun", "--multirun: training has no such option; --help lists them"),
         ("data=python device=tpu", "device=tpu: "),
     ],
