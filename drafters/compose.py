@@ -17,7 +17,8 @@ from specdec.drafters.tries import TrieTable
 from specdec.models.load import Models
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation, Observes
-from specdec.protocols import Drafter, StepContext, TreePolicy, part_of
+from specdec.protocols import Drafter, StepContext, TreePolicy
+from specdec.reasons import part_of
 from specdec.request import Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
 

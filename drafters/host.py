@@ -9,7 +9,8 @@ from torch import Tensor
 
 from specdec.drafters.growth import DEAD, Frontier, ShapedDrafter, grow
 from specdec.kernels import reference
-from specdec.protocols import DraftError, Growth, StepContext, TreePolicy
+from specdec.protocols import Growth, StepContext, TreePolicy
+from specdec.reasons import DraftError
 from specdec.request import Capacity, Decoding
 from specdec.tree import PADDING, ROOT, Proposal, TokenTree
 

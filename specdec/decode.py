@@ -18,16 +18,9 @@ from specdec.flight import Flight, Step, Yield, to_host
 from specdec.graphs import Graphs
 from specdec.observation import Observation
 from specdec.processors import NO_PROCESSORS, Processing, Processors
-from specdec.protocols import (
-    AcceptanceRule,
-    Drafter,
-    DraftError,
-    LogitsError,
-    StepContext,
-    TreePolicy,
-    Verifier,
-)
+from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy, Verifier
 from specdec.ranks import RanksError, here
+from specdec.reasons import DraftError, LogitsError
 from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams, uniforms
 from specdec.stop_strings import StopStrings
@@ -427,8 +420,7 @@ class Decoder:
             request, when = [sequence.request.id], f"step {sequence.steps + 1}"
             if not target:
                 raise LogitsError(request, when)
-            drafter = self.drafter.name or type(self.drafter).__name__
-            raise DraftError(drafter, request, f"{when}: its probabilities are NaN")
+            raise DraftError(self.drafter, request, f"{when}: its probabilities are NaN")
 
     def _limits(self, sequence: Decoding) -> tuple[int, int]:
         """Tokens it may still get, by its request and by the context."""

@@ -3,12 +3,8 @@
 Legend: B sequences of the running batch, N nodes, V vocabulary, K draft candidates.
 """
 
-import re
-import traceback
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
@@ -60,45 +56,6 @@ class StepContext:
     kernels: ModuleType = reference
     keys: Tensor | None = None
     cache: PagedKVCache | None = None
-
-
-class DraftError(RuntimeError):
-    """A drafter failed.
-
-    Args:
-        requests: ids of what it drafted for.
-        reason: what happened, and where.
-    """
-
-    def __init__(self, drafter: str, requests: Sequence[int], reason: str) -> None:
-        super().__init__(f"{drafter} failed on request {', '.join(map(str, requests))}: {reason}")
-        self.drafter, self.requests, self.reason = drafter, list(requests), reason
-
-    @classmethod
-    def caused_by(
-        cls, error: Exception, drafter: "Drafter", sequences: Sequence[Decoding]
-    ) -> "DraftError":
-        """What `drafter` raised while it drafted for these, with the line it happened in."""
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
-        return cls(
-            drafter.name or type(drafter).__name__,
-            [sequence.request.id for sequence in sequences],
-            f"{type(error).__name__}: {error} ({where})",
-        )
-
-
-class LogitsError(ValueError):
-    """The target's logits make no distribution, as `specdec.sampling.sound` has it.
-
-    Args:
-        requests: ids of what was decoded.
-        reason: when it happened.
-    """
-
-    def __init__(self, requests: Sequence[int], reason: str) -> None:
-        super().__init__(f"NaN or infinite logits on request {requests[0]}, {reason}")
-        self.requests, self.reason = list(requests), reason
 
 
 class Drafter:
@@ -208,17 +165,6 @@ class Drafter:
 
     def forget(self) -> None:
         """Drop all that was learnt online. Called when a run begins, no sequence is running."""
-
-
-@contextmanager
-def part_of(setting: str) -> Iterator[None]:
-    """What a drafter refuses it calls by names outside of any composition; here those of
-    `setting`."""
-    try:
-        yield
-    except ValueError as error:
-        text = re.sub(r"\bdrafter\.(?!parts\b)", f"{setting}.", str(error))
-        raise ValueError(text) from error
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

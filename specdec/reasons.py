@@ -1,14 +1,69 @@
-"""What errors of others say, in one line."""
+"""What goes wrong though no setting is wrong, and what errors of others say, in one line."""
 
 import re
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
+    from specdec.protocols import Drafter
+    from specdec.request import Decoding
+
 
 class FailedError(ValueError):
     """What ended a run though no setting was wrong: exit code 1."""
+
+
+class DraftError(RuntimeError):
+    """A drafter failed.
+
+    Args:
+        requests: ids of what it drafted for.
+        reason: what happened, and where.
+    """
+
+    def __init__(self, drafter: "Drafter", requests: Sequence[int], reason: str) -> None:
+        name = drafter.name or type(drafter).__name__
+        super().__init__(f"{name} failed on request {', '.join(map(str, requests))}: {reason}")
+        self.drafter, self.requests, self.reason = name, list(requests), reason
+
+    @classmethod
+    def caused_by(
+        cls, error: Exception, drafter: "Drafter", sequences: Sequence["Decoding"]
+    ) -> "DraftError":
+        """What `drafter` raised while it drafted for these, with the line it happened in."""
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        requests = [sequence.request.id for sequence in sequences]
+        return cls(drafter, requests, f"{type(error).__name__}: {error} ({where})")
+
+
+class LogitsError(ValueError):
+    """The target's logits make no distribution, as `specdec.sampling.sound` has it.
+
+    Args:
+        requests: ids of what was decoded.
+        reason: when it happened.
+    """
+
+    def __init__(self, requests: Sequence[int], reason: str) -> None:
+        super().__init__(f"NaN or infinite logits on request {requests[0]}, {reason}")
+        self.requests, self.reason = list(requests), reason
+
+
+@contextmanager
+def part_of(setting: str) -> Iterator[None]:
+    """What a drafter refuses it calls by names outside of any composition; here those of
+    `setting`."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"\bdrafter\.(?!parts\b)", f"{setting}.", str(error))
+        raise ValueError(text) from error
 
 
 def first_line(error: BaseException) -> str:

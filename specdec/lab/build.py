@@ -16,7 +16,8 @@ from specdec.lab.method import Method
 from specdec.lab.options import CONFIGS, nearest
 from specdec.lab.values import shown, typed
 from specdec.models.placement import Placement
-from specdec.protocols import AcceptanceRule, Drafter, TreePolicy, part_of
+from specdec.protocols import AcceptanceRule, Drafter, TreePolicy
+from specdec.reasons import part_of
 from specdec.request import CacheSettings
 from specdec.sampling import SamplingParams
 from specdec.tree import Children

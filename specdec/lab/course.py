@@ -17,9 +17,8 @@ from specdec.lab.progress import Live
 from specdec.lab.records import Record
 from specdec.lab.runs import RunFolder, Side, of_requests
 from specdec.lab.tracking import Tracker, replay
-from specdec.protocols import DraftError, LogitsError
 from specdec.ranks import RanksError
-from specdec.reasons import FailedError, full
+from specdec.reasons import DraftError, FailedError, LogitsError, full
 
 if TYPE_CHECKING:
     from specdec.lab.experiment import Experiment

@@ -17,7 +17,7 @@ from specdec.lab.records import Record, step_record
 from specdec.lab.runs import Side
 from specdec.lab.session import OurSession
 from specdec.prefixes import Prefixes
-from specdec.protocols import DraftError, LogitsError
+from specdec.reasons import DraftError, LogitsError
 
 if TYPE_CHECKING:
     from specdec.lab.experiment import Experiment

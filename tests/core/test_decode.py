@@ -26,8 +26,9 @@ from specdec.models.load import load_model
 from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.observation import Observation
-from specdec.protocols import AcceptanceRule, DraftError, StepContext, TreePolicy
+from specdec.protocols import AcceptanceRule, StepContext, TreePolicy
 from specdec.ranks import Ranks
+from specdec.reasons import DraftError
 from specdec.request import Capacity, Decoding, Request
 from specdec.tree import Acceptance, Children, TokenTree
 from specdec.verifier.greedy import Greedy

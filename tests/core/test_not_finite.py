@@ -20,7 +20,8 @@ from specdec.lab.files import to_json
 from specdec.lab.records import RecordFile
 from specdec.lab.runs import RunFolder
 from specdec.observation import Observation
-from specdec.protocols import AcceptanceRule, DraftError, LogitsError, StepContext
+from specdec.protocols import AcceptanceRule, StepContext
+from specdec.reasons import DraftError, LogitsError
 from specdec.request import Decoding
 from specdec.tree import TokenTree
 from specdec.verifier.recursive_rejection import RecursiveRejection

@@ -13,7 +13,8 @@ from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trees.static import Static
 from specdec.models.paged import PagedLM
 from specdec.observation import Observation, Observes
-from specdec.protocols import DraftError, StepContext
+from specdec.protocols import StepContext
+from specdec.reasons import DraftError
 from specdec.request import Decoding
 from specdec.verifier.verifier import TreeVerifier
 from tests.decoding import decoder_of, loaded, outputs_of, requests_of

@@ -20,7 +20,8 @@ from specdec.lab.method import Method
 from specdec.lab.settings import CONFIGS
 from specdec.models.load import Models
 from specdec.models.placement import Placement
-from specdec.protocols import DraftError, StepContext
+from specdec.protocols import StepContext
+from specdec.reasons import DraftError
 from specdec.training.methods.eagle import Eagle
 from specdec.training.methods.mtp import MTP
 from specdec.tree import TokenTree

@@ -31,7 +31,8 @@ from specdec.lab.build import shares_pages
 from specdec.lab.settings import settings_of
 from specdec.models.paged import PagedLM
 from specdec.observation import Observes
-from specdec.protocols import Drafter, DraftError
+from specdec.protocols import Drafter
+from specdec.reasons import DraftError
 from specdec.request import Decoding
 from specdec.verifier.verifier import TreeVerifier
 from tests.decoding import decoder_of, loaded, outputs_of, requests_of

@@ -11,7 +11,8 @@ from specdec.drafters.trees.chain import Chain
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.static import Static
 from specdec.drafters.user import UserFunction
-from specdec.protocols import DraftError, StepContext, TreePolicy
+from specdec.protocols import StepContext, TreePolicy
+from specdec.reasons import DraftError
 from specdec.request import Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.tree import TokenTree
