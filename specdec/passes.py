@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdec.cache import PagedKVCache
 from specdec.models.paged import PagedLM
+from specdec.models.placement import free_memory
 from specdec.timing import Stopwatch
 from specdec.tree import random_parents
 
@@ -135,7 +136,7 @@ class Passes:
             torch.cuda.empty_cache()
             needed = pages * page_size * lm.kv_shape.bytes_per_token(kv_dtype or lm.dtype)
             needed += 2 * self.batch * nodes * lm.vocab_size * lm.dtype.itemsize
-            if needed > MEMORY_SHARE * torch.cuda.mem_get_info(lm.device)[0]:
+            if needed > MEMORY_SHARE * free_memory(lm.device):
                 return None
         cache = lm.new_cache(
             rows=self.batch,

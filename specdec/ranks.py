@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
+from specdec.reasons import first_line
+
 T = TypeVar("T")
 EVERY = 64  # steps between two looks whether all ranks have decoded the same
 WAIT = 300.0  # seconds that a rank waits for another
@@ -121,10 +123,9 @@ class Ranks:
         except RuntimeError as error:
             self.parted = True
             self.compare()  # says more, if there is more to be said
-            reason = str(error).splitlines()[0]
             raise RanksError(
                 f"target.tp={self.size}: ranks no longer do the same {self._place()}, as rank "
-                f"{self.rank} sees it: {reason}"
+                f"{self.rank} sees it: {first_line(error)}"
             ) from error
 
     def _place(self) -> str:

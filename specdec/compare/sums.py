@@ -10,6 +10,7 @@ from pydantic_core import from_json
 
 from specdec.lab.prompts import prompt_hash
 from specdec.lab.repetition import degenerate
+from specdec.reasons import first_line
 
 Record = Mapping[str, Any]
 
@@ -173,7 +174,7 @@ def lines_of(path: Path, names: tuple[str, ...]) -> Iterator[Record]:
                 raise ValueError(f"it has not all of {', '.join(names)}")
         except (ValueError, AttributeError) as error:
             raise ValueError(
-                f"{path}: line {number} is no record, {str(error).splitlines()[0]}; leave the "
+                f"{path}: line {number} is no record, {first_line(error)}; leave the "
                 f"run out, or delete the line and continue the run with resume=true"
             ) from None
         yield record

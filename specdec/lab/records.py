@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, TypeAdapter, ValidationError, fi
 from specdec.evidence import numbers_in
 from specdec.flight import Step
 from specdec.lab.files import replace_file, to_json, writing
+from specdec.reasons import first_line
 from specdec.tree_records import TreeRecord
 
 Record = dict[str, Any]
@@ -177,4 +178,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return ": ".join([*map(str, first["loc"][:1]), first["msg"]])
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)

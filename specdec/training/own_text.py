@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from specdec.decode import Decoder
 from specdec.lab.build import baseline_of
@@ -24,6 +23,7 @@ from specdec.lab.experiment import stop_tokens
 from specdec.lab.files import read_object, replace_file, to_json
 from specdec.models.fingerprint import fingerprint
 from specdec.models.paged import PagedLM
+from specdec.models.placement import free_memory
 from specdec.request import CacheSettings, Request
 from specdec.training.batches import EXTRA, OwnRows
 from specdec.training.corpus import Corpus, Ids
@@ -247,8 +247,5 @@ def _batch(target: PagedLM, slots: int) -> int:
     """Beginnings at a time that a device has room for."""
     if target.device.type != "cuda":
         return FEW
-    free, _ = torch.cuda.mem_get_info(target.device)
-    shape = target.kv_shape
-    values = shape.layers * shape.kv_heads * (shape.key_dim + shape.value_dim)
-    row = slots * values * target.dtype.itemsize
-    return max(1, min(MOST, int(CACHES * free / row)))
+    row = slots * target.kv_shape.bytes_per_token(target.dtype)
+    return max(1, min(MOST, int(CACHES * free_memory(target.device) / row)))
