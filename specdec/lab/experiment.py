@@ -183,10 +183,16 @@ class Experiment:
         capacity = self.capacity
         if longest is not None:
             capacity = replace(capacity, max_tokens=longest)
-        ends = (self.stop_tokens, self._ends) if stops else ((), None)
-        trees = self.record.trees if method is self.method else 0  # plain ones are roots alone
-        evidence = self.record.evidence
-        return OurSession(method, self.target, capacity, *ends, trees, evidence, prefixes)
+        return OurSession(
+            method,
+            self.target,
+            capacity,
+            stop_tokens=self.stop_tokens if stops else (),
+            stop_strings=self._ends if stops else None,
+            trees=self.record.trees if method is self.method else 0,  # plain ones are roots alone
+            evidence=self.record.evidence,
+            prefixes=prefixes,
+        )
 
     def summarise(self, side: Side, plain: Records | None) -> Record:
         """The figures of what a side holds, beside those of plain decoding."""

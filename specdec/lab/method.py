@@ -11,7 +11,6 @@ from specdec.processors import Processors
 from specdec.protocols import AcceptanceRule, Drafter, Loaded, TreePolicy, Verifier
 from specdec.request import Capacity
 from specdec.sampling import SamplingParams
-from specdec.stop_strings import StopStrings
 
 if TYPE_CHECKING:
     from specdec.models.load import Models
@@ -91,17 +90,17 @@ class Method:
         self,
         target: "PagedLM",
         capacity: Capacity,
+        *,
         stop_tokens: Collection[int] = (),
-        stop_strings: StopStrings | None = None,
-        trees: int = 0,
-        evidence: bool = False,
         prefixes: Prefixes | None = None,
+        **how: Any,
     ) -> Decoder:
         """A decoder of its own; one made before is of no use any more. The tree policy is fitted
-        before. Arguments are those of `Decoder`.
+        before.
 
         Args:
             prefixes: what it shares with decoders that it takes turns with.
+            how: `stop_strings`, `trees` and `evidence` of `Decoder`.
 
         Raises:
             ValueError: as `processors`, or of the tree policy.
@@ -123,5 +122,4 @@ class Method:
             )
 
         self.tree.fit(Loaded(target=target, drafter=self.drafter, capacity=capacity, decoder=made))
-        rest = {"stop_tokens": stop_tokens, "stop_strings": stop_strings}
-        return made(self.tree, capacity, prefixes, trees=trees, evidence=evidence, **rest)
+        return made(self.tree, capacity, prefixes, stop_tokens=stop_tokens, **how)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,9 +12,7 @@ from specdec.flight import Step
 from specdec.lab.method import Method
 from specdec.lab.prompts import Asked
 from specdec.models.paged import PagedLM
-from specdec.prefixes import Prefixes
 from specdec.request import Capacity, Request
-from specdec.stop_strings import StopStrings
 
 WARM_UP_TOKENS = 16
 
@@ -62,26 +60,12 @@ class OurSession:
 
     Args:
         capacity: of its caches; what a batch has more than rows waits for its turn.
-        stop_tokens, stop_strings: none for outputs of equal length.
-        trees: of the first so many steps of each sequence the trees are recorded.
-        evidence: whether sequences get theirs.
-        prefixes: as in `Method.decoder`.
+        how: what else `Method.decoder` takes; without, outputs are of equal length.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        target: PagedLM,
-        capacity: Capacity,
-        stop_tokens: Collection[int] = (),
-        stop_strings: StopStrings | None = None,
-        trees: int = 0,
-        evidence: bool = False,
-        prefixes: Prefixes | None = None,
-    ) -> None:
+    def __init__(self, method: Method, target: PagedLM, capacity: Capacity, **how: Any) -> None:
         self.method, self.device = method, target.device
-        ends = stop_tokens, stop_strings
-        self.decoder = method.decoder(target, capacity, *ends, trees, evidence, prefixes)
+        self.decoder = method.decoder(target, capacity, **how)
 
     def warm_up(self, tokens: Sequence[int], new: int = WARM_UP_TOKENS) -> None:
         self.decoder.warm_up(tokens, new)

@@ -207,7 +207,8 @@ class OwnText:
         capacity = CacheSettings().capacity(
             rows=self.batch, max_tokens=self.width - EXTRA, device=self.target.device
         )
-        return method.decoder(self.target, capacity, stop_tokens(self.target, ignore_eos=False))
+        ends = stop_tokens(self.target, ignore_eos=False)
+        return method.decoder(self.target, capacity, stop_tokens=ends)
 
     def _round(self, decoders: dict[float, Decoder], rows: range) -> list[tuple[list[int], int]]:
         """Texts of these rows, each with where what was written begins."""
