@@ -12,7 +12,6 @@ key-value heads and their size.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,15 +75,6 @@ class BlockHead(LayeredHead):
 
     def enter(self, index: int, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, self.normed(self.layers[index].input_layernorm, hidden)
-
-    def leave(
-        self, hidden: Tensor, parts: Tensor | None = None, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        norm: Any = self.norm
-        hidden, normal = self.kernels.add_norm(
-            hidden, parts, norm.weight, norm.variance_epsilon, bias
-        )
-        return hidden, normal
 
     def blocks(self, roots: Tensor, slots: int) -> Tensor:
         """[..., slots, D], the embeddings of blocks that begin with these tokens [...]."""

@@ -16,7 +16,7 @@ from specdec.heads.files import CONFIG, HeadFiles, object_in
 from specdec.heads.flash2 import Flash2Config
 from specdec.heads.host import Host
 from specdec.heads.layouts import Layout
-from specdec.heads.reading import check_states, decoder_config, mask_token, named, windows_of
+from specdec.heads.reading import check_states, common, decoder_config, mask_token, windows_of
 from specdec.heads.spark import Markov, SparkConfig
 from specdec.heads.taps import settled_taps
 from specdec.models.weights import BrokenFilesError
@@ -50,12 +50,8 @@ def block_config(
     causal, windows = _attention(files, layout, said, decoder.num_hidden_layers, block)
     softcap = number(said, "final_logit_softcapping", 0.0, files.name)
     return BlockConfig(
-        layer=decoder,
+        **common(files, layout, host, decoder, rows),
         taps=where,
-        state_size=host.state_size,
-        target_vocab=rows,
-        vocab_size=named(files, layout, host, shapes),
-        output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         block=block,
         mask=mask_token(said, rows, files.name),
         shifted=shifted,

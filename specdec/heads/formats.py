@@ -105,7 +105,7 @@ def load_head(
     small = _is_of_small(files, layout, target, widened)
     host = Host.small(target) if small else Host.of(target)
     remarks = check_verifier(files, host) + unstated(files, layout)
-    head: Any = _made(files, layout, host, taps, rope_theta, how or HowMTP())
+    head: Any = _made(files, layout, host, how or HowMTP(), taps=taps, rope_theta=rope_theta)
     if small:
         remarks.append(f"widened from {head.width}" if widened else "not widened")
         head = widen(head, target, setting=files.name) if widened else moved(head, target)
@@ -203,31 +203,20 @@ def _state_size(files: HeadFiles, layout: Layout) -> int:
 
 
 def _made(
-    files: HeadFiles,
-    layout: Layout,
-    host: Host,
-    taps: Sequence[Tap] | None,
-    rope_theta: float | None,
-    how: HowMTP,
+    files: HeadFiles, layout: Layout, host: Host, how: HowMTP, *, taps: Any, **said: Any
 ) -> nn.Module:
-    """The head, of the host's own size."""
+    """The head, of the host's own size; `taps` and what else is `said` as of `load_head`."""
     if layout.kind == "medusa":
         return _medusa(files, layout, host, taps)
     if layout.kind == "mtp":
-        return _mtp(files, layout, host, taps, rope_theta, how)
+        return _mtp(files, layout, host, how, taps=taps, **said)
     make = _block if layout.kind in BLOCK_KINDS else _recurrent
-    return make(files, layout, host, taps, rope_theta)
+    return make(files, layout, host, taps=taps, **said)
 
 
-def _recurrent(
-    files: HeadFiles,
-    layout: Layout,
-    host: Host,
-    taps: Sequence[Tap] | None,
-    rope_theta: float | None,
-) -> LayeredHead:
+def _recurrent(files: HeadFiles, layout: Layout, host: Host, **said: Any) -> LayeredHead:
     read, kind = RECURRENT[layout.kind]
-    config = read(files, layout, host, taps=taps, rope_theta=rope_theta)
+    config = read(files, layout, host, **said)
     with torch.device("meta"):
         head: Any = kind(config)
     if layout.kind == "eagle":
@@ -236,15 +225,8 @@ def _recurrent(
     return _filled(head, files, layout, host, {}, unused)
 
 
-def _mtp(
-    files: HeadFiles,
-    layout: Layout,
-    host: Host,
-    taps: Sequence[Tap] | None,
-    rope_theta: float | None,
-    how: HowMTP,
-) -> LayeredHead:
-    config = mtp_config(files, layout, host, taps=taps, rope_theta=rope_theta, how=how)
+def _mtp(files: HeadFiles, layout: Layout, host: Host, how: HowMTP, **said: Any) -> LayeredHead:
+    config = mtp_config(files, layout, host, how=how, **said)
     heads: list[Any] = []
     shared: dict[str, Tensor] = {}
     for each in how.chosen(layout, files.name):
@@ -261,14 +243,8 @@ def _mtp(
     return first
 
 
-def _block(
-    files: HeadFiles,
-    layout: Layout,
-    host: Host,
-    taps: Sequence[Tap] | None,
-    rope_theta: float | None,
-) -> LayeredHead:
-    config = block_config(files, layout, host, taps=taps, rope_theta=rope_theta)
+def _block(files: HeadFiles, layout: Layout, host: Host, **said: Any) -> LayeredHead:
+    config = block_config(files, layout, host, **said)
     row = mask_row(files, config.layer.hidden_size)
     config = replace(config, own_mask=row is not None)
     with torch.device("meta"):

@@ -73,6 +73,7 @@ class LayeredHead(nn.Module):
     description: str = ""
     run: ClassVar[type[Layer]] = Layer
     layers: Any  # nn.ModuleList of transformers' decoder layers
+    norm: Any  # before the output head
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -148,7 +149,11 @@ class LayeredHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What the last layer's output means: the next feature [M, D], and what the output head
         reads. `parts` and `bias` as of `reference.add_norm`."""
-        raise NotImplementedError
+        norm = self.norm
+        made: tuple[Tensor, Tensor] = self.kernels.add_norm(
+            hidden, parts, norm.weight, norm.variance_epsilon, bias
+        )
+        return made
 
     def forward(
         self, embedded: Tensor, feature: Tensor, angles: tuple[Tensor, Tensor], attend: Attend

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from specdec.heads.files import CONFIG, HeadFiles
 from specdec.heads.host import Host
 from specdec.heads.layouts import Layout
-from specdec.heads.reading import check_states, decoder_config, named
+from specdec.heads.reading import check_states, common, decoder_config
 from specdec.heads.recurrent import MTPConfig, MTPHead
 from specdec.heads.taps import settled_taps
 from specdec.models.weights import BrokenFilesError
@@ -96,12 +96,8 @@ def mtp_config(
     if len(where) != 1:
         raise ValueError(f"{files.name}: an MTP layer reads one state; give drafter.taps one")
     return MTPConfig(
-        layer=decoder,
+        **common(files, layout, host, decoder),
         taps=where,
-        state_size=host.state_size,
-        target_vocab=host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding),
-        vocab_size=named(files, layout, host, shapes),
-        output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         norm_output=HANDED_ON[how.feedback],
         gated=gated,
         turned=_turned(share, decoder.head_dim, files.name),

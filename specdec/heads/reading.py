@@ -48,12 +48,8 @@ def eagle3_config(
         for index in range(decoder.num_hidden_layers)
     )
     return Eagle3Config(
-        layer=decoder,
+        **common(files, layout, host, decoder),
         taps=where,
-        state_size=host.state_size,
-        target_vocab=host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding),
-        vocab_size=named(files, layout, host, shapes),
-        output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         norm_before_residual=bool(config.get("norm_before_residual", layout.wrapped)),
         norm_before_fc=bool(config.get("norm_before_fc", "input_norm.weight" in shapes)),
         fc_norm=bool(config.get("fc_norm", "fc_norm.0.weight" in shapes)),
@@ -135,12 +131,8 @@ def eagle_config(
         bias = bool(layout.layer.get("bias", config.get("eagle_fc_bias", layout.layer is config)))
     norms = "hidden_states_layernorm.weight" in shapes
     return EagleConfig(
-        layer=decoder,
+        **common(files, layout, host, decoder),
         taps=where,
-        state_size=host.state_size,
-        target_vocab=host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding),
-        vocab_size=named(files, layout, host, shapes),
-        output_bias="layers.0.self_attn.o_proj.bias" in shapes,
         bias=bias,
         norms=norms,
         embedding_norm=not norms and "embedding_layernorm.weight" in shapes,
@@ -275,7 +267,26 @@ def check_states(files: HeadFiles, host: Host, stated: int, columns: int, count:
         )
 
 
-def named(
+def common(
+    files: HeadFiles, layout: Layout, host: Host, decoder: Any, rows: int | None = None
+) -> dict[str, Any]:
+    """What every `HeadConfig` has but its taps and windows.
+
+    Args:
+        rows: of its embedding; None: the target's own, or as many as the target has tokens.
+    """
+    shapes = layout.shapes(files.shapes)
+    own = host.vocab_size if "embed_tokens.weight" in shapes else len(host.embedding)
+    return {
+        "layer": decoder,
+        "state_size": host.state_size,
+        "target_vocab": own if rows is None else rows,
+        "vocab_size": _named(files, layout, host, shapes),
+        "output_bias": "layers.0.self_attn.o_proj.bias" in shapes,
+    }
+
+
+def _named(
     files: HeadFiles, layout: Layout, host: Host, shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
     """How many tokens it can name.

@@ -143,10 +143,7 @@ class Eagle3Head(LayeredHead):
     def leave(
         self, hidden: Tensor, parts: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        norm: Any = self.norm
-        hidden, normal = self.kernels.add_norm(
-            hidden, parts, norm.weight, norm.variance_epsilon, bias
-        )
+        hidden, normal = super().leave(hidden, parts, bias)
         return (normal if self.config.norm_output else hidden), normal
 
 
@@ -188,10 +185,10 @@ class EagleHead(LayeredHead):
     def leave(
         self, hidden: Tensor, parts: Tensor | None = None, bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        norm: Any = self.norm
-        weight, eps = (self.one, 1.0) if norm is None else (norm.weight, norm.variance_epsilon)
-        hidden, normal = self.kernels.add_norm(hidden, parts, weight, eps, bias)
-        return hidden, hidden if norm is None else normal
+        if self.norm is not None:
+            return super().leave(hidden, parts, bias)
+        hidden, _ = self.kernels.add_norm(hidden, parts, self.one, 1.0, bias)
+        return hidden, hidden
 
 
 class MTPHead(EagleHead):
