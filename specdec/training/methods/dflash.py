@@ -20,7 +20,7 @@ from specdec.training.batches import Seen
 from specdec.training.blocks import anchors_of, chains_of, drafted, levels_at, parents
 from specdec.training.judge import Judge
 from specdec.training.losses import LOSSES
-from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
+from specdec.training.methods.head import HeadMethod, sizes_of
 from specdec.training.teacher import chosen_taps
 from specdec.training.trainee import (
     Drafts,
@@ -115,14 +115,13 @@ class DFlash(HeadMethod):
     def _sizes(self, target: PagedLM) -> dict[str, Any]:
         """Of the head, as `BlockConfig` has them."""
         return {
-            "layer": layer_config(
-                target.model.config,
+            **sizes_of(
+                target,
+                self._taps(target),
                 layers=self.layers,
                 rope_theta=self.rope_theta,
                 make=Qwen3Config,
             ),
-            "taps": self._taps(target),
-            **sizes_of(target),
             "block": self.block,
             "mask": 0,
             "own_mask": True,

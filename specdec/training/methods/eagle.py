@@ -13,7 +13,7 @@ from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.batches import Seen
 from specdec.training.losses import LOSSES, sequence_means
-from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
+from specdec.training.methods.head import HeadMethod, sizes_of
 from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import check_taps
 from specdec.training.trainee import Lesson, Surroundings, check_choice
@@ -63,13 +63,9 @@ class Eagle(HeadMethod):
         super().check(target)
 
     def config(self, target: PagedLM) -> EagleConfig:
-        return EagleConfig(
-            layer=layer_config(target.model.config, layers=1, rope_theta=self.rope_theta),
-            taps=(self.tap,),
-            windows=() if self.window is None else (self.window,),
-            bias=self.bias,
-            **sizes_of(target),
-        )
+        rope, taps = self.rope_theta, [self.tap]
+        sizes = sizes_of(target, taps, layers=1, rope_theta=rope, window=self.window)
+        return EagleConfig(bias=self.bias, **sizes)
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
         states = self.loss == EAGLE1

@@ -8,7 +8,7 @@ from specdec.heads.recurrent import Eagle3Config, Eagle3Head
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.losses import LOSSES
-from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
+from specdec.training.methods.head import HeadMethod, sizes_of
 from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import chosen_taps
 from specdec.training.trainee import Surroundings, check_choice, check_least
@@ -78,13 +78,14 @@ class Eagle3(HeadMethod):
     def _sizes(self, target: PagedLM) -> dict[str, Any]:
         """Of the head, as `Eagle3Config` has them."""
         return {
-            "layer": layer_config(
-                target.model.config, layers=self.layers, rope_theta=self.rope_theta
+            **sizes_of(
+                target,
+                chosen_taps(self.taps, target.layers),
+                layers=self.layers,
+                rope_theta=self.rope_theta,
+                window=self.window,
             ),
-            "taps": chosen_taps(self.taps, target.layers),
-            **sizes_of(target),
             "vocab_size": self.draft_vocab or target.vocab_size,
-            "windows": () if self.window is None else (self.window,) * self.layers,
             "fc_norm": self.fc_norm,
             "norm_before_fc": self.norm_before_fc,
             "norm_before_residual": self.norm_before_residual,
@@ -93,9 +94,4 @@ class Eagle3(HeadMethod):
 
     def _how(self) -> dict[str, Any]:
         """What a trainee is told besides."""
-        return {
-            "loss": self.loss,
-            "steps": self.steps,
-            "decay": self.decay,
-            "tied": self.tied,
-        }
+        return {name: getattr(self, name) for name in ("loss", "steps", "decay", "tied")}

@@ -3,6 +3,7 @@ fresh or as those of a head that is there."""
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from specdec.heads.formats import find_head, load_head
 from specdec.lab.values import shown
 from specdec.models.paged import PagedLM
 from specdec.models.quantised import output_of
+from specdec.observation import Tap
 from specdec.training.teacher import norm_weight
 from specdec.training.trainee import Surroundings, TrainingMethod
 
@@ -56,12 +58,22 @@ def layer_config(config: Any, *, layers: int, rope_theta: float, make: Any = Lla
     )
 
 
-def sizes_of(target: PagedLM) -> dict[str, Any]:
-    """What a `HeadConfig` says of a target, whose tokens the head can all name."""
+def sizes_of(
+    target: PagedLM, taps: Sequence[Tap], *, layers: int, window: int | None = None, **how: Any
+) -> dict[str, Any]:
+    """What a `HeadConfig` says of a head that can name all tokens of a target.
+
+    Args:
+        window: of all its layers; None: they see all.
+        how: `rope_theta` and `make` of `layer_config`.
+    """
     return {
+        "layer": layer_config(target.model.config, layers=layers, **how),
+        "taps": tuple(taps),
         "state_size": target.config.hidden_size,
         "target_vocab": target.model.get_input_embeddings().weight.shape[0],
         "vocab_size": target.vocab_size,
+        "windows": () if window is None else (window,) * layers,
     }
 
 

@@ -9,7 +9,7 @@ from specdec.heads.recurrent import MTPConfig, MTPHead
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from specdec.training.losses import LOSSES
-from specdec.training.methods.head import HeadMethod, layer_config, sizes_of
+from specdec.training.methods.head import HeadMethod, sizes_of
 from specdec.training.methods.recurrent import RecurrentTrainee, check_recurrent
 from specdec.training.teacher import check_taps
 from specdec.training.trainee import Surroundings, check_choice
@@ -51,13 +51,8 @@ class MTP(HeadMethod):
         super().check(target)
 
     def config(self, target: PagedLM) -> MTPConfig:
-        return MTPConfig(
-            layer=layer_config(
-                target.model.config, layers=1, rope_theta=self.rope_theta, make=Qwen3Config
-            ),
-            taps=(self.tap,),
-            **sizes_of(target),
-        )
+        rope, taps = self.rope_theta, [self.tap]
+        return MTPConfig(**sizes_of(target, taps, layers=1, rope_theta=rope, make=Qwen3Config))
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
         return RecurrentTrainee(
