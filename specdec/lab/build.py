@@ -4,7 +4,7 @@ refused here, in one line that names the setting."""
 import inspect
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,7 +13,7 @@ import yaml
 
 from specdec.kernels.choose import Kernels
 from specdec.lab.method import Method
-from specdec.lab.options import CONFIGS, nearest
+from specdec.lab.options import CONFIGS, nearest, no_setting
 from specdec.lab.values import shown, typed
 from specdec.models.placement import Placement
 from specdec.protocols import AcceptanceRule, Drafter, TreePolicy
@@ -369,6 +369,22 @@ def build(kind: type, group: str, settings: Settings, **given: Any) -> Any:
                 f"{kind.__name__} has no default of it"
             )
     return kind(**given, **checked)
+
+
+def ungrouped(kind: type, settings: Settings, groups: Sequence[str], command: str = "run") -> Any:
+    """An object from the settings without a group; nothing stands beside them but the groups.
+
+    Raises:
+        ValueError: a setting that cannot be used, or of a name that there is not.
+    """
+    for name in groups:
+        group_of(settings, name)
+    own = {n: value for n, value in settings.items() if n not in (*groups, "choices")}
+    known = get_type_hints(kind)
+    unknown = next((name for name in own if name not in known), None)
+    if unknown is not None:
+        raise ValueError(no_setting(unknown, command))
+    return build(kind, "", own)
 
 
 def _parameters(kind: type) -> tuple[Mapping[str, Any], Mapping[str, inspect.Parameter]]:

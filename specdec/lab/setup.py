@@ -7,8 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from specdec.lab.build import Settings, build, group_of, imported
-from specdec.lab.options import no_setting
+from specdec.lab.build import Settings, build, group_of, imported, ungrouped
 from specdec.lab.records import RecordSettings
 from specdec.lab.tracking import Tracker
 from specdec.models.load import Models
@@ -86,20 +85,8 @@ GROUPS = (
 
 
 def general_of(settings: Settings) -> General:
-    """Those without a group; and nothing stands beside them but the groups.
-
-    Raises:
-        ValueError: a setting that cannot be used, or of a name that there is not.
-    """
-    for name in GROUPS:
-        group_of(settings, name)
-    known = General.__dataclass_fields__
-    unknown = [name for name in settings if name not in (*known, *GROUPS, "choices")]
-    if unknown:
-        raise ValueError(no_setting(unknown[0]))
-    general: General = build(
-        General, "", {name: settings[name] for name in known if name in settings}
-    )
+    """As `ungrouped`."""
+    general: General = ungrouped(General, settings, GROUPS)
     return general
 
 

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from specdec.lab.build import Settings, build, group_of, imported
-from specdec.lab.options import no_setting
+from specdec.lab.build import Settings, build, group_of, imported, ungrouped
 from specdec.training.corpus import CorpusSettings, listed
 from specdec.training.measure import MeasureSettings
 from specdec.training.own_text import OwnTextSettings
@@ -68,19 +67,8 @@ class Plan:
 
 
 def plan_of(settings: Settings) -> Plan:
-    """Those without a group; and nothing stands beside them but the groups.
-
-    Raises:
-        ValueError: a setting that cannot be used, or of a name that there is not.
-    """
-    for name in GROUPS:
-        group_of(settings, name)
-    known = Plan.__dataclass_fields__
-    unknown = [name for name in settings if name not in (*known, *GROUPS, "choices")]
-    if unknown:
-        raise ValueError(no_setting(unknown[0], "train"))
-    given = {name: settings[name] for name in known if name in settings}
-    plan: Plan = build(Plan, "", given)
+    """As `ungrouped`."""
+    plan: Plan = ungrouped(Plan, settings, GROUPS, "train")
     return plan
 
 
