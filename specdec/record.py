@@ -12,6 +12,7 @@ Whatever is wrong with the settings ends in one line on stderr and exit code 2, 
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from rich.console import Console
 
 from specdec.compare.read import is_run
 from specdec.lab.build import baseline_of
+from specdec.lab.command import ended
 from specdec.lab.environment import describe_environment
 from specdec.lab.experiment import Experiment
 from specdec.lab.files import read_object
 from specdec.lab.fingerprints import digest
 from specdec.lab.identity import NO_PART, code
-from specdec.lab.interrupts import interruptible
 from specdec.lab.lines import tell
 from specdec.lab.lock import Lock
 from specdec.lab.options import usage
@@ -47,28 +48,24 @@ def main() -> None:
 
 def command(arguments: Sequence[str]) -> int:
     """Do what was typed; returns the exit code."""
-    try:
-        words, flags = split(list(arguments))
-        if {"--help", "-h"} & set(flags):
-            print(usage(folders_of(flags), "run", __doc__ or ""))
-            return 0
-        if many := {"--multirun", "-m"} & set(flags):
-            raise ValueError(f"{many.pop()}: a record is one; make one after the other")
-        given = [word for word in words if not word.startswith("run=")]
-        runs = [Path(word.removeprefix("run=")) for word in words if word not in given]
-        if len(runs) > 1:
-            raise ValueError(f"run={runs[1]}: given twice; a record is of one run, leave one out")
-        finished = Finished.read(runs[0]) if runs else None
-        words = finished.words(given) if finished else given
-        settings = settings_of([*words, "tracker=none", "kernels.graphs=false", *flags])
-        with interruptible():
-            make(settings, out_of(settings), Console(), finished)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return ended(partial(_command, list(arguments)))
+
+
+def _command(arguments: list[str]) -> None:
+    words, flags = split(arguments)
+    if {"--help", "-h"} & set(flags):
+        print(usage(folders_of(flags), "run", __doc__ or ""))
+        return
+    if many := {"--multirun", "-m"} & set(flags):
+        raise ValueError(f"{many.pop()}: a record is one; make one after the other")
+    given = [word for word in words if not word.startswith("run=")]
+    runs = [Path(word.removeprefix("run=")) for word in words if word not in given]
+    if len(runs) > 1:
+        raise ValueError(f"run={runs[1]}: given twice; a record is of one run, leave one out")
+    finished = Finished.read(runs[0]) if runs else None
+    words = finished.words(given) if finished else given
+    settings = settings_of([*words, "tracker=none", "kernels.graphs=false", *flags])
+    make(settings, out_of(settings), Console(), finished)
 
 
 def make(

@@ -7,13 +7,14 @@ is refused.
 """
 
 import sys
+from functools import partial
 
 import torch
 import transformers
 from rich.console import Console
 
 from specdec import __version__
-from specdec.lab.interrupts import interruptible
+from specdec.lab.command import ended
 from specdec.lab.options import usage
 from specdec.lab.settings import (
     FOLDERS,
@@ -40,36 +41,27 @@ Of a group one option counts; its settings follow, with their defaults. ??? must
 def main() -> None:
     """Console entry point."""
     find_own_code()
-    sys.exit(_command(sys.argv[1:]))
+    sys.exit(ended(partial(_command, sys.argv[1:])))
 
 
-def _command(arguments: list[str]) -> int:
-    """Do what was typed; returns the exit code."""
+def _command(arguments: list[str]) -> None:
+    """Do what was typed."""
+    words, flags = split(arguments)
+    if {"--version", "--help", "-h"} & set(flags):
+        about = f"specdec {__version__}"
+        print(about if "--version" in flags else usage(folders_of(flags), "train", HELP))
+        return
+    for flag in flags:
+        if flag.startswith("-") and flag.partition("=")[0] not in FOLDERS:
+            raise ValueError(f"{flag}: training has no such option; --help lists them")
+    transformers.utils.logging.set_verbosity_error()
+    settings = settings_of([*words, *flags], "train")
+    out = out_of(settings)
+    again = continuing(arguments, out, "train", "auto")
     try:
-        words, flags = split(arguments)
-        if {"--version", "--help", "-h"} & set(flags):
-            about = f"specdec {__version__}"
-            print(about if "--version" in flags else usage(folders_of(flags), "train", HELP))
-            return 0
-        for place, flag in enumerate(flags):
-            name = flag.partition("=")[0]
-            if flag.startswith("-") and name not in FOLDERS:
-                raise ValueError(f"{flags[place]}: training has no such option; --help lists them")
-        transformers.utils.logging.set_verbosity_error()
-        settings = settings_of([*words, *flags], "train")
-        with interruptible():
-            out = out_of(settings)
-            again = continuing(arguments, out, "train", "auto")
-            train(settings, out, Console(), words=words, again=again)
+        train(settings, out, Console(), words=words, again=again)
     except torch.OutOfMemoryError as error:
-        print(f"error: {full(error, 'lower batch, chunk or own_text.batch')}", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        raise full(error, "lower batch, chunk or own_text.batch") from error
 
 
 if __name__ == "__main__":

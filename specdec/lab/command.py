@@ -73,10 +73,8 @@ def run_main(
     *,
     doc: str | None,
 ) -> int:
-    """Read the command line, of the process if left out, and do the work; returns the exit code
-    of the work (None is 0). A ValueError becomes one line on stderr and exit code 2, or 1 if it is
-    a `FailedError`; an interruption exit code 130. A result file that can be continued has one
-    process at a time.
+    """Read the command line, of the process if left out, and do the work; returns the exit code,
+    as `ended`. A result file that can be continued has one process at a time.
 
     Args:
         doc: what `--help` says before the options.
@@ -85,10 +83,22 @@ def run_main(
     if {"-h", "--help"} & set(words):
         print(usage(kind, doc))
         return 0
-    try:
+
+    def done() -> int | None:
         options = parse(kind, words)
-        with interruptible(), _alone(options):
-            return work(options) or 0
+        with _alone(options):
+            return work(options)
+
+    return ended(done)
+
+
+def ended(work: Callable[[], int | None]) -> int:
+    """Do the work of a command; returns its exit code: that of the work (None is 0), of a
+    ValueError, which becomes one line on stderr, 2, or 1 if no setting is wrong, and 130 of an
+    interruption."""
+    try:
+        with interruptible():
+            return work() or 0
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FailedError) else 2
