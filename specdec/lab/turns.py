@@ -142,7 +142,7 @@ class Round:
                 lanes += [(lane, [course]) for lane in course.in_turns(shared=plain is not None)]
             prefixes = self._share_prompts(lanes)
             try:
-                ready = [one for one in lanes if self._does(one[0].ready, one[1])]
+                ready = [one for one in lanes if self._does(one[0].ready, one[1], prefixes)]
                 size = experiment.batch_size
                 prompts = experiment.prompts
                 chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
@@ -166,10 +166,8 @@ class Round:
             self._read_ahead(prefixes, chunk)
         start = number % max(1, len(lanes))
         for lane, courses in (*lanes[start:], *lanes[:start]):
-            if not any(course in self._faults for course in courses):
-                self._does(partial(lane.decode, chunk), courses)
-            if prefixes is not None:
-                prefixes.settle()
+            if not all(course in self._faults for course in courses):
+                self._does(partial(lane.decode, chunk), courses, prefixes)
 
     def _share_prompts(self, lanes: Sequence[tuple[Lane, list[Course]]]) -> Prefixes | None:
         """One cache of the target for all of them, if their sequences share pages, and none needs
@@ -194,12 +192,16 @@ class Round:
         for course in self._courses:
             course.add_shared_prefill(tokens, seconds)
 
-    def _does(self, work: Callable[[], Any], courses: Sequence[Course]) -> bool:
-        """Whether it went well; if not, it is the fault of these."""
+    def _does(
+        self, work: Callable[[], Any], courses: Sequence[Course], prefixes: Prefixes | None
+    ) -> bool:
+        """Whether it went well; if not, it is the fault of these, and leaves nothing open."""
         try:
             work()
         except Exception as error:
-            self._faults |= dict.fromkeys(courses, error)
+            self._faults = dict.fromkeys(courses, error) | self._faults  # the first counts
+            if prefixes is not None:
+                prefixes.settle()
             return False
         return True
 
