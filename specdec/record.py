@@ -87,7 +87,7 @@ def make(
     if finished is not None:
         finished.check(checked.identity, checked.asked["prompts"], checked.asked["samples"])
     told = finished.texts if finished else {}
-    plan = {**_plan(settings, checked), **({"texts": digest(told)} if told else {})}
+    plan = {**_plan(checked), **({"texts": digest(told)} if told else {})}
     lock = Lock(out / "lock", f"out={out}")
     try:
         if (out / DONE).exists() or (out / PLAN).exists():
@@ -102,7 +102,7 @@ def make(
     return Record.open(out)
 
 
-def _plan(settings: Settings, checked: Checked) -> dict[str, Any]:
+def _plan(checked: Checked) -> dict[str, Any]:
     parts = checked.identity
     kept = {
         name: value

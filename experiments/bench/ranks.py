@@ -254,7 +254,7 @@ def check_steps(shop: Workshop, options: Options) -> dict[str, Any]:
 # All of it
 
 
-def together(options: Options, ranks: Ranks, result: dict[str, Any], save: Save) -> None:
+def together(options: Options, ranks: Ranks, save: Save) -> None:
     """What ranks measure and check when they have joined."""
     if options.device == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
@@ -347,7 +347,7 @@ def work(options: Options) -> int:
         for other in ranks.others:
             save({"alone": json.loads(ranks.hear("alone", other))})
         with torch.no_grad():
-            together(options, ranks, result, save)
+            together(options, ranks, save)
     except Exception as fault:
         save({"fault": f"rank {rank}: {describe(fault)}"})
         print(f"rank {rank}: {describe(fault)}", file=sys.stderr, flush=True)

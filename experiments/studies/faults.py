@@ -60,7 +60,7 @@ def chain(
     """Tokens that token-wise speculative sampling of chains yields, the contexts they were drawn
     in, and their places in their steps. `fault` is one of FAULTS."""
     drawn, contexts, places, context, place = [], [], [], 0, 0
-    for p, q in _laws(generator, target, draft, fault):
+    for p, q in _laws(target, draft, fault):
         kept, after = False, p[context]
         if fault == "stale" and generator.random() < STALE:
             after = target[generator.integers(CONTEXTS)]
@@ -83,9 +83,7 @@ def chain(
     return np.array(drawn), np.array(contexts), np.array(places)
 
 
-def _laws(
-    generator: np.random.Generator, target: Array, draft: Array, fault: str
-) -> Iterator[tuple[Array, Array]]:
+def _laws(target: Array, draft: Array, fault: str) -> Iterator[tuple[Array, Array]]:
     """What tokens and drafts are drawn from, again and again."""
     p, q = target, draft
     if fault == "temperature":

@@ -45,7 +45,7 @@ def fill(
     Raises:
         ValueError: one is missing, left over, of another type or shape, or not finite.
     """
-    names, order = names_of(files, layout, host, count)
+    names, order = names_of(files, host, count)
     theirs = {o: t for o, t in layout.files.items() if o not in MAPS and o not in unused}
     wanted = {key: tuple(value.shape) for key, value in head.state_dict().items()}
     own = {key: shape for key, shape in wanted.items() if key in theirs or key not in lent}

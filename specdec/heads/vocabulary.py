@@ -5,15 +5,12 @@ from torch import Tensor
 
 from specdec.heads.files import HeadFiles
 from specdec.heads.host import Host
-from specdec.heads.layouts import Layout
 from specdec.models.weights import BrokenFilesError
 
 AGAIN = "download the head again, or take another"
 
 
-def names_of(
-    files: HeadFiles, layout: Layout, host: Host, count: int
-) -> tuple[Tensor | None, Tensor | None]:
+def names_of(files: HeadFiles, host: Host, count: int) -> tuple[Tensor | None, Tensor | None]:
     """The target's ids of a head's tokens, by d2t, t2d or token_map.
 
     d2t holds differences: the target's id less the head's (SafeAILab/EAGLE `cnets.py`); token_map

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specdec.training.losses import compare, lk, sequence_means
-from specdec.training.trainee import Lesson
+from specdec.training.trainee import Lesson, Surroundings
 
 KEPT = {"cuda": 8e9, "cpu": 1e9}  # bytes of logits that are kept until gradients go back
 
@@ -60,6 +60,12 @@ class Judge:
         self._rows: Callable[..., tuple[Tensor, ...]] = self._of_rows
         if compiled:
             self._rows = torch.compile(self._of_rows, dynamic=False)
+
+    @classmethod
+    def of(cls, surroundings: Surroundings, loss: str, names: Tensor | None = None) -> "Judge":
+        """As a training has it."""
+        chunk, compiled = surroundings.chunk, surroundings.compiled
+        return cls(loss=loss, names=names, chunk=chunk, compiled=compiled)
 
     def judged(
         self,

@@ -167,9 +167,7 @@ class DFlashTrainee(Drafts):
         self.output = head.lm_head
         self.weights = decay ** torch.arange(head.config.levels, device=target.device)
         self.target_layers = target.layers
-        self.judge = Judge(
-            loss=loss, names=None, chunk=surroundings.chunk, compiled=surroundings.compiled
-        )
+        self.judge = Judge.of(surroundings, loss)
         self._reads = self.reads
         if surroundings.compiled:
             self._reads = torch.compile(self.reads, dynamic=False)

@@ -93,9 +93,7 @@ class ExitTrainee(CausalTrainee):
     ) -> None:
         super().__init__(model, surroundings.target.tokenizer)
         self.layers, self.weight = layers, weight
-        chunk, compiled = surroundings.chunk, surroundings.compiled
-        self.judge = Judge(loss=loss, names=None, chunk=chunk, compiled=compiled)
-        self.text = Judge(loss="ce", names=None, chunk=chunk, compiled=compiled)
+        self.judge, self.text = Judge.of(surroundings, loss), Judge.of(surroundings, "ce")
 
     def _outputs(self, seen: Seen) -> tuple[Tensor, Tensor]:
         """What the output head reads after tokens 1 .. T, [B, T, H]: at the exit, and at the

@@ -95,9 +95,7 @@ class MedusaTrainee(Drafts):
         self.module: nn.Module = heads.to(surroundings.target.device)
         self.heads = heads
         self.weights = decay ** torch.arange(heads.config.heads, device=rows.device)
-        self.judge = Judge(
-            loss=loss, names=None, chunk=surroundings.chunk, compiled=surroundings.compiled
-        )
+        self.judge = Judge.of(surroundings, loss)
         self._features: Callable[..., Tensor] = heads.features
         if surroundings.compiled:
             self._features = torch.compile(heads.features, dynamic=False)

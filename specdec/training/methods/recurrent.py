@@ -50,10 +50,7 @@ class RecurrentTrainee(Drafts):
         self.head, self.taps, self.steps = head, head.config.taps, steps
         self.architecture, self.tied = type(target.model).__name__, tied
         self.weights = decay ** torch.arange(steps, device=target.device)
-        names = head.names
-        self.judge = Judge(
-            loss=loss, names=names, chunk=surroundings.chunk, compiled=surroundings.compiled
-        )
+        self.judge = Judge.of(surroundings, loss, head.names)
         self._unroll: Callable[..., list[Tensor]] = unroll
         if surroundings.compiled:
             self._unroll = torch.compile(unroll, dynamic=False)

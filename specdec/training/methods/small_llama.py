@@ -70,9 +70,7 @@ class SmallTrainee(CausalTrainee, Drafts):
         self, model: Any, draft: PagedLM, surroundings: Surroundings, *, loss: str
     ) -> None:
         super().__init__(model, draft.tokenizer)
-        self.judge = Judge(
-            loss=loss, names=None, chunk=surroundings.chunk, compiled=surroundings.compiled
-        )
+        self.judge = Judge.of(surroundings, loss)
         self._base: Any = model.base_model
         if surroundings.compiled:
             self._base = torch.compile(model.base_model, dynamic=False)
