@@ -170,8 +170,9 @@ class Round:
                 self._does(partial(lane.decode, chunk), courses, prefixes)
 
     def _share_prompts(self, lanes: Sequence[tuple[Lane, list[Course]]]) -> Prefixes | None:
-        """One cache of the target for all of them, if their sequences share pages, and none needs
-        pages of its own beside them."""
+        """One cache of the target for all of them, if their sequences share pages. Of all or of
+        none: a drafter that reads states reads every prompt on its own time, and would be compared
+        with plain decoding that finds them read."""
         of = self._courses[0].experiment
         if not of.capacity.share or any(lane.method.drafter.reads_states for lane, _ in lanes):
             return None
