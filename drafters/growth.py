@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.logits import candidates_of
+from specdec.kernels.reference.growth import DEAD
 from specdec.observation import Observation
 from specdec.protocols import (
     Drafter,
@@ -23,8 +24,6 @@ from specdec.protocols import (
 from specdec.request import Capacity
 from specdec.sampling import DRAFT_STREAM, draw, race
 from specdec.tree import PADDING, ROOT, Acceptance, Children, Proposal, TokenTree
-
-DEAD = float("-inf")  # score of a slot that holds no node
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

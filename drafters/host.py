@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specdec.drafters.growth import DEAD, Frontier, ShapedDrafter, grow
+from specdec.drafters.growth import Frontier, ShapedDrafter, grow
 from specdec.kernels import reference
+from specdec.kernels.reference.growth import DEAD
 from specdec.protocols import Growth, StepContext, TreePolicy
 from specdec.reasons import DraftError
 from specdec.request import Capacity, Decoding

@@ -161,7 +161,7 @@ def unlike(table: CostTable, run: Loaded) -> str:
     if table.about is None:
         return "it does not say of which models and machine it is"
     here = about(run.target, run.drafter.own_model)
-    other = [f"{name}" for name, value in here.items() if table.about.get(name) != value]
+    other = [name for name, value in here.items() if table.about.get(name) != value]
     return f"of other {', '.join(other)}" if other else ""
 
 

@@ -296,6 +296,13 @@ def check_basics(budget: int, children: str) -> None:
         raise ValueError(f"tree.children={children}: must be one of {known}")
 
 
+def check_positive(**settings: int | None) -> None:
+    """Raise ValueError, naming the setting of a tree, if one of these is below 1; None is none."""
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"tree.{name}={value}: must be at least 1")
+
+
 def check_depth(depth: int | None, setting: str) -> None:
     """Raise ValueError, naming the setting, if this is below 1 or more levels than any tree has;
     None is none."""

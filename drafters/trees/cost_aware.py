@@ -11,7 +11,6 @@ from specdec.calibration import costs_of, unlike
 from specdec.costs import CALIBRATE, CostTable
 from specdec.drafters.trees.dynamic import Dynamic
 from specdec.drafters.trees.fixed import FixedShape, measured_rates
-from specdec.drafters.trees.policy import check_positive
 from specdec.drafters.trees.shapes import (
     OptimalShapes,
     Shape,
@@ -20,7 +19,7 @@ from specdec.drafters.trees.shapes import (
     optimal,
     parents_by_level,
 )
-from specdec.protocols import Growth, Loaded
+from specdec.protocols import Growth, Loaded, check_positive
 from specdec.rates import AcceptanceRates
 
 MEASURED = ("auto", "measure")

@@ -4,8 +4,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from specdec.drafters.trees.policy import check_positive
-from specdec.protocols import Growth, TreePolicy, check_depth
+from specdec.protocols import Growth, TreePolicy, check_depth, check_positive
 
 
 class Dynamic(TreePolicy):

@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.drafters.growth import DEAD, Frontier, GrowingDrafter, grow
+from specdec.drafters.growth import Frontier, GrowingDrafter, grow
 from specdec.drafters.host import HostDrafter
 from specdec.experiments.studies.rule_laws import context_for
 from specdec.experiments.tools.rule_contract import check_rule, require
+from specdec.kernels.reference.growth import DEAD
 from specdec.lab.build import baseline_of, method_of
 from specdec.lab.method import Method
 from specdec.lab.settings import settings_of

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from specdec.heads.block import MASK_ROW, BlockHead
 from specdec.heads.block_files import MASK_FILE
+from specdec.heads.files import CONFIG
 from specdec.heads.layered import HeadConfig, LayeredHead
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.parallel import ParallelConfig, ParallelHead
 from specdec.heads.recurrent import Eagle3Head, EagleConfig, EagleHead, MTPConfig, MTPHead
 from specdec.heads.spark import SparkConfig
+from specdec.models.weights import WEIGHTS
 
-WEIGHTS, MEDUSA_WEIGHTS = "model.safetensors", "medusa_lm_head.safetensors"
-CONFIG = "config.json"
+MEDUSA_WEIGHTS = "medusa_lm_head.safetensors"
 VERSION = "0.3.0"  # of speculators, whose layout it is
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 NAMES: dict[type[LayeredHead], tuple[str, str]] = {  # of kinds, and of architectures

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.cache import PagedKVCache
-from specdec.kernels.layout import Fp8Weight
+from specdec.kernels.layout import Weight
 from specdec.models.forward import ForwardPass
 from specdec.models.quantised import Fp8Linear, join, joinable
 from specdec.models.shards import Shared, local, replace, replicate, rows_of
@@ -25,7 +25,6 @@ from specdec.ranks import ALONE, Ranks
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 POSITIONS_AT_ONCE = 4096  # of the tables of angles, which grow by as many
 Logits = Literal["all", "none"]
-Weight = Tensor | Fp8Weight
 Turns = tuple[Tensor, Tensor]
 """Cosine and sine [B, N, D] of the rotary angles of nodes."""
 
