@@ -52,14 +52,7 @@ class CachedModel:
         if self._prefixes is not None and self._prefixes.serves(self.lm, capacity):
             self.cache = self._prefixes.cache
             return
-        self.cache = self.lm.new_cache(
-            rows=capacity.rows,
-            pages=pages_of(capacity, self.lm.kv_shape, self.lm.dtype, self.lm.device),
-            page_size=capacity.page_size,
-            max_tokens=capacity.max_tokens,
-            kv_dtype=capacity.kv_dtype,
-            successors=capacity.successors,
-        )
+        self.cache = cache_of(self.lm, capacity, capacity.rows)
 
     def start(self, sequences: Sequence[Decoding]) -> list[Decoding]:
         """Rows for these, in order, as far as there is room; `read` reads their prompts.
@@ -204,6 +197,19 @@ class Reading:
                 self._wave.append(sequence)
             else:
                 self._model.finish(sequence)
+
+
+def cache_of(lm: PagedLM, capacity: Capacity, rows: int) -> PagedKVCache:
+    """An empty one of a model, of the pages that a run has and so many rows; errors as of
+    `pages_of`."""
+    return lm.new_cache(
+        rows=rows,
+        pages=pages_of(capacity, lm.kv_shape, lm.dtype, lm.device),
+        page_size=capacity.page_size,
+        max_tokens=capacity.max_tokens,
+        kv_dtype=capacity.kv_dtype,
+        successors=capacity.successors,
+    )
 
 
 def pages_of(capacity: Capacity, shape: KVShape, dtype: torch.dtype, device: torch.device) -> int:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specdec.cache import PagedKVCache
-from specdec.cached_model import pages_of
+from specdec.cached_model import cache_of
 from specdec.models.paged import PagedLM
 from specdec.request import Capacity
 
@@ -32,14 +31,7 @@ class Prefixes:
             raise ValueError("capacity.share=False: decoders without shared pages share no prompt")
         self._lm, self.capacity, self._chunk = lm, capacity, chunk
         self._held: dict[int, int] = {}  # pages by row
-        pages = pages_of(capacity, lm.kv_shape, lm.dtype, lm.device)
-        self.cache: PagedKVCache = lm.new_cache(
-            rows=2 * capacity.rows + 1,
-            pages=pages,
-            page_size=capacity.page_size,
-            max_tokens=capacity.max_tokens,
-            kv_dtype=capacity.kv_dtype,
-        )
+        self.cache = cache_of(lm, capacity, 2 * capacity.rows + 1)
 
     def serves(self, lm: PagedLM, capacity: Capacity) -> bool:
         """Whether it is such a decoder's cache."""
