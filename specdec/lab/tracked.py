@@ -37,15 +37,11 @@ def tracked_run(
         marks: of its method, or its summary.
         words: what was typed, by which it is named; its drafter and folder if there are none.
     """
-    choices, mark = settings["choices"], mark_of(marks)
-    said = " ".join(word for word in words if not word.lstrip("+~").startswith(NOT_NAMED))
-    name = f"{mark} {said or choices['drafter'] + ' ' + folder.name}".strip()
-    known = _known(folder, name)
+    mark = mark_of(marks)
+    name = f"{mark} {_said(words, settings['choices']['drafter'], folder)}".strip()
     tags = [mark] if mark else []
     return TrackedRun(
-        folder=folder,
-        id=known["id"],
-        name=known["name"],
+        **_known(folder, name),
         group=_group(folder),
         tags=[*tags, *_tags(settings)],
         config=_config(settings) | {one: True for one in MARKS if marks.get(one)},
@@ -55,11 +51,8 @@ def tracked_run(
 def tracked_comparison(folder: Path) -> TrackedRun:
     """What trackers are told of the comparison of a sweep: it belongs to the group of the runs."""
     group = _named(folder)
-    known = _known(folder, f"comparison of {group}")
     return TrackedRun(
-        folder=folder,
-        id=known["id"],
-        name=known["name"],
+        **_known(folder, f"comparison of {group}"),
         job_type="comparison",
         group=group,
         tags=["comparison"],
@@ -75,33 +68,35 @@ def tracked_training(
         settings: all of them.
         words: what was typed, by which it is named.
     """
-    choices = settings["choices"]
-    said = " ".join(word for word in words if not word.lstrip("+~").startswith(NOT_NAMED))
-    known = _known(folder, f"train {said or choices['method'] + ' ' + folder.name}")
-    tags = ["training", choices["method"], str(settings["target"]["path"])[-LONGEST_TAG:]]
+    method = settings["choices"]["method"]
     return TrackedRun(
-        folder=folder,
-        id=known["id"],
-        name=known["name"],
+        **_known(folder, f"train {_said(words, method, folder)}"),
         job_type="training",
-        tags=tags,
+        tags=["training", method, str(settings["target"]["path"])[-LONGEST_TAG:]],
         config=_config(settings),
     )
 
 
-def _known(folder: Path, name: str) -> dict[str, str]:
-    """Name and id, as they were when it began. The id has the host and the time in it: another
-    machine may have a folder of the same path, and this one may have had it for another run."""
+def _said(words: Sequence[str], option: str, folder: Path) -> str:
+    """What was typed, less what says nothing of the run; else what it is of, and its folder."""
+    said = [word for word in words if not word.lstrip("+~").startswith(NOT_NAMED)]
+    return " ".join(said or [option, folder.name])
+
+
+def _known(folder: Path, name: str) -> dict[str, Any]:
+    """The folder, with name and id as they were when it began. The id has the host and the time in
+    it: another machine may have a folder of the same path, and this one may have had it for
+    another run."""
     path = folder / TRACKING
     found = read_object(path) or {}
     if all(isinstance(found.get(key), str) for key in NOTED):
-        return found
+        return {"folder": folder, **{key: found[key] for key in NOTED}}
     place = str(folder.absolute())
     known = {"id": digest([place, socket.gethostname(), time.time_ns()]), "name": name}
     known["name"] = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
     with suppress(ValueError):  # a folder that cannot be written to
         replace_file(path, to_json({"schema": 1, **known}) + "\n")
-    return known
+    return {"folder": folder, **known}
 
 
 def _group(folder: Path) -> str | None:
