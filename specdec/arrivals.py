@@ -28,6 +28,10 @@ class Intake(Protocol):
 
 
 Start = Callable[[list[Decoding]], Intake]
+# What a verifier is given to take sequences in, as in `Verifier.start`.
+Join = Callable[[list[Decoding]], Sequence[Decoding]]
+Prefill = Callable[[Sequence[Decoding], int], Sequence[Decoding]]
+Shareable = Callable[[Sequence[int]], int | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,11 +146,7 @@ class Unread:
         prefill: as in `Verifier.start`.
     """
 
-    def __init__(
-        self,
-        sequences: Sequence[Decoding],
-        prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
-    ) -> None:
+    def __init__(self, sequences: Sequence[Decoding], prefill: Prefill) -> None:
         self._left, self._prefill = list(sequences), prefill
 
     @property

@@ -4,12 +4,13 @@ What the verifier and every drafting model share: taking prompts in (common begi
 giving rows back.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specdec.arrivals import Join, Prefill, Shareable
 from specdec.cache import CacheFullError, KVShape, PagedKVCache
 from specdec.models.paged import PagedLM
 from specdec.models.placement import free_memory
@@ -18,9 +19,6 @@ from specdec.request import Capacity, Decoding
 if TYPE_CHECKING:
     from specdec.prefixes import Prefixes
 
-Join = Callable[[list[Decoding]], Sequence[Decoding]]
-Prefill = Callable[[Sequence[Decoding], int], Sequence[Decoding]]
-Shareable = Callable[[Sequence[int]], int | None]
 AT_ONCE = 4096  # tokens of a prompt that are read a pass a step before reading is slowed down
 MEMORY_SHARE = 0.8  # of the free memory of a GPU that pages may take
 

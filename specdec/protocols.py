@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 import torch
 from torch import Tensor
 
+from specdec.arrivals import Intake, Join, Prefill, Shareable
 from specdec.cache import PagedKVCache
 from specdec.kernels import reference
 from specdec.kernels.choose import Kernels
@@ -20,10 +21,11 @@ from specdec.sampling import SamplingParams
 from specdec.tree import MOST_LEVELS, MOST_NODES, Acceptance, Children, TokenTree
 
 if TYPE_CHECKING:
-    from specdec.arrivals import Intake
     from specdec.decode import Decoder
     from specdec.models.load import Models
     from specdec.models.paged import PagedLM
+
+Read = Callable[[Tensor, Tensor, Tensor, Observation], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -379,11 +381,11 @@ class Verifier(Protocol):
     def start(
         self,
         sequences: Sequence[Decoding],
-        join: Callable[[list[Decoding]], Sequence[Decoding]],
-        read: Callable[[Tensor, Tensor, Tensor, Observation], None],
-        prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
-        shareable: Callable[[Sequence[int]], int | None],
-    ) -> "Intake":
+        join: Join,
+        read: Read,
+        prefill: Prefill,
+        shareable: Shareable,
+    ) -> Intake:
         """Begin to take these sequences in, in order, as far as there is room.
 
         Args:

@@ -1,13 +1,13 @@
 """Decoders for tests: the one place that puts one together by hand."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from specdec.arrivals import Intake, Unread
+from specdec.arrivals import Intake, Join, Prefill, Shareable, Unread
 from specdec.decode import Decoder
 from specdec.drafters.trees.chain import Chain
 from specdec.kernels import reference
@@ -17,7 +17,7 @@ from specdec.models.paged import PagedLM
 from specdec.models.placement import Placement
 from specdec.observation import Observation, Observes, observe
 from specdec.processors import NO_PROCESSORS, Processors
-from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy, Verifier
+from specdec.protocols import AcceptanceRule, Drafter, Read, StepContext, TreePolicy, Verifier
 from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.stop_strings import StopStrings
@@ -142,10 +142,10 @@ class FakeVerifier:
     def start(
         self,
         sequences: Sequence[Decoding],
-        join: Callable[[list[Decoding]], Sequence[Decoding]],
-        read: Callable[[Tensor, Tensor, Tensor, Observation], None],
-        prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
-        shareable: Callable[[Sequence[int]], int | None],
+        join: Join,
+        read: Read,
+        prefill: Prefill,
+        shareable: Shareable,
     ) -> Intake:
         return Unread(join(list(sequences)), prefill)
 

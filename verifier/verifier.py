@@ -1,19 +1,20 @@
 """The verifier: one forward pass of the target over all nodes of all trees."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdec.arrivals import Join, Prefill, Shareable
 from specdec.cache import PagedKVCache
-from specdec.cached_model import CachedModel, Join, Prefill, Reading, Shareable
+from specdec.cached_model import CachedModel, Reading
 from specdec.kernels.choose import Kernels
 from specdec.models.paged import PagedLM
 from specdec.models.states import States
 from specdec.observation import Observation, Observes, Tap, observe
 from specdec.prefixes import Prefixes
-from specdec.protocols import StepContext
+from specdec.protocols import Read, StepContext
 from specdec.request import PREFILL_CHUNK, Capacity, Decoding
 from specdec.tree import Acceptance, TokenTree
 
@@ -57,7 +58,7 @@ class TreeVerifier:
         self,
         sequences: Sequence[Decoding],
         join: Join,
-        read: Callable[[Tensor, Tensor, Tensor, Observation], None],
+        read: Read,
         prefill: Prefill,
         shareable: Shareable,
     ) -> Reading:

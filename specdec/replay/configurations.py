@@ -14,14 +14,13 @@ from specdec.lab.build import build
 from specdec.lab.options import CONFIGS, nearest
 from specdec.protocols import TreePolicy
 from specdec.rates import AcceptanceRates
-from specdec.replay.survival import CHAINS, SAMPLED, Node, check
+from specdec.replay.survival import CHAINS, SAMPLED, Node, Shape, check
 from specdec.sampling import SamplingParams
 
 FIXED = ("chain", "static", "optimal", "accuracy", "cost_aware")  # of one shape at every step
 FOLLOWING = ("dynamic", "threshold")  # trees that follow the draft's probabilities
 DEEPEST, WIDEST = 8, 8  # of the trees of tree=static that are looked at
 KINDS = ("top_k", "sample", "sample_with_replacement")
-Shape = frozenset[Node]
 
 
 @dataclass(frozen=True, kw_only=True)

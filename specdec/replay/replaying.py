@@ -12,11 +12,12 @@ from specdec.costs import CostTable
 from specdec.lab.conversations import prompt_of
 from specdec.lab.statistics import Ratio, ratio
 from specdec.replay.chain import starts
-from specdec.replay.configurations import Configuration, Shape
+from specdec.replay.configurations import Configuration
 from specdec.replay.record import Record
 from specdec.replay.siblings import Along, Array
 from specdec.replay.survival import (
     BY_PLACE,
+    Shape,
     add_products,
     factors_at,
     nodes_by_level,

@@ -5,7 +5,7 @@ with their histories. A history is what was drawn and rejected among elder sibli
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,15 +78,7 @@ class Trial:
     weight: Array
 
     def rows(self, index: NDArray[np.int64]) -> "Trial":
-        return Trial(
-            place=self.place[index],
-            own=self.own[index],
-            p=self.p[index],
-            q=self.q[index],
-            outside=self.outside[index],
-            chance=self.chance[index],
-            weight=self.weight[index],
-        )
+        return Trial(**{one.name: getattr(self, one.name)[index] for one in fields(self)})
 
 
 def flat(along: Along) -> Trial:

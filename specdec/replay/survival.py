@@ -30,6 +30,7 @@ from specdec.replay.siblings import (
 )
 
 Node = tuple[int, ...]
+Shape = frozenset[Node]
 
 BY_PLACE = ("tokenwise", "recursive_rejection", "target_only", "k_seq")  # a product of factors
 BY_PATH = ("block", "traversal", "hsd", "multi_path")  # a weight goes from level to level
@@ -38,7 +39,7 @@ INDEPENDENT = ("k_seq", "multi_path")  # of draws with replacement alone
 CHAINS = ("tokenwise", "block")
 
 
-def widths_of(shape: frozenset[Node]) -> dict[Node, int]:
+def widths_of(shape: Shape) -> dict[Node, int]:
     """The number of children of every node that has any."""
     found: dict[Node, int] = {}
     for node in shape:
@@ -48,7 +49,7 @@ def widths_of(shape: frozenset[Node]) -> dict[Node, int]:
 
 def survival(
     rule: str,
-    shape: frozenset[Node],
+    shape: Shape,
     along: Along,
     *,
     children: str,
@@ -81,7 +82,7 @@ def survival(
     return _by_path(rule, shape, along, again, histories, random)
 
 
-def check(rule: str, shape: frozenset[Node], children: str) -> None:
+def check(rule: str, shape: Shape, children: str) -> None:
     """Raise ValueError for what has no survival function."""
     if children == "top_k":
         if rule not in ("greedy", "target_only"):
@@ -95,7 +96,7 @@ def check(rule: str, shape: frozenset[Node], children: str) -> None:
         raise ValueError(f"acceptance={rule}: judges chains alone")
 
 
-def nodes_by_level(shape: frozenset[Node]) -> list[list[Node]]:
+def nodes_by_level(shape: Shape) -> list[list[Node]]:
     """The children of the root first."""
     deepest = max(map(len, shape), default=0)
     return [sorted(node for node in shape if len(node) == d) for d in range(1, deepest + 1)]
@@ -108,7 +109,7 @@ def _inside(along: Along, depth: int) -> Array:
     return found
 
 
-def _deterministic(shape: frozenset[Node], along: Along) -> Array:
+def _deterministic(shape: Shape, along: Along) -> Array:
     """Is the path in the tree?"""
     levels = nodes_by_level(shape)
     found = np.zeros((*along.text.shape, len(levels) + 1))
@@ -128,7 +129,7 @@ def _deterministic(shape: frozenset[Node], along: Along) -> Array:
 
 def _by_place(
     rule: str,
-    shape: frozenset[Node],
+    shape: Shape,
     along: Along,
     again: bool,
     histories: int,
@@ -236,7 +237,7 @@ def _k_seq(along: Along, count: int) -> Array:
 
 def _by_path(
     rule: str,
-    shape: frozenset[Node],
+    shape: Shape,
     along: Along,
     again: bool,
     histories: int,

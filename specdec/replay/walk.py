@@ -1,7 +1,7 @@
 """Replay of trees that are functions of the tokens before them: the drafter itself drafts along
 the texts, without a pass of the target. Top-k children alone: what a step keeps is then known."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specdec.arrivals import Unread
+from specdec.arrivals import Join, Prefill, Shareable, Unread
 from specdec.cache import PagedKVCache
 from specdec.decode import Decoder
 from specdec.kernels.choose import Kernels
 from specdec.observation import Observation, Observes
-from specdec.protocols import AcceptanceRule, Drafter, StepContext, TreePolicy
+from specdec.protocols import AcceptanceRule, Drafter, Read, StepContext, TreePolicy
 from specdec.replay.siblings import Array
 from specdec.request import Capacity, Decoding, Request
 from specdec.sampling import SamplingParams
@@ -46,10 +46,10 @@ class NoTarget:
     def start(
         self,
         sequences: Sequence[Decoding],
-        join: Callable[[list[Decoding]], Sequence[Decoding]],
-        read: Callable[[Tensor, Tensor, Tensor, Observation], None],
-        prefill: Callable[[Sequence[Decoding], int], Sequence[Decoding]],
-        shareable: Callable[[Sequence[int]], int | None],
+        join: Join,
+        read: Read,
+        prefill: Prefill,
+        shareable: Shareable,
     ) -> Unread:
         return Unread(join(list(sequences)), prefill)
 
