@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specdec.heads.files import CONFIG, HeadFiles
 from specdec.heads.host import Host
 from specdec.heads.layouts import Layout
+from specdec.heads.placing import linear_of
 from specdec.heads.reading import check_states, common, decoder_config
 from specdec.heads.recurrent import MTPConfig, MTPHead
 from specdec.heads.taps import settled_taps
@@ -144,8 +145,8 @@ def fold(head: MTPHead, layout: Layout) -> None:
     size = attention.head_dim
     if head.config.gated:
         queries, gates = attention.q_proj.weight.unflatten(0, (-1, 2, size)).unbind(1)
-        attention.q_proj = _linear(queries.flatten(0, 1))
-        attention.gate_proj = _linear(gates.flatten(0, 1))
+        attention.q_proj = linear_of(queries.flatten(0, 1))
+        attention.gate_proj = linear_of(gates.flatten(0, 1))
     if layout.layer.get("model_type") in CENTRED:
         for name, parameter in head.named_parameters():
             if name.endswith("norm.weight"):
@@ -167,9 +168,3 @@ def _order(size: int, turned: int) -> Tensor:
     first, second = numbers[:turned].chunk(2)
     others = numbers[turned:].chunk(2)
     return torch.cat([first, others[0], second, others[1]])
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    return made

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specdec.models.standin import RANDOM_STD
 
@@ -80,3 +80,10 @@ def fill_norm(large: Any, small: Any, constant: float = 0.0, places: Places | No
     scaled = small.weight * math.sqrt(of / to)
     place(large.weight[:, None], scaled[:, None], places, beginning(1))
     large.variance_epsilon = (of * small.variance_epsilon - constant) / to
+
+
+def linear_of(weight: Tensor) -> nn.Linear:
+    """A product by this weight, which stays where it is."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made

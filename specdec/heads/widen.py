@@ -32,7 +32,15 @@ from specdec.heads.flash2 import Flash2Head
 from specdec.heads.layered import LayeredHead
 from specdec.heads.medusa import MedusaHeads
 from specdec.heads.parallel import ParallelHead
-from specdec.heads.placing import beginning, fill, fill_norm, place, ranges, side_by_side
+from specdec.heads.placing import (
+    beginning,
+    fill,
+    fill_norm,
+    linear_of,
+    place,
+    ranges,
+    side_by_side,
+)
 from specdec.heads.recurrent import Eagle3Head, EagleHead, MTPHead
 from specdec.heads.spark import SparkHead
 from specdec.models.paged import PagedLM
@@ -127,7 +135,7 @@ def _layered(
     else:
         place(wide.embed_tokens.weight, head.embed_tokens.weight)
     if tied:
-        wide.lm_head = _linear(output)
+        wide.lm_head = linear_of(output)
     else:
         fill(wide.lm_head, head.lm_head, random=random)
     carried = standin.constant**2 if own else 0.0  # by embeddings, in sum of squares
@@ -345,7 +353,7 @@ def _medusa(
             fill(large, small)
     outputs = list(zip(wide.lm_heads, heads.lm_heads, strict=True))
     if shared:
-        wide.lm_head = _linear(output)
+        wide.lm_head = linear_of(output)
     elif heads.lm_head is not None:
         outputs = [(wide.lm_head, heads.lm_head)]
     for large, small in outputs:
@@ -376,9 +384,3 @@ def _is_small(small: Tensor, large: Tensor) -> bool:
 def _vocabulary(small: int, target: PagedLM) -> int:
     """Rows of a published draft vocabulary."""
     return max(small, min(DRAFT_VOCABULARY, target.vocab_size))
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight, requires_grad=False)
-    return made
