@@ -35,6 +35,7 @@ MTP_NAMES = {  # of parts of an MTP layer, by their names here; others are of th
     "fc": "input_proj",
     "norm": "final_layernorm",
 }
+DTYPE = torch.bfloat16  # of what is written
 DRAFTED = 5  # tokens that other engines draft if they are not told
 
 
@@ -45,7 +46,7 @@ def save_head(
     target_name: str,
     architecture: str | None = None,
     tied: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = DTYPE,
 ) -> None:
     """Write a head: config.json and model.safetensors, without the embedding, which is the
     target's.
@@ -68,9 +69,7 @@ def save_head(
     _write(folder, WEIGHTS, _tensors(head, dtype, tied), config)
 
 
-def save_medusa(
-    heads: MedusaHeads, folder: Path, *, target_name: str, dtype: torch.dtype = torch.bfloat16
-) -> None:
+def save_medusa(heads: MedusaHeads, folder: Path, *, target_name: str) -> None:
     """Write Medusa heads: config.json and medusa_lm_head.safetensors. What is tied to the target's
     output head has none there, as in version 2 of its code.
 
@@ -82,10 +81,10 @@ def save_medusa(
         for index in range(config.blocks):
             block = blocks[0 if config.shared else index]
             for name, parameter in block.named_parameters():
-                tensors[f"{head}.{index}.linear.{name}"] = parameter.detach().to("cpu", dtype)
+                tensors[f"{head}.{index}.linear.{name}"] = parameter.detach().to("cpu", DTYPE)
         if not config.tied:
             own = heads.lm_heads[head].weight
-            tensors[f"{head}.{config.blocks}.weight"] = own.detach().to("cpu", dtype)
+            tensors[f"{head}.{config.blocks}.weight"] = own.detach().to("cpu", DTYPE)
     tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     stated = {
         "medusa_num_heads": config.heads,
@@ -98,14 +97,7 @@ def save_medusa(
     _write(folder, MEDUSA_WEIGHTS, tensors, stated)
 
 
-def save_block(
-    head: BlockHead,
-    folder: Path,
-    *,
-    target_name: str,
-    target_layers: int,
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
+def save_block(head: BlockHead, folder: Path, *, target_name: str, target_layers: int) -> None:
     """Write a DFlash head that is not causal: config.json and model.safetensors as z-lab has them,
     of DSpark as SpecForge, without embedding and output head, which are the target's, and a file
     with the mask's row.
@@ -117,11 +109,7 @@ def save_block(
         ValueError: the folder cannot be written to.
     """
     config, lent = head.config, ("embed_tokens.", "lm_head.", MASK_ROW)
-    tensors = {
-        name: parameter.detach().to("cpu", dtype).contiguous()
-        for name, parameter in head.named_parameters()
-        if not name.startswith(lent)
-    }
+    tensors = _own(head, lent, DTYPE)
     outputs = [target_layers - 1 if tap == "normal" else tap - 1 for tap in config.taps]
     stated = {
         **_layer_of(head),
@@ -131,12 +119,12 @@ def save_block(
         "base_model_name_or_path": target_name,
         "is_causal": False,
         "dflash_config": {"mask_token_id": config.mask, "target_layer_ids": outputs},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(DTYPE).removeprefix("torch."),
         **(_of_spark(config) if isinstance(config, SparkConfig) else {}),
     }
     _write(folder, WEIGHTS, tensors, stated)
     if head.mask_embedding is not None:
-        row = head.mask_embedding.detach().to("cpu", dtype)
+        row = head.mask_embedding.detach().to("cpu", DTYPE)
         temporary = folder / f"{MASK_FILE}.tmp"
         torch.save({"mask_token_id": config.mask, "embedding": row}, temporary)
         temporary.replace(folder / MASK_FILE)
@@ -181,13 +169,18 @@ def _write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str
         raise ValueError(f"{folder}: cannot be written, {error.strerror or error}") from error
 
 
-def _tensors(head: LayeredHead, dtype: torch.dtype, tied: bool) -> dict[str, Tensor]:
-    lent = ("embed_tokens.", "lm_head.") if tied else ("embed_tokens.",)
-    found = {
+def _own(head: LayeredHead, lent: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Its parameters by name, but for those that are lent."""
+    return {
         name: parameter.detach().to("cpu", dtype).contiguous()
         for name, parameter in head.named_parameters()
         if not name.startswith(lent)
     }
+
+
+def _tensors(head: LayeredHead, dtype: torch.dtype, tied: bool) -> dict[str, Tensor]:
+    lent = ("embed_tokens.", "lm_head.") if tied else ("embed_tokens.",)
+    found = _own(head, lent, dtype)
     if isinstance(head, MTPHead):
         found = {_mtp_name(name): tensor for name, tensor in found.items()}
     if head.names is not None:

@@ -111,17 +111,12 @@ def _inside(along: Along, depth: int) -> Array:
 
 def _deterministic(shape: Shape, along: Along) -> Array:
     """Is the path in the tree?"""
-    levels = nodes_by_level(shape)
-    found = np.zeros((*along.text.shape, len(levels) + 1))
-    found[..., 0] = _inside(along, 0)
-    masses: dict[Node, Array] = {(): found[..., 0]}
-    for depth, nodes in enumerate(levels, 1):
-        own = along.shifted(depth - 1).own
-        for node in nodes:
-            masses[node] = masses[node[:-1]] * (own == node[-1])
-            found[..., depth] += masses[node]
-        found[..., depth] *= _inside(along, depth)
-    return found
+    known = np.arange(1 + max((node[-1] for node in shape), default=0))  # some may be skipped
+
+    def factor(depth: int, width: int) -> Array:
+        return (along.shifted(depth).own[..., None] == known).astype(np.float64)
+
+    return add_products(nodes_by_level(shape), widths_of(shape), factor, along)
 
 
 # Rules that judge a node by what its parent has: S is a sum of products of factors
