@@ -21,7 +21,39 @@ A word is group=option, or setting=value with the value in YAML, as in
 Of a group one option counts; its settings follow, with their defaults. ??? must be given.
 --config-dir FOLDER adds options of your own, -m runs every combination of a=1,2 b=3,4, --cfg job
 prints all settings instead of running, --version the version, --hydra-help what Hydra can do.
-Other commands: specdec compare FOLDERS, specdec sync FOLDERS; --help after them tells more."""
+Other commands, each with a --help: specdec compare, audit, sync, train, record, replay."""
+# What engines, papers and transformers call it; what is nearly our own name needs no place here.
+OTHER_NAMES = {
+    name: ours
+    for ours, names in {
+        "target.path": "model model_path target_model",
+        "target.tp": "tensor_parallel_size tp_size",
+        "target.quantize": "quantization",
+        "drafter.path": "draft draft_model assistant_model speculative_model head",
+        "tree.budget": "num_speculative_tokens num_assistant_tokens gamma total_token nodes",
+        "sampling.temperature": "do_sample temp",
+        "prompts.path": "dataset prompt_file",
+        "prompts.limit": "num_prompts num_samples",
+        "prompts.samples": "n num_return_sequences",
+        "cache.page_size": "block_size",
+        "cache.dtype": "kv_cache_dtype",
+        "max_new_tokens": "max_length max_model_len new_tokens",
+        "batch_size": "bs batch max_num_seqs",
+        "stop_strings": "stop stop_words",
+        "seed": "random_seed",
+        "out": "output_dir",
+        "method.rate": "lr learning_rate",
+        "minutes": "epochs num_train_epochs",
+        "tokens": "max_tokens max_steps",
+    }.items()
+    for name in names.split()
+}
+# What a path or the name of a model is given to, where it was given as an option.
+PATHS = {
+    "target": "target=hf target.path",
+    "drafter": "drafter=small_llama drafter.path",
+    "prompts": "prompts=file prompts.path",
+}
 
 
 class Setting(NamedTuple):
@@ -144,18 +176,23 @@ def _line(name: str, about: str) -> str:
     return f"{name:<{COLUMN}} {about}".rstrip()
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; the nearest is NAME` for a misspelled word, nothing if none is near."""
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; the nearest is NAME` for a misspelled word, nothing if none is near.
+
+    Args:
+        prefix: of the name, which the word and those that are known are without.
+    """
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; the nearest is {found[0]}" if found else ""
+    return f"; the nearest is {prefix}{found[0]}" if found else ""
 
 
 def no_option(group: str, option: str, known: Iterable[str]) -> str:
     """What is wrong with `group=option`; `known` are options that there are."""
     names = sorted(name for name in known if not name.startswith("_"))
-    return (
-        f"{group}={option}: no such option{nearest(option, names)}; there are {', '.join(names)}"
-    )
+    hint = nearest(option, names)
+    if not hint and group in PATHS and re.search(r"[/.:]", option):
+        hint = f"; a path is given as {PATHS[group]}={option}"
+    return f"{group}={option}: no such option{hint}; there are {', '.join(names)}"
 
 
 def no_setting(name: str, command: str = "run") -> str:
@@ -165,16 +202,31 @@ def no_setting(name: str, command: str = "run") -> str:
     having = [one for one, option in known.get(group, {}).items() if rest in option.settings]
     if having:
         return f"{name}: no such setting here, but of {group}={', '.join(having)}"
-    full = {
-        f"{one}.{setting}": setting
+    of_groups = {
+        f"{one}.{setting}": entry
         for one, by_name in known.items()
         for option in by_name.values()
-        for setting in option.settings
+        for setting, entry in option.settings.items()
     }
-    same = [one for one, setting in full.items() if setting == name]
-    if same:
+    every = general(command) | of_groups
+    last = name.rpartition(".")[2]
+    found = (one for one in every if one.rpartition(".")[2] == last)
+    same = list(dict.fromkeys(_followed(one, every[one].default) for one in found))
+    if not same and OTHER_NAMES.get(last) in every:
+        same = [OTHER_NAMES[last]]
+    if same and (not rest or len(same) == 1):
         return f"{name}: no such setting; there is {' and '.join(same)}"
-    parts = [one for one in general(command) if "." in one]
-    own = [one for one in [*full, *parts] if group not in known or one.startswith(f"{group}.")]
-    near = nearest(name, own if rest else [*general(command), *known])
+    parts = [one for one in every if "." in one]
+    if rest and group in known:  # by what stands behind the group, which all of them share
+        own = [one.partition(".")[2] for one in parts if one.startswith(f"{group}.")]
+        near = nearest(rest, own, f"{group}.")
+    else:
+        near = nearest(name, parts if rest else [*general(command), *known])
     return f"{name}: no such setting{near or f'; python -m specdec.{command} --help lists them'}"
+
+
+def _followed(name: str, default: str) -> str:
+    """The setting that one of this default follows unless it is given, as tree.batch does, and
+    which is meant more often; else its own name."""
+    found = re.fullmatch(r"\$\{([\w.]+)\}", default)
+    return found[1] if found else name
