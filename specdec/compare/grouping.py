@@ -126,7 +126,9 @@ def _refuse(groups: Sequence[Sequence[Run]]) -> None:
     """Say why single runs cannot be compared."""
     if len(groups) > 1:
         one, other = groups[0][0], groups[1][0]
-        names = differing([one.workload, other.workload])[0]
+        differ = differing([one.workload, other.workload])[0]
+        alike = NO_LAW if one.replayed or other.replayed else ()  # what keeps no replay apart
+        names = [name for name in differ if group_of(name) not in alike]
         said = [f"{key} ({_given(one, key)} and {_given(other, key)})" for key in names]
         what = f"differ in {', '.join(said)}" if said else "have no prompt in common"
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from specdec.compare.charts import reach, spoken
 from specdec.compare.figures import Difference, Entry, Estimate, Group
+from specdec.lab.values import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,8 @@ def pairs(found: Iterable[Difference]) -> Table:
     rows = []
     for one in found:
         said = "equivalent within 2 %" if one.equivalent else ""
+        if one.p_holm is not None and not said:
+            said = "not told apart"
         if one.p_holm is not None and one.p_holm < 0.05:
             said = "different" + (", by less than 2 %" if one.equivalent else "")
         rows.append(
@@ -157,10 +160,12 @@ def pairs(found: Iterable[Difference]) -> Table:
                 words(said),
             ]
         )
-    heads = ["method", "over", "quantity", "ratio", "p", "p", ""]
+    heads = ["method", "over", "quantity", "ratio", "p", "p", "verdict"]
     units = ["", "", "", "", "", "Holm", ""]
     kinds = ["name", "name", "words", "number", "number", "number", "words"]
-    return Table(heads=list(zip(heads, units, strict=True)), rows=rows, kinds=kinds)
+    return _without_empty(
+        Table(heads=list(zip(heads, units, strict=True)), rows=rows, kinds=kinds)
+    )
 
 
 def _chance(p: float | None) -> Cell:
@@ -198,15 +203,16 @@ def matrix(found: Mapping[str, Mapping[str, Any]], corner: str) -> Table:
     """Values by row and column name; of both sides the longer one goes down."""
     others = list(dict.fromkeys(name for row in found.values() for name in row))
     if len(others) > len(found):
-        found = {name: {key: row.get(name) for key, row in found.items()} for name in others}
+        found = {
+            name: {key: row[name] for key, row in found.items() if name in row} for name in others
+        }
         others = list(dict.fromkeys(name for row in found.values() for name in row))
 
     def cell(value: Any) -> Cell:
         plain = isinstance(value, int | float) and not isinstance(value, bool)
-        text = "" if value is None else str(value)
-        return Cell(text=text, key=float(value) if plain else None, kind="code")
+        return Cell(text=shown(value), key=float(value) if plain else None, kind="code")
 
-    columns = [(name, "", [cell(row.get(name)) for row in found.values()]) for name in others]
+    columns = [(name, "", [cell(row.get(name, "")) for row in found.values()]) for name in others]
     return _table((corner, ""), [words(row, "code") for row in found], columns)
 
 

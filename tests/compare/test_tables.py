@@ -54,27 +54,31 @@ def test_the_best_of_each_category_is_marked() -> None:
 
 
 def test_of_runs_and_settings_the_more_go_down() -> None:
-    runs = {"a": 1, "b": 2, "c": True}
+    runs = {"a": 1, "b": 2, "c": True, "d": None}
     table = tables.matrix({"x": runs, "y": {"b": "text"}}, "run")
     assert [title for title, _ in table.heads] == ["run", "x", "y"]
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["a", "1", ""],
         ["b", "2", "text"],
-        ["c", "True", ""],
+        ["c", "true", ""],
+        ["d", "null", ""],
     ]
-    assert [row[1].key for row in table.rows] == [1.0, 2.0, None]
+    assert [row[1].key for row in table.rows] == [1.0, 2.0, None, None]
     turned = tables.matrix({"x": {"a": 1}, "y": {"b": 2}, "z": {}}, "setting")
     assert [row[0].text for row in turned.rows] == ["x", "y", "z"]
 
 
 def test_pairs_say_whether_they_differ() -> None:
     (one, *_) = made.small().differences
-    cases = {(0.01, False): "different", (0.5, True): "equivalent within 2 %", (0.5, False): ""}
+    cases = {(0.01, False): "different", (0.5, True): "equivalent within 2 %"}
     cases |= {(0.01, True): "different, by less than 2 %", (None, False): ""}
+    cases[0.5, False] = "not told apart"
     found = [replace(one, p_holm=p, equivalent=same) for p, same in cases]
     table = tables.pairs(found)
     assert [row[-1].text for row in table.rows] == list(cases.values())
     assert tables.pairs([replace(one, p=3e-9)]).rows[0][4].text == "< 0.0001"
+    few = tables.pairs([replace(one, p=None, p_holm=None, equivalent=False)])
+    assert [title for title, _ in few.heads] == ["method", "over", "quantity", "ratio"]
 
 
 def test_nested_values_have_dotted_names() -> None:
