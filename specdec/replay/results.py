@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from specdec.compare.read import REPLAY, REPLAY_SCHEMA
@@ -181,12 +182,17 @@ def write(out: Path, result: dict[str, Any], rows: Sequence[Row], profile: dict[
 
 def show(rows: Sequence[Row], result: dict[str, Any], console: Console) -> None:
     timed = "tokens_per_second" in rows[0]
-    columns = ["tree", "budget", "children", "acceptance", "tokens/step", "95 %", "nodes/step"]
-    table = Table(*columns, *(["tokens/s"] if timed else []))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    titles = ["tree", "budget", "children", "acceptance", "tokens/step", "nodes/step"]
+    for title in [*titles, *(["tokens/s"] if timed else [])]:
+        # In a narrow terminal long names are folded; figures and what they are of stay whole.
+        folded = title in ("children", "acceptance")
+        side: JustifyMethod = "left" if folded or title == "tree" else "right"
+        table.add_column(title, overflow="fold", no_wrap=not folded, justify=side)
     for row in _best(rows)[:SHOWN]:
-        ends = "" if row["low"] is None else f"{row['low']:.2f} to {row['high']:.2f}"
+        ends = "" if row["low"] is None else f"\n{row['low']:.2f}–{row['high']:.2f}"
         cells = [row["tree"], row["budget"], row["children"], row["acceptance"]]
-        cells += [f"{row['tokens_per_step']:.3f}", ends, f"{row['nodes_per_step']:.1f}"]
+        cells += [f"{row['tokens_per_step']:.3f}{ends}", f"{row['nodes_per_step']:.1f}"]
         cells += [f"{row['tokens_per_second']:.1f}"] if timed else []
         table.add_row(*map(str, cells))
     console.print(table)

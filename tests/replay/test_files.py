@@ -1,6 +1,7 @@
 """Profiles, records on disk, and the command lines."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from specdec.costs import CostTable
 from specdec.lab.command import run_main
@@ -23,6 +25,7 @@ from specdec.replay.command import Options, Walker, _asked, work
 from specdec.replay.configurations import Asked
 from specdec.replay.profile import Profile, read_profile
 from specdec.replay.record import Record, drawn_from, shard_path
+from specdec.replay.results import show
 from specdec.sampling import SamplingParams, probabilities
 from specdec.tables import DATA
 from tests.running import ROOT
@@ -231,6 +234,21 @@ def test_replay_writes_its_files(folder: Path, tmp_path: Path) -> None:
         1 - best / found["oracle"]["tokens_per_second"]
     )
     read_profile(tmp_path / "speculation_profile.json")
+
+
+def test_the_table_of_a_replay_is_whole_in_eighty_columns() -> None:
+    """What a figure is of stands above it: `tokens/s…` might be of a second or of a step."""
+    one = {"tree": "cost_aware", "budget": 128, "children": "sample_with_replacement"}
+    one |= {"acceptance": "recursive_rejection", "tokens_per_step": 12.3456, "low": 10.11}
+    one |= {"high": 14.22, "nodes_per_step": 127.5, "tokens_per_second": 12345.6}
+    console = Console(width=80, record=True, file=io.StringIO())
+    show([one], {}, console)
+    printed = console.export_text()
+    assert "…" not in printed
+    titles = ["tree", "budget", "children", "acceptance", "tokens/step", "nodes/step", "tokens/s"]
+    assert next(line.split() for line in printed.splitlines() if "tree" in line) == titles
+    whole = "cost_aware", "128", "12.346", "10.11–14.22", "127.5", "12345.6"
+    assert all(f" {figure} " in printed for figure in whole)
 
 
 @pytest.mark.slow
