@@ -115,8 +115,11 @@ def _hydra_main(config: DictConfig) -> float | None:
         if job.mode == RunMode.MULTIRUN:
             return _job(config, choices, number=job.job.num, words=words)
         settings = resolved(config, choices, words)
-        out = out_of(settings)
-        summary = run(settings, out, Console(), words=words, again=continuing(sys.argv[1:], out))
+        out, console = out_of(settings), Console()
+        if swept := ", ".join(job.sweeper.get("params") or ()):
+            said = f"experiment={choices['experiment']}: its sweep over {swept} takes -m"
+            tell(console, f"{said}; this is one run without it")
+        summary = run(settings, out, console, words=words, again=continuing(sys.argv[1:], out))
     except (ValueError, *ERRORS) as error:  # Hydra would print more about it
         _codes.append(_refuse(error))
         return None

@@ -229,10 +229,15 @@ def test_a_sweep_runs_every_job_and_reports_the_one_that_fails(specdec, tmp_path
 
 
 def test_experiments_compose(specdec, tmp_path):
-    code, _, _ = specdec("experiment=sampled", f"out={tmp_path}/o", *QUICK)
+    code, printed, _ = specdec("experiment=sampled", f"out={tmp_path}/o", *QUICK)
+    assert "takes -m" not in printed
     summary = summary_of(tmp_path / "o")
     assert code == 0
     assert (summary["tree"], summary["acceptance"]) == ("static", "recursive_rejection")
+    one = ("experiment=budgets", f"out={tmp_path}/p", *QUICK, "baseline=false")
+    code, printed, _ = specdec(*one)
+    assert code == 0
+    assert "experiment=budgets: its sweep over tree.budget takes -m; this is one run" in printed
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the published question files")
