@@ -67,7 +67,7 @@ def load_prompts(
         category=category, ids=ids, per_category=per_category, shuffle=shuffle, limit=limit
     )
     if turns is not None and turns < 1:
-        raise ValueError(f"prompts.turns={turns} must be at least 1; use null to ask all")
+        raise ValueError(f"prompts.turns={turns}: must be at least 1; use null to ask all")
     shown, most = "null" if path is None else repr(path), selection.beginning
     records = list(
         islice(

@@ -49,10 +49,12 @@ class Selection:
         for name in ("per_category", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"prompts.{name}={value} must be at least 1; use null to ask all")
+                raise ValueError(
+                    f"prompts.{name}={value}: must be at least 1; use null to ask all"
+                )
         for name in ("category", "ids"):
             if getattr(self, name) == []:
-                raise ValueError(f"prompts.{name}=[] names nothing; use null to ask all")
+                raise ValueError(f"prompts.{name}=[]: names nothing; use null to ask all")
 
     @property
     def beginning(self) -> int | None:

@@ -65,7 +65,8 @@ def choose_device(name: str) -> torch.device:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device={name}: not available here; use auto, cpu or cuda") from None
+        others = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu"
+        raise ValueError(f"device={name}: not available here; use {others}") from None
     return device
 
 

@@ -94,4 +94,4 @@ def test_without_a_gpu_it_says_so(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert calibrate.main([]) == 2
-    assert "device=cuda: not available here" in capsys.readouterr().err
+    assert "device=cuda: not available here; use auto or cpu\n" in capsys.readouterr().err

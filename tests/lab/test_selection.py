@@ -102,12 +102,12 @@ def test_selected_prompts_keep_their_places(write: Write) -> None:
         ({"category": ["code", "prose"]}, "prompts.category=prose: "),
         ({"ids": "x-3"}, "has no such id; the nearest is x-"),
         ({"ids": [7, 8]}, "prompts.ids=8: "),
-        ({"ids": []}, "prompts.ids=[] names nothing"),
-        ({"category": []}, "prompts.category=[] names nothing"),
+        ({"ids": []}, "prompts.ids=[]: names nothing"),
+        ({"category": []}, "prompts.category=[]: names nothing"),
         ({"category": "talk", "ids": 7}, "prompts.ids=7: none of them is of"),
-        ({"per_category": 0}, "prompts.per_category=0 must be at least 1"),
-        ({"turns": 0}, "prompts.turns=0 must be at least 1"),
-        ({"limit": 0}, "prompts.limit=0 must be at least 1"),
+        ({"per_category": 0}, "prompts.per_category=0: must be at least 1"),
+        ({"turns": 0}, "prompts.turns=0: must be at least 1"),
+        ({"limit": 0}, "prompts.limit=0: must be at least 1"),
     ],
 )
 def test_what_cannot_be_selected(write: Write, asked: dict[str, Any], said: str) -> None:
