@@ -36,10 +36,7 @@ class DraftError(RuntimeError):
         cls, error: Exception, drafter: "Drafter", sequences: Sequence["Decoding"]
     ) -> "DraftError":
         """What `drafter` raised while it drafted for these, with the line it happened in."""
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
-        requests = [sequence.request.id for sequence in sequences]
-        return cls(drafter, requests, f"{type(error).__name__}: {error} ({where})")
+        return cls(drafter, [sequence.request.id for sequence in sequences], described(error))
 
 
 class LogitsError(ValueError):
@@ -64,6 +61,13 @@ def part_of(setting: str) -> Iterator[None]:
     except ValueError as error:
         text = re.sub(r"\bdrafter\.(?!parts\b)", f"{setting}.", str(error))
         raise ValueError(text) from error
+
+
+def described(error: BaseException) -> str:
+    """What an error is, what it says, and the line it happened in."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"{said} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def first_line(error: BaseException) -> str:

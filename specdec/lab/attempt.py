@@ -23,7 +23,7 @@ from specdec.lab.jobs import (
     jobs_of,
     now,
 )
-from specdec.reasons import FailedError
+from specdec.reasons import FailedError, described
 
 Summary = dict[str, Any]
 
@@ -89,10 +89,7 @@ def _crash(error: BaseException, ledger: Ledger, job: Job) -> str:
     place = ledger.folder / FOLDER / f"{ledger.name(job.number)}.error.txt"
     if job.folder is not None:
         place = ledger.folder / job.folder / "error.txt"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(frame.filename).name}:{frame.lineno}"
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    reason = f"{said.removesuffix(':')} ({where})"
+    reason = " ".join(described(error).split())
     with suppress(ValueError, OSError):  # of a full disk
         place.parent.mkdir(parents=True, exist_ok=True)
         replace_file(place, "".join(traceback.format_exception(error)))

@@ -34,7 +34,7 @@ from specdec.models.load import config_of
 from specdec.models.placement import Placement
 from specdec.models.shards import check_split
 from specdec.ranks import Ranks, RanksError, here, join, runs
-from specdec.reasons import FailedError
+from specdec.reasons import FailedError, described
 
 FOLDER = "SPECDEC_RANKS"  # in the environment: what the processes of a run have in common
 TASK, ANSWER = "task.json", "answer.json"  # there
@@ -272,10 +272,8 @@ def _follow(task: Task) -> int:
         try:
             _run(task, Console(file=nowhere))
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f" ({Path(frame.filename).name}:{frame.lineno})"
             plain = isinstance(error, ValueError | RanksError)
-            said = str(error) if plain else f"{type(error).__name__}: {error}{where}"
+            said = str(error) if plain else described(error)
             ranks.tell("failed", " ".join(said.split()))
     # Not before rank 0 has said it, which hears it when it waits for this one.
     begun = time.monotonic()
