@@ -4,7 +4,7 @@ Nothing of a file is run: safetensors, or pickles of which only tensors are read
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ class HeadFiles:
             raise self._lacks(f"has no {CONFIG}; put the head's own beside the weights")
         self.config = read_object(config, self.name)
         self._places = self._tensors()
-        looked = {key: self._look(key) for key in self._places}
+        files = dict.fromkeys(self._places.values())
+        looked = {key: found for file in files for key, found in self._look(file)}
         self.shapes = {key: shape for key, (shape, _) in looked.items()}
         self.types = {key: kind for key, (_, kind) in looked.items()}
 
@@ -207,14 +208,17 @@ class HeadFiles:
                 f"({first_line(error)}); {AGAIN}, or save its tensors as {WEIGHTS}"
             ) from None
 
-    def _look(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-        file = self._places[key]
+    def _look(self, file: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype]]]:
+        """Shapes and types in a file, which is opened once: experts of a model are thousands."""
         if file in self._pickled:
-            tensor = self._pickled[file][key]
-            return tuple(tensor.shape), tensor.dtype
+            for key, tensor in self._pickled[file].items():
+                yield key, (tuple(tensor.shape), tensor.dtype)
+            return
         with safe_open(file, "pt") as opened:
-            found = opened.get_slice(key)
-            return tuple(found.get_shape()), DTYPES.get(found.get_dtype(), torch.uint8)
+            for key in opened.keys():  # noqa: SIM118, it is no mapping
+                found = opened.get_slice(key)
+                kind = DTYPES.get(found.get_dtype(), torch.uint8)
+                yield key, (tuple(found.get_shape()), kind)
 
 
 def object_in(config: Mapping[str, Any], field: str, name: str) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from specdec.heads.formats import load_head
+from specdec.heads import files
+from specdec.heads.formats import check_whole, load_head
 from specdec.models.paged import PagedLM
 from specdec.observation import Tap
 from tests.heads import made, oracle
@@ -407,3 +409,27 @@ def test_the_restatement_sees_the_traps(trap: str, target: PagedLM, tmp_path: Pa
     spread[0, head.names] = ours
     spread[1].index_add_(0, ids, expected)
     assert (spread[0] - spread[1]).abs().max() > 100 * TOLERANCE
+
+
+def test_a_file_is_opened_once_for_all_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets are looked into before each run, and a mixture of experts has thousands."""
+    opened: list[Path] = []
+
+    def counted(file: Path, *how: Any, **more: Any) -> Any:
+        opened.append(file)
+        return safe_open(file, *how, **more)
+
+    monkeypatch.setattr(files, "safe_open", counted)
+    shards = [tmp_path / f"model-{number}.safetensors" for number in range(2)]
+    weights = {}
+    for number, shard in enumerate(shards):
+        names = [f"model.layers.{number}.mlp.experts.{one}.up_proj.weight" for one in range(9)]
+        save_file({name: torch.zeros(2, 2) for name in names}, shard)
+        weights |= dict.fromkeys(names, shard.name)
+    index = {"metadata": {}, "weight_map": weights}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text("{}")
+    check_whole(str(tmp_path), "target.path")
+    assert opened == shards
