@@ -1,7 +1,7 @@
 """drafter=compose: several drafters, one tree."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -107,21 +107,21 @@ class Compose(ShapedDrafter):
 
     def check(self, tree: TreePolicy) -> None:
         super().check(tree)
-        for name, part in zip(self.names, self.parts, strict=True):
-            with part_of(f"drafter.parts.{name}"):
-                part.check(tree)
+        self._each(lambda part: part.check(tree))
 
     def find(self) -> None:
-        for name, part in zip(self.names, self.parts, strict=True):
-            with part_of(f"drafter.parts.{name}"):
-                part.find()
+        self._each(lambda part: part.find())
 
     def load(self, target: PagedLM, models: Models) -> None:
         self.device = target.device
+        self._each(lambda part: part.load(target, models))
+        self._join_parts()
+
+    def _each(self, do: Callable[[Drafter], None]) -> None:
+        """What parts refuse has their names."""
         for name, part in zip(self.names, self.parts, strict=True):
             with part_of(f"drafter.parts.{name}"):
-                part.load(target, models)
-        self._join_parts()
+                do(part)
 
     def _join_parts(self) -> None:
         """What the parts ask for and say once they are loaded.

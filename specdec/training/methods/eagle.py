@@ -75,7 +75,6 @@ class Eagle(HeadMethod):
             loss="kl" if states else self.loss,
             steps=self.steps,
             decay=self.decay,
-            tied=True,
         )
 
 

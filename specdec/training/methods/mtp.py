@@ -61,5 +61,4 @@ class MTP(HeadMethod):
             loss=self.loss,
             steps=self.steps,
             decay=self.decay,
-            tied=True,
         )

@@ -40,7 +40,7 @@ class RecurrentTrainee(Drafts):
         loss: str,
         steps: int,
         decay: float,
-        tied: bool,
+        tied: bool = True,
     ) -> None:
         target = surroundings.target
         embedding: Any = target.model.get_input_embeddings()
