@@ -58,6 +58,7 @@ class DFlash(HeadMethod):
     losses: ClassVar[tuple[str, ...]] = LOSSES
     least: ClassVar[int] = 2  # slots: a root and a draft
     kind: ClassVar[type[Any]] = BlockHead
+    told = ("loss", "decay", "anchors")
     loss: str = "lk"
     block: int = 8
     anchors: int = 64
@@ -128,10 +129,6 @@ class DFlash(HeadMethod):
             "causal": (False,) * self.layers,
             "windows": (self.window,) * self.layers,
         }
-
-    def _how(self) -> dict[str, Any]:
-        """What a trainee is told besides."""
-        return {"loss": self.loss, "decay": self.decay, "anchors": self.anchors}
 
 
 class DFlashTrainee(Drafts):

@@ -68,14 +68,10 @@ class Eagle(HeadMethod):
         return EagleConfig(bias=self.bias, **sizes)
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
-        states = self.loss == EAGLE1
-        return (Regression if states else RecurrentTrainee)(
-            self.head(surroundings),
-            surroundings,
-            loss="kl" if states else self.loss,
-            steps=self.steps,
-            decay=self.decay,
-        )
+        head, how = self.head(surroundings), self._how()
+        if self.loss == EAGLE1:
+            return Regression(head, surroundings, **{**how, "loss": "kl"})
+        return RecurrentTrainee(head, surroundings, **how)
 
 
 class Regression(RecurrentTrainee):

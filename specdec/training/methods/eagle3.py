@@ -37,6 +37,7 @@ class Eagle3(HeadMethod):
 
     drafter = "eagle3"
     kind: ClassVar[type[Any]] = Eagle3Head
+    told: ClassVar[tuple[str, ...]] = ("loss", "steps", "decay", "tied")
     loss: str = "lk"
     steps: int = 5
     decay: float = 0.8
@@ -91,7 +92,3 @@ class Eagle3(HeadMethod):
             "norm_before_residual": self.norm_before_residual,
             "norm_output": self.norm_output,
         }
-
-    def _how(self) -> dict[str, Any]:
-        """What a trainee is told besides."""
-        return {name: getattr(self, name) for name in ("loss", "steps", "decay", "tied")}

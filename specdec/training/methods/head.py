@@ -114,12 +114,14 @@ class HeadMethod(TrainingMethod):
 
     Attributes:
         kind: of head.
+        told: settings that a trainee is told, by name.
 
     Raises:
         ValueError: no such head.
     """
 
     kind: ClassVar[type[Any]]
+    told: ClassVar[tuple[str, ...]] = ("loss", "steps", "decay")
     path: str | None = None
 
     def __post_init__(self) -> None:
@@ -151,6 +153,10 @@ class HeadMethod(TrainingMethod):
         for parameter in found.parameters():  # those that it was lent must stay as they are
             parameter.data = parameter.to(torch.float32, copy=True)
         return found.float().train().requires_grad_(True)
+
+    def _how(self) -> dict[str, Any]:
+        """What a trainee is told besides."""
+        return {name: getattr(self, name) for name in self.told}
 
     def check(self, target: PagedLM) -> None:
         if self.path is not None:

@@ -44,6 +44,7 @@ class Medusa(HeadMethod):
     """
 
     drafter = "medusa"
+    told = ("loss", "decay")
     heads: int = 4
     blocks: int = 1
     loss: str = "kl"
@@ -58,8 +59,7 @@ class Medusa(HeadMethod):
         check_decay(self.decay)
 
     def make(self, surroundings: Surroundings) -> "MedusaTrainee":
-        heads = self.head(surroundings)
-        return MedusaTrainee(heads, surroundings, loss=self.loss, decay=self.decay)
+        return MedusaTrainee(self.head(surroundings), surroundings, **self._how())
 
     def config(self, target: PagedLM) -> MedusaConfig:
         return MedusaConfig(

@@ -55,10 +55,4 @@ class MTP(HeadMethod):
         return MTPConfig(**sizes_of(target, taps, layers=1, rope_theta=rope, make=Qwen3Config))
 
     def make(self, surroundings: Surroundings) -> RecurrentTrainee:
-        return RecurrentTrainee(
-            self.head(surroundings),
-            surroundings,
-            loss=self.loss,
-            steps=self.steps,
-            decay=self.decay,
-        )
+        return RecurrentTrainee(self.head(surroundings), surroundings, **self._how())

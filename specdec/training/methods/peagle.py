@@ -38,6 +38,7 @@ class PEagle(Eagle3):
 
     drafter = "peagle"
     kind = ParallelHead
+    told = (*Eagle3.told, "anchors")
     steps: int = 7
     layers: int = 2
     anchors: int = 64
@@ -50,9 +51,7 @@ class PEagle(Eagle3):
         return ParallelConfig(**self._sizes(target), mask=0)
 
     def make(self, surroundings: Surroundings) -> "PEagleTrainee":
-        return PEagleTrainee(
-            self.head(surroundings), surroundings, anchors=self.anchors, **self._how()
-        )
+        return PEagleTrainee(self.head(surroundings), surroundings, **self._how())
 
 
 class PEagleTrainee(RecurrentTrainee):
