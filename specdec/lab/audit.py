@@ -26,7 +26,7 @@ from torch import Tensor
 
 from specdec.evidence import numbers_in, numbers_of
 from specdec.lab.bets import group_of, places_of
-from specdec.lab.witness import Witness, noise, own_logits
+from specdec.lab.witness import Witness, noise, own_logits, precision
 
 Record = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -250,7 +250,7 @@ def units_between(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> Array:
     same = mine == theirs
     gap = torch.where(same, 0.0, (mine - theirs).abs().nan_to_num(nan=torch.inf))
     size = theirs.abs().where(theirs.isfinite(), 0.0).amax(1).clamp(min=1e-9)
-    unit = torch.finfo(dtype).eps * torch.exp2(size.log2().floor())
+    unit = precision(dtype) * torch.exp2(size.log2().floor())
     found: Array = (gap.amax(1) / unit).numpy()
     return found
 

@@ -189,6 +189,12 @@ def noise(
     return float((distance / torch.tensor(sizes, device=distance.device)).max())
 
 
+def precision(dtype: torch.dtype) -> float:
+    """Distance from 1 to the next number, of float32 at least: a model in float64 has its norms
+    and softmaxes in that, and so is evidence recorded."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
 def unit(logit: float, dtype: torch.dtype) -> float:
-    """Distance of neighbouring numbers of a type at this size."""
-    return float(torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(abs(logit), 1e-9))))
+    """Distance of neighbouring numbers of a type at this size, as `precision` has it."""
+    return float(precision(dtype) * 2.0 ** math.floor(math.log2(max(abs(logit), 1e-9))))

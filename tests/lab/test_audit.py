@@ -111,6 +111,15 @@ def test_a_sound_pass_in_bfloat16_is_clean():
         assert found["verdict"] == "clean"
 
 
+def test_a_sound_pass_in_float64_is_clean():
+    """Evidence is recorded in float32, as norms are computed, whatever the type of the model."""
+    wide = load_model("zoo:draft", Placement(dtype=torch.float64))
+    texts, lines, _ = decoded(wide, SAMPLED, prompts=2, new=8)
+    found = audited(texts, Evidence(lines=lines, page_size=8), wide, SAMPLED)
+    assert (found["verdict"], found["suspects"]) == ("clean", 0)
+    assert found["rounding"] < 10
+
+
 def test_evidence_is_that_of_the_tokens(target):
     """By a pass over each text of transformers' own, in float64 numbers."""
     texts, lines, _ = decoded(target, SAMPLED, prompts=2, new=9)

@@ -43,6 +43,15 @@ def test_logits_are_those_of_the_model_s_own_attention(kind: str) -> None:
         assert error(ours, expected) < FLOAT32_ROUNDING
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gpt_oss", "jetmoe", "qwen2_moe"])
+def test_mixtures_of_experts_run_in_float64(kind: str) -> None:
+    model = tiny(kind, **ACCEPTED[kind])
+    own = own_attention(model)
+    for ours, expected in paged_and_own(PagedLM(model.double()), own):
+        assert ours.dtype == torch.float64
+        assert error(ours, expected) < FLOAT32_ROUNDING
+
+
 # What differs inside the kernels: keys longer than values, soft-capping, windows and sinks. The
 # interpreter is too slow for all of them.
 INTERPRETED = ("deepseek_v3", "gemma2", "gpt_oss")
