@@ -258,17 +258,17 @@ def units_between(mine: Tensor, theirs: Tensor, dtype: torch.dtype) -> Array:
 @torch.inference_mode()
 def rounding_of(witness: Witness, texts: Sequence[Record]) -> float:
     """Units in the last place between plain decoding over pages and the witness, at the last
-    tokens of the longest texts; 1 at least, and no more than `APART` times what passes of
-    different shapes differ by, for beyond that plain decoding is wrong itself."""
+    tokens of the longest texts; no less than passes of its own differ by (`noise`), and no more
+    than `APART` times that, for beyond it plain decoding is wrong itself."""
     ids = [[*text["prompt_ids"], *text["output_ids"]] for text in texts]
     ids.sort(key=len, reverse=True)
-    largest, left = 1.0, PLAIN
+    shapes = max(1.0, noise(witness.target, ids[0], kv_dtype=witness.kv_dtype)) if ids else 1.0
+    largest, left = shapes, PLAIN
     for tokens in ids:
         count = min(left, len(tokens) - 1)
         if count > 0:
             largest = max(largest, _plainly(witness, tokens[:-count], tokens[-count:]))
             left -= count
-    shapes = max(1.0, noise(witness.target, ids[0], kv_dtype=witness.kv_dtype)) if ids else 1.0
     return min(largest, APART * shapes)
 
 

@@ -24,6 +24,7 @@ if it is not known of this text."""
 CHUNK = 64  # tokens whose logits are looked at together
 PROMPT_CHUNK = 512  # tokens of a prompt that are read together
 BOUND = 4.0  # units in the last place of the larger of two logits
+NUDGE = 2.0**-14  # relative; a few in a thousand numbers of a quantised cache become the next one
 
 
 class Seen(NamedTuple):
@@ -123,14 +124,16 @@ def own_logits(
     *,
     kv_dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
+    nudged: bool = False,
 ) -> Iterator[Tensor]:
-    """[n, V] logits that the tokens of an output are chosen by, `chunk` at a time."""
+    """[n, V] logits that the tokens of an output are chosen by, `chunk` at a time; `kv_dtype` and
+    `nudged` as of `RoundedCache`."""
     if not output:
         return
     before, start = [*prompt, *output[:-1]], len(prompt) - 1
     known = inspect.signature(target.model.forward).parameters
     name = "cache" if "cache" in known else "past_key_values"  # as transformers called it before
-    cache = RoundedCache(kv_dtype, config=target.model.config)
+    cache = RoundedCache(kv_dtype, nudged, config=target.model.config)
     places = [*range(0, start, PROMPT_CHUNK), *range(start, len(before), chunk), len(before)]
     for first, end in pairwise(places):
         inputs = {
@@ -155,16 +158,24 @@ class RoundedCache(transformers.DynamicCache):
 
     Args:
         kv_dtype: of such pages; None rounds nothing.
+        nudged: numbers are a little larger and smaller in turns before they are rounded: by as
+            little as their type knows, or `NUDGE` in a finer one.
     """
 
-    def __init__(self, kv_dtype: torch.dtype | None, **options: Any) -> None:
+    def __init__(self, kv_dtype: torch.dtype | None, nudged: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self._kv_dtype = kv_dtype
+        self._kv_dtype, self._nudged = kv_dtype, nudged
 
     def update(self, key: Tensor, value: Tensor, *where: Any, **options: Any) -> Any:
         if self._kv_dtype is not None:
-            key, value = (as_stored(x, self._kv_dtype) for x in (key, value))
+            key, value = (as_stored(self._nudge(x), self._kv_dtype) for x in (key, value))
         return super().update(key, value, *where, **options)
+
+    def _nudge(self, x: Tensor) -> Tensor:
+        if not self._nudged:
+            return x
+        turns = 1 - 2 * (torch.arange(x.shape[-1], device=x.device, dtype=x.dtype) % 2)
+        return x + x * turns * max(NUDGE, torch.finfo(x.dtype).eps)
 
 
 def noise(
@@ -176,15 +187,22 @@ def noise(
 ) -> float:
     """How far passes of different shapes lie apart: the largest difference of a logit among the
     two most probable tokens after each of the last `count`, in units in the last place of the
-    larger; once all in one pass, once each in its own."""
+    larger; once all in one pass, once each in its own.
+
+    A quantised cache makes much of little: a number close to the middle between two that it can
+    hold becomes either. In float32 few are so close that passes differ, and a text may have none
+    while the next one has. So for such a cache a third pass has keys and values nudged.
+    """
     count = min(count, len(tokens) - 1)
     head, tail = tokens[:-count], [*tokens[-count:], 0]
-    together, apart = (
-        torch.cat([*own_logits(target, head, tail, kv_dtype=kv_dtype, chunk=chunk)]).float()
-        for chunk in (len(tail), 1)
+    ways = [(len(tail), False), (1, False)] + [(len(tail), True)] * (kv_dtype is not None)
+    together, *others = (
+        torch.cat([*own_logits(target, head, tail, kv_dtype=kv_dtype, chunk=n, nudged=by)]).float()
+        for n, by in ways
     )
     best = together.topk(2)
-    distance = (best.values - apart.gather(1, best.indices)).abs().amax(1)
+    apart = torch.stack([other.gather(1, best.indices) for other in others])
+    distance = (best.values - apart).abs().amax((0, 2))
     sizes = [unit(size, target.dtype) for size in best.values.abs().amax(1).tolist()]
     return float((distance / torch.tensor(sizes, device=distance.device)).max())
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from specdec.drafters.none import NoDrafter
 from specdec.drafters.small_llama import SmallLlama
 from specdec.drafters.trees.static import Static
 from specdec.evidence import evidence_line, numbers_in, numbers_of
+from specdec.kernels.choose import Kernels
 from specdec.lab import audit as audit_module
 from specdec.lab.audit import (
     Audit,
@@ -34,6 +36,7 @@ from specdec.verifier.target_only import TargetOnly
 from tests.decoding import decoder_of, requests_of
 from tests.lab import planted
 from tests.lab.made import generation
+from tests.models.tiny import tiny
 
 STARTS = ("It was a dark night, and the old captain stood", "def fold(items, start):\n    total =")
 SAMPLED = SamplingParams(temperature=1.0, seed=3)
@@ -81,10 +84,15 @@ def decoded(
 
 
 def audited(
-    texts: list[dict[str, Any]], evidence: Evidence, target: PagedLM, sampling: SamplingParams
+    texts: list[dict[str, Any]],
+    evidence: Evidence,
+    target: PagedLM,
+    sampling: SamplingParams,
+    kv_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """What evidence says of all of them."""
-    found = verdict(texts, Witness(target), sampling, evidence=evidence, sample=10**6)
+    witness = Witness(target, kv_dtype)
+    found = verdict(texts, witness, sampling, evidence=evidence, sample=10**6)
     assert found["verdict"] == {"clean": "passed", "bug": "failed"}[found["evidence"]["verdict"]]
     if found["evidence"]["verdict"] == "bug":
         assert told(found["evidence"]) in found["reason"]
@@ -118,6 +126,28 @@ def test_a_sound_pass_in_float64_is_clean():
     found = audited(texts, Evidence(lines=lines, page_size=8), wide, SAMPLED)
     assert (found["verdict"], found["suspects"]) == ("clean", 0)
     assert found["rounding"] < 10
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_sound_pass_over_a_quantised_cache_is_clean(kv_dtype):
+    """Numbers that passes round to different sides are few: most texts have none."""
+    small = PagedLM(tiny("llama"), kernels=Kernels(impl="reference"))
+    asked = [[3 + (17 * i + 5 * j * j) % 90 for j in range(8)] for i in range(12)]
+    decoder = decoder_of(
+        small, NoDrafter(), rows=4, evidence=True, sampling=SAMPLED, kv_dtype=kv_dtype
+    )
+    done = [*decoder.run(requests_of(asked, 40))]
+    texts = [
+        {
+            **generation(s.request.id, s.output_ids, s.steps),
+            "request": s.request.id,
+            "prompt_ids": list(s.request.prompt_ids),
+        }
+        for s in done
+    ]
+    evidence = Evidence(lines=[evidence_line(s) for s in done], page_size=16)
+    found = audited(texts, evidence, small, SAMPLED, kv_dtype)
+    assert (found["verdict"], found["suspects"]) == ("clean", 0)
 
 
 def test_evidence_is_that_of_the_tokens(target):
