@@ -6,8 +6,8 @@ of a draft is kept. Prompts, samples, sampling and processors are part of a reco
 
 records the texts of a finished lossless run, whose settings then need not be said.
 
-Whatever is wrong with the settings ends in one line on stderr and exit code 2, an interruption in
-130; resume=true continues with the next shard.
+Whatever is wrong with the settings ends in one line on stderr and exit code 2, a full GPU in 1, an
+interruption in 130; resume=true continues with the next shard.
 """
 
 import sys
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from specdec.compare.read import is_run
@@ -31,6 +32,7 @@ from specdec.lab.lock import Lock
 from specdec.lab.options import usage
 from specdec.lab.running import Checked, check_settings, experiment_of
 from specdec.lab.settings import Settings, find_own_code, folders_of, out_of, settings_of, split
+from specdec.reasons import full
 from specdec.replay.finished import Finished
 from specdec.replay.rates import write_rates
 from specdec.replay.record import DONE, PLAN, SCHEMA, Record, shard_path, write_json, write_shard
@@ -65,7 +67,11 @@ def _command(arguments: list[str]) -> None:
     finished = Finished.read(runs[0]) if runs else None
     words = finished.words(given) if finished else given
     settings = settings_of([*words, "tracker=none", "kernels.graphs=false", *flags])
-    make(settings, out_of(settings), Console(), finished)
+    try:
+        make(settings, out_of(settings), Console(), finished)
+    except torch.OutOfMemoryError as error:
+        mend = f"lower batch_size={settings['batch_size']}, or choose smaller models"
+        raise full(error, mend) from error
 
 
 def make(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from specdec.costs import CostTable
@@ -178,6 +179,20 @@ def last(arrays, path):
 files.save_file = last
 record.command(sys.argv[1:])
 """
+
+
+def test_a_full_gpu_ends_a_record_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr("specdec.record.make", no_room)
+    assert command([*WORDS.split(), "drafter=small_llama", f"out={tmp_path}/out"]) == 1
+    assert capsys.readouterr().err == (
+        "error: the memory of the GPU is full, 2.00 GiB more were needed; lower batch_size=1, or "
+        "choose smaller models\n"
+    )
 
 
 @pytest.mark.slow
