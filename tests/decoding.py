@@ -18,7 +18,7 @@ from specdec.models.placement import Placement
 from specdec.observation import Observation, Observes, observe
 from specdec.processors import NO_PROCESSORS, Processors
 from specdec.protocols import AcceptanceRule, Drafter, Read, StepContext, TreePolicy, Verifier
-from specdec.request import Capacity, Decoding, Request
+from specdec.request import PREFILL_CHUNK, Capacity, Decoding, Request
 from specdec.sampling import SamplingParams
 from specdec.stop_strings import StopStrings
 from specdec.tree import Acceptance, TokenTree
@@ -66,6 +66,7 @@ def decoder_of(
     processors: Processors = NO_PROCESSORS,
     trees: int = 0,
     evidence: bool = False,
+    chunk: int = PREFILL_CHUNK,
     **capacity: Any,
 ) -> Decoder:
     """A decoder over a model, for which the drafter is loaded, or over a verifier.
@@ -74,12 +75,13 @@ def decoder_of(
         tree: None for no drafting.
         rule: None for one that is lossless for any children.
         sampling: instead of temperature and seed.
+        chunk: prompt tokens that a model reads at a time.
         capacity: more of `Capacity`.
     """
     verifier: Any = target
     if isinstance(target, PagedLM):
         loaded(drafter, target)
-        verifier = TreeVerifier(target)
+        verifier = TreeVerifier(target, prefill_chunk=chunk)
     sampling = sampling or SamplingParams(temperature=temperature, seed=seed)
     most = min(max_tokens, verifier.max_context)
     capacity = {"share": not drafter.reads_states, **capacity}

@@ -84,8 +84,8 @@ def trees_of(target: PagedLM, drafter: Drafter, prompts: Any, rows: int, **more:
         temperature=1.0,
         rows=rows,
         trees=NEW,
+        chunk=more.pop("chunk", 512),
     )
-    decoder.verifier.target.prefill_chunk = more.pop("chunk", 512)
     trees: dict[int, list[Any]] = {}
     steps: list[Any] = []
     done = {

@@ -107,10 +107,8 @@ def drafts_of(
 ) -> tuple[dict[int, list[Any]], dict[int, list[list[int]]]]:
     """By request: of each step the tree's row of tokens, parents, ids and probabilities of the
     proposal; and the tokens there were when it was drafted."""
-    decoder = decoder_of(
-        target, drafter, TREES[tree], Synthetic(), temperature=1.0, rows=rows, share=False
-    )
-    decoder.verifier.target.prefill_chunk = chunk  # type: ignore[attr-defined]
+    how: dict[str, Any] = {"rows": rows, "share": False, "chunk": chunk}
+    decoder = decoder_of(target, drafter, TREES[tree], Synthetic(), temperature=1.0, **how)
     trees: dict[int, list[Any]] = defaultdict(list)
     accept = decoder.rule.accept
 

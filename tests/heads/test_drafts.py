@@ -120,8 +120,8 @@ def watched(
     the head's own probabilities."""
     first, second = texts()
     prompts = [first[:13], second[:shortest], second[:7], [*first[:4], *second[:4]]]
-    decoder = decoder_of(target, drafter, TREES[tree](), Eager(), temperature=1.0, rows=ROWS)
-    decoder.verifier.target.prefill_chunk = 10
+    how: dict[str, Any] = {"temperature": 1.0, "rows": ROWS, "chunk": 10}
+    decoder = decoder_of(target, drafter, TREES[tree](), Eager(), **how)
     watcher = Watcher(decoder, target, facts, restated)
     list(decoder.run(requests_of(prompts, NEW)))
     assert watcher.nodes > 40

@@ -85,10 +85,8 @@ def test_states_are_those_of_transformers(kind: str, rows: int) -> None:
     own, target = own_attention(model), PagedLM(model)
     taps = [*range(target.layers), "normal"]
     drafter = Noting(taps)
-    decoder = decoder_of(
-        target, drafter, Static(widths=[3, 2, 1]), Synthetic(), rows=rows, share=False
-    )
-    decoder.verifier.target.prefill_chunk = CHUNK
+    how: dict[str, Any] = {"rows": rows, "share": False, "chunk": CHUNK}
+    decoder = decoder_of(target, drafter, Static(widths=[3, 2, 1]), Synthetic(), **how)
     first, second = texts()
     prompts = [first, first[:9], second[:1]]
     for sequence in decoder.run(requests_of(prompts, NEW)):
