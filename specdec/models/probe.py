@@ -116,9 +116,7 @@ def probe(
     """
     tokens = _probe_tokens(model)
     places = torch.arange(PROBE_TOKENS, device=model.device)[None]
-    model.set_attn_implementation("eager")
-    if model.dtype == torch.float64:  # in which only this way of experts has products
-        model.set_experts_implementation("eager")
+    _leave_to_itself(model)
     own = model(input_ids=tokens, position_ids=places, use_cache=False).logits.float()
     if not bool(sound(own).all()):
         raise NotFiniteError
@@ -149,6 +147,12 @@ def probe(
     out = direct(tokens, places, Probe(shape).provide(direct.embedding), "all")
     agrees = out is not None and _distance(out.float(), ours) <= bound
     return shape, direct if agrees else None
+
+
+def _leave_to_itself(model: Any) -> None:
+    model.set_attn_implementation("eager")
+    if model.dtype == torch.float64:  # in which only this way of experts has products
+        model.set_experts_implementation("eager")
 
 
 def _probe_tokens(model: Any) -> Tensor:
