@@ -132,7 +132,8 @@ def _case(cases: Any, children: str, temperature: float, top_p: float | None) ->
         held = dict.fromkeys(f"{case['children']} at {case['temperature']:g}" for case in cases)
         raise ValueError(
             f"holds no rates of children={children} at temperature {temperature:g} "
-            f"({', '.join(held) or 'nothing'}); choose other children, or {MEASURE}"
+            f"({', '.join(held) or 'nothing'}); choose other children or another table, "
+            f"or {MEASURE}"
         )
     return min(fitting, key=distance)
 

@@ -198,6 +198,7 @@ def no_option(group: str, option: str, known: Iterable[str]) -> str:
 def no_setting(name: str, command: str = "run") -> str:
     """What is wrong with a setting that the options taken do not have."""
     group, _, rest = name.partition(".")
+    rest = re.sub(r"^parts\.\w+\.", "", rest)  # a part has what a drafter has
     known = groups(command=command)
     having = [one for one, option in known.get(group, {}).items() if rest in option.settings]
     if having:

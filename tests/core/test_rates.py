@@ -65,7 +65,7 @@ def test_beyond_what_was_measured() -> None:
         ('{"cases": 3}', "not iterable"),
         (
             '{"cases": []}',
-            r"holds no rates of children=top_k at temperature 0 \(nothing\); choose other",
+            r"at temperature 0 \(nothing\); choose other children or another table, or",
         ),
         (
             json.dumps({"cases": [case("sample", 0.0, 0.1), case("top_k", 1.0, 0.1)]}),

@@ -52,6 +52,10 @@ def test_the_options_that_were_taken_are_named():
         ("sampling.nonsense=1", "sampling.nonsense: no such setting; python -m specdec.run --he"),
         ("target=a/B-8", "a/B-8: no such option; a path is given as target=hf target.path=a/B-8;"),
         ("tree.width=3", "tree.width: no such setting here, but of tree=dynamic, threshold$"),
+        (
+            "drafter=compose drafter.parts.first.window=3",
+            "first.window: no such setting here, but of drafter=lookahead, own_cache$",
+        ),
         ("prompts=_fields", "prompts=_fields: no such option"),
         ("drafter=./ngram", "drafter=./ngram: no such option; the nearest is ngram"),
         ("tree=null", "tree=null: no such option; there are accuracy, chain"),
