@@ -38,7 +38,9 @@ class TokenRecycling(GrowingDrafter):
         decay: how much less probable each rank is than the one before.
         from_prompt: also learn what follows each token of a prompt, where nothing is known yet.
         prompt_candidates: also learn what the target itself finds probable after each token of a
-            prompt, for which the output head sees all of it.
+            prompt, for which the output head sees all of it. Tokens found in shared pages pass
+            through no layer and teach nothing: which ones they are depends on what runs beside,
+            and so do texts above temperature 0, of which a seed makes others, as likely.
         reset: after what the table is emptied, as in `drafters/state.py`.
 
     Raises:
