@@ -272,9 +272,10 @@ class RunFolder:
 
     def _refuse(self, changed: list[str]) -> None:
         if changed:
+            differ = "differs" if len(changed) == 1 else "differ"
             raise ValueError(
-                f"out={self.path}: {', '.join(changed)} differ from the run there; use the same "
-                f"settings, or choose another folder"
+                f"out={self.path}: {', '.join(changed)} {differ} from the run there; use the same "
+                f"settings, which resume={self.path} takes from there, or choose another folder"
             )
 
     @property

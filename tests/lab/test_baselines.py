@@ -170,7 +170,7 @@ def test_a_finished_run_is_extended_by_prompts_and_nothing_else(specdec, tmp_pat
     identity = json.loads((tmp_path / "o/identity.json").read_text())
     assert sorted(identity["prompts"]) == ["0", "1", "2"]
     for words_of, said in (
-        ((*words, "seed=1"), f"out={tmp_path}/o: seed differ from the run there"),
+        ((*words, "seed=1"), f"out={tmp_path}/o: seed differs from the run there"),
         ((*words, "prompts.shuffle=1"), "prompts.shuffle"),
         ((f"resume={tmp_path}/o", "seed=1"), "seed=1: cannot stand beside resume="),
         ((f"resume={tmp_path}/x",), "/x: must be true, false, auto or the folder of a run"),

@@ -180,10 +180,10 @@ def test_a_run_goes_on_with_the_same_files_alone(specdec, own_folder, monkeypatc
         (own_folder / name).write_text(before.replace("It", "This").replace("2", "3"))
         code, _, error = specdec(*words, "resume=true")
         assert (code, error.count("\n")) == (2, 1)
-        assert f"/o: contents of {setting} differ from the run there; " in error
+        assert f"/o: contents of {setting} differs from the run there; " in error
         (own_folder / name).write_text(before)
     monkeypatch.setattr("specdec.models.placement.choose_dtype", lambda *_: torch.float64)
-    assert "/o: dtype differ from the run there" in specdec(*words, "resume=true")[2]
+    assert "/o: dtype differs from the run there" in specdec(*words, "resume=true")[2]
     monkeypatch.undo()
     monkeypatch.chdir(own_folder)
     assert specdec(*words, "resume=true")[0] == 0

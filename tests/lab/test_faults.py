@@ -331,7 +331,7 @@ def test_settings_and_what_they_name_stay_the_same(tmp_path, whole):
     ):
         identity = replace(scripted.IDENTITY, **changed)
         with (
-            pytest.raises(ValueError, match=rf"^out={out}: {name} differ from the run there"),
+            pytest.raises(ValueError, match=rf"^out={out}: {name} differs from the run there"),
             RunFolder(out, config=scripted.SETTINGS, resume=True, identity=identity) as folder,
         ):
             folder.identify({**scripted.RESOLVED, **resolved})
