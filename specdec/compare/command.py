@@ -19,6 +19,7 @@ from specdec.compare.files import write_all
 from specdec.compare.read import is_run
 from specdec.compare.shown import show
 from specdec.lab.command import option, run_main
+from specdec.lab.files import make_folder
 from specdec.lab.lines import tell
 
 
@@ -34,7 +35,9 @@ def work(options: Options) -> None:
     out = options.out or _place(options.runs)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out}: must be a folder")
-    finish(compare(options.runs), out, Console())
+    found = compare(options.runs)
+    make_folder(out)  # before pages of tables
+    finish(found, out, Console())
 
 
 def finish(comparison: Comparison, out: Path, console: Console) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.compare.figures import Comparison, Entry, Estimate, Group, Share
-from specdec.lab.files import replace_file, to_json, writing
+from specdec.lab.files import make_folder, replace_file, to_json, writing
 
 SCHEMA = 1
 JSON, CSV, REPORT = "compare.json", "compare.csv", "report.html"
@@ -29,8 +29,7 @@ def write_all(comparison: Comparison, folder: Path) -> list[Path]:
     from specdec.compare import report  # draws, which takes a while to import
 
     paths = [folder / name for name in (REPORT, CSV, JSON)]
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     replace_file(paths[2], to_json({"schema": SCHEMA, **asdict(comparison)}, indent=1) + "\n")
     replace_file(paths[1], table_of(comparison))
     with writing(paths[0]):

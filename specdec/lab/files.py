@@ -56,6 +56,18 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(out: Path) -> None:
+    """Make a folder of results, where there is none.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out={out}: cannot be made, {error.strerror}; choose another") from error
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """What a file of JSON holds; nothing of one that is not there, or not whole."""
     try:

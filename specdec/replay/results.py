@@ -15,7 +15,7 @@ from rich.table import Table
 
 from specdec.compare.read import REPLAY, REPLAY_SCHEMA
 from specdec.lab.conversations import prompt_of
-from specdec.lab.files import replace_file, to_json
+from specdec.lab.files import make_folder, replace_file, to_json
 from specdec.lab.lines import tell
 from specdec.lab.prompts import prompt_hash
 from specdec.lab.values import flat
@@ -162,10 +162,7 @@ def _rounded(values: Sequence[float] | np.ndarray) -> list[float]:
 
 def write(out: Path, result: dict[str, Any], rows: Sequence[Row], profile: dict[str, Any]) -> None:
     """The files, and the page of `specdec compare` of them."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out={out}: cannot be made, {error.strerror}; choose another") from error
+    make_folder(out)
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")

@@ -92,6 +92,10 @@ def test_what_cannot_be_compared_ends_with_a_line(tmp_path: Path, typed) -> None
     ):
         code, _, err = typed("compare", *words)
         assert (code, said in err) == (2, True), err
+    nowhere = tmp_path / "a" / "summary.json" / "x"
+    code, out, err = typed("compare", str(tmp_path / "a"), f"out={nowhere}")
+    assert (code, out) == (2, "")  # before it prints tables
+    assert err == f"error: out={nowhere}: cannot be made, Not a directory; choose another\n"
 
 
 def test_trees_are_spelled(tmp_path: Path, typed) -> None:
