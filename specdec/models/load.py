@@ -80,11 +80,16 @@ def load_model(
     """
     device, dtype, kernels = placement.device, placement.dtype, placement.kernels
     name = f"{setting}={path}"
+    transformers.utils.logging.disable_progress_bar()
     if path.startswith("standin:"):
         shape, zoo = named_shape(path.removeprefix("standin:"), setting)
         source = zoo_path(zoo)
         check_files(source, name, complete=True)
-        large = standin(source, shape, device=device, dtype=dtype, quantize=quantize, ranks=ranks)
+        options = {"device": device, "dtype": dtype, "quantize": quantize, "ranks": ranks}
+        try:
+            large = standin(source, shape, **options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         tokenizer = AutoTokenizer.from_pretrained(source)
         widening = Widening(small=AutoConfig.from_pretrained(source), shape=shape)
         return PagedLM(large, tokenizer, name=name, kernels=kernels, standin=widening, ranks=ranks)
@@ -109,7 +114,6 @@ def _load_files(
     Raises:
         ValueError: files that are broken, or are no causal LM that can be run.
     """
-    transformers.utils.logging.disable_progress_bar()
     local = Path(where).is_dir()
     try:
         if local:

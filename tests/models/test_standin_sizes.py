@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specdec.models.load import zoo_path
+from specdec.models.load import load_model, zoo_path
 from specdec.models.standin import (
     named_shape,
     placed_heads,
@@ -113,3 +113,5 @@ def test_what_has_no_room_is_refused_before_it_is_made(monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="GiB does not fit the") as refusal:
         standin(zoo_path("draft"), "llama_160m", device="cpu", dtype=torch.float32)
     assert "\n" not in str(refusal.value)
+    with pytest.raises(ValueError, match=r"^draft=standin:llama_160m: a stand-in of .* choose a"):
+        load_model("standin:llama_160m", setting="draft")
