@@ -163,6 +163,10 @@ class Job:
             f"{counts['held_out']:,} held out; left out {counts['repeated']:,} repeated, "
             f"{counts['shared']:,} that share words with texts for evaluation",
         )
+        if counts["held_out"] > counts["trained"]:
+            asked = self.corpus_settings.held_out
+            said = f"corpus.held_out={asked}: leaves less to train on than is held out"
+            tell(self.console, f"{said}; give more texts, or lower it")
         return corpus
 
     def _own(self, corpus: Corpus) -> tuple[OwnRows | None, OwnRows | None]:

@@ -132,6 +132,14 @@ def test_mistakes_end_in_one_line(
     assert not (tmp_path / "made").exists()
 
 
+def test_a_training_is_not_put_into_a_run(
+    train: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "generations.jsonl").touch()
+    code, _, error = train(f"data={texts(tmp_path)} out={tmp_path}")
+    assert (code, error) == (2, f"error: out={tmp_path}: holds a run; choose another folder\n")
+
+
 def test_taps_are_refused_before_texts_are_read(tmp_path: Path) -> None:
     words = f"{SMALL} data={texts(tmp_path)} tokens=64 method.taps=[7] out={tmp_path}/out"
     with pytest.raises(ValueError, match=r"^method\.taps=\[7\]: 7 must be 0 to 6, the layers"):
