@@ -1,6 +1,7 @@
 """The documentation says what is so: its commands can be typed, its programs run, its links lead
 somewhere, and its tables of settings and of fields are complete."""
 
+import ast
 import dataclasses
 import importlib
 import io
@@ -121,6 +122,13 @@ def test_options_of_a_program_can_be_used(line: str) -> None:
         parse(getattr(part, options), words)
     elif hasattr(program, "Options"):
         parse(program.Options, words)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("experiments/*/*.py")), ids=lambda p: p.stem)
+def test_what_a_program_prints_of_itself_has_the_lines_of_its_source(path: Path) -> None:
+    """A backslash at the end of a line, which a shell reads, is gone if Python has read it."""
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert max(map(len, doc.splitlines()), default=0) < 100
 
 
 @pytest.mark.parametrize("program", blocks(GUIDE, "python"))

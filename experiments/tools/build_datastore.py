@@ -1,8 +1,8 @@
 """Make a datastore for drafter=retriever and drafter=rest out of texts.
 
-    python -m specdec.experiments.tools.build_datastore tokenizer=zoo:target out=stores/code \
+    python -m specdec.experiments.tools.build_datastore tokenizer=zoo:target out=stores/code \\
         src/ notes.txt
-    python -m specdec.experiments.tools.build_datastore tokenizer=Qwen/Qwen3-8B out=stores/chat \
+    python -m specdec.experiments.tools.build_datastore tokenizer=Qwen/Qwen3-8B out=stores/chat \\
         HuggingFaceH4/ultrachat_200k split=train_sft field=prompt limit=100000
 
 A text is a file, a folder of files or the id of a data set that the `datasets` library can
@@ -58,8 +58,7 @@ def documents(
         for file in files:
             yield from documents(str(file), field=field)
     elif not path.is_file():
-        if source.startswith(("/", ".", "~")) or path.suffix in FILES:
-            raise ValueError(f"{source}: no such file; give a file, a folder or a hub id")
+        check_source(source)
         yield from _fields(_load(source, name, split=split), field, source)
     elif path.suffix == ".parquet":
         files_of = {"data_files": str(path)}
@@ -76,6 +75,14 @@ def documents(
                     yield file.read()
         except UnicodeDecodeError:
             raise ValueError(f"{source}: not a text in UTF-8; leave it out") from None
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError for a path where nothing is; what may be the id of a data set passes."""
+    path = Path(source).expanduser()
+    is_path = source.startswith(("/", ".", "~")) or path.suffix in FILES
+    if is_path and not path.exists():
+        raise ValueError(f"{source}: no such file; give a file, a folder or a hub id")
 
 
 def _records(file: TextIO, source: str) -> Iterator[Any]:
@@ -256,6 +263,9 @@ class Options:
 
 def work(options: Options) -> None:
     read = partial(documents, field=options.field, split=options.split, name=options.name)
+    for source in options.texts:  # before hours of encoding the others
+        check_source(source)
+    tokenizer = load_tokenizer(options.tokenizer)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description} {task.fields[note]}"),
@@ -265,7 +275,7 @@ def work(options: Options) -> None:
         build(
             (t for s in options.texts for t in islice(read(s), options.limit)),
             options.out,
-            tokenizer=load_tokenizer(options.tokenizer),
+            tokenizer=tokenizer,
             name=options.tokenizer,
             sources=options.texts,
             max_tokens=options.max_tokens,

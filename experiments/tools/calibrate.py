@@ -198,8 +198,8 @@ def work(options: Options) -> None:
     save = partial(write, options.out, result)
     todo = [part for part in options.only if "todo" in str(result[part])]
     if todo:  # both are there before the first cell is measured
-        draft = shop.models.load(options.draft, setting="draft")
-        result["about"] = about(shop.target, draft)
+        target, draft = shop.target, shop.models.load(options.draft, setting="draft")
+        result["about"] = about(target, draft)
     if "draft" in todo:
         calibrate_draft(options, shop.target, draft, result["draft"]["seconds"], save)
     if "verify" in todo:

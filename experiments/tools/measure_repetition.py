@@ -1,6 +1,6 @@
 """How many texts are degenerate, as `specdec.lab.repetition` has it: of people's, and of runs?
 
-    python -m specdec.experiments.tools.measure_repetition out=repetition.json \
+    python -m specdec.experiments.tools.measure_repetition out=repetition.json \\
         texts=[gsm8k.jsonl:answer,humaneval.jsonl:canonical_solution] runs=[outputs/a,outputs/b]
 
 Texts are those of a field of a `.jsonl` file, a text or a list of them in each record. They are

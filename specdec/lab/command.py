@@ -174,7 +174,7 @@ def _read(name: str, text: str, kind: Any) -> Any:
 
 def usage(kind: type, doc: str | None) -> str:
     """The docstring, and every option with its default, or with `...` if it must be given."""
-    lines = [(doc or "").strip(), "", "Options, as name=value:"]
+    lines = [(doc or "").strip(), *(["", "Options, as name=value:"] if fields(kind) else [])]
     for one in fields(kind):
         default = "..." if one.default is MISSING else _text(one.default)
         about = one.metadata.get("about", "")

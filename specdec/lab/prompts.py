@@ -105,7 +105,7 @@ def ask(
         chat: as in `encode`.
 
     Raises:
-        ValueError: as of `load_prompts` and `encode`.
+        ValueError: as of `load_prompts`, after the set's name, and `encode`.
     """
     found: dict[str, list[Asked]] = {}
     number = 0
@@ -113,7 +113,10 @@ def ask(
         by_category = take == "by_category" and name in CATEGORIES
         each = max(1, limit // CATEGORIES[name]) if by_category else None
         first = None if by_category or take == "spread" else limit
-        prompts = load_prompts(path=path, field=None, limit=first, per_category=each)
+        try:
+            prompts = load_prompts(path=path, field=None, limit=first, per_category=each)
+        except ValueError as error:
+            raise ValueError(f"{name}={path}: {error}") from error
         if take == "spread":
             prompts = prompts[:: max(1, len(prompts) // limit)][:limit]
         known = {one.category for asked in found.values() for one in asked}

@@ -292,6 +292,10 @@ def test_tokens_end_where_they_are_told_to(tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         ("nothing.txt out=s tokenizer=zoo:target", "nothing.txt: no such file"),
+        (
+            "binary.txt ./none out=s tokenizer=zoo:target",
+            "./none: no such file",
+        ),  # looked at first
         ("a.txt out=s tokenizer=zoo:lion", "tokenizer=zoo:lion: no such built-in model"),
         ("a.txt out=s tokenizer=./none", "tokenizer=./none: cannot be loaded"),
         ("a.txt out=made tokenizer=zoo:target", "out=made: holds a datastore"),

@@ -12,6 +12,7 @@ REFUSED = {
     "tools.calibrate batches=0": "batches=[0]: must be greater than or equal to 1",
     "tools.measure_acceptance out=x temperatures=[]": "temperatures=0: children are the most",
     "tools.measure_acceptance out=x drafter=ngram prompts=1": "prompts=1: does not say how much",
+    "tools.measure_acceptance out=x device=cpu gsm8k=no.jsonl": "gsm8k=no.jsonl: prompts.path='no",
     "studies.drafters out=x grid=speed humaneval=tests/golden/prompts.jsonl drafters=rest "
     "datastore=/no/store": "datastore=/no/store: no such folder",
     "studies.cpu_speed out=x repeats=0": "repeats=0: must be greater than or equal to 1",
