@@ -85,9 +85,10 @@ def load_model(
         shape, zoo = named_shape(path.removeprefix("standin:"), setting)
         source = zoo_path(zoo)
         check_files(source, name, complete=True)
-        options = {"device": device, "dtype": dtype, "quantize": quantize, "ranks": ranks}
         try:
-            large = standin(source, shape, **options)
+            large = standin(
+                source, shape, device=device, dtype=dtype, quantize=quantize, ranks=ranks
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         tokenizer = AutoTokenizer.from_pretrained(source)
