@@ -105,7 +105,7 @@ class Decoder:
 
 
 class Session:
-    def __init__(self, method: Method, target: Any, capacity: Any, *_: Any) -> None:
+    def __init__(self, method: Method, target: Any, capacity: Any, **how: Any) -> None:
         self.decoder = Decoder(target, capacity)
 
     def warm_up(self, tokens: list[int], new: int) -> None:
