@@ -6,6 +6,7 @@ from specdec.lab.build import PLAIN, Settings
 from specdec.lab.method import Method
 
 FILTERS = ("top_k", "top_p", "min_p")
+BY_MODE = {"drafter.min_match": "cascade", "drafter.reset": "bandit"}  # of drafter=compose
 NEVER_IDLE = ("allow_lossy", "_target_")
 TRITON = ("shared_prefix",)
 
@@ -30,10 +31,11 @@ def without_effect(
     as_greedy = greedy and method.rule.lossy(tree.children, method.sampling) is None
     for name, word in typed.items():
         group, _, setting = name.partition(".")
+        last = setting.rpartition(".")[2]  # of a part of a composition
         reason = None
         if plain and group == "tree" and word != "tree.budget=0":
             reason = "drafter=none drafts nothing"
-        elif setting.endswith("candidates") and tree.children == "top_k" and tree.budget:
+        elif last == "candidates" and tree.children == "top_k" and tree.budget:
             reason = "tree.children=top_k draws no children"
         elif name == "tree.budget" and depth is not None and tree.budget:
             levels = tree.levels(depth)
@@ -43,6 +45,9 @@ def without_effect(
             levels = tree.levels(depth)
             if levels != tree.levels(None):
                 reason = f"drafter.depth={depth} makes trees of {levels} level{'s' * (levels > 1)}"
+        elif name in BY_MODE and "parts" in settings["drafter"]:
+            mode = settings["drafter"].get("mode", "cascade")
+            reason = None if mode == BY_MODE[name] else f"drafter.mode={mode} does not ask for it"
         elif name == "drafter.confidence" and settings["drafter"].get("confidence"):
             fixed = tree.takes_all or tree.one_shape
             reason = "trees of one shape do not ask for it" if fixed else None

@@ -14,6 +14,9 @@ from specdec.lab.unused import without_effect
         ("drafter=none tree.budget=0 seed=3", []),
         ("tree=chain tree=chain", []),
         ("sampling=nucleus drafter.candidates=8", []),
+        ("drafter=token_recycling drafter.prompt_candidates=true", []),
+        ("drafter=compose drafter.parts.first.min_match=2 drafter.min_match=2", []),
+        ("drafter=compose drafter.mode=bandit drafter.reset=prompt", []),
         ("tree=dynamic tree.budget=4 drafter.depth=1", []),
         ("tree=dynamic tree.depth=3 drafter.depth=3", []),
         ("tree=cost_aware tree.adapts=true drafter=dspark drafter.confidence=true", []),
@@ -43,6 +46,17 @@ from specdec.lab.unused import without_effect
         (
             "drafter.candidates=8",
             ["drafter.candidates=8: has no effect, tree.children=top_k draw"],
+        ),
+        (
+            "drafter=compose drafter.parts.second.candidates=8",
+            ["drafter.parts.second.candidates=8: has no effect, tree.children=top_k draw"],
+        ),
+        (
+            "drafter=compose drafter.mode=union drafter.min_match=2 drafter.reset=prompt",
+            [
+                f"drafter.{setting}: has no effect, drafter.mode=union does not ask for it"
+                for setting in ("min_match=2", "reset=prompt")
+            ],
         ),
         (
             "acceptance=typical acceptance.delta=0.1",
