@@ -79,7 +79,7 @@ def test_rows_beside_a_prompt_have_positions_left(monkeypatch: pytest.MonkeyPatc
 def test_contexts_that_would_wait_for_one_another_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("specdec.prefixes.pages_of", lambda *_: 10)  # a sequence and a half
+    monkeypatch.setattr("specdec.cached_model.pages_of", lambda *_: 10)  # a sequence and a half
     shop = Workshop("target.path=zoo:target", "device=cpu dtype=float32")
     with pytest.raises(ValueError, match=r"context=96: 2 of them exceed the memory; lower batch"):
         long.filled_of(parse(long.Options, WORDS), shop, 12)
