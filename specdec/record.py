@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from specdec.compare.read import is_run
 from specdec.lab.build import baseline_of
 from specdec.lab.command import ended
 from specdec.lab.environment import describe_environment
 from specdec.lab.experiment import Experiment
-from specdec.lab.files import read_object
+from specdec.lab.files import check_folder, read_object
 from specdec.lab.fingerprints import digest
 from specdec.lab.identity import NO_PART, code
 from specdec.lab.lines import tell
@@ -87,8 +86,7 @@ def make(
     """
     check_drafter(settings["choices"]["drafter"])
     settings = {**settings, "baseline": False}
-    if is_run(out):
-        raise ValueError(f"out={out}: holds a run; choose another folder")
+    check_folder(out, "a record")
     checked = check_settings(settings, console)
     if finished is not None:
         finished.check(checked.identity, checked.asked["prompts"], checked.asked["samples"])

@@ -14,8 +14,8 @@ import transformers
 from rich.console import Console
 
 from specdec import __version__
-from specdec.compare.read import is_run
 from specdec.lab.command import ended
+from specdec.lab.files import check_folder
 from specdec.lab.options import usage
 from specdec.lab.settings import (
     FOLDERS,
@@ -58,8 +58,7 @@ def _command(arguments: list[str]) -> None:
     transformers.utils.logging.set_verbosity_error()
     settings = settings_of([*words, *flags], "train")
     out = out_of(settings)
-    if is_run(out):
-        raise ValueError(f"out={out}: holds a run; choose another folder")
+    check_folder(out, "a training")
     again = continuing(arguments, out, "train", "auto")
     try:
         train(settings, out, Console(), words=words, again=again)

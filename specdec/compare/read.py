@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from specdec.compare.sums import Conversation, Sums, read_side, replayed_sums
+from specdec.lab.files import MARKS
 from specdec.lab.jobs import DONE, FINISHED, Job, differing, jobs_of
 from specdec.lab.values import flat
 
@@ -235,7 +236,7 @@ def _replayed(folder: Path, name: str, found: Mapping[str, Any], row: Mapping[st
 
 def is_run(folder: Path) -> bool:
     """Whether it holds a run, and not those of a sweep."""
-    return any((folder / name).exists() for name in ("summary.json", "generations.jsonl"))
+    return any((folder / name).exists() for name in MARKS["a run"])
 
 
 def _add(found: Found, folder: Path, name: str, job: Job | None) -> None:

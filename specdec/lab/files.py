@@ -8,6 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Files by which a folder is known as that of something.
+MARKS = {
+    "a run": ("summary.json", "generations.jsonl"),
+    "a sweep": ("multirun.yaml",),
+    "a record": ("plan.json", "record.json"),
+    "a training": ("state.pt", "training.json"),
+}
+
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """As JSON that any reader takes: NaN and infinities, which JSON does not have, are null."""
@@ -54,6 +62,18 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written, {error.strerror or error}; what was written before is "
             f"kept, and resume=true continues once it can be"
         ) from error
+
+
+def check_folder(out: Path, own: str) -> None:
+    """Raise ValueError for a folder of something else, whose files would be mixed with those of
+    what is made.
+
+    Args:
+        own: what that is, as in `MARKS`.
+    """
+    for what, names in MARKS.items():
+        if what != own and any((out / name).exists() for name in names):
+            raise ValueError(f"out={out}: holds {what}; choose another folder")
 
 
 def make_folder(out: Path) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Self
 import yaml
 
 from specdec.lab.energy import ENERGY
-from specdec.lab.files import read_object, replace_file, to_json, writing
+from specdec.lab.files import check_folder, read_object, replace_file, to_json, writing
 from specdec.lab.identity import IDENTITY, Identity
 from specdec.lab.lock import Lock
 from specdec.lab.records import EVIDENCE, GENERATIONS, STEPS, TRACKING, TREES, Record, RecordFile
@@ -182,6 +182,7 @@ class RunFolder:
         self.sides = [side for side in (self.main, self.baseline) if side is not None]
         self._lock = Lock(path / "lock", f"out={path}")
         try:
+            check_folder(path, "a run")
             self._before = set(os.listdir(path))
             if not self._empty:
                 self._go_on(wanted=bool(resume) or job)

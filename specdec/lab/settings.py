@@ -18,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from specdec.lab.files import check_folder
 from specdec.lab.jobs import SWEEP, Ledger
 from specdec.lab.lock import Lock, missing
 from specdec.lab.options import CONFIGS, nearest, no_option, no_setting, options
@@ -63,6 +64,7 @@ class SweepFolder(Callback):
                 raise ValueError(
                     f"resume=true: there is no sweep to continue in out={file.parent}"
                 )
+            check_folder(file.parent, "a sweep")
             Lock(file.with_name("lock"), f"out={file.parent}").release()
             planned = _jobs_ahead(config)
             places = {word for words in planned for word in words if word.startswith("out=")}

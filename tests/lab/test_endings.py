@@ -212,6 +212,15 @@ def test_refused_runs_and_sweeps_leave_nothing(specdec, own_folder, word):
         assert left(own_folder) == ["file", "there"]
 
 
+def test_a_sweep_is_not_put_into_a_run(specdec, own_folder):
+    (own_folder / "there").mkdir()
+    (own_folder / "there/summary.json").touch()
+    code, _, error = specdec("-m", *SHORT, "out=there")
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.endswith("/there: holds a run; choose another folder\n")
+    assert left(own_folder) == ["there", "there/summary.json"]
+
+
 def test_a_sweep_goes_on_where_it_was_interrupted(specdec, own_folder, monkeypatch):
     words = ("-m", *SHORT, "seed=1,2,3")
     code, _, error = specdec(*words, "out=s", "resume=true")

@@ -140,6 +140,18 @@ def test_a_folder_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, nam
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    ("mark", "what"),
+    [("multirun.yaml", "sweep"), ("plan.json", "record"), ("training.json", "training")],
+)
+def test_a_run_is_not_put_beside_something_else(tmp_path: Path, mark: str, what: str):
+    (tmp_path / mark).touch()
+    for resume in (False, "auto"):
+        with pytest.raises(ValueError, match=rf"^out={tmp_path}: holds a {what}; choose another"):
+            RunFolder(tmp_path, config={}, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == [mark]
+
+
 def test_nothing_to_resume_is_said(tmp_path: Path):
     (tmp_path / "there").mkdir()
     for name in ("there", "new/a"):

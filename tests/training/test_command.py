@@ -135,9 +135,13 @@ def test_mistakes_end_in_one_line(
 def test_a_training_is_not_put_into_a_run(
     train: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
-    (tmp_path / "generations.jsonl").touch()
-    code, _, error = train(f"data={texts(tmp_path)} out={tmp_path}")
-    assert (code, error) == (2, f"error: out={tmp_path}: holds a run; choose another folder\n")
+    data = texts(tmp_path)
+    for mark, what in (("generations.jsonl", "run"), ("plan.json", "record")):
+        (tmp_path / mark).touch()
+        code, _, error = train(f"data={data} out={tmp_path}")
+        said = f"error: out={tmp_path}: holds a {what}; choose another folder\n"
+        assert (code, error) == (2, said)
+        (tmp_path / mark).unlink()
 
 
 def test_taps_are_refused_before_texts_are_read(tmp_path: Path) -> None:
