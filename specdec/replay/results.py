@@ -179,7 +179,9 @@ def write(out: Path, result: dict[str, Any], rows: Sequence[Row], profile: dict[
 
 def show(rows: Sequence[Row], result: dict[str, Any], console: Console) -> None:
     timed = "tokens_per_second" in rows[0]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption_justify="left")
+    if any(row["low"] is not None for row in rows):
+        table.caption = "under tokens/step its 95 % interval over conversations"
     titles = ["tree", "budget", "children", "acceptance", "tokens/step", "nodes/step"]
     for title in [*titles, *(["tokens/s"] if timed else [])]:
         # In a narrow terminal long names are folded; figures and what they are of stay whole.
