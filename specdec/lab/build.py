@@ -180,8 +180,8 @@ def _pair(settings: Settings, sampling: SamplingParams) -> tuple[AcceptanceRule,
     if only is not None:
         if rule is not None and rule.name != only:
             raise ValueError(
-                f"acceptance={rule.name}: {drafter['_target_']} works with acceptance={only} "
-                f"alone; use acceptance=auto"
+                f"acceptance={rule.name}: drafter={settings['choices']['drafter']} works with "
+                f"acceptance={only} alone; use acceptance=auto"
             )
         return _rule(only), "top_k" if children == "auto" else children
     if children == "auto":

@@ -314,7 +314,7 @@ MISTAKES = {
     "drafter=synthetic drafter.rates=[0.5,[0.6,0.5]]": "depth 2 has [0.6, 0.5]; siblings exclude",
     "drafter=synthetic drafter.rates=often": "drafter.rates=often: must be a valid number",
     "drafter=synthetic tree.children=sample": "tree.children=sample: drafter.rates are chances",
-    "drafter=synthetic acceptance=greedy": "works with acceptance=synthetic alone",
+    "drafter=synthetic acceptance=greedy": "greedy: drafter=synthetic works with acceptance=syn",
     "acceptance=synthetic": "acceptance=synthetic: not lossless",
     "acceptance=synthetic acceptance.rates=[1.2]": "acceptance.rates=[1.2]: depth 1 has [1.2]",
     "drafter=own_cache drafter.sink=-1": "drafter.sink=-1: must be at least 0 tokens",
