@@ -82,7 +82,7 @@ COLUMNS: tuple[Column, ...] = (
     (
         "repetitive",
         "of texts",
-        lambda e: number(100 * e.repetitive, 0, unit=" %") if e.repetitive else NOTHING,
+        lambda e: NOTHING if e.mark == "REPLAYED" else number(100 * e.repetitive, 0, unit=" %"),
     ),
     ("per pass", "tokens", lambda e: number(e.tokens_per_pass or None)),
     ("nodes", "per step", lambda e: number(e.nodes_per_step, 1)),
@@ -113,9 +113,10 @@ def _verdict(entry: Entry) -> Cell:
 
 
 def methods(entries: Sequence[Entry], styles: Mapping[str, int]) -> Table:
-    """All figures of all methods; columns of which nothing is known are left out."""
+    """All figures of all methods; columns of which nothing is known are left out, and that of
+    texts that repeat themselves where no method has one."""
     columns = [(title, unit, list(map(cell, entries))) for title, unit, cell in COLUMNS]
-    columns = [one for one in columns if any(cell.text for cell in one[2])]
+    columns = [one for one in columns if any(cell.text not in ("", "0 %") for cell in one[2])]
     names = [named(entry, styles) for entry in entries]
     return _table(("method", ""), names, columns)
 

@@ -33,6 +33,10 @@ def test_every_method_has_its_figures_and_columns_without_any_are_left_out() -> 
     assert column(tables.methods(one, {}), "energy")[0].text == ""
     none = [replace(entry, energy=None) for entry in entries]
     assert "energy" not in dict(tables.methods(none, {}).heads)
+    one = [replace(entries[0], repetitive=0.0), replace(entries[1], mark="REPLAYED"), *entries[2:]]
+    assert [c.text for c in column(tables.methods(one, {}), "repetitive")[:2]] == ["0 %", ""]
+    none = [replace(entry, repetitive=0.0) for entry in entries]
+    assert "repetitive" not in dict(tables.methods(none, {}).heads)
 
 
 def test_the_worst_verdict_of_several_runs_is_the_first() -> None:
