@@ -231,6 +231,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
             if group_of(name) == group
             and name != group
             and not name.endswith("_target_")
+            and not (name == "tree.children" and value == label["children"] in words)  # said
             and len(values[run.replayed, group, label[group], name]) > 1
         ]
         names.append(" ".join([*words, "replayed"] if run.replayed and mixed else words))

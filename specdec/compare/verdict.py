@@ -157,7 +157,8 @@ def _doubts(entries: Sequence[Entry], conversations: int, *, pace: bool) -> str:
     marked = [one.name for one in entries if one.mark and one.name not in told]
     unable = []
     if conversations < FEWEST:
-        unable.append(f"{conversations} conversations are too few for intervals")
+        many = "conversation is" if conversations == 1 else "conversations are"
+        unable.append(f"{conversations} {many} too few for intervals")
     if not pace and len(entries) > len(told) + 1:
         unable.append("who is faster is not known")
     if marked and len(marked) < len(entries):

@@ -244,6 +244,20 @@ def test_repeats_show_an_unstable_clock(tmp_path: Path) -> None:
             ],
             ["ngram block", "ngram greedy"],
         ),
+        (
+            [
+                {"children": "sample", "settings": {"tree.children": "sample"}},
+                {"children": "top_k", "settings": {"tree.children": "top_k"}},
+            ],
+            ["ngram sample", "ngram top_k"],
+        ),
+        (
+            [
+                {"children": "sample", "settings": {"tree.children": "sample"}},
+                {"children": "sample", "settings": {"tree.children": "auto"}},
+            ],
+            ["ngram tree.children=auto", "ngram tree.children=sample"],
+        ),
     ],
 )
 def test_methods_are_named_by_what_differs(
