@@ -7,7 +7,7 @@ import yaml
 
 from specdec import __version__
 from specdec.lab import running
-from specdec.lab.options import CONFIGS
+from specdec.lab.options import CONFIGS, OTHER_NAMES, general, groups
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,22 @@ def test_help_names_every_option_and_every_setting(specdec, tmp_path):
     for name in general.keys() - {"defaults", "hydra"}:
         assert [one for one in lines if one.startswith(f"  {name}=")], name
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_every_setting_of_a_group_says_what_it_is(command):
+    for group, known in groups(command=command).items():
+        said = [one for option in known.values() for one in option.settings.items()]
+        told = {name for name, setting in said if setting.about}
+        assert {name for name, _ in said} == told, group
+
+
+def test_what_others_call_a_setting_leads_to_one_that_there_is():
+    ours = {*general("run"), *general("train")}
+    for command in ("run", "train"):
+        for group, known in groups(command=command).items():
+            ours |= {f"{group}.{name}" for one in known.values() for name in one.settings}
+    assert set(OTHER_NAMES.values()) <= ours
 
 
 def test_help_is_the_same_by_its_short_name_and_beside_words(specdec):
