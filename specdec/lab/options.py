@@ -203,6 +203,8 @@ def no_setting(name: str, command: str = "run") -> str:
     having = [one for one, option in known.get(group, {}).items() if rest in option.settings]
     if having:
         return f"{name}: no such setting here, but of {group}={', '.join(having)}"
+    if group in known and rest in ("name", "type", "kind"):
+        return f"{name}: no such setting; an option is chosen by {group}=OPTION"
     of_groups = {
         f"{one}.{setting}": entry
         for one, by_name in known.items()

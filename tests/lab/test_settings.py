@@ -47,6 +47,10 @@ def test_the_options_that_were_taken_are_named():
         ("batch=1", "batch: no such setting; there is batch_size$"),
         ("sampling.max_new_tokens=5", "sampling.max_new_tokens: no such .*; there is max_new_tok"),
         ("drafter.budget=5", "drafter.budget: no such setting; there is tree.budget$"),
+        (
+            "drafter.name=pld",
+            "drafter.name: no such setting; an option is chosen by drafter=OPTION$",
+        ),
         ("model=a/b", "model: no such setting; there is target.path$"),
         ("max_length=5", "max_length: no such setting; there is max_new_tokens$"),
         ("sampling.nonsense=1", "sampling.nonsense: no such setting; python -m specdec.run --he"),
