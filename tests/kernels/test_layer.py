@@ -20,6 +20,7 @@ from specdec.kernels import gpu, reference
 from specdec.kernels.gpu.linear import gate
 from specdec.kernels.gpu.stream import (
     EXACT,
+    RING,
     STREAM_ROWS,
     Stream,
     choose_stream,
@@ -118,6 +119,10 @@ def test_products_of_any_shape_and_division(dtype: torch.dtype, data: st.DataObj
         ring=data.draw(st.booleans()) and dtype != torch.float32,
     )
     name = data.draw(st.sampled_from(["linear", "project", "gated_linear"]))
+    gate = name == "gated_linear"
+    tiles = (1 + gate) * blocks.rows + padded_rows(rows, gated=gate)
+    room = RING // (blocks.columns * tiles * dtype.itemsize)  # a multiprocessor has no more memory
+    blocks = replace(blocks, stages=min(blocks.stages, room))
     weight = normal(outputs, inputs, dtype=dtype) / inputs**0.5
     check_product(gpu, name, normal(rows, inputs, dtype=dtype), weight, blocks)
 
