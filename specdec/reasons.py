@@ -75,6 +75,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 
+@contextmanager
+def in_memory(mend: str) -> Iterator[None]:
+    """Within, a GPU that is full is told as `full`."""
+    import torch  # which some that import this do without
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise full(error, mend) from error
+
+
 def full(error: "torch.OutOfMemoryError", mend: str) -> FailedError:
     """That the memory of a GPU is full, and what helps."""
     asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))

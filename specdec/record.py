@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from specdec.lab.build import baseline_of
@@ -31,7 +30,7 @@ from specdec.lab.lock import Lock
 from specdec.lab.options import usage
 from specdec.lab.running import Checked, check_settings, experiment_of
 from specdec.lab.settings import Settings, find_own_code, folders_of, out_of, settings_of, split
-from specdec.reasons import full
+from specdec.reasons import in_memory
 from specdec.replay.finished import Finished
 from specdec.replay.rates import write_rates
 from specdec.replay.record import DONE, PLAN, SCHEMA, Record, shard_path, write_json, write_shard
@@ -66,11 +65,8 @@ def _command(arguments: list[str]) -> None:
     finished = Finished.read(runs[0]) if runs else None
     words = finished.words(given) if finished else given
     settings = settings_of([*words, "tracker=none", "kernels.graphs=false", *flags])
-    try:
+    with in_memory(f"lower batch_size={settings['batch_size']}, or choose smaller models"):
         make(settings, out_of(settings), Console(), finished)
-    except torch.OutOfMemoryError as error:
-        mend = f"lower batch_size={settings['batch_size']}, or choose smaller models"
-        raise full(error, mend) from error
 
 
 def make(

@@ -9,7 +9,6 @@ is refused.
 import sys
 from functools import partial
 
-import torch
 import transformers
 from rich.console import Console
 
@@ -26,7 +25,7 @@ from specdec.lab.settings import (
     settings_of,
     split,
 )
-from specdec.reasons import full
+from specdec.reasons import in_memory
 from specdec.training.run import train
 
 HELP = """\
@@ -60,10 +59,8 @@ def _command(arguments: list[str]) -> None:
     out = out_of(settings)
     check_folder(out, "a training")
     again = continuing(arguments, out, "train", "auto")
-    try:
+    with in_memory("lower batch, chunk or own_text.batch"):
         train(settings, out, Console(), words=words, again=again)
-    except torch.OutOfMemoryError as error:
-        raise full(error, "lower batch, chunk or own_text.batch") from error
 
 
 if __name__ == "__main__":

@@ -128,11 +128,11 @@ class Course:
         except (DraftError, LogitsError) as error:
             path = self.folder.write_error(error)
             self.finish(interrupted=True)
-            left = f"resume=true out={self.folder.path} continues"
+            said = f"{self._blame(error)}; the traceback is in {path}, and "
             if isinstance(error, LogitsError):  # it would fail again
-                left = self._left
-            kind = ValueError if isinstance(error, LogitsError) else FailedError
-            raise kind(f"{self._blame(error)}; the traceback is in {path}, and {left}") from error
+                raise ValueError(said + self._left) from error
+            said += f"resume=true out={self.folder.path} continues"
+            raise FailedError(said) from error
 
     @property
     def _left(self) -> str:

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from rich.console import Console
 
 from specdec.heads.formats import check_whole
@@ -40,7 +39,7 @@ from specdec.lab.values import shown, typed
 from specdec.models.load import Models
 from specdec.models.placement import Placement
 from specdec.ranks import here
-from specdec.reasons import full
+from specdec.reasons import in_memory
 from specdec.sampling import SamplingParams
 
 MOST_TEXTS = 1_000_000  # of a run
@@ -142,10 +141,8 @@ def opened(
         for line in without_effect(settings, method, checked.placement.kernels.impl, words):
             tell(console, line)
         try:
-            try:
+            with in_memory(SMALLER):
                 experiment = experiment_of(checked, console)
-            except torch.OutOfMemoryError as error:
-                raise full(error, SMALLER) from error
             folder.identify(experiment.resolved)
             shown = {**settings, "resolved": experiment.resolved}
             tracker.start(tracked_run(folder.path, shown, method.marks, words))
