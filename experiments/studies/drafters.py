@@ -22,7 +22,7 @@ explained as in `specdec.lab.lossless`. The file is written anew after every pro
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,10 +144,15 @@ class Options(StudyOptions):
         super().__post_init__()
         if self.budgets and self.grid != "wide":
             raise ValueError(f"budgets={[*self.budgets]}: are of grid=wide, not of {self.grid}")
-        for budget in self.budgets:
-            if budget not in DYNAMIC:
-                known = ", ".join(map(str, DYNAMIC))
-                raise ValueError(f"budgets={budget}: there are {known}")
+        check_budgets(self.budgets, DYNAMIC)
+
+
+def check_budgets(budgets: Iterable[int], known: Iterable[int]) -> None:
+    """Raise ValueError for a budget that there are no trees of."""
+    known = list(known)
+    for budget in budgets:
+        if budget not in known:
+            raise ValueError(f"budgets={budget}: there are {', '.join(map(str, known))}")
 
 
 class Anew(EarlyExit):

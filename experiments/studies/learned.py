@@ -27,7 +27,14 @@ import torch
 
 from specdec.experiments.figures.learned import CHAIN, learned
 from specdec.experiments.figures.markdown import show
-from specdec.experiments.studies.drafters import DYNAMIC, SAMPLED, best_sampled, choice_of, deepest
+from specdec.experiments.studies.drafters import (
+    DYNAMIC,
+    SAMPLED,
+    best_sampled,
+    check_budgets,
+    choice_of,
+    deepest,
+)
 from specdec.lab.command import begin, option, run_main, write
 from specdec.lab.prompts import Asked
 from specdec.lab.study import Entry, Study, spend
@@ -50,27 +57,25 @@ class Options(StudyOptions):
     out: Path = option(about="result file")
     resume: bool = option(False, "what the file has stays")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budgets(self.budgets, (CHAIN, *DYNAMIC))
+
 
 def shapes(budget: int, temperature: float, words: str) -> Iterator[str]:
     """Words of the trees of a budget.
 
     Args:
         words: of the drafter, by whose rates and levels the tree of draws goes.
-
-    Raises:
-        ValueError: there are none.
     """
     children = " tree.children=sample" if temperature else ""
     if budget == CHAIN:
         yield tree("chain", budget) + children
-    elif budget in DYNAMIC:
+    else:
         for shape in SAMPLED[budget] if temperature else (DYNAMIC[budget],):
             yield shape + children
         if temperature:
             yield best_sampled(choice_of(words)[0], budget, deepest(words))
-    else:
-        known = ", ".join(map(str, (CHAIN, *DYNAMIC)))
-        raise ValueError(f"budgets={budget}: there are {known}")
 
 
 def named(options: Options) -> dict[str, str]:
@@ -100,8 +105,6 @@ def named(options: Options) -> dict[str, str]:
 def work(options: Options) -> None:
     torch.manual_seed(0)
     methods = named(options)
-    for budget in options.budgets:
-        list(shapes(budget, 0.0, ""))
     shop = options.workshop()
     result = begin(options, shop.models.placement.device)
     sets = options.read(shop)
